@@ -1,0 +1,3 @@
+"""PreFT Serve: prefill-only finetuned adapters on disaggregated vLLM."""
+
+__version__ = "0.1.0"

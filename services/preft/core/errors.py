@@ -1,0 +1,109 @@
+"""Every error a user can meet, and how each boundary reports it.
+
+    PreftError
+    ├── InvalidRequest        400  the request itself is wrong; `param` names the field
+    │   └── InvalidAdapter    400  an adapter folder that can't be served
+    ├── ModelNotFound         404  no base model or adapter of that name
+    ├── AdapterExists         409  the name is taken by another adapter
+    ├── QueueFull             429  try again after `retry_after` seconds
+    ├── DeadlineExceeded      504  the request's own time limit passed
+    ├── Unavailable           503  no worker can take the request now
+    │   └── WorkerLost        503  a worker died or became unreachable during the request
+    ├── TransferFailed        502  the KV cache didn't arrive, or not as it was sent
+    ├── EngineFailed          500  the engine gave up on the request
+    └── ConfigError           -    settings or set-up are wrong (start-up only)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class PreftError(Exception):
+    """Root of all errors raised on purpose. `str(error)` is one sentence for the user."""
+
+
+class InvalidRequest(PreftError):
+    """The request can't be served as written. `param` names the offending field, if there is one."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class InvalidAdapter(InvalidRequest):
+    """The adapter folder is broken or doesn't fit the served model."""
+
+
+class ModelNotFound(PreftError):
+    """Neither the base model nor an adapter has this name."""
+
+
+class AdapterExists(PreftError):
+    """The name is taken by an adapter with another content digest."""
+
+
+class QueueFull(PreftError):
+    """The bounded queue is full. `retry_after` is in seconds."""
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DeadlineExceeded(PreftError):
+    """The request's deadline passed before it was finished."""
+
+
+class Unavailable(PreftError):
+    """No worker can take the request at present."""
+
+
+class WorkerLost(Unavailable):
+    """A worker died or became unreachable while it held the request."""
+
+
+class TransferFailed(PreftError):
+    """The KV cache didn't reach the decode worker intact: unknown, stale, expired or corrupted handle."""
+
+
+class EngineFailed(PreftError):
+    """The engine ended the request with an error."""
+
+
+class ConfigError(PreftError):
+    """A setting is unknown, malformed or contradicts another. Names the key."""
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorMapping:
+    """How one error class looks from outside: HTTP status, OpenAI error type and code, gRPC status code name."""
+
+    status: int
+    type: str
+    code: str
+    grpc: str
+
+
+# Looked up along the MRO, so a subclass without an entry reports as its parent.
+ERROR_MAP: dict[type[PreftError], ErrorMapping] = {
+    InvalidAdapter: ErrorMapping(400, "invalid_request_error", "invalid_adapter", "INVALID_ARGUMENT"),
+    InvalidRequest: ErrorMapping(400, "invalid_request_error", "invalid_request", "INVALID_ARGUMENT"),
+    ModelNotFound: ErrorMapping(404, "invalid_request_error", "model_not_found", "NOT_FOUND"),
+    AdapterExists: ErrorMapping(409, "invalid_request_error", "adapter_exists", "ALREADY_EXISTS"),
+    QueueFull: ErrorMapping(429, "rate_limit_error", "queue_full", "RESOURCE_EXHAUSTED"),
+    DeadlineExceeded: ErrorMapping(504, "timeout_error", "deadline_exceeded", "DEADLINE_EXCEEDED"),
+    WorkerLost: ErrorMapping(503, "service_unavailable_error", "worker_lost", "UNAVAILABLE"),
+    Unavailable: ErrorMapping(503, "service_unavailable_error", "unavailable", "UNAVAILABLE"),
+    TransferFailed: ErrorMapping(502, "server_error", "kv_transfer_failed", "DATA_LOSS"),
+    EngineFailed: ErrorMapping(500, "server_error", "engine_failed", "INTERNAL"),
+    PreftError: ErrorMapping(500, "server_error", "internal_error", "INTERNAL"),
+}
+
+
+def mapping_of(error: PreftError) -> ErrorMapping:
+    """The outside view of `error`, inherited from the nearest mapped ancestor."""
+    for cls in type(error).__mro__:
+        if cls in ERROR_MAP:
+            return ERROR_MAP[cls]
+    return ERROR_MAP[PreftError]

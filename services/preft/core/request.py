@@ -1,0 +1,99 @@
+"""What travels through the cluster for one request: sampling, the request itself, and the tokens that come back.
+
+Everything here is in token ids; text exists only in the gateway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from types import MappingProxyType
+
+NO_BIAS: Mapping[int, float] = MappingProxyType({})
+
+
+class FinishReason(StrEnum):
+    """Why a choice ended, in OpenAI's words."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Sampling parameters with vLLM's meaning, for every choice of a request.
+
+    `temperature` 0 is greedy; `top_k` 0 means all tokens; `logprobs` None means none, k means the sampled token and
+    the k most likely. `stop_token_ids` are the caller's; `eos_token_ids` are the model's and are ignored under
+    `ignore_eos`. `max_tokens` and `min_tokens` count output tokens, the first one included. Choice i of a seeded
+    request uses `seed + i`.
+    """
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    ignore_eos: bool = False
+    eos_token_ids: tuple[int, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    logit_bias: Mapping[int, float] = field(default_factory=lambda: NO_BIAS)
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRef:
+    """One version of one adapter. `digest` (sha256 hex over config and weights) is its identity; `name` is for people.
+
+    `path` is a local folder that holds exactly the content of `digest`.
+    """
+
+    name: str
+    digest: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One prompt to be continued `n` times, by the base model (`adapter` None) or under one adapter version.
+
+    `deadline` is in `time.time()` seconds; None means no limit.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: Sampling
+    adapter: AdapterRef | None = None
+    n: int = 1
+    deadline: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log probability of one sampled token, its rank (1 = most likely) and the most likely tokens, best first."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenDelta:
+    """New tokens of one choice. `logprobs` has one entry per token, or none if not asked for.
+
+    `finish_reason` is set on the last delta of a choice (its tokens may be empty); `stop_token_id` names the caller's
+    stop token that ended it (never an EOS).
+    """
+
+    index: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None

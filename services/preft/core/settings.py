@@ -1,0 +1,140 @@
+"""All settings of a cluster: one frozen object, read once from YAML and flags, strict about names and values."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from preft.core.errors import ConfigError
+
+GiB = 1 << 30
+MiB = 1 << 20
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class EngineSettings(_Strict):
+    """What both roles tell vLLM. Sizes in bytes, lengths in tokens."""
+
+    replicas: Annotated[int, Field(ge=1, le=1024)] = 1
+    max_num_seqs: Annotated[int, Field(ge=1)] = 64
+    max_num_batched_tokens: Annotated[int, Field(ge=1)] = 2048
+    kv_cache_bytes: Annotated[int, Field(ge=1 * MiB)] | None = None  # None: 1 GiB on CPU, vLLM's own choice on GPU
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    enable_prefix_caching: bool = True
+    enforce_eager: bool | None = None  # None: eager on CPU, compiled on GPU
+    staging_bytes: Annotated[int, Field(ge=1 * MiB)] = 1 * GiB  # host memory for KV on its way
+    num_cpus: Annotated[float, Field(ge=0)] = 0  # what Ray reserves per worker
+    num_gpus: Annotated[float, Field(ge=0)] = 0
+
+
+class PrefillSettings(EngineSettings):
+    """Prefill workers: the engine limits plus the adapter slots."""
+
+    max_loras: Annotated[int, Field(ge=1)] = 8  # engine slots: distinct adapters in one batch
+    max_cpu_loras: Annotated[int, Field(ge=1)] = 64  # adapters kept in host memory by the engine
+    max_lora_rank: Literal[1, 8, 16, 32, 64, 128, 256, 320, 512] = 64
+
+    @model_validator(mode="after")
+    def _host_holds_slots(self) -> PrefillSettings:
+        if self.max_cpu_loras < self.max_loras:
+            raise ValueError(f"max_cpu_loras ({self.max_cpu_loras}) must be at least max_loras ({self.max_loras})")
+        return self
+
+
+class DecodeSettings(EngineSettings):
+    """Decode workers: no adapters here."""
+
+
+class RouterSettings(_Strict):
+    """Admission limits and time-outs, in requests and seconds."""
+
+    max_queue: Annotated[int, Field(ge=1)] = 1024  # requests waiting for a worker; more get 429
+    max_inflight_prefills: Annotated[int, Field(ge=1)] = 64  # per prefill worker
+    request_timeout: Annotated[float, Field(gt=0)] = 600.0
+    transfer_timeout: Annotated[float, Field(gt=0)] = 30.0  # from first token to KV in place
+    retries: Annotated[int, Field(ge=0, le=10)] = 2  # further attempts after a worker or transfer failed
+    poll_interval: Annotated[float, Field(gt=0)] = 0.25  # how often the state store is read
+    worker_timeout: Annotated[float, Field(gt=0)] = 5.0  # a worker without heartbeat for this long takes nothing
+
+
+class Settings(_Strict):
+    """One cluster. `model` is a local folder with config.json, weights and tokenizer.json."""
+
+    model: Path
+    served_model_name: str | None = None  # default: the last part of `model`
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000  # 0: any free port
+    grpc_port: Annotated[int, Field(ge=0, le=65535)] | None = None  # None: no public gRPC service
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None  # None: float32 on CPU, auto on GPU
+    max_model_len: Annotated[int, Field(ge=1)] | None = None  # None: the model's own
+    block_size: Literal[16, 32, 64, 128] = 16
+    seed: int = 0
+    state_dir: Path = Path("~/.preft")
+    adapters: dict[str, Path] = Field(default_factory=dict)
+    prefill: PrefillSettings = Field(default_factory=PrefillSettings)
+    decode: DecodeSettings = Field(default_factory=DecodeSettings)
+    router: RouterSettings = Field(default_factory=RouterSettings)
+
+    @field_validator("model", "state_dir")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        return Path(os.path.abspath(value.expanduser()))
+
+    @field_validator("adapters")
+    @classmethod
+    def _absolute_adapters(cls, value: dict[str, Path]) -> dict[str, Path]:
+        return {name: Path(os.path.abspath(path.expanduser())) for name, path in value.items()}
+
+    @model_validator(mode="after")
+    def _names_are_distinct(self) -> Settings:
+        if self.model_name in self.adapters:
+            raise ValueError(f"adapters: {self.model_name!r} is the base model's name")
+        return self
+
+    @property
+    def model_name(self) -> str:
+        """The base model's name in the API."""
+        return self.served_model_name or self.model.name
+
+
+def load_settings(config: Path | None = None, overrides: dict[str, Any] | None = None) -> Settings:
+    """Settings from a YAML file with `overrides` (nested dicts, from flags) on top.
+
+    Raises ConfigError with the key's dotted name if anything is unknown, missing or malformed.
+    """
+    data: dict[str, Any] = {}
+    if config is not None:
+        import yaml
+
+        try:
+            loaded = yaml.safe_load(config.read_text())
+        except OSError as error:
+            raise ConfigError(f"can't read the config file {config}: {error.strerror}") from error
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{config} is not valid YAML: {error}") from error
+        if loaded is not None and not isinstance(loaded, dict):
+            raise ConfigError(f"{config} must hold a mapping of settings, not {type(loaded).__name__}")
+        data = loaded or {}
+    merged = _merge(data, overrides or {})
+    try:
+        return Settings.model_validate(merged)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "settings"
+        raise ConfigError(f"{key}: {first['msg']}") from error
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged

@@ -1,0 +1,97 @@
+"""The reference every parity test compares with: prefill-only generation by transformers and peft in float32.
+
+The prompt pass runs base + adapter, every later position runs the bare base over the same KV cache. Owns no
+sampling beyond greedy: tests that check penalties, biases or logprobs start from `logits`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, DynamicCache
+
+
+class Reference:
+    """One base model in float32, with every PEFT LoRA folder it is asked for.
+
+    An adapter is named by its folder and known by its content, so a folder rewritten in place is read again.
+    """
+
+    def __init__(self, model_dir: Path | str) -> None:
+        self._base = AutoModelForCausalLM.from_pretrained(
+            str(model_dir), dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+        self._peft: PeftModel | None = None
+        self._loaded: set[str] = set()
+
+    def greedy(
+        self,
+        prompt_ids: Sequence[int],
+        max_tokens: int,
+        adapter: Path | str | None = None,
+        ignore_eos: bool = True,
+        eos: Collection[int] = (),
+        adapter_everywhere: bool = False,
+    ) -> list[int]:
+        """Greedy output ids, at most `max_tokens`; an id of `eos` ends it (and is included) unless `ignore_eos`.
+
+        `adapter_everywhere` keeps the adapter on after the prompt: what an ordinary multi-LoRA server does.
+        """
+        stops = frozenset() if ignore_eos else frozenset(eos)
+        output: list[int] = []
+        with torch.inference_mode():
+            logits, cache = self._prompt_pass(prompt_ids, adapter)
+            while True:
+                output.append(int(logits[-1].argmax()))
+                if len(output) == max_tokens or output[-1] in stops:
+                    return output
+                logits = self._pass([output[-1]], adapter if adapter_everywhere else None, cache, keep=1)
+
+    def logits(
+        self, prompt_ids: Sequence[int], output_ids: Sequence[int], adapter: Path | str | None = None
+    ) -> torch.Tensor:
+        """The raw logits each token of `output_ids` was chosen from, float32 [len(output_ids), vocab_size].
+
+        Row 0 comes from the adapted prompt pass, the others from the bare base with `output_ids` before them.
+        """
+        with torch.inference_mode():
+            first, cache = self._prompt_pass(prompt_ids, adapter)
+            if len(output_ids) == 1:
+                return first
+            return torch.cat([first, self._pass(output_ids[:-1], None, cache, keep=0)])
+
+    def _prompt_pass(self, prompt_ids: Sequence[int], adapter: Path | str | None) -> tuple[torch.Tensor, Any]:
+        cache = DynamicCache()
+        return self._pass(prompt_ids, adapter, cache, keep=1), cache
+
+    def _pass(self, ids: Sequence[int], adapter: Path | str | None, cache: Any, keep: int) -> torch.Tensor:
+        """Logits of the last `keep` positions (0: all), [positions, vocab_size]; `ids` are appended to `cache`."""
+        with self._adapted(adapter):
+            out = self._base(input_ids=torch.tensor([list(ids)]), past_key_values=cache, logits_to_keep=keep)
+        return out.logits[0].clone()
+
+    def _adapted(self, adapter: Path | str | None) -> Any:
+        """A context in which the base's linear layers add `adapter`, or nothing."""
+        if adapter is None:
+            return nullcontext() if self._peft is None else self._peft.disable_adapter()
+        name = _content_name(Path(adapter))
+        if self._peft is None:
+            self._peft = PeftModel.from_pretrained(self._base, str(adapter), adapter_name=name)
+        elif name not in self._loaded:
+            self._peft.load_adapter(str(adapter), adapter_name=name)
+        self._loaded.add(name)
+        self._peft.set_adapter(name)
+        return nullcontext()
+
+
+def _content_name(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        digest.update((folder / file).read_bytes())
+    return f"sha{digest.hexdigest()}"

@@ -1,0 +1,52 @@
+# Every target sets up what it needs: `make install` makes .venv once and is instant afterwards.
+#   PYTHON=python3.11   the interpreter .venv is made with (default: the newest of 3.11 to 3.14 that has venv)
+#   EXTRA=cpu|gpu       the build of vLLM (default: gpu where nvidia-smi answers, else cpu)
+#   ARGS="..."          passed on by serve, test, bench and demo
+
+PROBE := import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))
+PYTHON ?= $(shell for p in python3.14 python3.13 python3.12 python3.11 python3 python; do \
+	if $$p -c '$(PROBE)' >/dev/null 2>&1; then echo $$p; break; fi; done)
+BIN := .venv/bin
+EXAMPLE := examples/personal_memory
+EXAMPLE_ADAPTERS = $(patsubst %/adapter_config.json,%,$(wildcard $(EXAMPLE)/adapters/*/adapter_config.json))
+EXAMPLE_ARGS = --model $(EXAMPLE)/model $(foreach dir,$(EXAMPLE_ADAPTERS),--adapter $(notdir $(dir))=$(dir))
+
+.DEFAULT_GOAL := help
+.PHONY: help demo serve test test-fast check bench proto install clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+
+demo: install ## serve the example model with its adapters, ask every user's questions, print accuracy and tokens/s
+	$(BIN)/python examples/demo.py $(ARGS)
+
+serve: install ## serve the example model and its adapters on 127.0.0.1:8000 (ARGS replaces them)
+	$(BIN)/preft serve $(or $(ARGS),$(EXAMPLE_ARGS))
+
+test: install ## run all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+test-fast: install ## run the tests that start no engine
+	$(BIN)/python -m pytest -m "not vllm" $(ARGS)
+
+check: install ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: install ## measure and print the speed table
+	$(BIN)/python -m preft_loadgen.bench $(ARGS)
+
+proto: install ## regenerate services/preft/rpc from proto/
+	$(BIN)/python -m grpc_tools.protoc -Ipreft/rpc=proto \
+		--python_out=services --pyi_out=services --grpc_python_out=services proto/*.proto
+
+install: ## make .venv with everything in it
+	@python='$(PYTHON)'; if [ -z "$$python" ]; then \
+		echo "No Python 3.11 to 3.14 with the venv module was found: install one (Debian, Ubuntu: apt install" \
+			"python3 python3-venv) or name it with PYTHON=/path/to/python." >&2; exit 1; fi; \
+	$$python scripts/install.py $(if $(EXTRA),--extra $(EXTRA))
+
+clean: ## remove .venv, caches and build leftovers
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find services kernels loadgen client tests examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

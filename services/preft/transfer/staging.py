@@ -1,0 +1,290 @@
+"""The staging arena: host memory that holds KV bytes between a worker process and its engine process.
+
+Owns the shared memory, its regions, who may have them and when their bytes may be reused. Doesn't know what the bytes
+mean, where they come from, or handles. Standard library only: both processes import it.
+
+A region is a 64-byte header (magic, nonce, size) and a payload. The worker (`StagingArena`) reserves and releases;
+the engine (`StagingView`) reaches a payload only inside `hold`, which keeps a shared file lock on the header's first
+byte. A release wipes the header first and frees the bytes only when nobody holds that lock, so an engine that comes
+late for an aborted request is refused, and one that is in the middle of a copy never sees or overwrites somebody
+else's bytes. The kernel drops the locks of a process that dies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import mmap
+import os
+import struct
+import threading
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from preft.core.errors import InvalidRequest, TransferFailed
+from preft.transfer.spans import FreeSpans
+
+HEADER_BYTES = 64
+RECHECK_SECONDS = 0.005  # how often a released region that the engine still holds is looked at
+
+_HEADER = struct.Struct("<8s16sQ")  # magic, nonce, size; the rest of the 64 bytes is zero
+_MAGIC = b"PREFTKV1"
+_FLOCK = struct.Struct("hhqqi4x")  # struct flock on 64-bit Linux: type, whence, start, length, pid
+
+
+class StaleRegion(TransferFailed):
+    """The region was released, evicted or reused meanwhile: its bytes are no longer what was asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """One reservation: a payload of `size` bytes at `offset` bytes of the arena. `nonce` is 16 bytes, never reused."""
+
+    offset: int
+    size: int
+    nonce: bytes
+
+    @property
+    def start(self) -> int:
+        """Where the header begins."""
+        return self.offset - HEADER_BYTES
+
+    @property
+    def span(self) -> int:
+        """Bytes taken in the arena: header and payload, rounded up so that every payload is 64-byte aligned."""
+        return span_of(self.size)
+
+
+def span_of(size: int) -> int:
+    """Bytes that a payload of `size` bytes takes in an arena."""
+    return HEADER_BYTES + (size + HEADER_BYTES - 1) // HEADER_BYTES * HEADER_BYTES
+
+
+class StagingArena:
+    """The worker's side. For one asyncio loop; only `reserve` waits.
+
+    The memory is anonymous (memfd): nothing lies in a file system, no crash leaves anything behind, the limit of
+    `/dev/shm` doesn't apply, and pages take memory only once touched. The engine opens `path` while this process lives.
+    """
+
+    def __init__(self, fd: int, capacity: int) -> None:
+        self._fd = fd
+        self._map = mmap.mmap(fd, capacity)
+        self._memory = memoryview(self._map)
+        self._free = FreeSpans(capacity)
+        self._live: dict[int, Region] = {}  # by payload offset
+        self._evictable: OrderedDict[Region, Callable[[], None]] = OrderedDict()  # least recently used first
+        self._lingering: list[Region] = []  # released, but the engine is still in there
+        self._waiters: deque[tuple[int, asyncio.Future[Region]]] = deque()
+        self._recheck: asyncio.TimerHandle | None = None
+        self._closed = False
+        self.capacity = capacity
+        self.path = f"/proc/{os.getpid()}/fd/{fd}"
+
+    @classmethod
+    def create(cls, capacity: int) -> StagingArena:
+        """An empty arena of `capacity` bytes."""
+        fd = os.memfd_create("preft-staging", os.MFD_CLOEXEC)
+        os.ftruncate(fd, capacity)
+        return cls(fd, capacity)
+
+    @property
+    def used(self) -> int:
+        """Bytes not free: headers, rounding, and released regions that the engine still holds are counted in."""
+        return self.capacity - self._free.total
+
+    @property
+    def regions(self) -> int:
+        """Regions reserved now."""
+        return len(self._live)
+
+    async def reserve(self, size: int, *, timeout: float) -> Region:
+        """A region for `size` bytes, with undefined content: write all of it. Release it, whatever happens.
+
+        First come, first served: a large request isn't overtaken by small ones. Evictable regions go, least recently
+        used first, before anybody waits. Raises InvalidRequest if it could never fit, TransferFailed after `timeout`
+        seconds.
+        """
+        if size < 1 or span_of(size) > self.capacity:
+            raise InvalidRequest(f"{size} bytes of KV don't fit into {self.capacity} bytes of staging memory")
+        if self._closed:
+            raise TransferFailed("the staging memory is closed")
+        if not self._waiters and (region := self._allocate(size)) is not None:
+            return region
+        future: asyncio.Future[Region] = asyncio.get_running_loop().create_future()
+        waiter = (size, future)
+        self._waiters.append(waiter)
+        try:
+            async with asyncio.timeout(timeout):
+                return await future
+        except TimeoutError:
+            self._leave(waiter)
+            raise TransferFailed(f"no room for {size} bytes of KV in the staging memory within {timeout:g} s") from None
+        except asyncio.CancelledError:
+            self._leave(waiter)
+            raise
+
+    def release(self, region: Region) -> None:
+        """Gives the region back; from now on nobody can begin to use it. Does nothing if that has happened before."""
+        self._drop(region)
+        self._admit()
+
+    def mark_evictable(self, region: Region, on_evict: Callable[[], None]) -> None:
+        """From now on the region may go when others need room; then `on_evict` is called. Marking again is a use."""
+        if self._live.get(region.offset) == region:
+            self._evictable[region] = on_evict
+            self._evictable.move_to_end(region)
+            self._admit()
+
+    def view(self, region: Region) -> memoryview:
+        """The payload, `region.size` writable bytes. Don't touch it after the release. Raises StaleRegion."""
+        if self._live.get(region.offset) != region:
+            raise StaleRegion("the staging region was released or evicted")
+        return self._memory[region.offset : region.offset + region.size]
+
+    def close(self) -> None:
+        """Refuses everybody who waits or comes. The memory itself goes when the last process that maps it is done."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._recheck is not None:
+            self._recheck.cancel()
+        for _, future in self._waiters:
+            if not future.done():
+                future.set_exception(TransferFailed("the staging memory is closed"))
+        self._waiters.clear()
+        for region in list(self._live.values()):
+            self._drop(region)
+        os.close(self._fd)
+        self._memory.release()
+        with suppress(BufferError):  # somebody still looks at a payload; the mapping goes with the last view
+            self._map.close()
+
+    def _allocate(self, size: int) -> Region | None:
+        span = span_of(size)
+        if self._free.find(span) is None:
+            self._evict_for(span)
+        start = self._free.take(span)
+        if start is None:
+            return None
+        region = Region(start + HEADER_BYTES, size, os.urandom(16))
+        _HEADER.pack_into(self._memory, start, _MAGIC, region.nonce, size)
+        self._live[region.offset] = region
+        return region
+
+    def _evict_for(self, span: int) -> None:
+        """Evicts least recently used regions; none if that makes no hole of `span` bytes, and none outside the hole."""
+        trial = self._free.copy()
+        candidates = []
+        for region in self._evictable:
+            candidates.append(region)
+            trial.give(region.start, region.span)
+            if (start := trial.find(span)) is not None:
+                break
+        else:
+            return
+        for region in candidates:
+            if start < region.start + region.span and region.start < start + span:
+                on_evict = self._evictable[region]
+                self._drop(region)
+                on_evict()
+
+    def _drop(self, region: Region) -> None:
+        if self._live.get(region.offset) != region:
+            return
+        del self._live[region.offset]
+        self._evictable.pop(region, None)
+        self._memory[region.start : region.offset] = bytes(HEADER_BYTES)
+        if self._held(region):
+            self._lingering.append(region)
+            self._watch()
+        else:
+            self._free.give(region.start, region.span)
+
+    def _admit(self) -> None:
+        """Serves those who wait, in order, as far as there is room."""
+        while self._waiters:
+            size, future = self._waiters[0]
+            if not future.done():
+                region = self._allocate(size)
+                if region is None:
+                    return
+                future.set_result(region)
+            self._waiters.popleft()
+
+    def _leave(self, waiter: tuple[int, asyncio.Future[Region]]) -> None:
+        _, future = waiter
+        if waiter in self._waiters:
+            self._waiters.remove(waiter)
+        elif future.done() and not future.cancelled() and future.exception() is None:
+            self._drop(future.result())  # granted in the very moment it gave up
+        self._admit()
+
+    def _held(self, region: Region) -> bool:
+        query = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, region.start, 1, 0)
+        answer = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, query)
+        return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+
+    def _watch(self) -> None:
+        if self._lingering and self._recheck is None and not self._closed:
+            self._recheck = asyncio.get_running_loop().call_later(RECHECK_SECONDS, self._reap)
+
+    def _reap(self) -> None:
+        self._recheck = None
+        still = [region for region in self._lingering if self._held(region)]
+        for region in self._lingering:
+            if region not in still:
+                self._free.give(region.start, region.span)
+        self._lingering = still
+        self._admit()
+        self._watch()
+
+
+class StagingView:
+    """The engine's side: opens the worker's arena by its `path`, raises OSError if that's gone. Thread-safe."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        self._capacity = os.fstat(self._fd).st_size
+        self._memory = memoryview(mmap.mmap(self._fd, self._capacity))
+        self._holders: Counter[int] = Counter()  # one lock per region for all threads: file locks don't count
+        self._mutex = threading.Lock()
+
+    @contextmanager
+    def hold(self, offset: int, size: int, nonce: bytes) -> Iterator[memoryview]:
+        """The payload of a region, `size` readable and writable bytes that nobody reuses inside this context.
+
+        Everything that reads or writes them (asynchronous device copies too) must be finished before the context ends.
+        Raises StaleRegion, at the start, if the region isn't exactly what was reserved: then nothing may be written.
+        """
+        start = offset - HEADER_BYTES
+        if start < 0 or size < 1 or offset + size > self._capacity:
+            raise StaleRegion(f"no staging region of {size} bytes can lie at {offset}")
+        self._lock(start)
+        try:
+            if _HEADER.unpack_from(self._memory, start) != (_MAGIC, nonce, size):
+                raise StaleRegion("the staging region was released, evicted or reused")
+            yield self._memory[offset : offset + size]
+        finally:
+            self._unlock(start)
+
+    def close(self) -> None:
+        """Ends the use of the arena. Payloads that are still referenced stay mapped."""
+        os.close(self._fd)
+        self._memory.release()
+
+    def _lock(self, start: int) -> None:
+        with self._mutex:
+            self._holders[start] += 1
+            if self._holders[start] == 1:
+                fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, start, 1, 0))
+
+    def _unlock(self, start: int) -> None:
+        with self._mutex:
+            self._holders[start] -= 1
+            if not self._holders[start]:
+                del self._holders[start]
+                fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, start, 1, 0))

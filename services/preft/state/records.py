@@ -1,0 +1,55 @@
+"""How workers and adapters are written in a store: one JSON object each, the same for every store.
+
+Strict both ways: a record with other fields than this version's is a ValueError, never half a worker.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, fields
+from typing import Any
+
+from preft.core.cluster import Adapter, Role, Worker, WorkerLoad, WorkerState
+
+
+def worker_to_json(worker: Worker) -> str:
+    """One line of JSON with every field."""
+    return json.dumps(asdict(worker), separators=(",", ":"))
+
+
+def worker_from_json(text: str) -> Worker:
+    """What `worker_to_json` was given. Raises ValueError for anything else."""
+    record = _record(text, Worker)
+    load = record.pop("load")
+    _check_fields(load, WorkerLoad)
+    return Worker(
+        **{
+            **record,
+            "role": Role(record["role"]),
+            "state": WorkerState(record["state"]),
+            "engine_pids": tuple(record["engine_pids"]),
+            "load": WorkerLoad(**{**load, "adapters": tuple(load["adapters"])}),
+        }
+    )
+
+
+def adapter_to_json(adapter: Adapter) -> str:
+    """One line of JSON with every field."""
+    return json.dumps(asdict(adapter), separators=(",", ":"))
+
+
+def adapter_from_json(text: str) -> Adapter:
+    """What `adapter_to_json` was given. Raises ValueError for anything else."""
+    return Adapter(**_record(text, Adapter))
+
+
+def _record(text: str, cls: type[Worker | Adapter]) -> dict[str, Any]:
+    record = json.loads(text)
+    _check_fields(record, cls)
+    return dict(record)
+
+
+def _check_fields(record: Any, cls: type[Worker | Adapter | WorkerLoad]) -> None:
+    names = {field.name for field in fields(cls)}
+    if not isinstance(record, dict) or set(record) != names:
+        raise ValueError(f"not a {cls.__name__} record of this version")

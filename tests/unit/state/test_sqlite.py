@@ -1,0 +1,48 @@
+"""What only the SQLite store can get wrong: the file itself."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from preft.core.cluster import Adapter
+from preft.core.errors import ConfigError, Unavailable
+from preft.state import open_store
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "state.sqlite"
+    path.write_bytes(b"not a database, but long enough to be read as a header" * 40)
+    with pytest.raises(ConfigError, match=r"state\.sqlite can't be opened"):
+        open_store(path)
+
+
+async def test_another_schema_version_is_refused_and_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "state.sqlite"
+    await open_store(path).close()
+    with sqlite3.connect(path) as db:
+        db.execute("PRAGMA user_version = 99")
+    db.close()
+    with pytest.raises(ConfigError, match="schema version 99"):
+        open_store(path)
+
+
+async def test_a_record_of_another_shape_is_an_error_not_half_a_worker(tmp_path: Path) -> None:
+    path = tmp_path / "state.sqlite"
+    store = open_store(path)
+    with sqlite3.connect(path) as db:
+        db.execute("""INSERT INTO workers VALUES ('w', '{"id": "w"}')""")
+    db.close()
+    with pytest.raises(Unavailable, match="not a Worker record"):
+        await store.workers()
+    await store.close()
+
+
+async def test_an_unchanged_catalog_is_not_read_again(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "state.sqlite")
+    await store.put_adapter(Adapter("a", "d", "/p", "/s", 8))
+    first, second = await store.adapters(), await store.adapters()
+    assert first[0] is second[0]
+    await store.close()

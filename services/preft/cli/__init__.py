@@ -1,0 +1,43 @@
+"""The `preft` command: reads the arguments, runs one subcommand, turns errors into one sentence and an exit status.
+
+Status 0: done; 1: it failed, and stderr says what to do; 2: wrong usage. What a subcommand does is in its own module;
+nothing heavy is imported before one is chosen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+import preft
+from preft.cli import adapter, doctor, serve, status
+from preft.core.errors import PreftError
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line. Each subcommand sets `run`: a function of the parsed arguments, to the exit status."""
+    root = argparse.ArgumentParser(prog="preft", description=preft.__doc__)
+    root.add_argument("--version", action="version", version=f"preft {preft.__version__}")
+    commands = root.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
+    for module in (serve, adapter, status, doctor):
+        module.add_parser(commands)
+    return root
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command. `argv` without the program's name; None means this process's own."""
+    args = parser().parse_args(argv)
+    try:
+        status: int = args.run(args)
+        sys.stdout.flush()
+    except PreftError as error:
+        print(f"preft: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone, as in `preft status | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return status

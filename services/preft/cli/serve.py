@@ -1,0 +1,122 @@
+"""`preft serve`: one cluster from a YAML file with flags on top. Owns the flags; settings and cluster are elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from preft.core.errors import ConfigError
+
+FLAGS = {  # flag's name in the parsed arguments -> dotted key of the setting
+    "model": "model",
+    "served_model_name": "served_model_name",
+    "host": "host",
+    "port": "port",
+    "grpc_port": "grpc_port",
+    "dtype": "dtype",
+    "max_model_len": "max_model_len",
+    "state_dir": "state_dir",
+    "prefill": "prefill.replicas",
+    "decode": "decode.replicas",
+}
+
+
+def add_parser(commands: Any) -> None:
+    """Adds `serve` to the subcommands."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "serve",
+        help="serve a base model and its adapters",
+        description="Starts prefill and decode workers and the HTTP server, and runs until Ctrl-C.",
+    )
+    parser.add_argument("--model", metavar="DIR", help="base model: config.json, weights, tokenizer.json")
+    parser.add_argument(
+        "--adapter", metavar="NAME=DIR", action="append", type=_adapter, default=[], help="adapter folder; repeatable"
+    )
+    parser.add_argument("--prefill", metavar="N", type=int, help="prefill workers")
+    parser.add_argument("--decode", metavar="N", type=int, help="decode workers")
+    parser.add_argument("--served-model-name", metavar="S", help="the base model's name in the API")
+    parser.add_argument("--host", metavar="H", help="address to listen on")
+    parser.add_argument("--port", metavar="P", type=int, help="HTTP port; 0 takes any free one")
+    parser.add_argument("--grpc-port", metavar="P", type=int, help="port of the public gRPC service; off by default")
+    parser.add_argument("--dtype", metavar="D", help="auto, float32, bfloat16 or float16")
+    parser.add_argument("--max-model-len", metavar="N", type=int, help="longest prompt + output, in tokens")
+    parser.add_argument("--state-dir", metavar="DIR", help="where adapters and the cluster's state are kept")
+    parser.add_argument("--config", metavar="F", type=Path, help="YAML file with any of the settings")
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        type=_assignment,
+        default=[],
+        help="any other setting by its dotted name, such as --set decode.max_num_seqs=128; repeatable",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serves until told to stop. Raises ConfigError for settings that can't be used."""
+    from preft.core.settings import load_settings
+
+    overrides = overrides_from(args)
+    if args.config is None and "model" not in overrides:
+        raise ConfigError("name the base model's folder with --model DIR, or a file with all settings with --config F")
+    settings = load_settings(args.config, overrides)
+
+    from preft.cluster.serve import serve
+
+    serve(settings)
+    return 0
+
+
+def overrides_from(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags as nested settings: `--set` first, the named flags on top. Raises ConfigError."""
+    overrides: dict[str, Any] = {}
+    for key, text in args.set:
+        _put(overrides, key, _value(key, text))
+    for flag, key in FLAGS.items():
+        value = getattr(args, flag)
+        if value is not None:
+            _put(overrides, key, value)
+    folders: dict[str, str] = {}
+    for name, folder in args.adapter:
+        if name in folders:
+            raise ConfigError(f"--adapter: {name!r} is given twice")
+        folders[name] = folder
+    if folders:
+        overrides["adapters"] = {**overrides.get("adapters", {}), **folders}
+    return overrides
+
+
+def _put(overrides: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    place = overrides
+    for parent in parents:
+        place = place.setdefault(parent, {})
+        if not isinstance(place, dict):
+            raise ConfigError(f"{key}: {parent} is already set to a single value")
+    place[last] = value
+
+
+def _value(key: str, text: str) -> Any:
+    """`text` as YAML reads it: 3 is a number, null nothing, [a, b] a list."""
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{key}: {text!r} is not a YAML value") from error
+
+
+def _adapter(text: str) -> tuple[str, str]:
+    name, equals, folder = text.partition("=")
+    if not (name and equals and folder):
+        raise argparse.ArgumentTypeError(f"{text!r} must look like NAME=DIR")
+    return name, folder
+
+
+def _assignment(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not all(key.split(".")):
+        raise argparse.ArgumentTypeError(f"{text!r} must look like KEY=VALUE, such as decode.max_num_seqs=128")
+    return key, value

@@ -1,0 +1,44 @@
+"""Exit statuses and messages of the command as a whole."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from preft.cli import main
+
+SERVICES = Path(__file__).parents[3] / "services"
+
+
+@pytest.mark.parametrize("argv", [[], ["dance"], ["serve", "--port", "high"], ["adapter"], ["adapter", "add", "alice"]])
+def test_wrong_usage_is_status_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    assert "usage: preft" in capsys.readouterr().err
+
+
+def test_an_error_is_one_line_on_stderr_and_status_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "--state-dir", str(tmp_path)]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("preft: ")
+    assert err.count("\n") == 1
+    assert str(tmp_path) in err
+
+
+def test_no_traceback_when_the_reader_goes_away(tmp_path: Path) -> None:
+    command = f'{sys.executable} -c \'from preft.cli import main; main(["doctor", "--json"])\' | true'
+    ran = subprocess.run(["bash", "-c", command], cwd=SERVICES, capture_output=True, text=True, check=False)
+    assert ran.stderr == ""
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in ("serve", "adapter", "status", "doctor"))

@@ -1,0 +1,76 @@
+"""What an adapter must fit: the base model's linear layers and their shapes, read from its folder without loading it.
+
+Covers models whose decoder layers are named as Llama's (Llama, Mistral, Qwen2, Qwen3, Gemma and their likes). Weights
+that are packed by a quantiser don't show their shape, so their modules take no adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from preft.adapters.tensor_file import BrokenTensorFile, TensorEntry, read_entries
+from preft.core.errors import ConfigError
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MODULE = re.compile(rf"model\.layers\.(\d+)\.(?:self_attn|mlp)\.(?:{'|'.join(TARGETS)})")
+SHOWN_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """`modules` maps a linear layer's full name to its weight's shape (output features, input features)."""
+
+    layers: int
+    modules: Mapping[str, tuple[int, int]]
+
+
+def read_base_model(folder: Path) -> BaseModel:
+    """Reads config.json and the headers of the safetensors files in `folder`; blocks for some milliseconds per file.
+
+    Raises ConfigError if one is missing or broken.
+    """
+    config = _json(folder / "config.json")
+    layers = config.get("num_hidden_layers")
+    if type(layers) is not int:
+        raise ConfigError(f"model: {folder / 'config.json'} has no num_hidden_layers")
+    modules = {
+        name.removesuffix(".weight"): (entry.shape[0], entry.shape[1])
+        for path in _weight_files(folder)
+        for name, entry in _entries(path).items()
+        if MODULE.fullmatch(name.removesuffix(".weight")) and entry.dtype in SHOWN_DTYPES and len(entry.shape) == 2
+    }
+    return BaseModel(layers, modules)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = _json(index).get("weight_map")
+        if not isinstance(names, dict):
+            raise ConfigError(f"model: {index} has no weight_map")
+        return [folder / str(name) for name in sorted(set(names.values()))]
+    if not (folder / "model.safetensors").exists():
+        raise ConfigError(f"model: {folder} holds no model.safetensors")
+    return [folder / "model.safetensors"]
+
+
+def _entries(path: Path) -> dict[str, TensorEntry]:
+    try:
+        return read_entries(path)
+    except (OSError, BrokenTensorFile) as error:
+        raise ConfigError(f"model: {path} can't be used: {error}") from error
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model: {path} can't be read: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"model: {path} is not a JSON object")
+    return value

@@ -73,7 +73,7 @@ class Settings(_Strict):
     grpc_port: Annotated[int, Field(ge=0, le=65535)] | None = None  # None: no public gRPC service
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None  # None: float32 on CPU, auto on GPU
     max_model_len: Annotated[int, Field(ge=1)] | None = None  # None: the model's own
-    block_size: Literal[16, 32, 64, 128] = 16
+    block_size: Literal[16, 32, 64, 128] | None = None  # tokens per KV block; None: 32 on CPU (its smallest), 16 on GPU
     seed: int = 0
     state_dir: Path = Path("~/.preft")
     adapters: dict[str, Path] = Field(default_factory=dict)
@@ -116,8 +116,8 @@ def load_settings(config: Path | None = None, overrides: dict[str, Any] | None =
             loaded = yaml.safe_load(config.read_text())
         except OSError as error:
             raise ConfigError(f"can't read the config file {config}: {error.strerror}") from error
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{config} is not valid YAML: {error}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{config} is not valid YAML: {' '.join(str(error).split())}") from error
         if loaded is not None and not isinstance(loaded, dict):
             raise ConfigError(f"{config} must hold a mapping of settings, not {type(loaded).__name__}")
         data = loaded or {}

@@ -1,0 +1,93 @@
+"""Low-rank delta: y[t] += scale * B[s_t] (A[s_t] x[t]) for every token t with a slot s_t >= 0. In place on y.
+
+Owns the operation, its CPU implementation and its float32 reference. Doesn't know what a slot holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+BASE = -1
+"""Slot of tokens that no adapter touches."""
+
+
+def low_rank_delta_reference(
+    y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, slots: torch.Tensor, scale: float = 1.0
+) -> torch.Tensor:
+    """The definition, token by token in float32. Shapes as in `low_rank_delta_`; returns a new tensor."""
+    out = y.float().clone()
+    for token, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            out[token] += scale * (b[slot].float() @ (a[slot].float() @ x[token].float()))
+    return out.to(y.dtype)
+
+
+@torch.library.custom_op("preft::low_rank_delta_", mutates_args=("y",))
+def _low_rank_delta(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    a: Sequence[torch.Tensor],
+    b: Sequence[torch.Tensor],
+    slots: torch.Tensor,
+    offset: int,
+    scale: float,
+) -> None:
+    runs, counts = torch.unique_consecutive(slots, return_counts=True)
+    start = 0
+    tokens_of: dict[int, list[torch.Tensor]] = {}
+    for slot, count in zip(runs.tolist(), counts.tolist(), strict=True):
+        if slot >= 0:
+            tokens_of.setdefault(slot, []).append(torch.arange(start, start + count))
+        start += count
+    for slot, spans in tokens_of.items():
+        tokens = torch.cat(spans)
+        rows = x.index_select(0, tokens)
+        left = offset
+        for a_slice, b_slice in zip(a, b, strict=True):
+            a_slot, b_slot = a_slice[slot], b_slice[slot]
+            delta = torch.nn.functional.linear(torch.nn.functional.linear(rows.to(a_slot.dtype), a_slot), b_slot)
+            if scale != 1.0:
+                delta = delta * scale
+            y[:, left : left + b_slot.shape[0]].index_add_(0, tokens, delta.to(y.dtype))
+            left += b_slot.shape[0]
+
+
+@_low_rank_delta.register_fake
+def _(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    a: Sequence[torch.Tensor],
+    b: Sequence[torch.Tensor],
+    slots: torch.Tensor,
+    offset: int,
+    scale: float,
+) -> None:
+    return None
+
+
+def low_rank_delta_(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    a: Sequence[torch.Tensor],
+    b: Sequence[torch.Tensor],
+    slots: torch.Tensor,
+    *,
+    offset: int = 0,
+    scale: float = 1.0,
+) -> None:
+    """Adds each token's own low-rank delta to consecutive column slices of `y`, in place.
+
+    y: [tokens, >= offset + sum of out_i], x: [tokens, in]; for each slice i: a[i]: [slots, rank, in],
+    b[i]: [slots, out_i, rank]; slots: [tokens], integer, BASE (any negative) for tokens that stay as they are.
+    Slice i covers columns offset + sum(out_j, j < i) onwards. Ranks smaller than the stacked one must be zero-padded.
+    Raises ValueError naming the argument whose shape is wrong. (LoRA: Hu et al. 2021, arXiv 2106.09685, eq. 3.)
+    """
+    if y.dim() != 2 or x.dim() != 2 or x.shape[0] != y.shape[0]:
+        raise ValueError(f"y and x must be [tokens, features] of equal length, got {tuple(y.shape)} and {tuple(x.shape)}")
+    if slots.shape != x.shape[:1]:
+        raise ValueError(f"slots must have one entry per token ({x.shape[0]}), got {tuple(slots.shape)}")
+    if len(a) != len(b) or not a:
+        raise ValueError(f"a and b must have the same number of slices, at least one, got {len(a)} and {len(b)}")
+    torch.ops.preft.low_rank_delta_(y, x, list(a), list(b), slots, offset, scale)

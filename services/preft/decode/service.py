@@ -1,0 +1,96 @@
+"""The `DecodeWorker` service: continues one choice from KV that arrived under a handle, whole and verified, or not at all.
+
+Owns the link between a claimed handle and the engine request that uses it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import AsyncIterator
+
+import grpc.aio
+
+from preft.core.errors import EngineFailed, InvalidRequest, PreftError, TransferFailed
+from preft.engine.port import Engine, EngineRequest, KvRegion
+from preft.rpc import common_pb2, workers_pb2, workers_pb2_grpc
+from preft.rpc.convert import delta_to_proto, sampling_from_proto
+from preft.rpc.status import abort
+from preft.transfer.handles import Claim, HandleTable
+from preft.transfer.port import prompt_hash
+
+
+class DecodeService(workers_pb2_grpc.DecodeWorkerServicer):
+    """One decode worker's gRPC face."""
+
+    def __init__(self, engine: Engine, handles: HandleTable, fingerprint: str) -> None:
+        self._engine = engine
+        self._handles = handles
+        self._fingerprint = fingerprint
+        self.running = 0
+
+    async def Decode(
+        self, request: workers_pb2.DecodeRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[common_pb2.TokenDelta]:
+        self.running += 1
+        try:
+            async for delta in self._decode(request, context.time_remaining()):
+                yield delta
+        except PreftError as error:
+            await abort(context, error)
+        finally:
+            self.running -= 1
+
+    async def Release(
+        self, request: workers_pb2.ReleaseRequest, context: grpc.aio.ServicerContext
+    ) -> workers_pb2.ReleaseReply:
+        self._handles.release(request.handle)
+        return workers_pb2.ReleaseReply()
+
+    async def _decode(
+        self, request: workers_pb2.DecodeRequest, time_remaining: float | None
+    ) -> AsyncIterator[common_pb2.TokenDelta]:
+        prompt = tuple(request.prompt_token_ids)
+        if not prompt or not request.output_token_ids:
+            raise InvalidRequest("a decode request has a prompt and at least one output token", param="output_token_ids")
+        claim = await self._handles.claim(
+            request.handle,
+            fingerprint=self._fingerprint,
+            adapter_digest=request.adapter_digest,
+            prompt_hash=prompt_hash(prompt),
+            num_tokens=len(prompt),
+            timeout=time_remaining or 60.0,
+        )
+        try:
+            deltas = self._engine.generate(self._engine_request(request, prompt, claim))
+            async for delta in deltas:
+                claim.loaded()
+                yield delta_to_proto(delta)
+        except EngineFailed as error:
+            raise TransferFailed(f"the prompt's KV cache is no longer there: {error}") from error
+        finally:
+            claim.close()
+
+    def _engine_request(
+        self, request: workers_pb2.DecodeRequest, prompt: tuple[int, ...], claim: Claim
+    ) -> EngineRequest:
+        sampling = sampling_from_proto(request.sampling)
+        if sampling.seed is not None:
+            sampling = dataclasses.replace(sampling, seed=sampling.seed + request.index)
+        return EngineRequest(
+            request_id=f"{request.request_id}-{request.index}-{request.handle}",
+            prompt_token_ids=prompt,
+            sampling=sampling,
+            index=request.index,
+            output_token_ids=tuple(request.output_token_ids),
+            load=KvRegion(claim.region.offset, claim.region.size, claim.region.nonce),
+            salt=_salt(request.adapter_digest, len(prompt)),
+        )
+
+
+def _salt(adapter_digest: str, prompt_length: int) -> str:
+    """What a prefix-cache entry depends on beside its tokens.
+
+    Up to the prompt's end KV was made under the adapter, after it by the base model: only requests with the same adapter
+    and the same prompt length agree on every position. For the base model there is no such border.
+    """
+    return f"{adapter_digest}:{prompt_length}" if adapter_digest else ""

@@ -1,0 +1,20 @@
+"""What an engine process tells its worker about the KV cache, asked once through `collective_rpc`."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+from preft.transfer.connector import StagedKvConnector
+
+
+class DescribesKv:
+    """Mixed in before a vLLM worker class."""
+
+    def describe_kv(self: Any) -> dict[str, Any]:
+        """`{"layout": text, "block_bytes": int, "pid": int}`, see `StagedKvConnector.describe`."""
+        connector = get_kv_transfer_group()
+        assert isinstance(connector, StagedKvConnector)
+        return {**connector.describe(), "pid": os.getpid()}

@@ -1,0 +1,85 @@
+"""What a worker asks of an engine, in token ids. `VllmEngine` is the real one; tests have a fake peer."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from preft.core.request import AdapterRef, Sampling, TokenDelta
+
+
+@dataclass(frozen=True, slots=True)
+class KvRegion:
+    """Where one prompt's KV lies in the staging arena: `size` payload bytes at `offset`, valid while `nonce` stands there."""
+
+    offset: int
+    size: int
+    nonce: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One choice to be generated.
+
+    On prefill: `adapter` may be set, and `save` tells where the prompt's KV goes. On decode: `load` tells where the
+    prompt's KV lies, and `output_token_ids` (at least one) are the tokens made so far; generation goes on after them.
+    `salt` separates prefix-cache entries that equal tokens alone must not share. A seed in `sampling` is this choice's own.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: Sampling
+    index: int = 0
+    adapter: AdapterRef | None = None
+    save: KvRegion | None = None
+    output_token_ids: tuple[int, ...] = ()
+    load: KvRegion | None = None
+    salt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What is known once an engine runs. `kv_layout` describes the KV cache tensors exactly; equal layouts can swap blocks."""
+
+    kv_layout: str
+    block_size: int
+    block_bytes: int  # one block over all layers
+    kv_blocks: int  # usable ones
+    max_model_len: int
+    vocab_size: int
+    pids: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Kept up to date by the engine after each step."""
+
+    kv_usage: float = 0.0
+    running: int = 0
+    waiting: int = 0
+    preemptions: int = 0
+    prompt_tokens_computed: int = 0
+
+
+class Engine(Protocol):
+    """One running engine."""
+
+    info: EngineInfo
+    stats: EngineStats
+
+    def generate(self, request: EngineRequest) -> AsyncIterator[TokenDelta]:
+        """Deltas of one choice, the last one with its finish reason. Closing the iterator aborts the request.
+
+        Raises EngineFailed if the engine gave the request up (on decode: its KV couldn't be loaded), WorkerLost if the
+        engine is dead.
+        """
+
+    async def load_adapter(self, adapter: AdapterRef) -> None:
+        """Brings the adapter into the engine. Raises InvalidAdapter if the engine refuses it."""
+
+    async def wait_dead(self) -> str:
+        """Returns, with the reason, when the engine has died."""
+
+    async def close(self) -> None:
+        """Ends the engine's processes."""

@@ -1,0 +1,67 @@
+"""What our model runner adds to vLLM's V1 runner: it takes over a request in mid-generation, and installs our LoRA managers.
+
+A decode engine gets requests whose first tokens were made elsewhere. The scheduler side of the KV connector has told the
+scheduler that they are output; here the runner learns the same, before its batch metadata is refreshed, so that penalties,
+`min_tokens` and seeds continue exactly. (The V2 runner takes such requests as they are: its request state already
+distinguishes prompt from prefilled output.)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.platforms import current_platform
+from vllm.v1.core.sched.output import SchedulerOutput
+
+from preft.transfer.connector import KvMetadata
+
+
+class HandoverRunner:
+    """Mixed in before a V1 model runner class. Uses the hooks `_may_reorder_batch` and `load_lora_model`."""
+
+    def _may_reorder_batch(self: Any, scheduler_output: SchedulerOutput) -> None:
+        metadata = scheduler_output.kv_connector_metadata
+        if isinstance(metadata, KvMetadata):
+            for load in metadata.loads:
+                if load.request_id in self.requests and not self.requests[load.request_id].output_token_ids:
+                    self._take_over(load.request_id, list(load.output_token_ids))
+        super()._may_reorder_batch(scheduler_output)  # type: ignore[misc]
+
+    def _take_over(self: Any, request_id: str, tokens: list[int]) -> None:
+        state = self.requests[request_id]
+        state.output_token_ids.extend(tokens)  # the batch refers to this very list
+        batch = self.input_batch
+        row = batch.req_id_to_index[request_id]
+        start = int(batch.num_prompt_tokens[row])
+        end = start + len(tokens)
+        batch.token_ids_cpu[row, start:end] = tokens
+        batch.is_token_ids[row, start:end] = True
+        batch.num_tokens_no_spec[row] = end
+        if state.generator is not None:
+            advance_generator(state.generator, len(tokens), batch.vocab_size, self.device)
+
+    def load_lora_model(self: Any, model: torch.nn.Module, vllm_config: VllmConfig, device: torch.device) -> torch.nn.Module:
+        from vllm.model_executor.models import supports_lora
+
+        from preft.engine.lora import GroupedWorkerLoRAManager
+
+        if not current_platform.is_cpu():
+            return super().load_lora_model(model, vllm_config, device)  # type: ignore[misc, no-any-return]
+        if not supports_lora(model):
+            raise ValueError(f"{type(model).__name__} does not support LoRA")
+        self.lora_manager = GroupedWorkerLoRAManager(vllm_config, device, model.embedding_modules)
+        return self.lora_manager.create_lora_manager(model, vllm_config)  # type: ignore[no-any-return]
+
+
+def advance_generator(generator: torch.Generator, draws: int, vocab_size: int, device: torch.device) -> None:
+    """Moves a request's generator past `draws` sampled tokens, as the sampler of this platform would have.
+
+    CPU: one 31-bit integer per token (a seed for its Gumbel noise); otherwise: one exponential per vocabulary entry.
+    """
+    for _ in range(draws):
+        if current_platform.is_cpu():
+            torch.randint(0, 2**31, (1,), generator=generator, dtype=torch.long)
+        else:
+            torch.empty(vocab_size, device=device).exponential_(generator=generator)

@@ -1,0 +1,229 @@
+"""The `Engine` port over an unmodified vLLM AsyncLLM: start-up arguments, requests in, token deltas out."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+from collections.abc import AsyncIterator
+from typing import Any
+
+from vllm.config import KVTransferConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.lora.request import LoRARequest
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+from preft.core.cluster import Role
+from preft.core.errors import EngineFailed, InvalidAdapter, WorkerLost
+from preft.core.request import AdapterRef, FinishReason, Sampling, TokenDelta, TokenLogprob
+from preft.core.settings import GiB, PrefillSettings, Settings
+from preft.engine.port import EngineInfo, EngineRequest, EngineStats, KvRegion
+
+CODE_VERSION = 1
+"""Part of vLLM's compile-cache key, which otherwise ignores our worker class. Raise it when traced code changes."""
+
+
+def engine_args(settings: Settings, role: Role, arena: str) -> AsyncEngineArgs:
+    """vLLM's arguments for one engine of `role`. Adapters exist on prefill only."""
+    own = settings.prefill if role is Role.PREFILL else settings.decode
+    on_cpu = current_platform.is_cpu()
+    args: dict[str, Any] = {
+        "model": str(settings.model),
+        "skip_tokenizer_init": True,
+        "dtype": settings.dtype or ("float32" if on_cpu else "auto"),
+        "seed": settings.seed,
+        "block_size": settings.block_size or (32 if on_cpu else 16),
+        "max_num_seqs": own.max_num_seqs,
+        "max_num_batched_tokens": own.max_num_batched_tokens,
+        "enable_prefix_caching": own.enable_prefix_caching,
+        "enforce_eager": own.enforce_eager if own.enforce_eager is not None else on_cpu,
+        "gpu_memory_utilization": own.gpu_memory_utilization,
+        "kv_cache_memory_bytes": own.kv_cache_bytes or (GiB if on_cpu else None),
+        "disable_hybrid_kv_cache_manager": True,
+        "generation_config": "vllm",
+        "disable_log_stats": True,
+        "worker_cls": "preft.engine.cpu_worker.PreftCPUWorker" if on_cpu else "preft.engine.gpu_worker.PreftGPUWorker",
+        "additional_config": {"preft": CODE_VERSION, "role": role.value},
+        "kv_transfer_config": KVTransferConfig(
+            kv_connector="StagedKvConnector",
+            kv_connector_module_path="preft.transfer.connector",
+            kv_role="kv_producer" if role is Role.PREFILL else "kv_consumer",
+            kv_load_failure_policy="fail",
+            kv_connector_extra_config={"arena": arena},
+        ),
+    }
+    if settings.max_model_len is not None:
+        args["max_model_len"] = settings.max_model_len
+    if isinstance(own, PrefillSettings):
+        args |= {
+            "enable_lora": True,
+            "max_loras": own.max_loras,
+            "max_cpu_loras": own.max_cpu_loras,
+            "max_lora_rank": own.max_lora_rank,
+        }
+    return AsyncEngineArgs(**args)
+
+
+def sampling_params(request: EngineRequest, role: Role) -> SamplingParams:
+    """vLLM's sampling parameters for one choice. EOS tokens travel as stop tokens: the engine has no tokenizer."""
+    sampling = request.sampling
+    stop = sampling.stop_token_ids if sampling.ignore_eos else (*sampling.stop_token_ids, *sampling.eos_token_ids)
+    region = request.save if role is Role.PREFILL else request.load
+    return SamplingParams(
+        max_tokens=1 if role is Role.PREFILL else sampling.max_tokens,
+        min_tokens=min(sampling.min_tokens, 1) if role is Role.PREFILL else sampling.min_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        repetition_penalty=sampling.repetition_penalty,
+        seed=sampling.seed,
+        ignore_eos=True,
+        stop_token_ids=list(stop),
+        logit_bias=dict(sampling.logit_bias) or None,
+        logprobs=sampling.logprobs,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+        extra_args={"kv_transfer_params": _transfer_params(region, request)} if region is not None else None,
+    )
+
+
+def _transfer_params(region: KvRegion, request: EngineRequest) -> dict[str, Any]:
+    return {
+        "num_tokens": len(request.prompt_token_ids),
+        "offset": region.offset,
+        "size": region.size,
+        "nonce": region.nonce.hex(),
+    }
+
+
+class _Stats(StatLoggerBase):
+    """Copies what vLLM reports after each step into our `EngineStats`."""
+
+    def __init__(self, stats: EngineStats) -> None:
+        self._stats = stats
+
+    def record(self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0, **_: Any) -> None:
+        if scheduler_stats is not None:
+            self._stats.kv_usage = scheduler_stats.kv_cache_usage
+            self._stats.running = scheduler_stats.num_running_reqs
+            self._stats.waiting = scheduler_stats.num_waiting_reqs
+        if iteration_stats is not None:
+            self._stats.preemptions += iteration_stats.num_preempted_reqs
+            self._stats.prompt_tokens_computed += iteration_stats.num_prompt_tokens
+
+    def log_engine_initialized(self) -> None:
+        return
+
+
+class VllmEngine:
+    """One AsyncLLM with its engine process. Start it with `start`, end it with `close`."""
+
+    def __init__(self, llm: AsyncLLM, role: Role, info: EngineInfo, stats: EngineStats) -> None:
+        self._llm = llm
+        self._role = role
+        self.info = info
+        self.stats = stats
+        self._lora_ids: dict[str, int] = {}  # digest -> vLLM's integer id; never reused for another digest
+        self._next_lora_id = itertools.count(1)
+        self._load_lock = asyncio.Lock()
+        self._loaded: set[int] = set()
+
+    @classmethod
+    async def start(cls, settings: Settings, role: Role, arena: str) -> VllmEngine:
+        """Starts the engine process and waits until it can serve (25-45 s on CPU)."""
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        stats = EngineStats()
+        args = engine_args(settings, role, arena)
+        llm = await asyncio.to_thread(
+            AsyncLLM.from_engine_args, args, stat_loggers=[lambda *_: _Stats(stats)]
+        )
+        config = llm.vllm_config
+        described = (await llm.collective_rpc("describe_kv"))[0]
+        info = EngineInfo(
+            kv_layout=described["layout"],
+            block_size=config.cache_config.block_size,
+            block_bytes=described["block_bytes"],
+            kv_blocks=config.cache_config.num_gpu_blocks - 1,  # vLLM keeps one as the null block
+            max_model_len=config.model_config.max_model_len,
+            vocab_size=config.model_config.get_vocab_size(),
+            pids=(described["pid"],),
+        )
+        return cls(llm, role, info, stats)
+
+    async def load_adapter(self, adapter: AdapterRef) -> None:
+        request = self._lora_request(adapter)
+        async with self._load_lock:
+            if request.lora_int_id in self._loaded:
+                return
+            try:
+                await self._llm.add_lora(request)
+            except EngineDeadError as error:
+                raise WorkerLost(f"the engine died: {error}") from error
+            except Exception as error:
+                raise InvalidAdapter(f"adapter {adapter.name!r} was refused by the engine: {error}") from error
+            self._loaded.add(request.lora_int_id)
+
+    def _lora_request(self, adapter: AdapterRef) -> LoRARequest:
+        if adapter.digest not in self._lora_ids:
+            self._lora_ids[adapter.digest] = next(self._next_lora_id)
+        return LoRARequest(
+            lora_name=adapter.digest, lora_int_id=self._lora_ids[adapter.digest], lora_path=adapter.path
+        )
+
+    async def generate(self, request: EngineRequest) -> AsyncIterator[TokenDelta]:
+        prompt: dict[str, Any] = {"prompt_token_ids": [*request.prompt_token_ids, *request.output_token_ids]}
+        if request.salt:
+            prompt["cache_salt"] = request.salt
+        lora = self._lora_request(request.adapter) if request.adapter is not None else None
+        outputs = self._llm.generate(prompt, sampling_params(request, self._role), request.request_id, lora_request=lora)
+        try:
+            async for output in outputs:
+                choice = output.outputs[0]
+                if choice.finish_reason in ("error", "abort"):
+                    raise EngineFailed("the engine gave the request up")
+                yield _delta(request, choice)
+        except EngineDeadError as error:
+            raise WorkerLost(f"the engine died: {error}") from error
+
+    async def wait_dead(self) -> str:
+        while not self._llm.errored:
+            await asyncio.sleep(0.2)
+        return str(self._llm.dead_error)
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self._llm.shutdown)
+
+
+def _delta(request: EngineRequest, choice: Any) -> TokenDelta:
+    sampling: Sampling = request.sampling
+    stopped_by = choice.stop_reason if isinstance(choice.stop_reason, int) else None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    if sampling.logprobs is not None and choice.logprobs:
+        logprobs = tuple(
+            _token_logprob(token, entry, sampling.logprobs)
+            for token, entry in zip(choice.token_ids, choice.logprobs, strict=True)
+        )
+    return TokenDelta(
+        index=request.index,
+        token_ids=tuple(choice.token_ids),
+        logprobs=logprobs,
+        finish_reason=FinishReason(choice.finish_reason) if choice.finish_reason else None,
+        stop_token_id=stopped_by if stopped_by in sampling.stop_token_ids else None,
+    )
+
+
+def _token_logprob(token: int, entry: Any, count: int) -> TokenLogprob:
+    ranked = sorted(((value.rank, key, value.logprob) for key, value in entry.items()), key=lambda item: item[0])
+    return TokenLogprob(
+        token_id=token,
+        logprob=entry[token].logprob,
+        rank=entry[token].rank,
+        top=tuple((key, logprob) for rank, key, logprob in ranked if rank <= count)[:count],
+    )

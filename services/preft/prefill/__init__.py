@@ -1,0 +1,1 @@
+"""Prefill workers: the adapter is applied here, to the prompt, and nowhere after."""

@@ -1,0 +1,181 @@
+"""The `PrefillWorker` service: adapted prompt pass, first tokens, then the prompt's KV pushed to the decode worker.
+
+Owns the order of these steps and the staging region in between; the engine, the arena and the transport are given.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc.aio
+
+from preft.adapters.digest import adapter_digest
+from preft.core.errors import EngineFailed, InvalidAdapter, PreftError, TransferFailed
+from preft.core.request import AdapterRef, FinishReason, Sampling, TokenDelta
+from preft.engine.port import Engine, EngineRequest, KvRegion
+from preft.rpc import common_pb2, workers_pb2, workers_pb2_grpc
+from preft.rpc.convert import adapter_from_proto, delta_to_proto, sampling_from_proto
+from preft.rpc.status import abort
+from preft.transfer.port import KvHeader, KvSender, prompt_hash
+from preft.transfer.seal import SEAL, clear_seal, read_seal
+from preft.transfer.staging import Region, StagingArena
+
+GREEDY = Sampling(max_tokens=1, temperature=0.0)
+"""How a resumed request's prompt pass is sampled: the token is thrown away."""
+
+
+class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
+    """One prefill worker's gRPC face."""
+
+    def __init__(self, engine: Engine, arena: StagingArena, sender: KvSender, fingerprint: str) -> None:
+        self._engine = engine
+        self._arena = arena
+        self._sender = sender
+        self._fingerprint = fingerprint
+        self._adapters: dict[str, AdapterRef] = {}  # verified and in the engine, least recently used first
+        self._verifying: dict[str, asyncio.Lock] = {}
+        self.running = 0
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Digests that this worker has served, most recently used last."""
+        return tuple(self._adapters)
+
+    async def Prefill(
+        self, request: workers_pb2.PrefillRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[workers_pb2.PrefillEvent]:
+        self.running += 1
+        try:
+            async for event in self._prefill(request, context.time_remaining()):
+                yield event
+        except PreftError as error:
+            await abort(context, error)
+        finally:
+            self.running -= 1
+
+    async def LoadAdapter(
+        self, request: common_pb2.AdapterRef, context: grpc.aio.ServicerContext
+    ) -> workers_pb2.LoadAdapterReply:
+        try:
+            await self._ensure_adapter(adapter_from_proto(request))
+        except PreftError as error:
+            await abort(context, error)
+        return workers_pb2.LoadAdapterReply()
+
+    async def _prefill(
+        self, request: workers_pb2.PrefillRequest, time_remaining: float | None
+    ) -> AsyncIterator[workers_pb2.PrefillEvent]:
+        adapter = adapter_from_proto(request.adapter) if request.HasField("adapter") else None
+        if adapter is not None:
+            await self._ensure_adapter(adapter)
+        prompt = tuple(request.prompt_token_ids)
+        if not request.HasField("target"):
+            choices = await self._first_tokens(request, prompt, adapter, None)
+            yield _first_tokens_event(choices)
+            return
+        region = await self._arena.reserve(self._kv_bytes(len(prompt)), timeout=time_remaining or 60.0)
+        try:
+            clear_seal(self._arena.view(region))
+            choices = await self._first_tokens(request, prompt, adapter, KvRegion(region.offset, region.size, region.nonce))
+            yield _first_tokens_event(choices)
+            uses = request.n if request.resume else sum(choice.finish_reason is None for choice in choices)
+            if uses:
+                yield await self._push(request, prompt, adapter, region, uses, time_remaining)
+        finally:
+            self._arena.release(region)
+
+    def _kv_bytes(self, num_tokens: int) -> int:
+        blocks = -(-num_tokens // self._engine.info.block_size)
+        return blocks * self._engine.info.block_bytes + SEAL.size
+
+    async def _first_tokens(
+        self,
+        request: workers_pb2.PrefillRequest,
+        prompt: tuple[int, ...],
+        adapter: AdapterRef | None,
+        save: KvRegion | None,
+    ) -> list[TokenDelta]:
+        """The first token of each choice. The first pass computes (and saves) the KV, further ones reuse its cache."""
+        sampling = GREEDY if request.resume else sampling_from_proto(request.sampling)
+        attempt = request.target.handle or "last"
+
+        def choice(index: int) -> EngineRequest:
+            seed = None if sampling.seed is None else sampling.seed + index
+            return EngineRequest(
+                request_id=f"{request.request_id}-{index}-{attempt}",
+                prompt_token_ids=prompt,
+                sampling=dataclasses.replace(sampling, seed=seed),
+                index=index,
+                adapter=adapter,
+                save=save if index == 0 else None,
+            )
+
+        first = await self._one_token(choice(0))
+        if request.resume:
+            return [first]
+        async with asyncio.TaskGroup() as group:
+            others = [group.create_task(self._one_token(choice(index))) for index in range(1, request.n)]
+        deltas = [first, *(task.result() for task in others)]
+        if sampling.max_tokens > 1:  # the engine was asked for one token only: its "length" isn't the request's
+            deltas = [
+                dataclasses.replace(delta, finish_reason=None) if delta.finish_reason is FinishReason.LENGTH else delta
+                for delta in deltas
+            ]
+        return deltas
+
+    async def _one_token(self, request: EngineRequest) -> TokenDelta:
+        async for delta in self._engine.generate(request):
+            if delta.token_ids and delta.finish_reason is not None:
+                return delta
+        raise EngineFailed("the engine ended the prompt pass without a token")
+
+    async def _push(
+        self,
+        request: workers_pb2.PrefillRequest,
+        prompt: tuple[int, ...],
+        adapter: AdapterRef | None,
+        region: Region,
+        uses: int,
+        time_remaining: float | None,
+    ) -> workers_pb2.PrefillEvent:
+        payload = self._arena.view(region)
+        if read_seal(payload) != len(prompt):
+            raise TransferFailed("the engine didn't write the prompt's KV cache")
+        header = KvHeader(
+            handle=request.target.handle,
+            fingerprint=self._fingerprint,
+            adapter_digest=adapter.digest if adapter is not None else "",
+            num_tokens=len(prompt),
+            num_bytes=region.size,
+            uses=uses,
+            prompt_hash=prompt_hash(prompt),
+        )
+        started = time.perf_counter()
+        await self._sender.push(request.target.address, header, payload, timeout=time_remaining or 60.0)
+        pushed = workers_pb2.KvPushed(bytes=region.size, seconds=time.perf_counter() - started)
+        return workers_pb2.PrefillEvent(kv_pushed=pushed)
+
+    async def _ensure_adapter(self, adapter: AdapterRef) -> None:
+        """Brings the adapter into the engine, once its folder was seen to hold exactly the named content."""
+        if adapter.digest in self._adapters:
+            self._adapters[adapter.digest] = self._adapters.pop(adapter.digest)
+            return
+        async with self._verifying.setdefault(adapter.digest, asyncio.Lock()):
+            if adapter.digest in self._adapters:
+                return
+            actual = await asyncio.to_thread(adapter_digest, Path(adapter.path))
+            if actual != adapter.digest:
+                raise InvalidAdapter(f"the stored copy of adapter {adapter.name!r} is not the content it is named for")
+            await self._engine.load_adapter(adapter)
+            self._adapters[adapter.digest] = adapter
+        self._verifying.pop(adapter.digest, None)
+
+
+def _first_tokens_event(choices: list[TokenDelta]) -> workers_pb2.PrefillEvent:
+    return workers_pb2.PrefillEvent(
+        first_tokens=workers_pb2.FirstTokens(choices=[delta_to_proto(choice) for choice in choices])
+    )

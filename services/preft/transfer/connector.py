@@ -1,0 +1,278 @@
+"""The KV connector that both engines load: writes a prompt's KV blocks into the staging arena, or reads them from it.
+
+Runs inside the engine process, scheduler side and worker side. Moves whole blocks as they lie in memory, because inside a
+block the layout is the attention backend's own. Knows regions of the arena, nothing of handles, networks or adapters.
+
+A region's payload is, for every layer in order, the request's blocks in order, followed by a seal (`SEAL`) that is written
+last. Loading is all or nothing: a region that is stale, unsealed or of another size fails the request in the scheduler
+(`kv_load_failure_policy="fail"`); no prompt token is ever computed by a decode engine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+)
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.request import Request
+
+from preft.transfer.seal import SEAL, read_seal, write_seal
+from preft.transfer.staging import StagingView, StaleRegion
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
+    """Blocks of one finished prompt and the region they go to."""
+
+    request_id: str
+    block_ids: tuple[int, ...]
+    num_tokens: int
+    offset: int
+    size: int
+    nonce: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """One request's prompt KV to be loaded in this step; `skip` leading blocks are in the prefix cache already.
+
+    `region_blocks` is how many blocks the region holds; `block_ids` are the request's blocks for exactly those.
+    """
+
+    request_id: str
+    block_ids: tuple[int, ...]
+    skip: int
+    num_tokens: int
+    output_token_ids: tuple[int, ...]
+    offset: int
+    size: int
+    nonce: bytes
+
+
+@dataclass
+class KvMetadata(KVConnectorMetadata):
+    """What the scheduler side tells the worker side for one step."""
+
+    saves: list[Save] = field(default_factory=list)
+    loads: list[Load] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Handover:
+    """What a request carried in `kv_transfer_params`."""
+
+    num_tokens: int
+    offset: int
+    size: int
+    nonce: bytes
+
+    @classmethod
+    def parse(cls, params: Mapping[str, Any]) -> _Handover:
+        return cls(params["num_tokens"], params["offset"], params["size"], bytes.fromhex(params["nonce"]))
+
+
+class StagedKvConnector(KVConnectorBase_V1):
+    """Set `kv_role` to "kv_producer" on prefill and "kv_consumer" on decode, and `arena` in the extra config."""
+
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        self._decode = bool(self._kv_transfer_config.is_kv_consumer)
+        self._block_size = vllm_config.cache_config.block_size
+        self._num_blocks = kv_cache_config.num_blocks
+        self._requests: dict[str, Request] = {}
+        self._step_loads: list[Load] = []
+        self._promised: dict[str, int] = {}
+        self._caches: dict[str, torch.Tensor] = {}
+        self._failed_blocks: set[int] = set()
+        arena = self._kv_transfer_config.kv_connector_extra_config["arena"]
+        self._arena = StagingView(arena) if role is KVConnectorRole.WORKER else None
+
+    # Scheduler side
+
+    def on_new_request(self, request: Request) -> None:
+        """On decode, turns the tokens after the prompt into output, as if this engine had made them."""
+        if request.kv_transfer_params is None:
+            if self._decode:
+                raise RuntimeError(f"{request.request_id}: a decode engine takes no request without KV")
+            return
+        self._requests[request.request_id] = request
+        if self._decode:
+            prompt = _Handover.parse(request.kv_transfer_params).num_tokens
+            assert request.prompt_token_ids is not None
+            request._output_token_ids.extend(request.prompt_token_ids[prompt:])
+            request.prompt_token_ids = request.prompt_token_ids[:prompt]
+            request.num_prompt_tokens = prompt
+
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
+        if not self._decode:
+            return 0, False
+        promised = max(0, request.num_prompt_tokens - num_computed_tokens)
+        self._promised[request.request_id] = promised
+        return promised, False
+
+    def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        if not self._decode:
+            return
+        if num_external_tokens != self._promised.pop(request.request_id):
+            raise RuntimeError(f"{request.request_id}: the scheduler would compute prompt tokens on a decode engine")
+        assert request.kv_transfer_params is not None
+        prompt = request.num_prompt_tokens
+        handover = _Handover.parse(request.kv_transfer_params)
+        prompt_blocks = _blocks_of(prompt, self._block_size)
+        block_ids = blocks.get_block_ids()[0]
+        self._step_loads.append(
+            Load(
+                request_id=request.request_id,
+                block_ids=tuple(block_ids[:prompt_blocks]),
+                skip=(prompt - num_external_tokens) // self._block_size if num_external_tokens else prompt_blocks,
+                num_tokens=prompt,
+                output_token_ids=tuple(request._output_token_ids),
+                offset=handover.offset,
+                size=handover.size,
+                nonce=handover.nonce,
+            )
+        )
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KvMetadata:
+        if self._decode:
+            loads, self._step_loads = self._step_loads, []
+            return KvMetadata(loads=loads)
+        saves = []
+        for request_id, scheduled in scheduler_output.num_scheduled_tokens.items():
+            request = self._requests.get(request_id)
+            if request is None or request.num_computed_tokens + scheduled < request.num_prompt_tokens:
+                continue
+            assert self._kv_cache_manager is not None
+            assert request.kv_transfer_params is not None
+            handover = _Handover.parse(request.kv_transfer_params)
+            block_ids = self._kv_cache_manager.get_block_ids(request_id)[0]
+            prompt_blocks = _blocks_of(request.num_prompt_tokens, self._block_size)
+            saves.append(
+                Save(
+                    request_id,
+                    tuple(block_ids[:prompt_blocks]),
+                    handover.num_tokens,
+                    handover.offset,
+                    handover.size,
+                    handover.nonce,
+                )
+            )
+        return KvMetadata(saves=saves)
+
+    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        self._requests.pop(request.request_id, None)
+        self._promised.pop(request.request_id, None)
+        return False, None
+
+    # Worker side
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        self._caches = kv_caches
+        for name, cache in kv_caches.items():
+            if self._num_blocks not in cache.shape[:2]:
+                raise RuntimeError(
+                    f"{name}: KV cache of shape {tuple(cache.shape)} has no block dimension {self._num_blocks}"
+                )
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        metadata = self._get_connector_metadata()
+        assert isinstance(metadata, KvMetadata)
+        for load in metadata.loads:
+            try:
+                self._load(load)
+            except StaleRegion:
+                self._failed_blocks.update(load.block_ids[load.skip :])
+
+    def _load(self, load: Load) -> None:
+        count = len(load.block_ids)
+        if load.skip == count:
+            return
+        assert self._arena is not None
+        with self._arena.hold(load.offset, load.size, load.nonce) as payload:
+            if load.size != count * self._block_bytes() + SEAL.size or read_seal(payload) != load.num_tokens:
+                raise StaleRegion(f"{load.request_id}: the region doesn't hold the KV of {load.num_tokens} tokens")
+            index = torch.tensor(load.block_ids[load.skip :])
+            for cache, dim, staged in self._staged(payload, count):
+                source = staged.narrow(dim, load.skip, count - load.skip)
+                cache.index_copy_(dim, index.to(cache.device), source.to(cache.device))
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        return
+
+    def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
+        return
+
+    def wait_for_save(self) -> None:
+        metadata = self._get_connector_metadata()
+        assert isinstance(metadata, KvMetadata)
+        for save in metadata.saves:
+            try:
+                self._save(save)
+            except StaleRegion:
+                continue  # given up meanwhile; without the seal nobody takes it for complete
+
+    def _save(self, save: Save) -> None:
+        assert self._arena is not None
+        count = len(save.block_ids)
+        with self._arena.hold(save.offset, save.size, save.nonce) as payload:
+            if save.size != count * self._block_bytes() + SEAL.size:
+                raise StaleRegion(f"{save.request_id}: {save.size} bytes aren't the size of {count} blocks")
+            index = torch.tensor(save.block_ids)
+            for cache, dim, staged in self._staged(payload, count):
+                if cache.device.type == "cpu":
+                    torch.index_select(cache, dim, index, out=staged)
+                else:
+                    staged.copy_(cache.index_select(dim, index.to(cache.device)))
+            write_seal(payload, save.num_tokens)
+
+    def _staged(self, payload: memoryview, count: int) -> Iterator[tuple[torch.Tensor, int, torch.Tensor]]:
+        """Each layer's cache, its block dimension, and its `count` blocks as they lie in `payload`."""
+        position = 0
+        for cache, dim, shape in self._layers(count):
+            nbytes = shape.numel() * cache.element_size()
+            raw = torch.frombuffer(payload, dtype=torch.uint8, count=nbytes, offset=position)
+            yield cache, dim, raw.view(cache.dtype).view(shape)
+            position += nbytes
+
+    def _layers(self, count: int) -> list[tuple[torch.Tensor, int, torch.Size]]:
+        """Each layer's cache, its block dimension and the shape of `count` of its blocks."""
+        layers = []
+        for _, cache in sorted(self._caches.items()):
+            dim = 0 if cache.shape[0] == self._num_blocks else 1
+            layers.append((cache, dim, torch.Size((*cache.shape[:dim], count, *cache.shape[dim + 1 :]))))
+        return layers
+
+    def _block_bytes(self) -> int:
+        """One block over all layers."""
+        return sum(shape.numel() * cache.element_size() for cache, _, shape in self._layers(1))
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        failed, self._failed_blocks = self._failed_blocks, set()
+        return failed
+
+    def describe(self) -> dict[str, Any]:
+        """`layout`: text that two engines must share to exchange blocks; `block_bytes`: one block over all layers."""
+        layers = [
+            (name, list(shape), str(cache.dtype))
+            for name, (cache, _, shape) in zip(sorted(self._caches), self._layers(1), strict=True)
+        ]
+        attention = self._vllm_config.compilation_config.static_forward_context.values()
+        backends = sorted({layer.get_attn_backend().get_name() for layer in attention if hasattr(layer, "get_attn_backend")})
+        text = json.dumps({"layers": layers, "backends": backends, "block_size": self._block_size})
+        return {"layout": hashlib.sha256(text.encode()).hexdigest(), "block_bytes": self._block_bytes()}
+
+
+def _blocks_of(tokens: int, block_size: int) -> int:
+    return -(-tokens // block_size)

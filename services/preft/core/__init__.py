@@ -1,1 +1,1 @@
-"""The shared vocabulary: requests, adapters, workers, settings and errors. Imports only the standard library and pydantic."""
+"""The shared vocabulary: requests, adapters, workers, settings and errors. Standard library and pydantic only."""

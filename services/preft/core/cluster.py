@@ -1,4 +1,4 @@
-"""What the cluster is made of, as the router sees it: workers with their capacity and load, adapters, one snapshot of both."""
+"""What the cluster is made of, as the router sees it: workers with capacity and load, adapters, a snapshot of both."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Role(StrEnum):
 
 
 class WorkerState(StrEnum):
-    """STARTING: engine loads. READY: takes requests. DRAINING: finishes what it has. DEAD: missed its heartbeats or said so."""
+    """STARTING: engine loads. READY: takes requests. DRAINING: finishes what it has. DEAD: missed heartbeats, or said so."""
 
     STARTING = "starting"
     READY = "ready"
@@ -27,7 +27,7 @@ class WorkerState(StrEnum):
 class WorkerLoad:
     """A worker's own view of its use at one heartbeat. Bytes in bytes, blocks in KV blocks.
 
-    `kv_blocks_total` excludes the engine's reserved null block, so an idle worker has `kv_blocks_free == kv_blocks_total`.
+    `kv_blocks_total` excludes the engine's reserved null block: an idle worker has `kv_blocks_free == kv_blocks_total`.
     """
 
     running: int = 0

@@ -51,7 +51,8 @@ class AdapterCatalog(Protocol):
     async def add(self, name: str, source: str, *, replace: bool = False) -> Adapter:
         """Checks the folder `source`, keeps a verified copy and points `name` to it. Idempotent for equal content.
 
-        Raises InvalidAdapter (broken, doesn't fit, name is the base model's) or AdapterExists (other content, no `replace`).
+        Raises InvalidAdapter (broken, doesn't fit, name is the base model's) or AdapterExists (other content and not
+        `replace`).
         """
 
     async def remove(self, name: str) -> Adapter:
@@ -71,7 +72,10 @@ class StateStore(Protocol):
         """All registered workers, by id, dead ones included until removed."""
 
     async def put_adapter(self, adapter: Adapter, *, expect_digest: str | None = None) -> bool:
-        """Points `adapter.name` to this version. With `expect_digest`, only if the name holds that digest now ("" = absent)."""
+        """Points `adapter.name` to this version; False if it didn't.
+
+        With `expect_digest`, only if the name holds that digest now ("" = absent).
+        """
 
     async def delete_adapter(self, name: str) -> bool:
         """Removes a name; False if it wasn't there."""

@@ -1,0 +1,93 @@
+"""Settings come from YAML and flags, are complete before anything starts, and a mistake names its key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from preft.core.errors import ConfigError
+from preft.core.settings import Settings, load_settings
+
+
+def test_the_model_alone_is_enough() -> None:
+    settings = load_settings(overrides={"model": "/models/llama"})
+    assert settings.model == Path("/models/llama")
+    assert settings.model_name == "llama"
+    assert (settings.prefill.replicas, settings.decode.replicas) == (1, 1)
+
+
+def test_overrides_go_on_top_key_by_key(tmp_path: Path) -> None:
+    config = tmp_path / "cluster.yaml"
+    config.write_text("model: /m\nport: 1\ndecode: {replicas: 2, max_num_seqs: 3}\n")
+    settings = load_settings(config, {"port": 9, "decode": {"replicas": 5}})
+    assert (settings.port, settings.decode.replicas, settings.decode.max_num_seqs) == (9, 5, 3)
+
+
+def test_an_empty_file_sets_nothing(tmp_path: Path) -> None:
+    config = tmp_path / "cluster.yaml"
+    config.write_text("# nothing yet\n")
+    assert load_settings(config, {"model": "/m"}) == load_settings(overrides={"model": "/m"})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        ({}, "model"),
+        ({"model": "/m", "modle": "/m"}, "modle"),
+        ({"model": "/m", "prefill": {"replicsa": 2}}, "prefill.replicsa"),
+        ({"model": "/m", "decode": {"max_loras": 2}}, "decode.max_loras"),
+        ({"model": "/m", "decode": 3}, "decode"),
+        ({"model": "/m", "port": "high"}, "port"),
+        ({"model": "/m", "port": 65536}, "port"),
+        ({"model": "/m", "decode": {"replicas": 0}}, "decode.replicas"),
+        ({"model": "/m", "decode": {"staging_bytes": 10}}, "decode.staging_bytes"),
+        ({"model": "/m", "router": {"request_timeout": 0}}, "router.request_timeout"),
+        ({"model": "/m", "dtype": "int8"}, "dtype"),
+        ({"model": "/m", "block_size": 17}, "block_size"),
+        ({"model": "/m", "prefill": {"max_lora_rank": 12}}, "prefill.max_lora_rank"),
+        ({"model": "/m", "prefill": {"max_loras": 9, "max_cpu_loras": 8}}, "max_cpu_loras"),
+        ({"model": "/m", "adapters": {"m": "/a"}}, "adapters"),
+        ({"model": "/m", "adapters": {"alice": 3}}, "adapters.alice"),
+    ],
+)
+def test_a_mistake_names_its_key(overrides: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_settings(overrides=overrides)
+    assert key in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content", [b"model: [", b"- model", b"just words", b"3: 4\nmodel: /m", b"\xff\xfe\x00", b"model: !!python/none x"]
+)
+def test_a_broken_file_is_a_config_error(tmp_path: Path, content: bytes) -> None:
+    config = tmp_path / "cluster.yaml"
+    config.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        load_settings(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="none\\.yaml"):
+        load_settings(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match=tmp_path.name):
+        load_settings(tmp_path)
+
+
+def test_paths_are_absolute_and_home_is_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    settings = load_settings(overrides={"model": "m", "adapters": {"alice": "~/a"}})
+    assert settings.model == tmp_path / "m"
+    assert settings.adapters["alice"] == tmp_path / "a"
+    assert settings.state_dir == tmp_path / ".preft"
+
+
+def test_settings_do_not_change() -> None:
+    settings = Settings(model=Path("/m"))
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.port = 1  # type: ignore[misc]

@@ -15,7 +15,7 @@ class Role(StrEnum):
 
 
 class WorkerState(StrEnum):
-    """STARTING: engine loads. READY: takes requests. DRAINING: finishes what it has. DEAD: missed heartbeats, or said so."""
+    """STARTING: engine loads. READY: takes requests. DRAINING: finishes what it has. DEAD: silent too long, or gone."""
 
     STARTING = "starting"
     READY = "ready"

@@ -48,7 +48,7 @@ class LoraConfig:
         return max(self.rank, *self.rank_pattern.values(), 0)
 
     def rank_of(self, module: str) -> int:
-        """The rank of `module` (a full name). As in PEFT, a pattern matches from a dot to the end; the first one wins."""
+        """The rank of `module`, a full name. As in PEFT a pattern matches from a dot to the end; the first one wins."""
         for pattern, rank in self.rank_pattern.items():
             if re.fullmatch(rf"(.*\.)?({pattern})", module):
                 return rank

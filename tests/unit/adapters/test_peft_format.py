@@ -1,0 +1,333 @@
+"""Every way a LoRA folder can be wrong is refused with one sentence that names the file and the field or tensor."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from preft.adapters.base_model import BaseModel, read_base_model
+from preft.adapters.peft_format import LoraSummary, check_files, check_lora
+from preft.core.errors import InvalidAdapter
+from support.lora_folders import HIDDEN, KV, PREFIX, lora_config, lora_tensors, write_base, write_lora
+
+Q0 = f"{PREFIX}.0.self_attn.q_proj"
+MAX_RANK = 8
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
+    return read_base_model(write_base(tmp_path_factory.mktemp("base")))
+
+
+def check(folder: Path, base: BaseModel) -> LoraSummary:
+    check_files(folder)
+    return check_lora(folder, base, MAX_RANK)
+
+
+def with_tensors(**changes: Any) -> dict[str, Any]:
+    """The valid tensors with A and B of layer 0's q_proj replaced (None: left out)."""
+    tensors: dict[str, Any] = lora_tensors()
+    for side, value in changes.items():
+        tensors[f"{Q0}.lora_{side}.weight"] = value
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def ones(*shape: int) -> Any:
+    return np.ones(shape, np.float32)
+
+
+def poisoned(value: float, dtype: Any = np.float32) -> Any:
+    array = np.ones((4, HIDDEN), dtype)
+    array[3, HIDDEN - 1] = value
+    return array
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_a_good_folder_passes(tmp_path: Path, base: BaseModel, dtype: Any) -> None:
+    folder = write_lora(tmp_path / "a", tensors=lora_tensors(dtype=dtype))
+    assert check(folder, base) == LoraSummary(rank=4, modules=4)
+
+
+def test_names_without_peft_prefix_pass(tmp_path: Path, base: BaseModel) -> None:
+    tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in lora_tensors().items()}
+    assert check(write_lora(tmp_path / "a", tensors=tensors), base).modules == 4
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": False},
+        {"use_rslora": True},
+        {"target_modules": "all-linear"},
+        {"lora_alpha": 0.5},
+        {"rank_pattern": None, "alpha_pattern": None},
+        {"rank_pattern": {"v_proj": 8}},
+        {"alpha_pattern": {"q_proj": 3}},
+        {"layers_to_transform": [0, 1]},
+    ],
+    ids=str,
+)
+def test_harmless_settings_pass(tmp_path: Path, base: BaseModel, changes: dict[str, Any]) -> None:
+    check(write_lora(tmp_path / "a", lora_config(**changes)), base)
+
+
+@pytest.mark.parametrize("pattern", ["q_proj", "layers.0.self_attn.q_proj", r"layers\.[01]\.self_attn\.q_proj"])
+def test_a_rank_pattern_is_understood(tmp_path: Path, base: BaseModel, pattern: str) -> None:
+    tensors = with_tensors(A=ones(8, HIDDEN), B=ones(HIDDEN, 8))
+    if "0" not in pattern or "1" in pattern:
+        other = Q0.replace(".0.", ".1.")
+        tensors |= {f"{other}.lora_A.weight": ones(8, HIDDEN), f"{other}.lora_B.weight": ones(HIDDEN, 8)}
+    folder = write_lora(tmp_path / "a", lora_config(rank_pattern={pattern: 8}), tensors)
+    assert check(folder, base).rank == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_type": "REFT"}, "REFT.*not supported yet"),
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
+        ({"peft_type": None}, "peft_type is None"),
+        ({"r": 0}, "r is 0"),
+        ({"r": -4}, "r is -4"),
+        ({"r": True}, "r is True"),
+        ({"r": "4"}, "r is '4'"),
+        ({"r": None}, "r is None"),
+        ({"r": 9}, "r is 9, more than the largest served rank 8"),
+        ({"rank_pattern": {"q_proj": 9}}, r"rank_pattern\['q_proj'\] is 9, more"),
+        ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\['q_proj'\] is 0"),
+        ({"rank_pattern": {"(": 4}}, "not a valid pattern"),
+        ({"rank_pattern": [4]}, "rank_pattern is not an object"),
+        ({"alpha_pattern": {"q_proj": "x"}}, r"alpha_pattern\['q_proj'\]"),
+        ({"lora_alpha": None}, "lora_alpha is None"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
+        ({"lora_alpha": 10**400}, "lora_alpha is 1000"),
+        ({"target_modules": None}, "target_modules is missing"),
+        ({"target_modules": []}, "target_modules is missing"),
+        ({"bias": "all"}, "bias is 'all'"),
+        ({"use_dora": True}, "use_dora.*DoRA"),
+        ({"use_qalora": True}, "use_qalora"),
+        ({"use_bdlora": {"nblocks": 2}}, "use_bdlora"),
+        ({"use_something_new": True}, "use_something_new is set"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"layer_replication": [[0, 1]]}, "layer_replication"),
+        ({"alora_invocation_tokens": [3]}, "alora_invocation_tokens"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"target_parameters": ["experts.w"]}, "target_parameters"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"init_lora_weights": "pissa_niter_16"}, "pissa_niter_16"),
+        ({"init_lora_weights": "olora"}, "olora"),
+        ({"init_lora_weights": "corda"}, "corda"),
+        ({"init_lora_weights": "loftq"}, "loftq"),
+    ],
+    ids=str,
+)
+def test_a_bad_config_is_refused(tmp_path: Path, base: BaseModel, changes: dict[str, Any], message: str) -> None:
+    folder = write_lora(tmp_path / "a", lora_config(**changes))
+    with pytest.raises(InvalidAdapter, match=message) as caught:
+        check(folder, base)
+    assert "adapter_config.json" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({}, "holds no tensors"),
+        (with_tensors(B=None), "q_proj has a lora_A but no lora_B"),
+        (with_tensors(A=None), "q_proj has a lora_B but no lora_A"),
+        (with_tensors(A=ones(4, HIDDEN + 1)), "17 inputs and 16 outputs, but the base model has 16 and 16"),
+        (with_tensors(B=ones(KV, 4)), "16 inputs and 8 outputs, but the base model has 16 and 16"),
+        (with_tensors(A=ones(3, HIDDEN)), "rank 3 in lora_A but 4 in lora_B"),
+        (with_tensors(A=ones(3, HIDDEN), B=ones(HIDDEN, 3)), "has rank 3, but adapter_config.json says 4"),
+        (with_tensors(A=ones(9, HIDDEN), B=ones(HIDDEN, 9)), "has rank 9, served are ranks 1 to 8"),
+        (with_tensors(A=ones(0, HIDDEN), B=ones(HIDDEN, 0)), "has rank 0"),
+        (with_tensors(A=ones(HIDDEN)), "has 1 dimensions, not 2"),
+        (with_tensors(A=poisoned(np.nan)), "q_proj.lora_A.weight holds an infinite value or NaN"),
+        (with_tensors(A=poisoned(-np.inf)), "q_proj.lora_A.weight holds an infinite"),
+        (with_tensors(A=poisoned(np.inf, np.float16)), "q_proj.lora_A.weight holds an infinite"),
+        (with_tensors(A=np.ones((4, HIDDEN), np.float64)), "is F64, only F32, F16, BF16"),
+        (with_tensors(A=np.ones((4, HIDDEN), np.int8)), "is I8"),
+        ({f"{PREFIX}.2.self_attn.q_proj.lora_A.weight": ones(4, HIDDEN)}, "layer 2, but .* layers are 0 to 1"),
+        ({"base_model.model.lm_head.lora_A.weight": ones(4, HIDDEN)}, "adapts lm_head, but only q_proj"),
+        ({f"{PREFIX}.0.self_attn.qkv_proj.lora_A.weight": ones(4, HIDDEN)}, "adapts .*qkv_proj, but only"),
+        ({f"{PREFIX}.0.mlp.q_proj.lora_A.weight": ones(4, HIDDEN)}, "mlp.q_proj, which the base model doesn't have"),
+        ({f"{PREFIX}.0.self_attn.q_proj.weight": ones(HIDDEN, HIDDEN)}, "is not a lora_A or lora_B weight"),
+        ({f"{Q0}.lora_magnitude_vector": ones(HIDDEN)}, "is not a lora_A or lora_B weight"),
+        ({"base_model.model.model.embed_tokens.lora_embedding_A": ones(4, 32)}, "is not a lora_A or lora_B"),
+        (
+            {**lora_tensors(), f"{Q0.removeprefix('base_model.model.')}.lora_A.weight": ones(4, HIDDEN)},
+            "is there twice",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_tensors_are_refused(tmp_path: Path, base: BaseModel, tensors: dict[str, Any], message: str) -> None:
+    folder = write_lora(tmp_path / "a", tensors=tensors)
+    with pytest.raises(InvalidAdapter, match=message) as caught:
+        check(folder, base)
+    assert "adapter_model.safetensors" in str(caught.value)
+
+
+@pytest.mark.parametrize(("bits", "finite"), [(0x3F80, True), (0x7F7F, True), (0x7F80, False), (0xFF80, False)])
+def test_bfloat16_is_read_bit_by_bit(tmp_path: Path, base: BaseModel, bits: int, finite: bool) -> None:
+    folder = write_lora(tmp_path / "a")
+    header, content = {}, b""
+    for name, tensor in lora_tensors().items():
+        raw = np.full(tensor.shape, 0x3F80, "<u2")
+        raw[-1, -1] = bits
+        offsets = [len(content), len(content) + raw.nbytes]
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": offsets}
+        content += raw.tobytes()
+    encoded = json.dumps(header).encode()
+    file = len(encoded).to_bytes(8, "little") + encoded + content
+    (folder / "adapter_model.safetensors").write_bytes(file)
+    if finite:
+        check(folder, base)
+    else:
+        with pytest.raises(InvalidAdapter, match="infinite value or NaN"):
+            check(folder, base)
+
+
+def remove_config(folder: Path) -> None:
+    (folder / "adapter_config.json").unlink()
+
+
+def remove_weights(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").unlink()
+
+
+def only_pickle(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+
+
+def not_json(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{'r': 4")
+
+
+def binary_config(folder: Path) -> None:
+    (folder / "adapter_config.json").write_bytes(b"\xff\xfe\x00")
+
+
+def deep_json(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("[" * 100_000)
+
+
+def list_config(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("[]")
+
+
+def cut_weights(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def cut_header(folder: Path) -> None:
+    os.truncate(folder / "adapter_model.safetensors", 20)
+
+
+def empty_weights(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+
+
+def other_weights(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").write_bytes(b"PK\x03\x04" + b"\0" * 200)
+
+
+def weights_are_a_folder(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.safetensors").mkdir()
+
+
+def weights_are_a_pipe(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").unlink()
+    os.mkfifo(folder / "adapter_model.safetensors")
+
+
+def dangling_link(folder: Path) -> None:
+    (folder / "adapter_config.json").unlink()
+    (folder / "adapter_config.json").symlink_to(folder / "nowhere")
+
+
+def reft_beside(folder: Path) -> None:
+    (folder / "reft_config.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (remove_config, r"adapter_config\.json is missing"),
+        (remove_weights, r"adapter_model\.safetensors is missing"),
+        (only_pickle, r"adapter_model\.bin .* is a pickle file"),
+        (not_json, r"adapter_config\.json is not valid JSON"),
+        (binary_config, r"adapter_config\.json is not valid JSON"),
+        (deep_json, r"adapter_config\.json is not valid JSON"),
+        (list_config, r"adapter_config\.json is not a JSON object"),
+        (cut_weights, r"adapter_model\.safetensors: it has .* cut short"),
+        (cut_header, r"adapter_model\.safetensors: it is not a safetensors file, or cut short"),
+        (empty_weights, r"adapter_model\.safetensors: it is not a safetensors file, or cut short"),
+        (other_weights, r"adapter_model\.safetensors: it is not a safetensors file"),
+        (weights_are_a_folder, r"adapter_model\.safetensors .* is not a regular file"),
+        (weights_are_a_pipe, r"adapter_model\.safetensors .* is not a regular file"),
+        (dangling_link, r"adapter_config\.json is missing"),
+        (reft_beside, r"reft_config\.json, and ReFT adapters are not supported yet"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_damaged_folder_is_refused(
+    tmp_path: Path, base: BaseModel, damage: Callable[[Path], None], message: str
+) -> None:
+    folder = write_lora(tmp_path / "a")
+    damage(folder)
+    with pytest.raises(InvalidAdapter, match=message):
+        check(folder, base)
+
+
+def test_a_pickle_beside_safetensors_is_ignored(tmp_path: Path, base: BaseModel) -> None:
+    folder = write_lora(tmp_path / "a")
+    (folder / "adapter_model.bin").write_bytes(b"pickle")
+    check(folder, base)
+
+
+@pytest.mark.parametrize("path", ["nowhere", "file"])
+def test_not_a_folder(tmp_path: Path, path: str) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InvalidAdapter, match="is not a folder"):
+        check_files(tmp_path / path)
+
+
+def test_a_size_limit(tmp_path: Path) -> None:
+    folder = write_lora(tmp_path / "a")
+    size = sum((folder / name).stat().st_size for name in ("adapter_config.json", "adapter_model.safetensors"))
+    check_files(folder, max_bytes=size)
+    with pytest.raises(InvalidAdapter, match=f"{size} bytes, more than the limit of {size - 1}"):
+        check_files(folder, max_bytes=size - 1)
+
+
+def test_layers_without_a_readable_shape_take_no_adapter(tmp_path: Path) -> None:
+    folder = write_base(tmp_path / "base")
+    packed = {"model.layers.0.self_attn.q_proj.weight": np.zeros((HIDDEN, HIDDEN // 2), np.uint8)}
+    save_file(packed, folder / "model.safetensors")
+    with pytest.raises(InvalidAdapter, match="which the base model doesn't have"):
+        check(write_lora(tmp_path / "a"), read_base_model(folder))
+
+
+def test_a_folder_that_peft_saved_passes(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    small = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    config = transformers.Qwen2Config(**small, num_attention_heads=2, num_key_value_heads=1)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(str(tmp_path / "base"))
+    lora = peft.LoraConfig(r=4, target_modules="all-linear", rank_pattern={"v_proj": 2}, task_type="CAUSAL_LM")
+    peft.get_peft_model(model, lora).save_pretrained(str(tmp_path / "a"))
+    written = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert written["rank_pattern"] == {"v_proj": 2}
+    assert check(tmp_path / "a", read_base_model(tmp_path / "base")) == LoraSummary(rank=4, modules=14)

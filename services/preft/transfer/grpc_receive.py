@@ -1,0 +1,64 @@
+"""Receives KV over gRPC: a Push call becomes a header and frames for the KvReceiver, its errors become status codes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError
+
+from preft.core.errors import PreftError
+from preft.rpc import kv_transfer_pb2
+from preft.transfer.grpc_push import HEADER_KEY, STATUS_OF
+from preft.transfer.port import KvHeader, PushRefused, Refusal
+from preft.transfer.receive import KvReceiver
+
+SERVICE = "preft.v1.KvTransfer"
+MAX_FRAME_BYTES = 8 << 20
+
+# For the server that carries the handler; gRPC's own limit is 4 MiB per message.
+SERVER_OPTIONS = [("grpc.max_receive_message_length", MAX_FRAME_BYTES)]
+
+
+def kv_transfer_handler(receiver: KvReceiver) -> grpc.GenericRpcHandler:
+    """For `grpc.aio.Server.add_generic_rpc_handlers`. Without serializers, so that messages stay raw bytes."""
+
+    async def push(frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> bytes:
+        try:
+            await receiver.receive(decode_header(context.invocation_metadata()), _asked_for(frames, context))
+        except PushRefused as error:
+            await context.abort(STATUS_OF[error.refusal], str(error))
+        except PreftError as error:
+            await context.abort(grpc.StatusCode.INTERNAL, str(error))
+        return bytes(kv_transfer_pb2.PushReply().SerializeToString())
+
+    return grpc.method_handlers_generic_handler(SERVICE, {"Push": grpc.stream_unary_rpc_method_handler(push)})
+
+
+async def _asked_for(frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+    """The frames, which the sender holds back until the first is asked for: the initial metadata tells it so."""
+    await context.send_initial_metadata(())
+    async for frame in frames:
+        yield frame
+
+
+def decode_header(metadata: grpc.aio.Metadata | None) -> KvHeader:
+    """The header out of a call's metadata. Raises PushRefused if it's absent or unreadable."""
+    encoded = dict(metadata or ()).get(HEADER_KEY)
+    if not isinstance(encoded, bytes):
+        raise PushRefused(f"the push has no {HEADER_KEY} in its metadata", Refusal.MALFORMED)
+    try:
+        header = kv_transfer_pb2.KvHeader.FromString(encoded)
+    except DecodeError:
+        raise PushRefused(f"{HEADER_KEY} is not a KvHeader", Refusal.MALFORMED) from None
+    return KvHeader(
+        handle=header.handle,
+        fingerprint=header.fingerprint,
+        adapter_digest=header.adapter_digest,
+        num_tokens=header.num_tokens,
+        num_bytes=header.num_bytes,
+        checksum=header.checksum,
+        uses=header.uses,
+        prompt_hash=header.prompt_hash,
+    )

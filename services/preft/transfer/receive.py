@@ -1,0 +1,85 @@
+"""Takes one push, whatever transport brings its frames: room, bytes, verification, handle."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterable
+
+import xxhash
+
+from preft.core.errors import InvalidRequest, PreftError, TransferFailed
+from preft.transfer.handles import HandleTable
+from preft.transfer.port import KvHeader, PushRefused, Refusal
+from preft.transfer.staging import Region, StagingArena
+
+
+class KvReceiver:
+    """The decode worker's side of every transport."""
+
+    def __init__(self, arena: StagingArena, handles: HandleTable, *, room_timeout: float, frame_timeout: float) -> None:
+        """In seconds: how long a push may wait for staging memory, and then for each of its frames."""
+        self._arena = arena
+        self._handles = handles
+        self._room_timeout = room_timeout
+        self._frame_timeout = frame_timeout
+
+    async def receive(self, header: KvHeader, frames: AsyncIterable[bytes | memoryview]) -> None:
+        """Returns when the handle is ready: all bytes are in staging memory and are what the header says.
+
+        Doesn't ask for a frame before there is room for all of them. Raises PushRefused, or what `frames` raises; then,
+        or when cancelled (the sender is gone), the handle has failed and its memory is free.
+        """
+        loop = asyncio.get_running_loop()
+        limit = asyncio.timeout(None)  # passes at once when the handle is given up
+        given_up = ""
+
+        def abort(end: str) -> None:
+            nonlocal given_up
+            given_up = end
+            if not limit.expired():
+                limit.reschedule(loop.time())
+
+        self._handles.open(header, abort)
+        region: Region | None = None
+        reason = "the sender went away"
+        try:
+            async with limit:
+                region = await self._room(header.num_bytes)
+                digest = xxhash.xxh3_64()
+                position = 0
+                view = self._arena.view(region)
+                limit.reschedule(loop.time() + self._frame_timeout)
+                async for frame in frames:
+                    after = position + len(frame)
+                    if after > header.num_bytes:
+                        raise PushRefused(
+                            f"more than the announced {header.num_bytes} bytes of KV came", Refusal.CORRUPT
+                        )
+                    view[position:after] = frame
+                    digest.update(view[position:after])  # what lies in memory, not what came
+                    position = after
+                    if not given_up:
+                        limit.reschedule(loop.time() + self._frame_timeout)
+            if position < header.num_bytes:
+                raise PushRefused(f"only {position} of {header.num_bytes} bytes of KV came", Refusal.CORRUPT)
+            if digest.intdigest() != header.checksum:
+                raise PushRefused("the KV bytes don't have the announced checksum", Refusal.CORRUPT)
+            self._handles.ready(header.handle, region)
+            region = None
+        except TimeoutError:
+            reason = f"no bytes came for {self._frame_timeout:g} s"
+            end = given_up or f"failed to arrive: {reason}"
+            raise PushRefused(f"KV handle {header.handle} {end}", Refusal.ABORTED) from None
+        except PreftError as error:
+            reason = str(error)
+            raise
+        finally:
+            if region is not None:
+                self._arena.release(region)
+            self._handles.fail(header.handle, reason)
+
+    async def _room(self, size: int) -> Region:
+        try:
+            return await self._arena.reserve(size, timeout=self._room_timeout)
+        except (InvalidRequest, TransferFailed) as error:
+            raise PushRefused(str(error), Refusal.NO_ROOM) from error

@@ -85,7 +85,9 @@ def low_rank_delta_(
     Raises ValueError naming the argument whose shape is wrong. (LoRA: Hu et al. 2021, arXiv 2106.09685, eq. 3.)
     """
     if y.dim() != 2 or x.dim() != 2 or x.shape[0] != y.shape[0]:
-        raise ValueError(f"y and x must be [tokens, features] of equal length, got {tuple(y.shape)} and {tuple(x.shape)}")
+        raise ValueError(
+            f"y and x must be [tokens, features] of equal length, got {tuple(y.shape)} and {tuple(x.shape)}"
+        )
     if slots.shape != x.shape[:1]:
         raise ValueError(f"slots must have one entry per token ({x.shape[0]}), got {tuple(slots.shape)}")
     if len(a) != len(b) or not a:

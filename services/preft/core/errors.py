@@ -1,17 +1,17 @@
 """Every error a user can meet, and how each boundary reports it.
 
-    PreftError
-    ├── InvalidRequest        400  the request itself is wrong; `param` names the field
-    │   └── InvalidAdapter    400  an adapter folder that can't be served
-    ├── ModelNotFound         404  no base model or adapter of that name
-    ├── AdapterExists         409  the name is taken by another adapter
-    ├── QueueFull             429  try again after `retry_after` seconds
-    ├── DeadlineExceeded      504  the request's own time limit passed
-    ├── Unavailable           503  no worker can take the request now
-    │   └── WorkerLost        503  a worker died or became unreachable during the request
-    ├── TransferFailed        502  the KV cache didn't arrive, or not as it was sent
-    ├── EngineFailed          500  the engine gave up on the request
-    └── ConfigError           -    settings or set-up are wrong (start-up only)
+PreftError
+├── InvalidRequest        400  the request itself is wrong; `param` names the field
+│   └── InvalidAdapter    400  an adapter folder that can't be served
+├── ModelNotFound         404  no base model or adapter of that name
+├── AdapterExists         409  the name is taken by another adapter
+├── QueueFull             429  try again after `retry_after` seconds
+├── DeadlineExceeded      504  the request's own time limit passed
+├── Unavailable           503  no worker can take the request now
+│   └── WorkerLost        503  a worker died or became unreachable during the request
+├── TransferFailed        502  the KV cache didn't arrive, or not as it was sent
+├── EngineFailed          500  the engine gave up on the request
+└── ConfigError           -    settings or set-up are wrong (start-up only)
 """
 
 from __future__ import annotations

@@ -76,6 +76,7 @@ class Settings(_Strict):
     block_size: Literal[16, 32, 64, 128] | None = None  # tokens per KV block; None: 32 on CPU (its smallest), 16 on GPU
     seed: int = 0
     state_dir: Path = Path("~/.preft")
+    ray_address: str | None = None  # None: a Ray of our own on this machine
     adapters: dict[str, Path] = Field(default_factory=dict)
     prefill: PrefillSettings = Field(default_factory=PrefillSettings)
     decode: DecodeSettings = Field(default_factory=DecodeSettings)

@@ -16,16 +16,15 @@ from preft.rpc import common_pb2, workers_pb2, workers_pb2_grpc
 from preft.rpc.convert import delta_to_proto, sampling_from_proto
 from preft.rpc.status import abort
 from preft.transfer.handles import Claim, HandleTable
-from preft.transfer.port import prompt_hash
+from preft.transfer.port import hash_prompt
 
 
 class DecodeService(workers_pb2_grpc.DecodeWorkerServicer):
     """One decode worker's gRPC face."""
 
-    def __init__(self, engine: Engine, handles: HandleTable, fingerprint: str) -> None:
+    def __init__(self, engine: Engine, handles: HandleTable) -> None:
         self._engine = engine
         self._handles = handles
-        self._fingerprint = fingerprint
         self.running = 0
 
     async def Decode(
@@ -51,12 +50,13 @@ class DecodeService(workers_pb2_grpc.DecodeWorkerServicer):
     ) -> AsyncIterator[common_pb2.TokenDelta]:
         prompt = tuple(request.prompt_token_ids)
         if not prompt or not request.output_token_ids:
-            raise InvalidRequest("a decode request has a prompt and at least one output token", param="output_token_ids")
+            raise InvalidRequest(
+                "a decode request has a prompt and at least one output token", param="output_token_ids"
+            )
         claim = await self._handles.claim(
             request.handle,
-            fingerprint=self._fingerprint,
             adapter_digest=request.adapter_digest,
-            prompt_hash=prompt_hash(prompt),
+            prompt_hash=hash_prompt(prompt),
             num_tokens=len(prompt),
             timeout=time_remaining or 60.0,
         )

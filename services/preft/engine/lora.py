@@ -25,12 +25,16 @@ class GroupedPunicaWrapper(PunicaWrapperBase):
     so that compiled graphs may hold on to it.
     """
 
-    def __init__(self, max_num_batched_tokens: int, max_batches: int, device: torch.device | str, **kwargs: Any) -> None:
+    def __init__(
+        self, max_num_batched_tokens: int, max_batches: int, device: torch.device | str, **kwargs: Any
+    ) -> None:
         super().__init__(max_num_batched_tokens, max_batches, device)
         self._slots = torch.full((max_num_batched_tokens,), BASE, dtype=torch.int32, device=device)
         self._sampler_slots = torch.full((max_num_batched_tokens,), BASE, dtype=torch.int32, device=device)
 
-    def update_metadata(self, mapping: Any, lora_index_to_id: list[int | None], max_loras: int, vocab_size: int, **kwargs: Any) -> None:
+    def update_metadata(
+        self, mapping: Any, lora_index_to_id: list[int | None], max_loras: int, vocab_size: int, **kwargs: Any
+    ) -> None:
         self._update_base_metadata(mapping, lora_index_to_id, max_loras, vocab_size)
         self.is_prefill = mapping.is_prefill
         for buffer, slots in ((self._slots, self.token_lora_indices), (self._sampler_slots, self.sampler_indices)):
@@ -72,7 +76,12 @@ class GroupedPunicaWrapper(PunicaWrapperBase):
     ) -> None:
         y2, x2 = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
         low_rank_delta_(
-            y2, x2, [lora_a_stacked.squeeze(1)], [lora_b_stacked.squeeze(1)], self._sampler_slots[: x2.shape[0]], scale=scale
+            y2,
+            x2,
+            [lora_a_stacked.squeeze(1)],
+            [lora_b_stacked.squeeze(1)],
+            self._sampler_slots[: x2.shape[0]],
+            scale=scale,
         )
 
     def add_shrink(self, *args: Any, **kwargs: Any) -> None:

@@ -42,7 +42,9 @@ class HandoverRunner:
         if state.generator is not None:
             advance_generator(state.generator, len(tokens), batch.vocab_size, self.device)
 
-    def load_lora_model(self: Any, model: torch.nn.Module, vllm_config: VllmConfig, device: torch.device) -> torch.nn.Module:
+    def load_lora_model(
+        self: Any, model: torch.nn.Module, vllm_config: VllmConfig, device: torch.device
+    ) -> torch.nn.Module:
         from vllm.model_executor.models import supports_lora
 
         from preft.engine.lora import GroupedWorkerLoRAManager

@@ -109,7 +109,9 @@ class _Stats(StatLoggerBase):
     def __init__(self, stats: EngineStats) -> None:
         self._stats = stats
 
-    def record(self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0, **_: Any) -> None:
+    def record(
+        self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0, **_: Any
+    ) -> None:
         if scheduler_stats is not None:
             self._stats.kv_usage = scheduler_stats.kv_cache_usage
             self._stats.running = scheduler_stats.num_running_reqs
@@ -141,9 +143,7 @@ class VllmEngine:
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         stats = EngineStats()
         args = engine_args(settings, role, arena)
-        llm = await asyncio.to_thread(
-            AsyncLLM.from_engine_args, args, stat_loggers=[lambda *_: _Stats(stats)]
-        )
+        llm = await asyncio.to_thread(AsyncLLM.from_engine_args, args, stat_loggers=[lambda *_: _Stats(stats)])
         config = llm.vllm_config
         described = (await llm.collective_rpc("describe_kv"))[0]
         info = EngineInfo(
@@ -173,16 +173,16 @@ class VllmEngine:
     def _lora_request(self, adapter: AdapterRef) -> LoRARequest:
         if adapter.digest not in self._lora_ids:
             self._lora_ids[adapter.digest] = next(self._next_lora_id)
-        return LoRARequest(
-            lora_name=adapter.digest, lora_int_id=self._lora_ids[adapter.digest], lora_path=adapter.path
-        )
+        return LoRARequest(lora_name=adapter.digest, lora_int_id=self._lora_ids[adapter.digest], lora_path=adapter.path)
 
     async def generate(self, request: EngineRequest) -> AsyncIterator[TokenDelta]:
         prompt: dict[str, Any] = {"prompt_token_ids": [*request.prompt_token_ids, *request.output_token_ids]}
         if request.salt:
             prompt["cache_salt"] = request.salt
         lora = self._lora_request(request.adapter) if request.adapter is not None else None
-        outputs = self._llm.generate(prompt, sampling_params(request, self._role), request.request_id, lora_request=lora)
+        outputs = self._llm.generate(
+            prompt, sampling_params(request, self._role), request.request_id, lora_request=lora
+        )
         try:
             async for output in outputs:
                 choice = output.outputs[0]

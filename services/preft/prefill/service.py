@@ -20,7 +20,7 @@ from preft.engine.port import Engine, EngineRequest, KvRegion
 from preft.rpc import common_pb2, workers_pb2, workers_pb2_grpc
 from preft.rpc.convert import adapter_from_proto, delta_to_proto, sampling_from_proto
 from preft.rpc.status import abort
-from preft.transfer.port import KvHeader, KvSender, prompt_hash
+from preft.transfer.port import KvHeader, KvSender, checksum_of, hash_prompt
 from preft.transfer.seal import SEAL, clear_seal, read_seal
 from preft.transfer.staging import Region, StagingArena
 
@@ -80,7 +80,9 @@ class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
         region = await self._arena.reserve(self._kv_bytes(len(prompt)), timeout=time_remaining or 60.0)
         try:
             clear_seal(self._arena.view(region))
-            choices = await self._first_tokens(request, prompt, adapter, KvRegion(region.offset, region.size, region.nonce))
+            choices = await self._first_tokens(
+                request, prompt, adapter, KvRegion(region.offset, region.size, region.nonce)
+            )
             yield _first_tokens_event(choices)
             uses = request.n if request.resume else sum(choice.finish_reason is None for choice in choices)
             if uses:
@@ -151,8 +153,9 @@ class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
             adapter_digest=adapter.digest if adapter is not None else "",
             num_tokens=len(prompt),
             num_bytes=region.size,
+            checksum=checksum_of(payload),
             uses=uses,
-            prompt_hash=prompt_hash(prompt),
+            prompt_hash=hash_prompt(prompt),
         )
         started = time.perf_counter()
         await self._sender.push(request.target.address, header, payload, timeout=time_remaining or 60.0)

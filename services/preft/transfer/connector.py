@@ -269,7 +269,9 @@ class StagedKvConnector(KVConnectorBase_V1):
             for name, (cache, _, shape) in zip(sorted(self._caches), self._layers(1), strict=True)
         ]
         attention = self._vllm_config.compilation_config.static_forward_context.values()
-        backends = sorted({layer.get_attn_backend().get_name() for layer in attention if hasattr(layer, "get_attn_backend")})
+        backends = sorted(
+            {layer.get_attn_backend().get_name() for layer in attention if hasattr(layer, "get_attn_backend")}
+        )
         text = json.dumps({"layers": layers, "backends": backends, "block_size": self._block_size})
         return {"layout": hashlib.sha256(text.encode()).hexdigest(), "block_bytes": self._block_bytes()}
 

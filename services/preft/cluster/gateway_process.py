@@ -1,0 +1,139 @@
+"""The gateway process: state store, adapter catalog, router, HTTP and gRPC servers, wired together and ended in order.
+
+Doesn't start workers: it finds them in the state store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import uvicorn
+
+from preft.adapters.base_model import read_base_model
+from preft.adapters.catalog import Catalog
+from preft.cluster.model import model_identity
+from preft.core.errors import ConfigError
+from preft.core.ports import StateStore
+from preft.core.settings import Settings
+from preft.gateway.app import create_app
+from preft.gateway.deps import GatewayDeps
+from preft.gateway.rpc_server import serve_grpc
+from preft.gateway.tokenizer import Tokenizer
+from preft.router.router import Router
+from preft.state import open_store
+
+logger = logging.getLogger(__name__)
+
+SHUTDOWN_SECONDS = 5  # how long running requests may go on after a stop was asked for
+
+
+@dataclass(frozen=True, slots=True)
+class RunningGateway:
+    """`address` is `host:port` of HTTP. `server` runs until its `should_exit` is set."""
+
+    address: str
+    server: uvicorn.Server
+    task: asyncio.Task[None]
+    router: Router
+    catalog: Catalog
+
+
+@asynccontextmanager
+async def open_catalog(settings: Settings) -> AsyncIterator[Catalog]:
+    """The served model's catalog, with the adapters of the settings added.
+
+    Each base model has its own catalog under `state_dir`; equal adapter content is kept once. Raises InvalidAdapter.
+    """
+    folder = settings.state_dir / "models" / model_identity(settings.model)[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    store = open_store(folder / "catalog.sqlite")
+    try:
+        catalog = Catalog(
+            store,
+            settings.state_dir / "adapters",
+            read_base_model(settings.model),
+            settings.model_name,
+            settings.prefill.max_lora_rank,
+        )
+        await catalog.refresh()
+        for name, path in settings.adapters.items():
+            await catalog.add(name, str(path), replace=True)
+        watch = asyncio.create_task(catalog.watch(settings.router.poll_interval), name="catalog-watch")
+        try:
+            yield catalog
+        finally:
+            watch.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await watch
+    finally:
+        await store.close()
+
+
+@asynccontextmanager
+async def run_gateway(
+    settings: Settings, store: StateStore, catalog: Catalog, cluster_id: str
+) -> AsyncIterator[RunningGateway]:
+    """Serves until the context is left. `settings.max_model_len` must be set. Raises ConfigError if a port is taken."""
+    assert settings.max_model_len is not None
+    tokenizer = await asyncio.to_thread(Tokenizer.load, settings.model)
+    listener = _listen(settings.host, settings.port)
+    router = Router(store, settings.router, cluster_id=cluster_id)
+    deps = GatewayDeps(
+        model_name=settings.model_name,
+        tokenizer=tokenizer,
+        max_model_len=settings.max_model_len,
+        generator=router,
+        catalog=catalog,
+        model_root=str(settings.model),
+    )
+    config = uvicorn.Config(
+        create_app(deps),
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+        http="httptools",
+    )
+    server = _Server(config)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.callback(listener.close)
+        await router.start()
+        stack.push_async_callback(router.close)
+        if settings.grpc_port is not None:
+            grpc_server = await serve_grpc(deps, settings.host, settings.grpc_port)
+            stack.push_async_callback(grpc_server.stop)
+        task = asyncio.create_task(server.serve(sockets=[listener]), name="http")
+        address = "{}:{}".format(*listener.getsockname()[:2])
+        try:
+            yield RunningGateway(address, server, task, router, catalog)
+        finally:
+            server.should_exit = True
+            await task
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to the process that runs it."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"port: can't listen on {host}:{port}: {error.strerror}; choose another with --port"
+        ) from error
+    return listener

@@ -1,0 +1,59 @@
+"""Facts about the base model's folder that the whole cluster must agree on, read without loading weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from preft.core.errors import ConfigError
+from preft.core.settings import Settings
+
+SAMPLE_BYTES = 1 << 20
+
+
+def model_identity(folder: Path) -> str:
+    """Hex digest that tells base models apart: config.json, and of each weight file its size and its first and last MiB.
+
+    Reading all weights would take minutes for large models. Raises ConfigError if there are no weights.
+    """
+    digest = hashlib.sha256(_config_bytes(folder))
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(f"model: {folder} holds no .safetensors file")
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(SAMPLE_BYTES))
+            file.seek(max(0, size - SAMPLE_BYTES))
+            digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def with_model_length(settings: Settings) -> Settings:
+    """`settings` with `max_model_len` (tokens, prompt and output together) filled in from config.json if it wasn't set.
+
+    Every engine and the gateway then use the same figure. Raises ConfigError if the model can't do that length.
+    """
+    config = json.loads(_config_bytes(settings.model))
+    own = config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
+    if settings.max_model_len is not None:
+        if isinstance(own, int) and settings.max_model_len > own:
+            raise ConfigError(f"max_model_len: {settings.max_model_len} is more than the model's {own} positions")
+        return settings
+    if not isinstance(own, int):
+        raise ConfigError(f"max_model_len: {settings.model}/config.json doesn't say it; set it")
+    return settings.model_copy(update={"max_model_len": own})
+
+
+def _config_bytes(folder: Path) -> bytes:
+    try:
+        content = (folder / "config.json").read_bytes()
+        if not isinstance(json.loads(content), dict):
+            raise ConfigError(f"model: {folder}/config.json is not a JSON object")
+    except OSError as error:
+        raise ConfigError(f"model: {folder} is not a model folder: config.json: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"model: {folder}/config.json is not JSON") from error
+    return content

@@ -1,0 +1,99 @@
+"""Ray as the control plane: places one actor per worker, restarts dead ones, ends them all. The only module that imports ray.
+
+An actor is a process that runs one `WorkerServer` in a thread with its own event loop. When the engine dies the actor's
+process ends too, so that Ray starts both anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from preft.cluster.worker import run_worker
+from preft.core.cluster import Role
+from preft.core.settings import Settings
+from preft.state import open_store
+
+logger = logging.getLogger(__name__)
+
+LOCAL_NODE_IP = "127.0.0.2"  # Ray replaces 127.0.0.1 by the machine's outside address, but not this one
+OBJECT_STORE_BYTES = 80 << 20  # Ray's minimum: no tensor goes through it
+
+
+class WorkerActor:
+    """One worker under Ray. The constructor starts it, so that a restarted actor is a restarted worker."""
+
+    def __init__(self, settings_json: str, role: str, worker_id: str, host: str, store_url: str) -> None:
+        host = host or ray.util.get_node_ip_address()
+        os.environ["VLLM_HOST_IP"] = host
+        settings = Settings.model_validate_json(settings_json)
+        thread = threading.Thread(
+            target=self._run, args=(settings, Role(role), worker_id, host, store_url), name=worker_id, daemon=True
+        )
+        thread.start()
+
+    @staticmethod
+    def _run(settings: Settings, role: Role, worker_id: str, host: str, store_url: str) -> None:
+        async def main() -> str:
+            return await run_worker(settings, role, worker_id, host, open_store(store_url))
+
+        try:
+            reason = asyncio.run(main())
+            logger.error("worker %s ends: %s", worker_id, reason)
+        except BaseException:
+            logger.exception("worker %s ends", worker_id)
+        os._exit(1)
+
+    def pid(self) -> int:
+        """The actor's process id; answers once the process is up."""
+        return os.getpid()
+
+
+class RayCluster:
+    """All workers of one cluster."""
+
+    def __init__(self, settings: Settings, cluster_id: str, store_path: Path) -> None:
+        self._settings = settings
+        self._cluster_id = cluster_id
+        self._store_url = str(store_path)
+        self._actors: list[Any] = []
+
+    def start(self) -> None:
+        """Starts Ray (or joins it) and all workers; returns while their engines still load."""
+        address = self._settings.ray_address
+        local = address is None
+        if local:
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                _node_ip_address=LOCAL_NODE_IP,
+                object_store_memory=OBJECT_STORE_BYTES,
+                log_to_driver=True,
+                configure_logging=False,
+            )
+        else:
+            ray.init(address=address, log_to_driver=True, configure_logging=False)
+        for role, own in ((Role.PREFILL, self._settings.prefill), (Role.DECODE, self._settings.decode)):
+            actor = ray.remote(WorkerActor).options(
+                num_cpus=own.num_cpus, num_gpus=own.num_gpus, max_restarts=-1, max_concurrency=2
+            )
+            for number in range(own.replicas):
+                worker_id = f"{self._cluster_id}-{role.value}-{number}"
+                host = "127.0.0.1" if local else ""
+                self._actors.append(
+                    actor.remote(self._settings.model_dump_json(), role.value, worker_id, host, self._store_url)
+                )
+
+    def close(self) -> None:
+        """Ends every worker and, if it is ours, Ray."""
+        for actor in self._actors:
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.kill(actor)
+        ray.shutdown()

@@ -1,0 +1,62 @@
+"""`preft serve`: a whole cluster from one Settings object, until a signal ends it. Nothing is left running."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import time
+import uuid
+from collections.abc import Callable
+
+from preft.cluster.gateway_process import open_catalog, run_gateway
+from preft.cluster.model import with_model_length
+from preft.core.settings import Settings
+from preft.state import open_store
+
+logger = logging.getLogger(__name__)
+
+
+def serve(settings: Settings) -> None:
+    """Serves until SIGINT or SIGTERM. Raises PreftError if the settings can't be served; says on stdout when it's ready."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    import uvloop
+
+    uvloop.run(_serve(with_model_length(settings)))
+
+
+async def _serve(settings: Settings) -> None:
+    from preft.cluster.ray_cluster import RayCluster
+
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    cluster_id = uuid.uuid4().hex[:8]
+    settings.state_dir.mkdir(parents=True, exist_ok=True)
+    store_path = settings.state_dir / "state.sqlite"
+    store = open_store(store_path)
+    try:
+        async with open_catalog(settings) as catalog, run_gateway(settings, store, catalog, cluster_id) as gateway:
+            print(f"PreFT Serve starts on http://{gateway.address}", flush=True)
+            cluster = RayCluster(settings, cluster_id, store_path)
+            try:
+                await asyncio.to_thread(cluster.start)
+                ready = asyncio.create_task(_say_when_ready(gateway.address, gateway.router.ready))
+                await stop.wait()
+                ready.cancel()
+            finally:
+                await asyncio.to_thread(cluster.close)
+                for worker in await store.workers():
+                    if worker.id.startswith(cluster_id):
+                        await store.remove_worker(worker.id)
+    finally:
+        await store.close()
+
+
+async def _say_when_ready(address: str, ready: Callable[[], bool]) -> None:
+    started = time.monotonic()
+    while not ready():
+        await asyncio.sleep(0.2)
+    print(f"PreFT Serve is ready on http://{address} after {time.monotonic() - started:.0f} s", flush=True)

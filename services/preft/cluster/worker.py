@@ -1,0 +1,204 @@
+"""One worker process, either role: engine, staging arena, gRPC services, registration with heartbeats.
+
+Owns the order of start and stop. Doesn't know who started it (Ray, the command line or a test).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Callable
+
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from preft.cluster.model import model_identity
+from preft.core.cluster import Role, Worker, WorkerLoad, WorkerState
+from preft.core.errors import PreftError
+from preft.core.ports import StateStore
+from preft.core.settings import Settings
+from preft.decode.service import DecodeService
+from preft.engine.port import Engine
+from preft.prefill.service import PrefillService
+from preft.rpc import kv_transfer_pb2, workers_pb2, workers_pb2_grpc
+from preft.rpc.convert import load_to_proto
+from preft.transfer.grpc_push import GrpcKvSender
+from preft.transfer.grpc_receive import SERVER_OPTIONS, kv_transfer_handler
+from preft.transfer.handles import HandleTable
+from preft.transfer.receive import KvReceiver
+from preft.transfer.staging import StagingArena
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 1.0
+MAX_MESSAGE_BYTES = 64 << 20  # a prompt of a million tokens
+
+
+class WorkerServer:
+    """A started worker. `start` makes one; `close` ends it; `died` tells when its engine did."""
+
+    def __init__(
+        self, engine: Engine, arena: StagingArena, server: grpc.aio.Server, store: StateStore, record: Worker
+    ) -> None:
+        self._engine = engine
+        self._arena = arena
+        self._server = server
+        self._store = store
+        self._record = record
+        self._sender = GrpcKvSender()
+        self._handles: HandleTable | None = None
+        self._load_of_service: Callable[[], tuple[int, tuple[str, ...]]]
+        self._heart: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def start(
+        cls, settings: Settings, role: Role, worker_id: str, host: str, store: StateStore, start_engine: StartEngine
+    ) -> WorkerServer:
+        """Starts the engine (25-45 s on CPU), then serves on a free port of `host` and registers as READY."""
+        own = settings.prefill if role is Role.PREFILL else settings.decode
+        record = Worker(
+            id=worker_id,
+            role=role,
+            state=WorkerState.STARTING,
+            address="",
+            fingerprint="",
+            pid=os.getpid(),
+            max_num_seqs=own.max_num_seqs,
+            heartbeat=time.time(),
+        )
+        await store.put_worker(record)
+        arena = StagingArena.create(own.staging_bytes)
+        engine = await start_engine(settings, role, arena.path)
+        info = engine.info
+        server = grpc.aio.server(
+            options=[*SERVER_OPTIONS, ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.so_reuseport", 0)]
+        )
+        identity = f"{model_identity(settings.model)}:{info.kv_layout}:{info.max_model_len}"
+        record = dataclasses.replace(
+            record,
+            fingerprint=hashlib.sha256(identity.encode()).hexdigest(),
+            engine_pids=info.pids,
+            block_size=info.block_size,
+            max_model_len=info.max_model_len,
+        )
+        worker = cls(engine, arena, server, store, record)
+        names = worker._add_services(settings, role)
+        port = server.add_insecure_port(f"{host}:0")
+        worker._record = dataclasses.replace(worker._record, address=f"{host}:{port}")
+        await server.start()
+        await worker._beat(WorkerState.READY)
+        worker._heart = asyncio.create_task(worker._beat_for_ever(), name=f"heartbeat-{worker_id}")
+        logger.info("%s worker %s serves %s on %s:%d", role.value, worker_id, ", ".join(names), host, port)
+        return worker
+
+    @property
+    def record(self) -> Worker:
+        """The worker as registered."""
+        return self._record
+
+    async def died(self) -> str:
+        """Returns, with the reason, when the engine has died."""
+        return await self._engine.wait_dead()
+
+    async def close(self) -> None:
+        """Stops serving, ends the engine and forgets the registration."""
+        if self._heart is not None:
+            self._heart.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._heart
+        with contextlib.suppress(PreftError):
+            await self._store.remove_worker(self._record.id)
+        await self._server.stop(grace=0)
+        await self._sender.close()
+        if self._handles is not None:
+            self._handles.close()
+        await self._engine.close()
+        self._arena.close()
+
+    def load(self) -> WorkerLoad:
+        """What the worker uses now."""
+        running, adapters = self._load_of_service()
+        total = self._engine.info.kv_blocks
+        return WorkerLoad(
+            running=running,
+            kv_blocks_total=total,
+            kv_blocks_free=round(total * (1 - self._engine.stats.kv_usage)),
+            staging_bytes_total=self._arena.capacity,
+            staging_bytes_used=self._arena.used,
+            open_handles=self._handles.open_handles if self._handles is not None else self._arena.regions,
+            preemptions=self._engine.stats.preemptions,
+            adapters=adapters,
+        )
+
+    def _add_services(self, settings: Settings, role: Role) -> list[str]:
+        descriptor = workers_pb2.DESCRIPTOR.services_by_name
+        names = [descriptor["WorkerStatus"].full_name, health.SERVICE_NAME, reflection.SERVICE_NAME]
+        if role is Role.PREFILL:
+            prefill = PrefillService(self._engine, self._arena, self._sender, self._record.fingerprint)
+            self._load_of_service = lambda: (prefill.running, prefill.adapters)
+            workers_pb2_grpc.add_PrefillWorkerServicer_to_server(prefill, self._server)
+            names.append(descriptor["PrefillWorker"].full_name)
+        else:
+            timeout = settings.router.transfer_timeout
+            self._handles = HandleTable(self._arena, fingerprint=self._record.fingerprint, lease=timeout)
+            receiver = KvReceiver(self._arena, self._handles, room_timeout=timeout, frame_timeout=timeout)
+            decode = DecodeService(self._engine, self._handles)
+            self._load_of_service = lambda: (decode.running, ())
+            workers_pb2_grpc.add_DecodeWorkerServicer_to_server(decode, self._server)
+            self._server.add_generic_rpc_handlers((kv_transfer_handler(receiver),))
+            names += [
+                descriptor["DecodeWorker"].full_name,
+                kv_transfer_pb2.DESCRIPTOR.services_by_name["KvTransfer"].full_name,
+            ]
+        workers_pb2_grpc.add_WorkerStatusServicer_to_server(_Status(self), self._server)
+        servicer = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(servicer, self._server)
+        servicer._server_status.update(dict.fromkeys(["", *names], health_pb2.HealthCheckResponse.SERVING))
+        reflection.enable_server_reflection(names, self._server)
+        return names
+
+    async def _beat(self, state: WorkerState) -> None:
+        self._record = dataclasses.replace(self._record, state=state, heartbeat=time.time(), load=self.load())
+        await self._store.put_worker(self._record)
+
+    async def _beat_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(HEARTBEAT_SECONDS)
+            try:
+                await self._beat(WorkerState.READY)
+            except PreftError as error:
+                logger.warning("heartbeat of %s: %s", self._record.id, error)
+
+
+class _Status(workers_pb2_grpc.WorkerStatusServicer):
+    def __init__(self, worker: WorkerServer) -> None:
+        self._worker = worker
+
+    async def Stats(
+        self, request: workers_pb2.StatsRequest, context: grpc.aio.ServicerContext
+    ) -> workers_pb2.StatsReply:
+        return load_to_proto(self._worker.load())
+
+
+class StartEngine:
+    """How a worker gets its engine. The real one is `VllmEngine.start`; tests give a fake."""
+
+    async def __call__(self, settings: Settings, role: Role, arena: str) -> Engine:
+        from preft.engine.vllm_engine import VllmEngine
+
+        return await VllmEngine.start(settings, role, arena)
+
+
+async def run_worker(settings: Settings, role: Role, worker_id: str, host: str, store: StateStore) -> str:
+    """Runs a worker until its engine dies (returns the reason) or the task is cancelled."""
+    worker = await WorkerServer.start(settings, role, worker_id, host, store, StartEngine())
+    try:
+        return await worker.died()
+    finally:
+        await worker.close()

@@ -1,0 +1,148 @@
+"""A whole cluster inside the test process, without Ray: real workers on real vLLM, real gRPC, real HTTP.
+
+The servers live in a thread with its own event loop, so that tests may be synchronous or have a loop of their own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import os
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc.aio
+from preft.cluster.gateway_process import RunningGateway, open_catalog, run_gateway
+from preft.cluster.model import with_model_length
+from preft.cluster.worker import StartEngine, WorkerServer
+from preft.core.cluster import Role, WorkerLoad
+from preft.core.ports import StateStore
+from preft.core.settings import Settings, load_settings
+from preft.state import open_store
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(slots=True)
+class LocalCluster:
+    """What tests reach of a running cluster. `call` runs a coroutine in the cluster's loop."""
+
+    settings: Settings
+    gateway: RunningGateway
+    workers: dict[str, WorkerServer]
+    store: StateStore
+    loop: asyncio.AbstractEventLoop
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.gateway.address}"
+
+    def call(self, coroutine: Coroutine[Any, Any, T], timeout: float = 120) -> T:
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout)
+
+    def loads(self) -> dict[str, WorkerLoad]:
+        async def read() -> dict[str, WorkerLoad]:
+            return {name: worker.load() for name, worker in self.workers.items()}
+
+        return self.call(read())
+
+    def worker(self, role: Role) -> WorkerServer:
+        return next(worker for worker in self.workers.values() if worker.record.role is role)
+
+    def wait(self, condition: Callable[[], bool], seconds: float) -> bool:
+        """Whether `condition` becomes true within `seconds`."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if condition():
+                return True
+            time.sleep(0.1)
+        return condition()
+
+    def idle(self, seconds: float = 30) -> bool:
+        """Whether everything that requests use is given back within `seconds`."""
+
+        def given_back() -> bool:
+            return all(
+                load.running == 0
+                and load.kv_blocks_free == load.kv_blocks_total
+                and load.staging_bytes_used == 0
+                and load.open_handles == 0
+                for load in self.loads().values()
+            )
+
+        return self.wait(given_back, seconds)
+
+
+@contextmanager
+def local_cluster(model: Path, state_dir: Path, **overrides: Any) -> Iterator[LocalCluster]:
+    """Serves `model` on free ports until the context is left. `overrides` are settings, nested as in the YAML file."""
+    settings = with_model_length(
+        load_settings(None, {"model": str(model), "port": 0, "state_dir": str(state_dir), **overrides})
+    )
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    ready: threading.Event = threading.Event()
+    box: list[LocalCluster | BaseException] = []
+    leave: list[Callable[[], None]] = []
+
+    async def main() -> None:
+        stop = asyncio.Event()
+        leave.append(lambda: loop.call_soon_threadsafe(stop.set))
+        loop = asyncio.get_running_loop()
+        async with _cluster(settings) as cluster:
+            box.append(cluster)
+            ready.set()
+            await stop.wait()
+
+    def run() -> None:
+        try:
+            asyncio.run(main())
+        except BaseException as error:
+            box.append(error)
+        finally:
+            ready.set()
+
+    thread = threading.Thread(target=run, name="local-cluster")
+    thread.start()
+    ready.wait()
+    try:
+        if isinstance(box[0], BaseException):
+            raise box[0]
+        yield box[0]
+    finally:
+        if leave:
+            with contextlib.suppress(RuntimeError):
+                leave[0]()
+        thread.join()
+
+
+@contextlib.asynccontextmanager
+async def _cluster(settings: Settings) -> AsyncIterator[LocalCluster]:
+    settings.state_dir.mkdir(parents=True, exist_ok=True)
+    store = open_store(settings.state_dir / "state.sqlite")
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(store.close)
+        catalog = await stack.enter_async_context(open_catalog(settings))
+        gateway = await stack.enter_async_context(run_gateway(settings, store, catalog, "test"))
+        names = [
+            (f"test-{role.value}-{number}", role)
+            for role, own in ((Role.PREFILL, settings.prefill), (Role.DECODE, settings.decode))
+            for number in range(own.replicas)
+        ]
+        started = await asyncio.gather(
+            *(WorkerServer.start(settings, role, name, "127.0.0.1", store, StartEngine()) for name, role in names)
+        )
+        workers = {worker.record.id: worker for worker in started}
+        for worker in started:
+            stack.push_async_callback(worker.close)
+        while not gateway.router.ready():
+            await asyncio.sleep(0.05)
+        yield LocalCluster(settings, gateway, workers, store, asyncio.get_running_loop())
+
+
+async def grpc_channel(worker: WorkerServer) -> grpc.aio.Channel:
+    return grpc.aio.insecure_channel(worker.record.address)

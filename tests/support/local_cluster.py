@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc.aio
+
 from preft.cluster.gateway_process import RunningGateway, open_catalog, run_gateway
 from preft.cluster.model import with_model_length
 from preft.cluster.worker import StartEngine, WorkerServer

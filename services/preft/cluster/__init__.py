@@ -1,1 +1,1 @@
-"""The control plane: what a worker process consists of, how Ray starts and restarts workers, how a whole cluster is served."""
+"""The control plane: worker processes, their start and restart by Ray, and the wiring of a whole cluster."""

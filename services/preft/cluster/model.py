@@ -13,7 +13,7 @@ SAMPLE_BYTES = 1 << 20
 
 
 def model_identity(folder: Path) -> str:
-    """Hex digest that tells base models apart: config.json, and of each weight file its size and its first and last MiB.
+    """Hex digest that tells base models apart: over config.json, and each weight file's size, first and last MiB.
 
     Reading all weights would take minutes for large models. Raises ConfigError if there are no weights.
     """

@@ -1,4 +1,6 @@
-"""Ray as the control plane: places one actor per worker, restarts dead ones, ends them all. The only module that imports ray.
+"""Ray as the control plane: one actor per worker, placed, restarted when dead, ended with the cluster.
+
+The only module that imports ray.
 
 An actor is a process that runs one `WorkerServer` in a thread with its own event loop. When the engine dies the actor's
 process ends too, so that Ray starts both anew.

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def serve(settings: Settings) -> None:
-    """Serves until SIGINT or SIGTERM. Raises PreftError if the settings can't be served; says on stdout when it's ready."""
+    """Serves until SIGINT or SIGTERM; says on stdout when it's ready. Raises PreftError if it can't be served."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     import uvloop

@@ -1,4 +1,4 @@
-"""The `DecodeWorker` service: continues one choice from KV that arrived under a handle, whole and verified, or not at all.
+"""The `DecodeWorker` service: continues one choice from KV that arrived under a handle, whole and verified, or fails.
 
 Owns the link between a claimed handle and the engine request that uses it.
 """
@@ -90,7 +90,7 @@ class DecodeService(workers_pb2_grpc.DecodeWorkerServicer):
 def _salt(adapter_digest: str, prompt_length: int) -> str:
     """What a prefix-cache entry depends on beside its tokens.
 
-    Up to the prompt's end KV was made under the adapter, after it by the base model: only requests with the same adapter
-    and the same prompt length agree on every position. For the base model there is no such border.
+    Up to the prompt's end KV was made under the adapter, after it by the base model: only requests with the same
+    adapter and the same prompt length agree on every position. For the base model there is no such border.
     """
     return f"{adapter_digest}:{prompt_length}" if adapter_digest else ""

@@ -1,8 +1,8 @@
 """Our LoRA application inside vLLM: a punica wrapper over our own kernel, and the managers that install it.
 
 Extension points used: `LRUCacheWorkerLoRAManager._manager_cls`, `LoRAModelManager._init_punica_wrapper`, and the
-`PunicaWrapperBase` interface. The stock CPU wrapper takes slot -1 (no adapter) for the last slot, so that a base request
-in a mixed batch gets another tenant's adapter; this one leaves such tokens alone.
+`PunicaWrapperBase` interface. The stock CPU wrapper takes slot -1 (no adapter) for the last slot, so that a base
+request in a mixed batch gets another tenant's adapter; this one leaves such tokens alone.
 """
 
 from __future__ import annotations

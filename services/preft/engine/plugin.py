@@ -1,7 +1,7 @@
-"""What must happen in every vLLM process before anything else. vLLM calls `register` through its `general_plugins` entry point.
+"""What must happen in every vLLM process first; vLLM calls `register` through its `general_plugins` entry point.
 
-Two things: permission to use AMX tiles (without it bfloat16 attention on CPU dies with SIGILL), and a watch on the parent
-process, because an engine process otherwise outlives a worker that was killed.
+Two things: permission to use AMX tiles (without it bfloat16 attention on CPU dies with SIGILL), and a watch on the
+parent process, because an engine process otherwise outlives a worker that was killed.
 """
 
 from __future__ import annotations

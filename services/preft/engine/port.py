@@ -11,7 +11,7 @@ from preft.core.request import AdapterRef, Sampling, TokenDelta
 
 @dataclass(frozen=True, slots=True)
 class KvRegion:
-    """Where one prompt's KV lies in the staging arena: `size` payload bytes at `offset`, valid while `nonce` stands there."""
+    """Where one prompt's KV lies in the staging arena: `size` payload bytes at `offset`, while `nonce` stands there."""
 
     offset: int
     size: int
@@ -24,7 +24,8 @@ class EngineRequest:
 
     On prefill: `adapter` may be set, and `save` tells where the prompt's KV goes. On decode: `load` tells where the
     prompt's KV lies, and `output_token_ids` (at least one) are the tokens made so far; generation goes on after them.
-    `salt` separates prefix-cache entries that equal tokens alone must not share. A seed in `sampling` is this choice's own.
+    `salt` separates prefix-cache entries that equal tokens alone must not share. A seed in `sampling` is this
+    choice's own.
     """
 
     request_id: str
@@ -40,7 +41,7 @@ class EngineRequest:
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What is known once an engine runs. `kv_layout` describes the KV cache tensors exactly; equal layouts can swap blocks."""
+    """What is known once an engine runs. Engines with equal `kv_layout` can exchange KV blocks."""
 
     kv_layout: str
     block_size: int

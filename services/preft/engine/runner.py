@@ -1,9 +1,9 @@
-"""What our model runner adds to vLLM's V1 runner: it takes over a request in mid-generation, and installs our LoRA managers.
+"""What our model runner adds to vLLM's V1 runner: it takes over requests in mid-generation, and applies our LoRA.
 
-A decode engine gets requests whose first tokens were made elsewhere. The scheduler side of the KV connector has told the
-scheduler that they are output; here the runner learns the same, before its batch metadata is refreshed, so that penalties,
-`min_tokens` and seeds continue exactly. (The V2 runner takes such requests as they are: its request state already
-distinguishes prompt from prefilled output.)
+A decode engine gets requests whose first tokens were made elsewhere. The scheduler side of the KV connector has told
+the scheduler that they are output; here the runner learns the same, before its batch metadata is refreshed, so that
+penalties, `min_tokens` and seeds continue exactly. (The V2 runner takes such requests as they are: its request state
+already distinguishes prompt from prefilled output.)
 """
 
 from __future__ import annotations

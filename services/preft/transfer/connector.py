@@ -1,11 +1,12 @@
 """The KV connector that both engines load: writes a prompt's KV blocks into the staging arena, or reads them from it.
 
-Runs inside the engine process, scheduler side and worker side. Moves whole blocks as they lie in memory, because inside a
-block the layout is the attention backend's own. Knows regions of the arena, nothing of handles, networks or adapters.
+Runs inside the engine's processes, scheduler side and worker side. Moves whole blocks as they lie in memory, because
+inside a block the layout is the attention backend's own. Knows regions of the arena, nothing of handles, networks or
+adapters.
 
-A region's payload is, for every layer in order, the request's blocks in order, followed by a seal (`SEAL`) that is written
-last. Loading is all or nothing: a region that is stale, unsealed or of another size fails the request in the scheduler
-(`kv_load_failure_policy="fail"`); no prompt token is ever computed by a decode engine.
+A region's payload is, for every layer in order, the request's blocks in order, followed by a seal (`SEAL`) that is
+written last. Loading is all or nothing: a region that is stale, unsealed or of another size fails the request in the
+scheduler (`kv_load_failure_policy="fail"`); no prompt token is ever computed by a decode engine.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 
 import grpc
@@ -38,7 +39,11 @@ def kv_transfer_handler(receiver: KvReceiver) -> grpc.GenericRpcHandler:
 
 async def _asked_for(frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
     """The frames, which the sender holds back until the first is asked for: the initial metadata tells it so."""
-    await context.send_initial_metadata(())
+    start = asyncio.ensure_future(context.send_initial_metadata(()))
+    try:
+        await asyncio.shield(start)
+    finally:
+        await start  # if the handle is given up just now: gRPC can't end a call of which this is half done
     async for frame in frames:
         yield frame
 

@@ -1,4 +1,4 @@
-"""The mark at the end of a region's payload that says: the KV of so many tokens is here, completely. Standard library only."""
+"""The mark at the end of a region's payload that says: the KV of so many tokens is here, completely."""
 
 from __future__ import annotations
 

@@ -1,0 +1,79 @@
+"""Clusters on real vLLM, shared by the tests of a session: an engine takes half a minute to start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from support.local_cluster import LocalCluster, local_cluster
+from support.models import make_lora, make_model
+from support.reference import Reference
+
+MiB = 1 << 20
+RANKS = {"alice": 2, "bob": 8, "carol": 16}
+
+
+@dataclass(frozen=True)
+class Served:
+    """A cluster, the folders it was made from, and the reference for them."""
+
+    cluster: LocalCluster
+    model: Path
+    adapters: dict[str, Path]
+    reference: Reference
+
+    @property
+    def name(self) -> str:
+        return self.model.name
+
+    def expected(self, prompt: list[int], max_tokens: int, adapter: str | None) -> list[int]:
+        return self.reference.greedy(prompt, max_tokens, self.adapters[adapter] if adapter else None)
+
+
+def make_folders(root: Path, arch: str) -> tuple[Path, dict[str, Path]]:
+    model = make_model(root / f"{arch}-tiny", arch, seed=1)  # type: ignore[arg-type]
+    adapters = {name: make_lora(root / name, model, rank=rank, seed=rank) for name, rank in RANKS.items()}
+    return model, adapters
+
+
+ROOMY = {
+    "prefill": {"max_loras": 4, "max_lora_rank": 16, "kv_cache_bytes": 64 * MiB, "staging_bytes": 64 * MiB},
+    "decode": {"kv_cache_bytes": 64 * MiB, "staging_bytes": 64 * MiB},
+}
+"""Everything fits: prompts in one chunk, a slot for every adapter, no preemption."""
+
+TIGHT = {
+    "prefill": {
+        "max_loras": 2,
+        "max_lora_rank": 16,
+        "max_num_batched_tokens": 64,
+        "kv_cache_bytes": 8 * MiB,
+        "staging_bytes": 8 * MiB,
+    },
+    "decode": {"kv_cache_bytes": 2 * MiB, "staging_bytes": 8 * MiB},
+}
+"""64-token chunks, fewer slots than adapters, a decode cache of some 40 blocks so that requests are preempted."""
+
+
+@pytest.fixture(scope="session", params=["llama", "qwen2"])
+def arch(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def roomy(arch: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    yield from _serve(arch, tmp_path_factory.mktemp(f"roomy-{arch}"), ROOMY)
+
+
+@pytest.fixture(scope="session")
+def tight(arch: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    yield from _serve(arch, tmp_path_factory.mktemp(f"tight-{arch}"), TIGHT)
+
+
+def _serve(arch: str, root: Path, overrides: dict[str, object]) -> Iterator[Served]:
+    model, adapters = make_folders(root, arch)
+    folders = {name: str(path) for name, path in adapters.items()}
+    with local_cluster(model, root / "state", adapters=folders, **overrides) as cluster:
+        yield Served(cluster, model, adapters, Reference(model))

@@ -132,12 +132,12 @@ class Wire:
 
     async def until_arriving(self) -> None:
         async with asyncio.timeout(5):
-            while not self.arena.regions:  # noqa: ASYNC110
+            while not self.arena.regions:
                 await asyncio.sleep(0.001)
 
     async def until_empty(self) -> None:
         async with asyncio.timeout(5):
-            while self.arena.used or self.handles.open_handles:  # noqa: ASYNC110
+            while self.arena.used or self.handles.open_handles:
                 await asyncio.sleep(0.001)
 
     async def stop(self) -> None:
@@ -314,7 +314,7 @@ async def test_release_while_waiting_for_room_ends_the_push(wire: Wire) -> None:
     full = await wire.arena.reserve(CAPACITY - 64, timeout=1)
     push = asyncio.create_task(wire.push(BIG))
     async with asyncio.timeout(5):
-        while not wire.handles.open_handles:  # noqa: ASYNC110
+        while not wire.handles.open_handles:
             await asyncio.sleep(0.001)
     wire.handles.release("h")
     with pytest.raises(PushRefused, match="KV handle h was released"):
@@ -329,6 +329,22 @@ async def test_release_aborts_an_arriving_push(wire: Wire) -> None:
     with pytest.raises(PushRefused, match="KV handle h was released") as refused:
         await push
     assert refused.value.refusal is Refusal.ABORTED
+
+
+async def test_released_at_any_moment(wire: Wire) -> None:
+    """The push ends at once, well or with the reason, never by its time limit."""
+    ends = set()
+    for step in range(200):
+        handle = f"h{step}"
+        push = asyncio.create_task(wire.push(BIG, handle=handle))
+        for _ in range(step):
+            await asyncio.sleep(0)
+        wire.handles.release(handle)
+        (end,) = await asyncio.wait_for(asyncio.gather(push, return_exceptions=True), 2)
+        assert end is None or f"KV handle {handle} was released" in str(end)
+        ends.add(type(end))
+        wire.handles.release(handle)
+    assert PushRefused in ends
 
 
 async def test_a_sender_that_falls_silent(wire: Wire) -> None:
@@ -413,7 +429,7 @@ async def test_grpc_network_falls_silent(grpc_wire: tuple[Wire, Cable]) -> None:
     wire, cable = grpc_wire
     push = asyncio.create_task(wire.push(BIG, timeout=1))
     async with asyncio.timeout(5):
-        while cable.seen < FRAME_BYTES:  # noqa: ASYNC110
+        while cable.seen < FRAME_BYTES:
             await asyncio.sleep(0)
     cable.passing.clear()
     with pytest.raises(TransferFailed, match="failed to arrive: no bytes came"):

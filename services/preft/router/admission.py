@@ -1,0 +1,245 @@
+"""The bounded queue in front of the workers: who waits, who is next, who is turned away.
+
+First come, first served per adapter; an adapter whose next request fits nowhere doesn't hold up the others. A request
+that has waited long keeps one decode worker free of newcomers until it fits, so that big ones aren't starved by small
+ones. Choosing workers is the policy's business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import math
+from collections import deque
+from collections.abc import Sequence
+
+from preft.core.cluster import Worker
+from preft.core.errors import DeadlineExceeded, InvalidRequest, PreftError, QueueFull, Unavailable
+from preft.router.lease import Lease
+from preft.router.ledger import Ledger
+from preft.router.policy import Demand, Policy, Refusal, Roster
+
+PATIENCE = 5.0  # seconds until a waiting request keeps a decode worker for itself
+RETRY_AFTER = (1.0, 30.0)  # seconds, least and most
+
+
+class Ticket:
+    """One request's place in the queue, and then its lease."""
+
+    def __init__(
+        self, demand: Demand, choices: Sequence[int], order: tuple[float, int], avoid: frozenset[str], queue: Admission
+    ) -> None:
+        self.demand = demand
+        self.choices = choices
+        self.order = order
+        self.avoid = avoid
+        self.outcome: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
+        self._queue = queue
+        self._ended = False
+
+    async def wait(self, timeout: float) -> Lease:
+        """The lease, once there is room; it is the caller's to release.
+
+        Raises DeadlineExceeded after `timeout` seconds, Unavailable if the workers went away for good. Gives up its
+        place if cancelled.
+        """
+        try:
+            async with asyncio.timeout(timeout):
+                lease = await self.outcome
+        except TimeoutError as error:
+            self.cancel()
+            raise DeadlineExceeded("the request's time limit passed while it waited for a worker") from error
+        except BaseException:
+            self.cancel()
+            raise
+        self._ended = True
+        return lease
+
+    def cancel(self) -> None:
+        """Leaves the queue at once; a lease that nobody has taken is given back. `wait` then ends as cancelled."""
+        if self._ended:
+            return
+        self._ended = True
+        self._queue.forget(self)
+        if not self.outcome.cancel() and not self.outcome.cancelled() and self.outcome.exception() is None:
+            self.outcome.result().release()
+
+
+class Admission:
+    """Owns the queue. `update` brings a new picture of the cluster; leases that are given back wake it themselves."""
+
+    def __init__(self, policy: Policy, ledger: Ledger, max_queue: int, restart_grace: float) -> None:
+        """`max_queue` requests may wait; after `restart_grace` seconds without workers they get Unavailable."""
+        self._policy = policy
+        self._ledger = ledger
+        self._max_queue = max_queue
+        self._restart_grace = restart_grace
+        self._roster = Roster((), {}, {})
+        self._open = self._roster  # without the decode worker that is kept for a request that has waited long
+        self._queues: dict[str, deque[Ticket]] = {}  # by adapter digest, never empty
+        self._waiting = 0
+        self._serial = itertools.count()
+        self._grants: deque[float] = deque(maxlen=64)  # when the last ones left the queue
+        self._pump_due = False
+        self._serving_until = -math.inf
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return self._waiting
+
+    @property
+    def roster(self) -> Roster:
+        """The cluster as of the last `update`."""
+        return self._roster
+
+    def update(self, roster: Roster) -> None:
+        """Goes on with a new picture of the cluster."""
+        now = asyncio.get_running_loop().time()
+        self._roster = self._open = roster
+        if roster.serving:
+            self._serving_until = now
+        elif now - self._serving_until > self._restart_grace:
+            self._refuse_all(Unavailable("no prefill and decode workers that fit together are ready"))
+        self.wake()
+
+    def enter(
+        self,
+        demand: Demand,
+        choices: Sequence[int],
+        *,
+        since: float,
+        started: bool = False,
+        avoid: frozenset[str] = frozenset(),
+    ) -> Ticket:
+        """A place for `demand`, with its lease already if there is room.
+
+        `since` (loop time) is when the request came. One that has `started` before and lost its workers is let in
+        whatever the queue's length, ahead of its adapter's others, and waits for workers to restart. `avoid` are the
+        workers that have failed it. Raises QueueFull, Unavailable, or InvalidRequest if no worker could ever hold it.
+        """
+        if not started:
+            if not self._roster.serving:
+                raise Unavailable("no prefill and decode workers that fit together are ready")
+            self._check_fits(demand)
+        ticket = Ticket(demand, choices, (since, next(self._serial)), avoid, self)
+        overtakes_nobody = not self._pump_due and demand.digest not in self._queues
+        if overtakes_nobody and self._grant(ticket, self._open) is None:
+            return ticket
+        if not started and self._waiting >= self._max_queue:
+            ticket.outcome.cancel()
+            raise QueueFull(f"{self._waiting} requests are waiting for a worker already", self._retry_after())
+        queue = self._queues.setdefault(demand.digest, deque())
+        if started:
+            queue.appendleft(ticket)
+        else:
+            queue.append(ticket)
+        self._waiting += 1
+        return ticket
+
+    def forget(self, ticket: Ticket) -> None:
+        """Takes a waiting ticket out of the queue."""
+        queue = self._queues.get(ticket.demand.digest)
+        if queue is not None and ticket in queue:
+            queue.remove(ticket)
+            self._waiting -= 1
+            if not queue:
+                del self._queues[ticket.demand.digest]
+            self._open = self._roster  # it may have kept a decode worker for itself
+            self.wake()
+
+    def wake(self) -> None:
+        """Has the queue looked through soon, once for however many calls."""
+        if self._queues and not self._pump_due:
+            self._pump_due = True
+            asyncio.get_running_loop().call_soon(self._pump)
+
+    def close(self) -> None:
+        """Turns away everything that waits, and everything that still comes."""
+        self._roster = self._open = Roster((), {}, {})
+        self._refuse_all(Unavailable("the server is shutting down"))
+
+    def _pump(self) -> None:
+        """Places whatever fits, oldest first."""
+        self._pump_due = False
+        self._open = self._roster
+        late = asyncio.get_running_loop().time() - PATIENCE
+        heads = [(queue[0].order, queue) for queue in self._queues.values()]
+        heapq.heapify(heads)
+        refused: Demand | None = None  # what covers it needn't be tried
+        while heads:
+            _, queue = heads[0]
+            ticket = queue[0]
+            if refused is not None and ticket.demand.covers(refused):
+                heapq.heappop(heads)
+                continue
+            refusal = self._grant(ticket, self._open)
+            if refusal is None:
+                queue.popleft()
+                self._waiting -= 1
+                if queue:
+                    heapq.heapreplace(heads, (queue[0].order, queue))
+                else:
+                    heapq.heappop(heads)
+                    del self._queues[ticket.demand.digest]
+                continue
+            heapq.heappop(heads)
+            if refusal is Refusal.NO_PREFILL and not ticket.avoid:
+                break
+            if refusal is Refusal.NO_DECODE and not ticket.avoid:
+                refused = ticket.demand
+            if refusal is Refusal.NO_DECODE and ticket.order[0] < late and self._open is self._roster:
+                self._open = self._keep_one_for(ticket.demand)
+
+    def _grant(self, ticket: Ticket, roster: Roster) -> Refusal | None:
+        placed = self._policy.place(ticket.demand, roster, self._ledger, ticket.avoid)
+        if isinstance(placed, Refusal):
+            return placed
+        ticket.outcome.set_result(Lease(placed, ticket.demand, ticket.choices, self._ledger, self.wake))
+        self._grants.append(asyncio.get_running_loop().time())
+        return None
+
+    def _keep_one_for(self, demand: Demand) -> Roster:
+        """The roster without the decode worker that can hold `demand` and is nearest to have room for it."""
+        able = [worker for worker in self._decode_workers() if _holds(worker, demand.blocks(worker) * demand.choices)]
+        if not able:
+            return self._roster
+        emptiest = min(able, key=lambda worker: self._ledger.blocks(worker.id) / worker.load.kv_blocks_total)
+        return self._roster.without_decode(emptiest)
+
+    def _check_fits(self, demand: Demand) -> None:
+        workers = self._decode_workers()
+        if not demand.decodes or not workers:
+            return
+        if not any(_holds(worker, -(-demand.max_tokens // worker.block_size)) for worker in workers):
+            room = max(worker.load.kv_blocks_total * worker.block_size for worker in workers)
+            raise InvalidRequest(
+                f"prompt and max_tokens come to {demand.max_tokens} tokens, no decode worker holds more than {room}",
+                param="max_tokens",
+            )
+        if not any(_holds(worker, demand.blocks(worker) * demand.choices) for worker in workers):
+            raise InvalidRequest(
+                f"no decode worker can hold {demand.choices} choices of {demand.kv_tokens} tokens at once", param="n"
+            )
+
+    def _decode_workers(self) -> list[Worker]:
+        return [worker for workers in self._roster.decode.values() for worker in workers]
+
+    def _retry_after(self) -> float:
+        """Seconds until half the queue is gone, at the rate it moved lately."""
+        least, most = RETRY_AFTER
+        if len(self._grants) < 2:
+            return least
+        elapsed = asyncio.get_running_loop().time() - self._grants[0]
+        return min(most, max(least, math.ceil(self._waiting / 2 * elapsed / len(self._grants))))
+
+    def _refuse_all(self, error: PreftError) -> None:
+        queues, self._queues, self._waiting = self._queues, {}, 0
+        for queue in queues.values():
+            for ticket in queue:
+                ticket.outcome.set_exception(error)
+
+
+def _holds(worker: Worker, blocks: int) -> bool:
+    return blocks <= worker.load.kv_blocks_total

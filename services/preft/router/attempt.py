@@ -1,0 +1,243 @@
+"""One attempt at one request: a prefill, the KV handle it fills, and a Decode call for each choice that goes on.
+
+Owns the calls, the handle and the lease, and gives all of them back when it is closed, in whatever state they are.
+Trying again elsewhere is `generation`'s business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from preft.core.cluster import Worker
+from preft.core.errors import DeadlineExceeded, EngineFailed, PreftError, TransferFailed, WorkerLost
+from preft.core.request import GenerateRequest, TokenDelta
+from preft.router.channels import WorkerChannels
+from preft.router.lease import Lease
+from preft.rpc import common_pb2, workers_pb2
+from preft.rpc.convert import adapter_to_proto, delta_from_proto
+
+TOO_LATE = "the request's time limit passed before it was finished"
+
+
+@dataclass(slots=True, eq=False)
+class Choice:
+    """One of the request's continuations: its tokens so far, and whether more are wanted."""
+
+    index: int
+    tokens: list[int] = field(default_factory=list)
+    finished: bool = False
+    stopped: bool = False
+    failures: int = 0  # attempts in a row that ended early without a new token
+    counted: int = 0  # tokens at the last such end
+    attempt: Attempt | None = None
+
+    @property
+    def open(self) -> bool:
+        """Whether more tokens are to come."""
+        return not (self.finished or self.stopped)
+
+    def take(self, delta: TokenDelta) -> None:
+        """Adds what has come."""
+        self.tokens.extend(delta.token_ids)
+        if delta.finish_reason is not None:
+            self.finished = True
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What all attempts of a request share. `deadline` and `since` are in loop time."""
+
+    request: GenerateRequest
+    sampling: common_pb2.Sampling
+    since: float
+    deadline: float
+
+    @property
+    def digest(self) -> str:
+        """The adapter's digest; "" for the base model."""
+        return self.request.adapter.digest if self.request.adapter else ""
+
+    def remaining(self) -> float:
+        """Seconds left. Raises DeadlineExceeded if there are none."""
+        left = self.deadline - asyncio.get_running_loop().time()
+        if left <= 0:
+            raise DeadlineExceeded(TOO_LATE)
+        return left
+
+
+class Attempt:
+    """Call `first_tokens`, then `kv_in_place`, then `decode` for each choice that is still open; `close` at any time.
+
+    Each raises the PreftError that ended it, after which `blamed` names the workers to avoid next time, or
+    CallCancelled if `stop` or `close` ended it.
+    """
+
+    def __init__(
+        self, job: Job, choices: Sequence[Choice], lease: Lease, channels: WorkerChannels, transfer_timeout: float
+    ) -> None:
+        """`lease` is this attempt's from now on. Choices that have tokens are resumed, the others begin."""
+        self.handle = uuid.uuid4().hex
+        self.resumes = any(choice.tokens for choice in choices)
+        self.cached_tokens = 0  # of the prompt, in the prefill worker; known with the first tokens
+        self.blamed: frozenset[str] = frozenset()
+        self._job = job
+        self._choices = {choice.index: choice for choice in choices}
+        self._lease = lease
+        self._channels = channels
+        self._transfer_timeout = transfer_timeout
+        self._prefill: Any = None  # while it runs
+        self._decodes: dict[int, Any] = {}  # while they run
+        self._going = set(self._choices)
+        self._unclaimed: set[int] = set()  # uses of the handle that didn't end by themselves: closing releases it
+        self._closed = False
+
+    async def first_tokens(self) -> Sequence[TokenDelta]:
+        """Runs the prompt and answers each choice's first token, taken by it; none if choices are resumed."""
+        worker = self._lease.prefill
+        self._prefill = self._channels.prefill(worker, self._prefill_request(), self._job.remaining())
+        if self._lease.decode is not None:
+            self._unclaimed = set(self._going)
+        with self._blaming(worker.id):
+            event = await self._channels.read(self._prefill, worker)
+            if event is None or not event.HasField("first_tokens"):
+                raise EngineFailed(f"prefill worker {worker.id} answered no first tokens")
+            self.cached_tokens = event.first_tokens.cached_tokens
+            if self.resumes:
+                return ()
+            deltas = [delta_from_proto(message) for message in event.first_tokens.choices]
+            self._take_first(deltas)
+            return deltas
+
+    async def kv_in_place(self) -> None:
+        """Waits until the decode worker has the prompt's KV, whole and verified."""
+        worker = self._lease.prefill
+        with self._blaming(worker.id, self._decode_worker().id):
+            try:
+                async with asyncio.timeout(self._transfer_timeout):
+                    event = await self._channels.read(self._prefill, worker)
+            except TimeoutError as error:
+                raise TransferFailed(f"the KV cache didn't arrive within {self._transfer_timeout:g} s") from error
+            if event is None or not event.HasField("kv_pushed"):
+                raise TransferFailed(f"prefill worker {worker.id} ended without having sent the KV cache")
+        self._prefill_ended()
+
+    async def decode(self, choice: Choice) -> AsyncGenerator[TokenDelta, None]:
+        """The choice's further tokens, taken by it, until it is finished or stopped."""
+        worker, index = self._decode_worker(), choice.index
+        call = self._channels.decode(worker, self._decode_request(choice), self._job.remaining())
+        self._decodes[index] = call
+        room = self._lease.room(index) - len(self._job.request.prompt_token_ids)
+        try:
+            with self._blaming(worker.id):
+                while choice.open:
+                    message = await self._channels.read(call, worker)
+                    if message is None or message.index != index:
+                        raise EngineFailed(f"decode worker {worker.id} broke off choice {index} without a reason")
+                    delta = delta_from_proto(message)
+                    choice.take(delta)
+                    if choice.finished:
+                        self._channels.let_end(self._decodes.pop(index))
+                        self._unclaimed.discard(index)
+                        self._end(choice)
+                    elif len(choice.tokens) > room:
+                        room = self._lease.grow(index) - len(self._job.request.prompt_token_ids)
+                    yield delta
+        except PreftError as error:
+            if not isinstance(error, WorkerLost):
+                self._unclaimed.discard(index)  # the worker ended it, and its claim
+            raise
+        finally:
+            self._end(choice)
+
+    def stop(self, choice: Choice) -> None:
+        """Cancels what runs for `choice`, and everything else too if no other choice goes on."""
+        if choice.index in self._decodes:
+            self._decodes[choice.index].cancel()
+        self._end(choice)
+
+    def close(self) -> None:
+        """Cancels what still runs, gives back the lease and, unless each use of it ended by itself, the handle."""
+        if self._closed:
+            return
+        self._closed = True
+        for call in (self._prefill, *self._decodes.values()):
+            if call is not None:
+                call.cancel()
+        self._lease.release()
+        if self._unclaimed:
+            self._channels.release(self._decode_worker(), self.handle)
+
+    def _take_first(self, deltas: list[TokenDelta]) -> None:
+        if sorted(delta.index for delta in deltas) != list(range(self._job.request.n)):
+            raise EngineFailed(f"prefill worker {self._lease.prefill.id} answered other choices than it was asked for")
+        if any(delta.finish_reason is None and not (delta.token_ids and self._lease.decode) for delta in deltas):
+            raise EngineFailed(f"prefill worker {self._lease.prefill.id} neither ended a choice nor gave it a token")
+        for delta in deltas:
+            choice = self._choices.get(delta.index)  # None: stopped before it began
+            if choice is not None:
+                choice.take(delta)
+        if all(delta.finish_reason for delta in deltas):
+            self._prefill_ended()  # there is nothing to send
+            self._unclaimed.clear()
+        for choice in self._choices.values():
+            if choice.finished:
+                self._unclaimed.discard(choice.index)
+                self._end(choice)
+
+    def _prefill_ended(self) -> None:
+        self._channels.let_end(self._prefill)
+        self._prefill = None
+        self._lease.prefill_ended()
+
+    def _end(self, choice: Choice) -> None:
+        self._lease.choice_ended(choice.index)
+        self._going.discard(choice.index)
+        if not self._going:
+            self.close()
+
+    @contextmanager
+    def _blaming(self, *worker_ids: str) -> Iterator[None]:
+        try:
+            yield
+        except DeadlineExceeded:
+            raise DeadlineExceeded(TOO_LATE) from None
+        except TransferFailed:
+            self.blamed = frozenset((*worker_ids, self._lease.decode.id if self._lease.decode else ""))
+            raise
+        except PreftError:
+            self.blamed = frozenset(worker_ids)
+            raise
+
+    def _decode_worker(self) -> Worker:
+        if self._lease.decode is None:
+            raise EngineFailed("a choice that goes on has no decode worker")
+        return self._lease.decode
+
+    def _prefill_request(self) -> workers_pb2.PrefillRequest:
+        request, decode = self._job.request, self._lease.decode
+        return workers_pb2.PrefillRequest(
+            request_id=request.request_id,
+            prompt_token_ids=request.prompt_token_ids,
+            sampling=self._job.sampling,
+            adapter=adapter_to_proto(request.adapter) if request.adapter else None,
+            n=len(self._going) if self.resumes else request.n,
+            target=workers_pb2.KvTarget(address=decode.address, handle=self.handle) if decode else None,
+            resume=self.resumes,
+        )
+
+    def _decode_request(self, choice: Choice) -> workers_pb2.DecodeRequest:
+        request = self._job.request
+        return workers_pb2.DecodeRequest(
+            request_id=request.request_id,
+            handle=self.handle,
+            prompt_token_ids=request.prompt_token_ids,
+            output_token_ids=choice.tokens,
+            sampling=self._job.sampling,
+            adapter_digest=self._job.digest,
+            index=choice.index,
+        )

@@ -1,0 +1,132 @@
+"""The router's gRPC connections to workers: one channel per address, kept while the worker is registered.
+
+Owns the channels, the calls that only have their end left, and the releases under way; `close` ends all of them. gRPC
+errors become PreftErrors here and nowhere else in the router.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from preft.core.cluster import Worker
+from preft.core.errors import WorkerLost
+from preft.rpc import workers_pb2, workers_pb2_grpc
+from preft.rpc.status import error_from_rpc
+
+OPTIONS = [
+    ("grpc.max_send_message_length", -1),  # a prompt may have a million tokens
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),  # a worker that restarts at its address is found soon
+    ("grpc.enable_http_proxy", 0),
+]
+RELEASE_SECONDS = 5.0
+DRAIN_SECONDS = 600.0  # a worker that left the registry may still finish what it has
+
+
+class CallCancelled(Exception):
+    """The call was cancelled by this process; whoever did it knows why."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStubs:
+    """One channel and the services on it. Which of them the worker has depends on its role."""
+
+    channel: grpc.aio.Channel
+    prefill: Any
+    decode: Any
+
+
+class WorkerChannels:
+    """Calls to workers. Use it inside one event loop."""
+
+    def __init__(self, on_lost: Callable[[Worker], None]) -> None:
+        """`on_lost` is told of each worker that couldn't be reached or broke off."""
+        self._on_lost = on_lost
+        self._stubs: dict[str, WorkerStubs] = {}
+        self._ending: set[Any] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def prefill(self, worker: Worker, request: workers_pb2.PrefillRequest, timeout: float) -> Any:
+        """Starts a Prefill call, to be read with `read`."""
+        return self._stubs_of(worker.address).prefill.Prefill(request, timeout=timeout)
+
+    def decode(self, worker: Worker, request: workers_pb2.DecodeRequest, timeout: float) -> Any:
+        """Starts a Decode call, to be read with `read`."""
+        return self._stubs_of(worker.address).decode.Decode(request, timeout=timeout)
+
+    async def read(self, call: Any, worker: Worker) -> Any | None:
+        """The call's next message, or None at its good end. On the per-token path.
+
+        Raises the PreftError it ended with, or CallCancelled if `call.cancel` was used.
+        """
+        try:
+            message = await call.read()
+        except grpc.aio.AioRpcError as rpc_error:
+            error = error_from_rpc(rpc_error, worker.id)
+            if type(error) is WorkerLost:
+                self._on_lost(worker)
+            raise error from rpc_error
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise CallCancelled from None
+        return None if message is grpc.aio.EOF else message
+
+    def let_end(self, call: Any) -> None:
+        """Keeps a call that has nothing more to say until its end has come: dropping it would cancel it."""
+        if not call.done():
+            self._ending.add(call)
+            call.add_done_callback(self._ending.discard)
+
+    def release(self, worker: Worker, handle: str) -> None:
+        """Tells a decode worker, in the background, that nobody will claim `handle` (any more)."""
+        self._background(self._release(worker, handle))
+
+    def retain(self, addresses: Collection[str]) -> None:
+        """Lets go of channels to other addresses, in the background and once their calls have ended."""
+        for address in self._stubs.keys() - set(addresses):
+            self._background(self._stubs.pop(address).channel.close(grace=DRAIN_SECONDS))
+
+    async def close(self) -> None:
+        """Ends everything, once the releases under way had their time."""
+        if self._tasks:
+            _, late = await asyncio.wait(self._tasks, timeout=RELEASE_SECONDS)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+        for call in list(self._ending):
+            call.cancel()
+        for stubs in self._stubs.values():
+            await stubs.channel.close()
+        self._stubs.clear()
+
+    async def _release(self, worker: Worker, handle: str) -> None:
+        # A worker that can't be told drops the handle when its lease runs out.
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            request = workers_pb2.ReleaseRequest(handle=handle)
+            await self._stubs_of(worker.address).decode.Release(request, timeout=RELEASE_SECONDS)
+
+    def _background(self, work: Any) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _stubs_of(self, address: str) -> WorkerStubs:
+        stubs = self._stubs.get(address)
+        if stubs is None:
+            channel = grpc.aio.insecure_channel(address, options=OPTIONS)
+            stubs = self._stubs[address] = WorkerStubs(
+                channel,
+                workers_pb2_grpc.PrefillWorkerStub(channel),  # type: ignore[no-untyped-call]
+                workers_pb2_grpc.DecodeWorkerStub(channel),  # type: ignore[no-untyped-call]
+            )
+        return stubs

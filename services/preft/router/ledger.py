@@ -1,0 +1,101 @@
+"""What this router has put on each worker and not taken back yet, so that it needn't wait for a heartbeat to know.
+
+Pure bookkeeping: who may be given more is the policy's business, and who gives back is the lease's.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping
+from typing import TypeVar
+
+from preft.core.cluster import Role, Worker
+
+K = TypeVar("K", bound=Hashable)
+
+
+class Ledger:
+    """Counts per worker id: running prefills (also per adapter digest), KV blocks and sequences on decode workers."""
+
+    def __init__(self) -> None:
+        self._prefills: Counter[str] = Counter()
+        self._adapters: Counter[tuple[str, str]] = Counter()
+        self._blocks: Counter[str] = Counter()
+        self._sequences: Counter[str] = Counter()
+        self._peak: dict[str, int] = {}  # most own blocks since the last heartbeat
+        self._foreign: dict[str, int] = {}  # blocks that others hold, as far as the last heartbeat tells
+        self._heartbeats: dict[str, float] = {}
+
+    @property
+    def idle(self) -> bool:
+        """Whether everything was given back."""
+        return not (self._prefills or self._adapters or self._blocks or self._sequences)
+
+    def prefills(self, worker_id: str) -> int:
+        """Prefills of this router that run on the worker."""
+        return self._prefills.get(worker_id, 0)
+
+    def prefills_of(self, worker_id: str, digest: str) -> int:
+        """Those among them that use this adapter."""
+        return self._adapters.get((worker_id, digest), 0)
+
+    def blocks(self, worker_id: str) -> int:
+        """KV blocks that are taken on the worker: reserved here, or used by others at the last heartbeat."""
+        return self._blocks.get(worker_id, 0) + self._foreign.get(worker_id, 0)
+
+    def sequences(self, worker_id: str) -> int:
+        """Choices of this router that the worker decodes or is about to."""
+        return self._sequences.get(worker_id, 0)
+
+    def in_flight(self) -> Mapping[str, int]:
+        """Prefills and sequences per worker, for those that have any."""
+        return {**self._prefills, **self._sequences}
+
+    def add_prefill(self, worker_id: str, digest: str) -> None:
+        """One prefill starts."""
+        self._prefills[worker_id] += 1
+        self._adapters[worker_id, digest] += 1
+
+    def drop_prefill(self, worker_id: str, digest: str) -> None:
+        """One prefill ended."""
+        _take(self._prefills, worker_id, 1)
+        _take(self._adapters, (worker_id, digest), 1)
+
+    def add_decode(self, worker_id: str, blocks: int, sequences: int) -> None:
+        """Reserves KV blocks for `sequences` more choices (0: a running one has grown)."""
+        self._blocks[worker_id] += blocks
+        self._sequences[worker_id] += sequences
+        self._peak[worker_id] = max(self._peak.get(worker_id, 0), self._blocks[worker_id])
+        if not self._sequences[worker_id]:
+            del self._sequences[worker_id]
+
+    def drop_decode(self, worker_id: str, blocks: int, sequences: int) -> None:
+        """Gives back what choices that ended had reserved."""
+        _take(self._blocks, worker_id, blocks)
+        _take(self._sequences, worker_id, sequences)
+
+    def observe(self, workers: Iterable[Worker]) -> None:
+        """Learns from new heartbeats how much of each decode worker's KV memory others use (another router, say).
+
+        A heartbeat is late: what it counts may have been ours and be free by now. So only what exceeds the most that
+        was ours since the heartbeat before counts as foreign.
+        """
+        known = {worker.id: worker for worker in workers if worker.role is Role.DECODE}
+        for gone in self._heartbeats.keys() - known.keys():
+            del self._heartbeats[gone]
+            self._foreign.pop(gone, None)
+            self._peak.pop(gone, None)
+        for worker in known.values():
+            if self._heartbeats.get(worker.id) != worker.heartbeat:
+                self._heartbeats[worker.id] = worker.heartbeat
+                used = worker.load.kv_blocks_total - worker.load.kv_blocks_free
+                self._foreign[worker.id] = max(0, used - self._peak.get(worker.id, 0))
+                self._peak[worker.id] = self._blocks.get(worker.id, 0)
+
+
+def _take(counter: Counter[K], key: K, amount: int) -> None:
+    counter[key] -= amount
+    if counter[key] < 0:
+        raise ValueError(f"{key} gives back more than it took")
+    if counter[key] == 0:
+        del counter[key]

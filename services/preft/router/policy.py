@@ -1,0 +1,172 @@
+"""Which workers a request goes to: a pure function of the request, the cluster and what is in flight.
+
+Owns the choice alone. Waiting for room is `admission`'s business; nothing here keeps or changes state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Protocol
+from zlib import crc32
+
+from preft.core.cluster import ClusterSnapshot, Role, Worker
+from preft.router.ledger import Ledger
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a request asks of the cluster. Tokens are per choice.
+
+    `kv_tokens` is what decode should have room for at the start, `max_tokens` what it may grow to (prompt included).
+    `decodes` is False if the first token is also the last: no decode worker is needed.
+    """
+
+    digest: str  # of the adapter; "" is the base model
+    kv_tokens: int
+    max_tokens: int
+    choices: int = 1
+    decodes: bool = True
+
+    def blocks(self, worker: Worker) -> int:
+        """KV blocks to reserve on `worker` for each choice."""
+        return -(-self.kv_tokens // worker.block_size)
+
+    def covers(self, other: Demand) -> bool:
+        """Whether this needs at least as much decode room as `other`."""
+        return self.decodes and self.kv_tokens >= other.kv_tokens and self.choices >= other.choices
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The workers of one attempt."""
+
+    prefill: Worker
+    decode: Worker | None
+
+
+class Refusal(Enum):
+    """Why nothing fits now."""
+
+    NO_PREFILL = auto()  # no prefill worker takes more, of whatever adapter
+    NO_DECODE = auto()  # no decode worker has room for that much, of whatever adapter
+
+
+@dataclass(frozen=True, slots=True)
+class Roster:
+    """A snapshot's ready workers, indexed for the choice: decode workers by fingerprint, adapters by who holds them."""
+
+    prefill: tuple[Worker, ...]
+    decode: Mapping[str, tuple[Worker, ...]]
+    holders: Mapping[str, frozenset[str]]
+
+    @classmethod
+    def of(cls, snapshot: ClusterSnapshot) -> Roster:
+        """The roster of `snapshot`."""
+        prefill = snapshot.ready(Role.PREFILL)
+        decode: dict[str, list[Worker]] = {}
+        for worker in snapshot.ready(Role.DECODE):
+            decode.setdefault(worker.fingerprint, []).append(worker)
+        holders: dict[str, set[str]] = {}
+        for worker in prefill:
+            for digest in worker.load.adapters:
+                holders.setdefault(digest, set()).add(worker.id)
+        return cls(
+            prefill,
+            {fingerprint: tuple(workers) for fingerprint, workers in decode.items()},
+            {digest: frozenset(ids) for digest, ids in holders.items()},
+        )
+
+    @property
+    def serving(self) -> bool:
+        """Whether some prefill and some decode worker fit together."""
+        return any(worker.fingerprint in self.decode for worker in self.prefill)
+
+    def without_decode(self, worker: Worker) -> Roster:
+        """The same cluster, with this decode worker taken out."""
+        others = tuple(other for other in self.decode[worker.fingerprint] if other.id != worker.id)
+        decode = {**self.decode, worker.fingerprint: others}
+        return Roster(self.prefill, {name: workers for name, workers in decode.items() if workers}, self.holders)
+
+
+class Policy(Protocol):
+    """Chooses workers. Implementations are pure: equal arguments, equal choice, and nothing is changed."""
+
+    def place(self, demand: Demand, roster: Roster, ledger: Ledger, avoid: frozenset[str]) -> Pair | Refusal:
+        """Two workers of equal fingerprint with room for `demand`, or why there are none.
+
+        Workers in `avoid` (ids) have just failed this request: they are taken only where nothing else is ready. With an
+        empty `avoid`, a refusal holds for every demand that `covers` this one.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class AffinityPolicy:
+    """Prefill goes where the adapter is, unless that worker is clearly busier than another; decode goes where room is.
+
+    Workers that are equally good are told apart by a hash of adapter and worker, so that adapters spread over idle
+    workers, and every router that shares the cluster sends an adapter to the same one.
+    """
+
+    max_inflight_prefills: int  # per worker
+    busier_factor: float = 2.0  # a worker that holds the adapter may have this many times the least load ...
+    busier_slack: int = 4  # ... and this many prefills on top
+    queued_share: float = 0.25  # sequences sent to a decode worker beyond its batch, so that the batch stays full
+
+    def place(self, demand: Demand, roster: Roster, ledger: Ledger, avoid: frozenset[str]) -> Pair | Refusal:
+        """See `Policy.place`."""
+        decode: dict[str, Worker] = {}
+        if demand.decodes:
+            for fingerprint, workers in roster.decode.items():
+                worker = self._roomiest(demand, _prefer(workers, avoid), ledger)
+                if worker is not None:
+                    decode[fingerprint] = worker
+        ready = _prefer(roster.prefill, avoid)
+        free = [worker for worker in ready if ledger.prefills(worker.id) < self.max_inflight_prefills]
+        if not free:
+            return Refusal.NO_PREFILL
+        if demand.decodes:
+            free = [worker for worker in free if worker.fingerprint in decode]
+            if not free:
+                return Refusal.NO_DECODE
+        prefill = self._nearest(demand.digest, free, roster, ledger)
+        return Pair(prefill, decode.get(prefill.fingerprint))
+
+    def _roomiest(self, demand: Demand, workers: tuple[Worker, ...], ledger: Ledger) -> Worker | None:
+        """The decode worker that would be least full, by memory or by batch, whichever is scarcer there."""
+        best, best_key = None, (2.0, 0, "")
+        for worker in workers:
+            total = worker.load.kv_blocks_total
+            blocks = ledger.blocks(worker.id) + demand.blocks(worker) * demand.choices
+            running = ledger.sequences(worker.id)
+            batch = worker.max_num_seqs * (1 + self.queued_share) if worker.max_num_seqs else float("inf")
+            if blocks > total or (running and running + demand.choices > batch):
+                continue
+            key = (max(blocks / total, running / batch), worker.load.running, worker.id)
+            if key < best_key:
+                best, best_key = worker, key
+        return best
+
+    def _nearest(self, digest: str, workers: list[Worker], roster: Roster, ledger: Ledger) -> Worker:
+        seed = crc32(digest.encode())
+
+        def load(worker: Worker) -> tuple[int, int, int]:
+            spread = ((crc32(worker.id.encode()) ^ seed) * 2654435761) & 0xFFFFFFFF
+            return ledger.prefills(worker.id), worker.load.running, spread
+
+        least = min(workers, key=load)
+        if not digest:
+            return least
+        holders = roster.holders.get(digest, frozenset())
+        near = [worker for worker in workers if worker.id in holders or ledger.prefills_of(worker.id, digest)]
+        if not near:
+            return least
+        nearest = min(near, key=load)
+        limit = ledger.prefills(least.id) * self.busier_factor + self.busier_slack
+        return nearest if ledger.prefills(nearest.id) <= limit else least
+
+
+def _prefer(workers: tuple[Worker, ...], avoid: frozenset[str]) -> tuple[Worker, ...]:
+    """Those not in `avoid`, or all if that leaves none."""
+    return (tuple(worker for worker in workers if worker.id not in avoid) or workers) if avoid else workers

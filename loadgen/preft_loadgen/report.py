@@ -1,0 +1,132 @@
+"""What a run amounts to: one summary per adapter count, a table of them, and a progress bar while they are made."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self, TextIO
+
+from preft_loadgen.driver import Run
+
+BAR_CELLS = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """One run. Latencies in seconds: `ttft` to the first text, `itl` between texts; rates count whole requests only."""
+
+    adapters: int
+    requests: int
+    errors: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    requests_per_second: float
+    ttft_p50: float
+    ttft_p99: float
+    itl_p50: float
+    itl_p99: float
+    first_error: str | None = None
+
+
+def summarize(run: Run, adapters: int) -> Summary:
+    """The figures of `run`; latencies are 0 if no request was answered."""
+    good = [record for record in run.records if record.error is None]
+    errors = [record.error for record in run.records if record.error is not None]
+    ttfts = [record.ttft for record in good]
+    gaps = [gap for record in good for gap in record.gaps]
+    tokens = sum(record.tokens for record in good)
+    return Summary(
+        adapters=adapters,
+        requests=len(run.records),
+        errors=len(errors),
+        tokens=tokens,
+        seconds=run.seconds,
+        tokens_per_second=tokens / run.seconds,
+        requests_per_second=len(good) / run.seconds,
+        ttft_p50=percentile(ttfts, 50),
+        ttft_p99=percentile(ttfts, 99),
+        itl_p50=percentile(gaps, 50),
+        itl_p99=percentile(gaps, 99),
+        first_error=errors[0] if errors else None,
+    )
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """The value that `percent` % of `values` don't exceed, between neighbours in proportion. 0 if there are none."""
+    if not values:
+        return 0.0
+    ordered = sorted(values)
+    place = (len(ordered) - 1) * percent / 100
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+
+
+def summary_table(summaries: Sequence[Summary]) -> str:
+    """One line per summary, latencies in milliseconds."""
+    head = ["adapters", "tokens/s", "requests/s", "TTFT p50 ms", "p99", "ITL p50 ms", "p99", "failed"]
+    rows = [
+        [
+            str(summary.adapters) if summary.adapters else "base",
+            f"{summary.tokens_per_second:.0f}",
+            f"{summary.requests_per_second:.1f}",
+            *(
+                f"{1000 * value:.1f}"
+                for value in (summary.ttft_p50, summary.ttft_p99, summary.itl_p50, summary.itl_p99)
+            ),
+            str(summary.errors),
+        ]
+        for summary in summaries
+    ]
+    return table([head, *rows])
+
+
+def table(rows: Sequence[Sequence[str]], left: int = 0) -> str:
+    """`rows`, all of one length, as aligned columns: the first `left` flush left, the others flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if number < left else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+class Progress:
+    """A bar on `stream` that a `with` block draws and takes away. Silent unless it's a terminal, or `force`."""
+
+    def __init__(self, label: str, total: int, *, force: bool = False, stream: TextIO | None = None) -> None:
+        self._label = label
+        self._total = total
+        self._stream = sys.stderr if stream is None else stream
+        self._shown = force or self._stream.isatty()
+        self._done = 0
+        self._drawn = 0.0
+
+    def step(self) -> None:
+        """One more is done."""
+        self._done += 1
+        now = time.monotonic()
+        if self._shown and (now - self._drawn > 0.1 or self._done == self._total):
+            self._drawn = now
+            self._draw()
+
+    def __enter__(self) -> Self:
+        if self._shown:
+            self._draw()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._shown:
+            self._stream.write("\r\x1b[K")
+            self._stream.flush()
+
+    def _draw(self) -> None:
+        cells = BAR_CELLS * self._done // max(1, self._total)
+        bar = "#" * cells + "." * (BAR_CELLS - cells)
+        self._stream.write(f"\r{self._label} [{bar}] {self._done}/{self._total}")
+        self._stream.flush()

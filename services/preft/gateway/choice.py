@@ -1,0 +1,90 @@
+"""One choice from tokens to text: detokenizing, stop strings and why it ended, with vLLM's meaning.
+
+Doesn't know how choices are transported or where tokens come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from preft.core.errors import EngineFailed
+from preft.core.request import FinishReason, TokenDelta, TokenLogprob
+from preft.gateway.detokenizer import Detokenizer
+from preft.gateway.stopping import StopStrings
+from preft.gateway.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class TextOptions:
+    """How a choice's tokens become text. Stop strings count only where they end after the first `min_tokens` tokens."""
+
+    stop: tuple[str, ...] = ()
+    include_stop: bool = False
+    skip_special_tokens: bool = True
+    min_tokens: int = 0
+    logprobs: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceDelta:
+    """What is new in one choice. `stop_reason` is the stop string or the caller's stop token that ended it."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+
+class Choice:
+    """The running state of choice `index` behind one prompt. `finished` once its last delta is out."""
+
+    __slots__ = ("_detokenizer", "_options", "_stops", "_tokens", "finished", "index")
+
+    def __init__(self, index: int, tokenizer: Tokenizer, prompt: Sequence[int], options: TextOptions) -> None:
+        self.index = index
+        self.finished = False
+        self._options = options
+        self._detokenizer = Detokenizer(tokenizer, prompt, skip_special_tokens=options.skip_special_tokens)
+        self._stops = StopStrings(options.stop, include=options.include_stop) if options.stop else None
+        self._tokens = 0
+
+    def push(self, delta: TokenDelta) -> ChoiceDelta:
+        """The next delta of this choice as text. Raises EngineFailed if log probabilities are missing."""
+        if self._options.logprobs and len(delta.logprobs) != len(delta.token_ids):
+            raise EngineFailed("the engine sent tokens without their log probabilities")
+        shown = delta.token_ids
+        if delta.finish_reason is FinishReason.STOP and not self._options.include_stop:
+            shown = shown[:-1]  # the end or stop token itself is counted but not shown
+        if self._stops is not None:
+            return self._push_watched(delta, shown, self._stops)
+        text = self._detokenizer.push(shown)
+        if delta.finish_reason is not None:
+            text += self._detokenizer.flush()
+            self.finished = True
+        return ChoiceDelta(self.index, text, delta.token_ids, delta.logprobs, delta.finish_reason, delta.stop_token_id)
+
+    def _push_watched(self, delta: TokenDelta, shown: Sequence[int], stops: StopStrings) -> ChoiceDelta:
+        """Token by token, so that tokens after the one which completes a stop string are neither shown nor counted."""
+        text = ""
+        for taken, token_id in enumerate(shown, start=1):
+            self._tokens += 1
+            piece = self._detokenizer.push((token_id,))
+            text += stops.push(piece, armed=self._tokens > self._options.min_tokens)
+            if stops.matched is not None:
+                return self._stopped(text, delta, taken, stops.matched)
+        if delta.finish_reason is not None:
+            text += stops.push(self._detokenizer.flush(), armed=self._tokens > self._options.min_tokens)
+            if stops.matched is not None:
+                return self._stopped(text, delta, len(delta.token_ids), stops.matched)
+            text += stops.release()
+            self.finished = True
+        return ChoiceDelta(self.index, text, delta.token_ids, delta.logprobs, delta.finish_reason, delta.stop_token_id)
+
+    def _stopped(self, text: str, delta: TokenDelta, taken: int, matched: str) -> ChoiceDelta:
+        self.finished = True
+        return ChoiceDelta(
+            self.index, text, delta.token_ids[:taken], delta.logprobs[:taken], FinishReason.STOP, matched
+        )

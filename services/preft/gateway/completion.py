@@ -1,0 +1,100 @@
+"""Runs one job: a task per prompt feeds its choices' deltas, as text, to the one reader that writes the reply.
+
+The tasks are owned here and gone when the context is left; leaving it early cancels the work on every worker. Formats
+nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from types import TracebackType
+from typing import Self
+
+from preft.core.errors import EngineFailed
+from preft.core.ports import Generator
+from preft.core.request import GenerateRequest
+from preft.gateway.choice import Choice, ChoiceDelta
+from preft.gateway.job import Job
+from preft.gateway.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
+
+
+class Completion:
+    """The running job. `cached_tokens` counts prompt tokens found in prefix caches, so far."""
+
+    def __init__(self, generator: Generator, tokenizer: Tokenizer, job: Job) -> None:
+        self.job = job
+        self.cached_tokens = 0
+        self._generator = generator
+        self._tokenizer = tokenizer
+        self._tasks: list[asyncio.Task[None]] = []
+        self._generating: set[asyncio.Task[None]] = set()
+        self._deltas: list[ChoiceDelta] = []
+        self._error: Exception | None = None
+        self._abandoned: Exception | None = None
+        self._reader: asyncio.Future[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._tasks = [asyncio.create_task(self._run(p, request)) for p, request in enumerate(self.job.requests)]
+        self._generating.update(self._tasks)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for task in self._generating:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def take(self) -> list[ChoiceDelta]:
+        """All deltas that are there, waiting for at least one; an empty list after the last.
+
+        Raises what the generator raised, after the deltas that came before, or what `abandon` was given, at once.
+        """
+        while not self._deltas or self._abandoned:
+            if error := self._abandoned or self._error:
+                raise error
+            if not self._generating:
+                return []
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+        deltas, self._deltas = self._deltas, []
+        return deltas
+
+    def abandon(self, reason: Exception) -> None:
+        """Makes the reader stop with `reason`, whatever is still there to read."""
+        self._abandoned = reason
+        self._wake()
+
+    async def _run(self, number: int, request: GenerateRequest) -> None:
+        first = number * request.n
+        prompt = request.prompt_token_ids
+        choices = [Choice(first + i, self._tokenizer, prompt, self.job.options) for i in range(request.n)]
+        try:
+            async with self._generator.generate(request) as generation:
+                async for delta in generation:
+                    choice = choices[delta.index]
+                    if choice.finished:
+                        continue  # was on its way when a stop string ended the choice
+                    self._deltas.append(choice.push(delta))
+                    if choice.finished and delta.finish_reason is None:
+                        generation.stop(delta.index)
+                    self._wake()
+                if not all(choice.finished for choice in choices):
+                    raise EngineFailed("generation ended before all choices were finished")
+                self.cached_tokens += generation.prompt_cached_tokens
+                # The client needn't wait until the context is left, and leaving it mustn't be cancelled.
+                self._generating.discard(self._tasks[number])
+                self._wake()
+        except Exception as error:  # the top of a task; the reader raises it
+            if self._tasks[number] not in self._generating:
+                _log.exception("request %s was answered, but left behind an error", request.request_id)
+                return
+            self._error = self._error or error
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)

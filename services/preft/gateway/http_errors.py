@@ -1,0 +1,66 @@
+"""Errors as HTTP sees them: the one place where exceptions become OpenAI's error body.
+
+{"error": {"message": ..., "type": ..., "param": ..., "code": ...}}
+"""
+
+from __future__ import annotations
+
+import math
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from preft.core.errors import InvalidRequest, PreftError, QueueFull, mapping_of
+
+_INTERNAL = "The server met an unexpected error."
+
+
+def error_body(error: BaseException) -> dict[str, Any]:
+    """The body for any error; unexpected ones don't show their text."""
+    if not isinstance(error, PreftError):
+        return _body(_INTERNAL, "server_error", None, "internal_error")
+    mapping = mapping_of(error)
+    param = error.param if isinstance(error, InvalidRequest) else None
+    return _body(str(error), mapping.type, param, mapping.code)
+
+
+def error_response(error: BaseException) -> JSONResponse:
+    """The whole response: status, body, and Retry-After where trying again makes sense."""
+    status = mapping_of(error).status if isinstance(error, PreftError) else 500
+    headers = {"retry-after": str(math.ceil(error.retry_after))} if isinstance(error, QueueFull) else None
+    return JSONResponse(error_body(error), status, headers)
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Makes every error of `app`, its own 404 and 405 included, answer with OpenAI's error body."""
+
+    async def known(_: Request, error: Exception) -> Response:
+        return error_response(error)
+
+    async def http(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        status = HTTPStatus(error.status_code)
+        message = str(error.detail)
+        if message == status.phrase:
+            message = f"{request.method} {request.url.path}: {status.phrase}."
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        body = _body(message, kind, None, status.phrase.lower().replace(" ", "_"))
+        return JSONResponse(body, status, error.headers)
+
+    async def invalid(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        first = error.errors()[0]
+        return error_response(InvalidRequest(first["msg"], ".".join(map(str, first["loc"][1:])) or None))
+
+    app.add_exception_handler(PreftError, known)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(Exception, known)
+
+
+def _body(message: str, kind: str, param: str | None, code: str) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

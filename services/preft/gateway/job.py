@@ -1,0 +1,173 @@
+"""From a checked body to core requests: names resolved, prompts tokenized, lengths and token ids judged.
+
+Everything that is refused here is refused before any worker hears of it.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from preft.core.errors import InvalidRequest, ModelNotFound
+from preft.core.request import AdapterRef, GenerateRequest, Sampling
+from preft.gateway.choice import TextOptions
+from preft.gateway.deps import GatewayDeps
+from preft.gateway.schemas import ChatBody, CompletionBody, GenerationBody
+from preft.gateway.tokenizer import Tokenizer
+from preft.gateway.values import Prompt
+
+MAX_CHOICES = 1024
+DEFAULT_COMPLETION_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One API call: a core request per prompt, each with `n` choices. Choice i of prompt p has index p * n + i."""
+
+    id: str
+    model: str
+    requests: tuple[GenerateRequest, ...]
+    n: int
+    options: TextOptions
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(len(request.prompt_token_ids) for request in self.requests)
+
+
+async def completion_job(body: CompletionBody, deps: GatewayDeps, *, deadline: float | None = None) -> Job:
+    """Raises ModelNotFound or InvalidRequest. `deadline` is in `time.time()` seconds."""
+    adapter = resolve_model(body.model, deps)
+    if len(body.prompt) * body.n > MAX_CHOICES:
+        raise InvalidRequest(f"{len(body.prompt)} prompts with n={body.n} are more than {MAX_CHOICES} choices.", "n")
+    prompts = await _token_ids(body.prompt, deps.tokenizer, add_special_tokens=body.add_special_tokens)
+    return _job(body, deps, adapter, prompts, DEFAULT_COMPLETION_TOKENS, deadline)
+
+
+async def chat_job(body: ChatBody, deps: GatewayDeps) -> Job:
+    """Raises ModelNotFound or InvalidRequest, also for a model without a chat template."""
+    adapter = resolve_model(body.model, deps)
+    template = deps.tokenizer.chat_template
+    if template is None:
+        raise InvalidRequest("The served model has no chat template; use /v1/completions.", "messages")
+    text = template.render(
+        [message.model_dump(exclude_none=True) for message in body.messages],
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+        variables=body.chat_template_kwargs,
+    )
+    prompts = await deps.tokenizer.encode([text], add_special_tokens=body.add_special_tokens)
+    if not prompts[0]:
+        raise InvalidRequest("The messages make an empty prompt.", "messages")
+    return _job(body, deps, adapter, prompts, deps.tokenizer.defaults.max_tokens)
+
+
+def resolve_model(name: str, deps: GatewayDeps) -> AdapterRef | None:
+    """The adapter version behind `name`, or None for the base model. Raises ModelNotFound."""
+    if name == deps.model_name:
+        return None
+    adapter = deps.catalog.get(name)
+    if adapter is None:
+        raise ModelNotFound(f"The model {name!r} does not exist.")
+    return AdapterRef(adapter.name, adapter.digest, adapter.path)
+
+
+async def _token_ids(
+    prompts: Sequence[Prompt], tokenizer: Tokenizer, *, add_special_tokens: bool
+) -> Sequence[tuple[int, ...]]:
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    encoded = iter(await tokenizer.encode(texts, add_special_tokens=add_special_tokens))
+    ids = [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
+    if not all(ids):
+        raise InvalidRequest("The prompt has no tokens.", "prompt")
+    return ids
+
+
+def _check_ids(ids: Iterable[int], tokenizer: Tokenizer, param: str) -> None:
+    for token_id in ids:
+        if not 0 <= token_id < tokenizer.vocab_size:
+            raise InvalidRequest(
+                f"{param}: token id {token_id} is not in the vocabulary of {tokenizer.vocab_size} tokens.", param
+            )
+
+
+def _job(
+    body: GenerationBody,
+    deps: GatewayDeps,
+    adapter: AdapterRef | None,
+    prompts: Sequence[tuple[int, ...]],
+    default_tokens: int | None,
+    deadline: float | None = None,
+) -> Job:
+    tokenizer = deps.tokenizer
+    _check_ids(body.stop_token_ids, tokenizer, "stop_token_ids")
+    _check_ids(body.logit_bias, tokenizer, "logit_bias")
+    job_id = f"{body.id_prefix}-{uuid.uuid4().hex}"
+    requests = []
+    for number, prompt in enumerate(prompts):
+        max_tokens = _max_tokens(body, len(prompt), default_tokens, deps.max_model_len)
+        _check_ids(prompt, tokenizer, body.prompt_param)
+        requests.append(
+            GenerateRequest(
+                request_id=job_id if len(prompts) == 1 else f"{job_id}-{number}",
+                prompt_token_ids=prompt,
+                sampling=_sampling(body, tokenizer, max_tokens),
+                adapter=adapter,
+                n=body.n,
+                deadline=deadline,
+            )
+        )
+    options = TextOptions(
+        stop=body.stop,
+        include_stop=body.include_stop_str_in_output,
+        skip_special_tokens=body.skip_special_tokens,
+        min_tokens=body.min_tokens,
+        logprobs=body.wanted_logprobs is not None,
+    )
+    return Job(job_id, body.model, tuple(requests), body.n, options)
+
+
+def _max_tokens(body: GenerationBody, prompt_len: int, default: int | None, limit: int) -> int:
+    """The output tokens of one prompt: as wanted, else the default as far as the context has room."""
+    room = limit - prompt_len
+    if room < 1:
+        raise InvalidRequest(
+            f"The prompt has {prompt_len} tokens; the model's context of {limit} tokens leaves no room for output.",
+            body.prompt_param,
+        )
+    wanted = body.wanted_tokens
+    if wanted is None:
+        wanted = room if default is None else min(room, default)
+    elif wanted > room:
+        raise InvalidRequest(
+            f"The prompt has {prompt_len} tokens and max_tokens is {wanted}, together more than the model's context"
+            f" of {limit} tokens.",
+            "max_tokens",
+        )
+    if body.min_tokens > wanted:
+        raise InvalidRequest(f"min_tokens ({body.min_tokens}) is more than max_tokens ({wanted}).", "min_tokens")
+    return wanted
+
+
+def _sampling(body: GenerationBody, tokenizer: Tokenizer, max_tokens: int) -> Sampling:
+    """The request's values, else the model's generation_config.json, else vLLM's defaults."""
+    defaults = tokenizer.defaults
+    top_k = defaults.top_k if body.top_k is None else body.top_k
+    return Sampling(
+        max_tokens=max_tokens,
+        min_tokens=body.min_tokens,
+        temperature=defaults.temperature if body.temperature is None else body.temperature,
+        top_p=defaults.top_p if body.top_p is None else body.top_p,
+        top_k=max(0, top_k),
+        min_p=defaults.min_p if body.min_p is None else body.min_p,
+        presence_penalty=body.presence_penalty,
+        frequency_penalty=body.frequency_penalty,
+        repetition_penalty=defaults.repetition_penalty if body.repetition_penalty is None else body.repetition_penalty,
+        seed=None if body.seed == -1 else body.seed,  # vLLM's way to say "none"
+        ignore_eos=body.ignore_eos,
+        eos_token_ids=tokenizer.eos_token_ids,
+        stop_token_ids=tuple(dict.fromkeys(body.stop_token_ids)),
+        logit_bias=body.logit_bias,
+        logprobs=body.wanted_logprobs,
+    )

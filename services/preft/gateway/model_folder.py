@@ -1,0 +1,135 @@
+"""Reads what the gateway must know about a model from its folder: vocabulary size, end tokens, sampling defaults.
+
+Owns the JSON files around the tokenizer, not the tokenizer itself; never looks at weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from preft.core.errors import ConfigError
+
+SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingDefaults:
+    """What a request gets where it says nothing. `max_tokens` None: the API's own default."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    max_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFolder:
+    """The parsed files. `special_tokens` maps names such as `eos_token` to their text; `vocab_size` is the model's own
+    (rows of its embedding), None if config.json doesn't say; `chat_template` is Jinja source.
+    """
+
+    special_tokens: Mapping[str, str]
+    vocab_size: int | None
+    eos_token_ids: frozenset[int]
+    defaults: SamplingDefaults
+    chat_template: str | None
+
+
+def read_model_folder(folder: Path) -> ModelFolder:
+    """Reads config, generation_config, tokenizer_config, special_tokens_map (.json) and chat_template.jinja.
+
+    Each may be missing. Raises ConfigError if one is malformed.
+    """
+    config = _read_json(folder / "config.json")
+    text_config = {**config, **config.get("text_config", {})} if isinstance(config.get("text_config"), dict) else config
+    generation = _read_json(folder / "generation_config.json")
+    tokenizer_config = _read_json(folder / "tokenizer_config.json")
+    special = _special_tokens({**_read_json(folder / "special_tokens_map.json"), **tokenizer_config})
+    vocab_size = text_config.get("vocab_size")
+    return ModelFolder(
+        special_tokens=special,
+        vocab_size=vocab_size if isinstance(vocab_size, int) else None,
+        eos_token_ids=frozenset(
+            {
+                *_ids(generation.get("eos_token_id"), "generation_config"),
+                *_ids(text_config.get("eos_token_id"), "config"),
+            }
+        ),
+        defaults=_sampling_defaults(generation),
+        chat_template=_chat_template(folder, tokenizer_config),
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"can't read {path}: {error}") from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path} must hold a JSON object")
+    return loaded
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """Token texts by name; a token is written as a string or as an object with `content`."""
+    tokens: dict[str, str] = {}
+    for name in SPECIAL_TOKEN_NAMES:
+        value = config.get(name)
+        if isinstance(value, dict):
+            value = value.get("content")
+        if isinstance(value, str):
+            tokens[name] = value
+    return tokens
+
+
+def _ids(value: object, source: str) -> Iterable[int]:
+    if value is None:
+        return ()
+    ids: list[Any] = value if isinstance(value, list) else [value]
+    if not all(type(item) is int for item in ids):
+        raise ConfigError(f"{source}.json: eos_token_id must be a token id or a list of them")
+    return ids
+
+
+def _sampling_defaults(generation: Mapping[str, Any]) -> SamplingDefaults:
+    """As vLLM does by default: the model's generation_config.json fills what a request leaves open."""
+    values: dict[str, Any] = {}
+    names = {
+        "temperature": (float, "temperature"),
+        "top_p": (float, "top_p"),
+        "top_k": (int, "top_k"),
+        "min_p": (float, "min_p"),
+        "repetition_penalty": (float, "repetition_penalty"),
+        "max_new_tokens": (int, "max_tokens"),
+    }
+    for name, (kind, field) in names.items():
+        value = generation.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ConfigError(f"generation_config.json: {name} must be a number")
+        values[field] = kind(value)
+    return SamplingDefaults(**values)
+
+
+def _chat_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
+    """chat_template.jinja wins over tokenizer_config.json, whose value may be a list of named templates."""
+    try:
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        pass
+    template = tokenizer_config.get("chat_template")
+    if isinstance(template, list):
+        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise ConfigError("tokenizer_config.json: chat_template must be a string or a list of named templates")
+    return template

@@ -1,0 +1,99 @@
+"""Request parameters that need no field of their own: those accepted without effect, and those refused by name.
+
+The rule: a parameter that would change the answer is either served or refused, never ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from preft.core.errors import InvalidRequest
+
+# For the caller's own bookkeeping; no effect on the tokens.
+METADATA = frozenset(
+    {
+        "user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+        "session_id",
+    }
+)  # fmt: skip
+
+# Known to OpenAI or vLLM, not served here. The listed values ask for what happens anyway, so they are accepted.
+UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    "allowed_token_ids": (),
+    "audio": (),
+    "bad_words": ([],),
+    "cache_salt": (),
+    "chat_template": (),
+    "documents": ([],),
+    "ec_transfer_params": (),
+    "echo": (False,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "guided_choice": (),
+    "guided_decoding_backend": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_whitespace_pattern": (),
+    "include_reasoning": (True,),
+    "kv_transfer_params": (),
+    "length_penalty": (1,),
+    "logit_processors": ([],),
+    "logits_processors": ([],),
+    "logprob_token_ids": ([],),
+    "media_io_kwargs": ({},),
+    "mm_payload": ("tensors", "none"),
+    "mm_processor_kwargs": ({},),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "priority": (0,),
+    "prompt_embeds": (),
+    "prompt_logprobs": (),
+    "reasoning_effort": ("none",),
+    "repetition_detection": (),
+    "request_id": (),
+    "response_format": ({"type": "text"},),
+    "return_prompt_text": (False,),
+    "return_token_offsets": (False,),
+    "routed_experts_prompt_start": (0,),
+    "spaces_between_special_tokens": (True,),
+    "stream_interval": (1,),
+    "structured_outputs": (),
+    "suffix": ("",),
+    "thinking_token_budget": (-1,),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "truncate_prompt_tokens": (),
+    "truncation_side": ("left", "right"),
+    "use_beam_search": (False,),
+    "verbosity": ("medium",),
+    "vllm_xargs": ({},),
+    "watermarking": (False,),
+    "web_search_options": (),
+}
+
+
+def known_parameters(given: Mapping[str, Any], fields: Iterable[str]) -> dict[str, Any]:
+    """The parameters among `fields` that have a value; null means absent.
+
+    Raises InvalidRequest for a parameter that is unknown, or known elsewhere but not served.
+    """
+    fields = frozenset(fields)
+    kept: dict[str, Any] = {}
+    for name, value in given.items():
+        if value is None or name in METADATA:
+            continue
+        if name in fields:
+            kept[name] = value
+        elif name in UNSUPPORTED:
+            if not any(_same(value, neutral) for neutral in UNSUPPORTED[name]):
+                raise InvalidRequest(f"Parameter {name!r} isn't supported with this value.", name)
+        else:
+            raise InvalidRequest(f"Unknown parameter: {name!r}.", name)
+    return kept
+
+
+def _same(value: object, neutral: object) -> bool:
+    return isinstance(value, bool) == isinstance(neutral, bool) and value == neutral

@@ -1,0 +1,83 @@
+"""From bytes to checked bodies: JSON, parameter names, values. An InvalidRequest names the first offender."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import pydantic_core
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
+
+from preft.core.errors import InvalidRequest
+from preft.gateway.parameters import known_parameters
+
+INLINE_BYTES = 256 << 10  # a few milliseconds; larger bodies are parsed in a thread
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+async def read_body(request: Request, kind: type[Body], limit: int) -> Body:
+    """Raises InvalidRequest for a bad body and HTTPException 413 for one of more than `limit` bytes."""
+    declared = request.headers.get("content-length", "0")
+    if declared.isdigit() and int(declared) > limit:
+        raise _too_large(limit)
+    data = bytearray()
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > limit:
+            raise _too_large(limit)
+    if len(data) <= INLINE_BYTES:
+        return _parse(kind, bytes(data))
+    return await asyncio.to_thread(_parse, kind, bytes(data))
+
+
+def _parse(kind: type[Body], data: bytes) -> Body:
+    return parse_body(kind, parse_json(data))
+
+
+def parse_json(data: bytes) -> dict[str, Any]:
+    """The JSON object in a request body. Raises InvalidRequest."""
+    try:
+        value = pydantic_core.from_json(data, allow_inf_nan=False)
+    except ValueError as error:
+        raise InvalidRequest(f"The request body is not valid JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise InvalidRequest("The request body must be a JSON object.")
+    return value
+
+
+def parse_body(kind: type[Body], given: Mapping[str, Any]) -> Body:
+    """The checked body. Raises InvalidRequest with the first offending parameter's path, as in `messages[0].role`."""
+    try:
+        return kind.model_validate(known_parameters(given, kind.model_fields))
+    except ValidationError as error:
+        raise _first_problem(error) from None
+
+
+def _first_problem(error: ValidationError) -> InvalidRequest:
+    first = error.errors(include_url=False)[0]
+    param = ""
+    for part in first["loc"]:
+        param += f"[{part}]" if isinstance(part, int) else f".{part}" if param else str(part)
+    match first["type"]:
+        case "missing":
+            message = f"Missing required parameter: {param!r}."
+        case "extra_forbidden":
+            message = f"Unknown parameter: {param!r}."
+        case "value_error":
+            message = f"{param}: {first['ctx']['error']}."
+        case _:
+            message = f"{param}: {first['msg']}, got {_shown(first['input'])}."
+    return InvalidRequest(message, param or None)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _too_large(limit: int) -> HTTPException:
+    return HTTPException(413, f"The request body is larger than {limit} bytes.")

@@ -1,0 +1,165 @@
+"""The bodies that clients send, strictly checked: a wrong type, range or name is an InvalidRequest that names it.
+
+Owns everything that can be judged without the model; lengths, vocabulary and names are checked in `job`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+
+from preft.core.errors import InvalidRequest
+from preft.gateway.values import Prompt, read_content, read_logit_bias, read_message, read_prompts, read_stops
+
+INT64_MAX = 2**63 - 1
+INT32_MAX = 2**31 - 1
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class StreamOptions(_Strict):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None  # padding against traffic analysis, of OpenAI's own service
+
+
+class Message(_Strict):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, PlainValidator(read_content)]
+    name: str | None = None
+
+
+class GenerationBody(_Strict):
+    """What both APIs share, with vLLM's additions. None means: not given."""
+
+    id_prefix: ClassVar[str]
+    prompt_param: ClassVar[str]  # the field that holds the prompt
+
+    model: Annotated[str, Field(min_length=1)]
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=INT32_MAX)] | None = None  # -1 and 0: all tokens
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    seed: Annotated[int, Field(ge=-INT64_MAX - 1, le=INT64_MAX)] | None = None
+    n: Annotated[int, Field(ge=1, le=128)] = 1
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] = 0
+    ignore_eos: bool = False
+    stop: Annotated[tuple[str, ...], PlainValidator(read_stops)] = ()
+    stop_token_ids: list[int] = Field(default_factory=list)
+    logit_bias: Annotated[dict[int, float], PlainValidator(read_logit_bias)] = Field(default_factory=dict)
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="after")
+    def _options_need_a_stream(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest("stream_options can only be given with stream=true.", "stream_options")
+        return self
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        """The caller's limit on output tokens per choice."""
+        return self.max_tokens
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """How many alternatives per token to report; None: no log probabilities."""
+        raise NotImplementedError
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Usage in every chunk; as in vLLM only together with `include_usage`."""
+        options = self.stream_options
+        return options is not None and bool(options.include_usage and options.continuous_usage_stats)
+
+
+class CompletionBody(GenerationBody):
+    """POST /v1/completions."""
+
+    id_prefix = "cmpl"
+    prompt_param = "prompt"
+
+    prompt: Annotated[tuple[Prompt, ...], PlainValidator(read_prompts)]
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    best_of: Annotated[int, Field(ge=1)] | None = None
+    add_special_tokens: bool = True
+
+    @model_validator(mode="after")
+    def _best_of_is_n(self) -> Self:
+        if self.best_of is not None and self.best_of != self.n:
+            raise InvalidRequest("best_of isn't supported unless it equals n.", "best_of")
+        return self
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        return self.logprobs
+
+
+class ChatBody(GenerationBody):
+    """POST /v1/chat/completions."""
+
+    id_prefix = "chatcmpl"
+    prompt_param = "messages"
+
+    messages: Annotated[list[Annotated[Message, BeforeValidator(read_message)]], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None  # wins over max_tokens
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    add_special_tokens: bool = False
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidRequest("top_logprobs needs logprobs=true.", "top_logprobs")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise InvalidRequest("continue_final_message needs add_generation_prompt=false.", "continue_final_message")
+        return self
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class LoadAdapterBody(_Strict):
+    """POST /v1/load_lora_adapter, vLLM's."""
+
+    lora_name: Annotated[str, Field(min_length=1)]
+    lora_path: Annotated[str, Field(min_length=1)]
+    load_inplace: bool = False
+    is_3d_lora_weight: Literal[False] = False
+
+
+class UnloadAdapterBody(_Strict):
+    """POST /v1/unload_lora_adapter, vLLM's."""
+
+    lora_name: Annotated[str, Field(min_length=1)]
+
+
+class AddAdapterBody(_Strict):
+    """POST /v1/adapters."""
+
+    name: Annotated[str, Field(min_length=1)]
+    path: Annotated[str, Field(min_length=1)]
+    replace: bool = False

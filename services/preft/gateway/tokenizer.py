@@ -1,0 +1,126 @@
+"""Text to token ids and back for one model folder, with what requests need to know of its vocabulary.
+
+Owns the `tokenizers` object. Incremental decoding is in `detokenizer`, chat rendering in `chat_template`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import tokenizers
+
+from preft.core.errors import ConfigError
+from preft.gateway.chat_template import ChatTemplate
+from preft.gateway.model_folder import ModelFolder, SamplingDefaults, read_model_folder
+
+# About 5 ms of tokenizing; longer texts go to a thread so that streams keep flowing.
+INLINE_CHARS = 8_192
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class Tokenizer:
+    """One model's tokenizer. `vocab_size` bounds the ids a prompt may hold; `special_ids` are left out of visible text;
+    `eos_token_ids` is the union of what generation_config.json, config.json and the tokenizer name, sorted.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, folder: ModelFolder) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self.special_tokens = dict(folder.special_tokens)
+        _mark_special(backend, self.special_tokens.values())
+        added = backend.get_added_tokens_decoder()
+        self.special_ids: frozenset[int] = frozenset(id for id, token in added.items() if token.special)
+        self.vocab_size: int = folder.vocab_size or backend.get_vocab_size(with_added_tokens=True)
+        self.defaults: SamplingDefaults = folder.defaults
+        self.chat_template: ChatTemplate | None = (
+            ChatTemplate(folder.chat_template, self.special_tokens) if folder.chat_template is not None else None
+        )
+        eos = backend.token_to_id(folder.special_tokens.get("eos_token", ""))
+        self.eos_token_ids: tuple[int, ...] = tuple(sorted({*folder.eos_token_ids, *([] if eos is None else [eos])}))
+        self._anchor = self._find_anchor()
+        self._texts: dict[int, str] = {}
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        """The tokenizer of a model folder. Raises ConfigError if tokenizer.json is missing or any file is malformed."""
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise ConfigError(f"{folder} has no tokenizer.json; save the model's fast tokenizer there")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # `tokenizers` raises nothing more specific
+            raise ConfigError(f"{path} is not a valid tokenizer: {error}") from error
+        return cls(backend, read_model_folder(folder))
+
+    async def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[tuple[int, ...]]:
+        """Token ids of each text. Long texts are tokenized in a thread, without holding the interpreter lock."""
+        if sum(map(len, texts)) <= INLINE_CHARS:
+            encode = self._backend.encode
+            return [tuple(encode(text, add_special_tokens=add_special_tokens).ids) for text in texts]
+        encodings = await asyncio.to_thread(
+            self._backend.encode_batch_fast, list(texts), add_special_tokens=add_special_tokens
+        )
+        return [tuple(encoding.ids) for encoding in encodings]
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """The text of a whole sequence, as the `tokenizers` library gives it."""
+        text: str = self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        return text
+
+    def token_text(self, token_id: int) -> str:
+        """One token as it looks inside a text (leading space kept), special tokens included. Not always valid alone:
+        a part of a character shows as U+FFFD.
+        """
+        text = self._texts.get(token_id)
+        if text is None:
+            text = self._texts[token_id] = self._decode_one(token_id)
+        return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The token's own bytes, also where they are only a part of a UTF-8 character."""
+        text = self.token_text(token_id)
+        if "\ufffd" not in text:
+            return text.encode()
+        raw: str = self._backend.id_to_token(token_id) or ""
+        if match := _BYTE_TOKEN.fullmatch(raw):
+            return bytes.fromhex(match[1])
+        if all(char in _BYTE_OF_CHAR for char in raw):
+            return bytes(_BYTE_OF_CHAR[char] for char in raw)
+        return text.encode()
+
+    def _decode_one(self, token_id: int) -> str:
+        if self._anchor is not None:
+            before, both = self.decode([self._anchor], skip_special_tokens=False), [self._anchor, token_id]
+            text = self.decode(both, skip_special_tokens=False)
+            if text.startswith(before) and "\ufffd" not in text:
+                return text[len(before) :]
+        return self.decode([token_id], skip_special_tokens=False)
+
+    def _find_anchor(self) -> int | None:
+        """An ordinary token to decode others after: many decoders drop the space of the first token."""
+        for token_id in range(min(self._backend.get_vocab_size(with_added_tokens=True), 1024)):
+            if token_id not in self.special_ids and self.decode([token_id], skip_special_tokens=False).isalnum():
+                return token_id
+        return None
+
+
+def _mark_special(backend: tokenizers.Tokenizer, tokens: Iterable[str]) -> None:
+    """Named special tokens count as special even where tokenizer.json lists them as plain words."""
+    marked = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    backend.add_special_tokens(
+        [token for token in tokens if token not in marked and backend.token_to_id(token) is not None]
+    )
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The stand-ins of byte-level BPE: printable Latin-1 stands for itself, the rest counts up from U+0100."""
+    table = {chr(byte): byte for byte in range(256) if chr(byte).isprintable() and byte != 0x20}
+    hidden = (byte for byte in range(256) if chr(byte) not in table)
+    return table | {chr(256 + number): byte for number, byte in enumerate(hidden)}
+
+
+_BYTE_OF_CHAR = _byte_alphabet()

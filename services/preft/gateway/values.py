@@ -1,0 +1,89 @@
+"""Fields with several JSON forms: each function checks one of them and returns the form that the gateway works with.
+
+All raise ValueError with a clause that follows the field's name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+MAX_PROMPTS = 1024
+MAX_STOPS = 16
+
+Prompt = str | tuple[int, ...]
+
+
+def read_prompts(value: object) -> tuple[Prompt, ...]:
+    """A prompt is a text or token ids; a list of either is several prompts."""
+    if isinstance(value, str):
+        prompts: tuple[Prompt, ...] = (value,)
+    elif isinstance(value, list) and (not value or _are_ids(value)):
+        prompts = (tuple(value),)
+    elif isinstance(value, list) and all(isinstance(item, str) for item in value):
+        prompts = tuple(value)
+    elif isinstance(value, list) and all(isinstance(item, list) and _are_ids(item) for item in value):
+        prompts = tuple(tuple(item) for item in value)
+    else:
+        raise ValueError("must be a string, a list of strings, a list of token ids, or a list of lists of token ids")
+    if len(prompts) > MAX_PROMPTS:
+        raise ValueError(f"holds {len(prompts)} prompts, the limit is {MAX_PROMPTS}")
+    if not all(prompts):
+        raise ValueError("must not be empty")
+    return prompts
+
+
+def _are_ids(value: list[Any]) -> bool:
+    return all(type(item) is int for item in value)
+
+
+def read_stops(value: object) -> tuple[str, ...]:
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise ValueError("must be a string or a list of strings")
+    if len(stops) > MAX_STOPS:
+        raise ValueError(f"holds {len(stops)} strings, the limit is {MAX_STOPS}")
+    if not all(stops):
+        raise ValueError("must not hold an empty string")
+    return tuple(stops)
+
+
+def read_logit_bias(value: object) -> dict[int, float]:
+    if not isinstance(value, dict):
+        raise ValueError("must be an object of token ids and numbers")
+    biases: dict[int, float] = {}
+    for key, bias in value.items():
+        if not (isinstance(key, str) and key.isascii() and key.isdigit()):
+            raise ValueError(f"{key!r} is not a token id")
+        if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
+            raise ValueError(f"the bias of token {key} must be a number from -100 to 100")
+        biases[int(key)] = float(bias)
+    return biases
+
+
+def read_content(value: object) -> str:
+    """Message content is a text, or a list of text parts, which are joined by newlines as vLLM does."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise ValueError("must be a string or a list of content parts")
+    texts: list[str] = []
+    for part in value:
+        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+            raise ValueError("a content part must be an object with a type")
+        if part["type"] != "text":
+            raise ValueError(f"content parts of type {part['type']!r} aren't supported, only text")
+        if not isinstance(part.get("text"), str) or part.keys() - {"type", "text"}:
+            raise ValueError("a text part must be an object of type and text")
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+def read_message(value: object) -> object:
+    """Drops what a client copies from a reply without meaning anything: nulls and empty lists."""
+    if not isinstance(value, dict):
+        return value
+    kept = {name: item for name, item in value.items() if item is not None and item != []}
+    for name in ("tool_calls", "function_call", "tool_call_id", "audio"):
+        if name in kept:
+            raise ValueError(f"{name} isn't supported")
+    return kept

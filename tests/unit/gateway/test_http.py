@@ -1,0 +1,480 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+
+from preft.core.errors import EngineFailed, QueueFull, TransferFailed, Unavailable, WorkerLost
+from preft.core.request import AdapterRef, FinishReason
+from preft.gateway.app import create_app
+from preft.gateway.deps import GatewayDeps
+from preft.gateway.tokenizer import Tokenizer
+from support.fakes import FakeCatalog, FakeGenerator, Script
+from support.small_tokenizers import byte_level
+
+MAX_LEN = 64
+USER = [{"role": "user", "content": "hi"}]
+
+
+class Gateway:
+    """The app over a fake generator, with a client that speaks ASGI to it."""
+
+    def __init__(self, tokenizer: Tokenizer, **deps: Any) -> None:
+        self.tokenizer = tokenizer
+        self.script = Script(self.letters("hello world"), finish=FinishReason.LENGTH)
+        self.generator = FakeGenerator(lambda request: self.script)
+        self.catalog = FakeCatalog(ann="/adapters/ann")
+        self.deps = GatewayDeps("base", tokenizer, MAX_LEN, self.generator, self.catalog, **deps)
+        self.app = create_app(self.deps)
+        transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
+        self.client = httpx.AsyncClient(transport=transport, base_url="http://gateway")
+
+    def ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer._backend.encode(text, add_special_tokens=False).ids)
+
+    def letters(self, text: str) -> tuple[int, ...]:
+        """One token per character."""
+        return tuple(self.tokenizer._backend.token_to_id(char) for char in text.replace(" ", "Ġ"))
+
+    async def complete(self, **body: Any) -> httpx.Response:
+        return await self.client.post("/v1/completions", json={"model": "base", "prompt": "hi", **body})
+
+    async def chat(self, **body: Any) -> httpx.Response:
+        return await self.client.post("/v1/chat/completions", json={"model": "base", "messages": USER, **body})
+
+
+@pytest.fixture
+async def gateway(tokenizer: Tokenizer):
+    gateway = Gateway(tokenizer)
+    async with gateway.client:
+        yield gateway
+
+
+def events(response: httpx.Response) -> list[dict[str, Any]]:
+    """The JSON events of a stream that ends as it must."""
+    assert response.headers["content-type"].startswith("text/event-stream")
+    parts = response.text.split("\n\n")
+    assert parts[-2:] == ["data: [DONE]", ""]
+    return [json.loads(part.removeprefix("data: ")) for part in parts[:-2]]
+
+
+def error(response: httpx.Response, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    assert response.json().keys() == {"error"}
+    assert response.json()["error"].keys() == {"message", "type", "param", "code"}
+    return response.json()["error"]
+
+
+async def test_a_completion(gateway):
+    response = await gateway.complete(max_tokens=20)
+    body = response.json()
+    assert body["id"].startswith("cmpl-")
+    assert response.headers["x-request-id"] == body["id"]
+    assert body["object"] == "text_completion"
+    assert body["model"] == "base"
+    [choice] = body["choices"]
+    count = len(gateway.script.tokens)
+    assert choice == {
+        "index": 0,
+        "text": "hello world",
+        "logprobs": None,
+        "finish_reason": "length",
+        "stop_reason": None,
+    }
+    assert body["usage"] == {
+        "prompt_tokens": 3,
+        "completion_tokens": count,
+        "total_tokens": 3 + count,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
+    [request] = gateway.generator.requests
+    assert request.prompt_token_ids == (0, *gateway.ids("hi"))
+    assert request.request_id == body["id"]
+    assert request.sampling.max_tokens == 20
+    assert request.sampling.eos_token_ids == (1, 2)
+    assert request.adapter is None
+    assert gateway.generator.left == [request.request_id]
+    assert gateway.generator.cancelled == []
+
+
+async def test_a_streamed_completion(gateway):
+    response = await gateway.complete(stream=True, stream_options={"include_usage": True})
+    *chunks, usage = events(response)
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "hello world"
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
+    assert {chunk["id"] for chunk in chunks} == {response.headers["x-request-id"]}
+    assert usage["choices"] == []
+    assert usage["usage"]["completion_tokens"] == len(gateway.script.tokens)
+    assert all("usage" not in chunk for chunk in chunks)
+
+
+async def test_a_chat(gateway):
+    body = (await gateway.chat()).json()
+    assert body["id"].startswith("chatcmpl-")
+    assert body["object"] == "chat.completion"
+    [choice] = body["choices"]
+    assert choice["message"] == {"role": "assistant", "content": "hello world", "refusal": None}
+    [request] = gateway.generator.requests
+    assert gateway.tokenizer.decode(request.prompt_token_ids, skip_special_tokens=False) == (
+        "<|bos|><|user|>hi<|eot|><|assistant|>"
+    )
+    assert request.sampling.max_tokens == MAX_LEN - len(request.prompt_token_ids)
+
+
+async def test_a_streamed_chat(gateway):
+    first, *chunks = events(await gateway.chat(stream=True, n=2, temperature=1))
+    assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    for index in range(2):
+        own = [chunk["choices"][0] for chunk in [first, *chunks] if chunk["choices"][0]["index"] == index]
+        assert [choice["delta"].get("role") for choice in own] == ["assistant"] + [None] * (len(own) - 1)
+        assert "".join(choice["delta"]["content"] for choice in own) == "hello world"
+        assert [choice["finish_reason"] for choice in own] == [None] * (len(own) - 1) + ["length"]
+    assert first["object"] == "chat.completion.chunk"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_adapters_are_resolved_to_their_version(gateway, stream):
+    adapter = gateway.catalog.get("ann")
+    response = await gateway.complete(model="ann", stream=stream)
+    assert '"model":"ann"' in response.text
+    assert gateway.generator.requests[0].adapter == AdapterRef("ann", adapter.digest, adapter.path)
+
+
+@pytest.mark.parametrize("api", ["complete", "chat"])
+async def test_an_unknown_model_is_404(gateway, api):
+    found = error(await getattr(gateway, api)(model="bob", stream=True), 404)
+    assert found["code"] == "model_not_found"
+    await gateway.catalog.remove("ann")
+    error(await getattr(gateway, api)(model="ann"), 404)
+    assert gateway.generator.requests == []
+
+
+async def test_several_prompts_and_choices(gateway):
+    answers = {gateway.ids("one"): "first", gateway.ids("two"): "other"}
+    gateway.generator.script = lambda request: Script(gateway.letters(answers[request.prompt_token_ids]), delay=0.001)
+    prompts = [list(gateway.ids("one")), list(gateway.ids("two"))]
+    body = (await gateway.complete(prompt=prompts, n=2)).json()
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
+    assert [choice["text"] for choice in body["choices"]] == ["firs", "firs", "othe", "othe"]  # the last ends them
+    assert body["usage"]["prompt_tokens"] == sum(map(len, prompts))
+    assert body["usage"]["completion_tokens"] == 20
+    ids = [request.request_id for request in gateway.generator.requests]
+    assert ids == [f"{body['id']}-0", f"{body['id']}-1"]
+    texts = ["", "", "", ""]
+    for chunk in events(await gateway.complete(prompt=["one", "two"], n=2, stream=True, add_special_tokens=False)):
+        texts[chunk["choices"][0]["index"]] += chunk["choices"][0]["text"]
+    assert texts == ["firs", "firs", "othe", "othe"]
+
+
+async def test_sampling_parameters_reach_the_workers(gateway):
+    await gateway.complete(
+        max_tokens=9, min_tokens=2, temperature=0.5, top_p=0.8, top_k=-1, min_p=0.1, presence_penalty=1, seed=7,
+        frequency_penalty=-1, repetition_penalty=1.2, ignore_eos=True, stop_token_ids=[9, 9], logit_bias={"5": -3}, n=3,
+    )  # fmt: skip
+    [request] = gateway.generator.requests
+    sampling = request.sampling
+    assert request.n == 3
+    assert (sampling.max_tokens, sampling.min_tokens, sampling.temperature, sampling.top_p) == (9, 2, 0.5, 0.8)
+    assert (sampling.top_k, sampling.min_p, sampling.presence_penalty, sampling.frequency_penalty) == (0, 0.1, 1, -1)
+    assert (sampling.repetition_penalty, sampling.seed, sampling.ignore_eos) == (1.2, 7, True)
+    assert (sampling.stop_token_ids, dict(sampling.logit_bias), sampling.logprobs) == ((9,), {5: -3.0}, None)
+
+
+async def test_lengths_are_judged_before_any_work(gateway):
+    long = list(range(4, 4 + MAX_LEN))
+    found = error(await gateway.complete(prompt=long), 400)
+    assert found["param"] == "prompt"
+    assert "64" in found["message"]
+    found = error(await gateway.complete(prompt=long[:60], max_tokens=5), 400)
+    assert found["param"] == "max_tokens"
+    assert all(number in found["message"] for number in ("60", "5", "64"))
+    found = error(await gateway.complete(max_tokens=3, min_tokens=4), 400)
+    assert found["param"] == "min_tokens"
+    assert error(await gateway.chat(messages=[{"role": "user", "content": "x" * 500}]), 400)["param"] == "messages"
+    assert gateway.generator.requests == []
+    await gateway.complete(prompt=long[:60])
+    await gateway.complete()
+    assert [request.sampling.max_tokens for request in gateway.generator.requests] == [4, 16]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"prompt": [5, 100_000]}, "prompt"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"stop_token_ids": [100_000]}, "stop_token_ids"),
+        ({"logit_bias": {"100000": 1}}, "logit_bias"),
+        ({"prompt": ["a"] * 100, "n": 100}, "n"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"temperture": 1}, "temperture"),
+    ],
+)
+async def test_bad_requests_name_the_parameter(gateway, body, param):
+    assert error(await gateway.complete(**body), 400)["param"] == param
+
+
+async def test_stop_strings_cancel_the_choice(gateway):
+    response = await gateway.complete(stop=["o w"], max_tokens=30)
+    [choice] = response.json()["choices"]
+    assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == ("hell", "stop", "o w")
+    assert gateway.generator.generations[0].stopped == {0}
+    chunks = events(await gateway.complete(stop="o w", stream=True, include_stop_str_in_output=True))
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "hello w"
+    assert chunks[-1]["choices"][0]["stop_reason"] == "o w"
+
+
+async def test_logprobs_of_completions(gateway):
+    body = (await gateway.complete(logprobs=2)).json()
+    logprobs = body["choices"][0]["logprobs"]
+    assert "".join(logprobs["tokens"]) == "hello world"
+    assert logprobs["text_offset"] == [sum(map(len, logprobs["tokens"][:i])) for i in range(len(logprobs["tokens"]))]
+    assert set(logprobs["token_logprobs"]) == {-0.5}
+    assert all(top[token] == -0.5 for token, top in zip(logprobs["tokens"], logprobs["top_logprobs"], strict=True))
+    assert gateway.generator.requests[0].sampling.logprobs == 2
+    chunks = events(await gateway.complete(logprobs=2, stream=True))
+    streamed = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+    for name, whole in logprobs.items():
+        assert [value for part in streamed for value in part[name]] == whole
+    as_ids = (await gateway.complete(logprobs=0, return_tokens_as_token_ids=True)).json()["choices"][0]["logprobs"]
+    assert as_ids["tokens"] == [f"token_id:{id}" for id in gateway.script.tokens]
+    assert [len(top) for top in as_ids["top_logprobs"]] == [1] * len(gateway.script.tokens)
+
+
+async def test_logprobs_of_chats(gateway):
+    body = (await gateway.chat(logprobs=True, top_logprobs=2)).json()
+    content = body["choices"][0]["logprobs"]["content"]
+    assert bytes(byte for entry in content for byte in entry["bytes"]).decode() == "hello world"
+    assert [len(entry["top_logprobs"]) for entry in content] == [2] * len(content)
+    assert content[0]["top_logprobs"][0]["logprob"] == -0.5
+    chunks = events(await gateway.chat(logprobs=True, stream=True))
+    streamed = [entry for chunk in chunks for entry in (chunk["choices"][0]["logprobs"] or {"content": []})["content"]]
+    assert [entry["token"] for entry in streamed] == [entry["token"] for entry in content]
+    assert all(entry["top_logprobs"] == [] for entry in streamed)
+
+
+async def test_token_ids_on_demand(gateway):
+    tokens, prompt = list(gateway.script.tokens), [0, *gateway.ids("hi")]
+    [choice] = (await gateway.complete(return_token_ids=True)).json()["choices"]
+    assert (choice["token_ids"], choice["prompt_token_ids"]) == (tokens, prompt)
+    chunks = [chunk["choices"][0] for chunk in events(await gateway.complete(return_token_ids=True, stream=True))]
+    assert [id for chunk in chunks for id in chunk["token_ids"]] == tokens
+    assert [chunk.get("prompt_token_ids") for chunk in chunks] == [prompt] + [None] * (len(chunks) - 1)
+    body = (await gateway.chat(return_token_ids=True)).json()
+    assert body["choices"][0]["token_ids"] == tokens
+    assert body["prompt_token_ids"] == list(gateway.generator.requests[-1].prompt_token_ids)
+    first, *rest = events(await gateway.chat(return_token_ids=True, stream=True))
+    assert first["prompt_token_ids"] == body["prompt_token_ids"]
+    assert [id for chunk in rest for id in chunk["choices"][0]["token_ids"]] == tokens
+
+
+async def test_continuous_usage(gateway):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = events(await gateway.complete(stream=True, stream_options=options))
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks[:-1]]
+    assert counts == list(range(1, 12))
+    gateway.script = Script(gateway.letters("hello world"), chunk=4)
+    chunks = events(await gateway.complete(stream=True, stream_options=options))
+    assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [4, 8, 11, 11]
+
+
+async def test_cached_tokens_are_reported(gateway):
+    gateway.script = Script(gateway.ids("a b"), cached=2)
+    body = (await gateway.complete(prompt=["hi there", "ho there"])).json()
+    assert body["usage"]["prompt_tokens_details"] == {"cached_tokens": 4}
+
+
+async def test_the_end_token_first(gateway):
+    gateway.script = Script((1,), finish=FinishReason.STOP)
+    body = (await gateway.complete()).json()
+    assert (body["choices"][0]["text"], body["choices"][0]["finish_reason"]) == ("", "stop")
+    assert body["usage"]["completion_tokens"] == 1
+    [chunk] = events(await gateway.complete(stream=True))
+    assert chunk["choices"][0]["finish_reason"] == "stop"
+
+
+FAILURES = [
+    (QueueFull("the queue is full", 2.5), 429, "queue_full"),
+    (Unavailable("no worker"), 503, "unavailable"),
+    (WorkerLost("gone"), 503, "worker_lost"),
+    (TransferFailed("checksum"), 502, "kv_transfer_failed"),
+    (EngineFailed("boom"), 500, "engine_failed"),
+    (ValueError("a bug"), 500, "internal_error"),
+]
+
+
+@pytest.mark.parametrize("api", ["complete", "chat"])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("after", [None, 0])
+@pytest.mark.parametrize(("failure", "status", "code"), FAILURES)
+async def test_what_fails_before_the_first_token_is_a_plain_error(gateway, api, stream, after, failure, status, code):
+    gateway.script = Script(gateway.letters("hello"), fail=failure, fail_after=after)
+    response = await getattr(gateway, api)(stream=stream)
+    found = error(response, status)
+    assert found["code"] == code
+    assert "bug" not in found["message"]
+    assert response.headers.get("retry-after") == ("3" if status == 429 else None)
+
+
+@pytest.mark.parametrize("api", ["complete", "chat"])
+@pytest.mark.parametrize(("failure", "status", "code"), FAILURES)
+async def test_what_fails_later_ends_the_stream_with_an_error_event(gateway, api, failure, status, code):
+    gateway.script = Script(gateway.letters("hello"), fail=failure, fail_after=2)
+    *chunks, last = events(await getattr(gateway, api)(stream=True))
+    assert last["error"]["code"] == code
+    assert chunks
+    assert all(choice["finish_reason"] is None for chunk in chunks for choice in chunk["choices"])
+    error(await getattr(gateway, api)(), status)
+
+
+async def test_a_failing_prompt_cancels_the_others(gateway):
+    slow, bad = gateway.ids("slow"), gateway.ids("bad")
+    gateway.generator.script = lambda request: (
+        Script(slow, delay=10)
+        if request.prompt_token_ids == slow
+        else Script(bad, fail=EngineFailed("x"), fail_after=0)
+    )
+    error(await gateway.complete(prompt=[list(slow), list(bad)]), 500)
+    assert [id.endswith("-0") for id in gateway.generator.cancelled] == [True]
+    assert len(gateway.generator.left) == 2
+
+
+async def test_a_generation_that_ends_early_is_an_error(gateway):
+    gateway.script = Script(gateway.ids("hello"), never_finish=True)
+    error(await gateway.complete(), 500)
+    *_, last = events(await gateway.complete(stream=True))
+    assert last["error"]["code"] == "engine_failed"
+
+
+async def test_a_finish_in_a_delta_of_its_own(gateway):
+    gateway.script = Script(gateway.ids("hello"), finish=FinishReason.LENGTH, finish_apart=True)
+    assert (await gateway.complete()).json()["choices"][0]["finish_reason"] == "length"
+    assert events(await gateway.chat(stream=True))[-1]["choices"][0]["finish_reason"] == "length"
+
+
+async def test_an_error_after_the_answer_does_not_spoil_it(gateway, caplog):
+    inner = gateway.generator.generate
+
+    @asynccontextmanager
+    async def leaves_badly(request):
+        async with inner(request) as generation:
+            yield generation
+        raise WorkerLost("while releasing the handle")
+
+    gateway.generator.generate = leaves_badly
+    assert (await gateway.complete()).json()["choices"][0]["text"] == "hello world"
+    assert events(await gateway.complete(stream=True))[-1]["choices"][0]["finish_reason"] == "length"
+    assert caplog.text.count("releasing the handle") >= 2
+
+
+async def test_no_chat_template(tmp_path):
+    bare = Gateway(Tokenizer.load(byte_level(tmp_path, chat_template=None)))
+    async with bare.client:
+        found = error(await bare.chat(), 400)
+        assert "chat template" in found["message"]
+        assert (await bare.complete()).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [("GET", "/nowhere", 404, "not_found"), ("GET", "/v1/completions", 405, "method_not_allowed")],
+)
+async def test_wrong_paths_and_methods(gateway, method, path, status, code):
+    response = await gateway.client.request(method, path)
+    assert error(response, status)["code"] == code
+    assert (response.headers.get("allow") == "POST") == (status == 405)
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"model": "base", "prompt": "hi"'])
+async def test_malformed_json(gateway, data):
+    assert error(await gateway.client.post("/v1/completions", content=data), 400)["code"] == "invalid_request"
+
+
+async def test_bodies_over_the_limit(tokenizer):
+    small = Gateway(tokenizer, max_body_bytes=1000)
+    async with small.client:
+        error(await small.complete(prompt="x" * 1000), 413)
+
+        async def chunks():
+            for _ in range(3):
+                yield b"x" * 400
+
+        error(await small.client.post("/v1/completions", content=chunks()), 413)
+
+
+async def test_large_bodies_are_parsed_in_a_thread(gateway):
+    found = error(await gateway.complete(prompt=[5] * 200_000), 400)
+    assert "200000" in found["message"]
+
+
+async def test_models(gateway):
+    base, ann = (await gateway.client.get("/v1/models")).json()["data"]
+    assert (base["id"], base["parent"], base["max_model_len"]) == ("base", None, MAX_LEN)
+    assert (ann["id"], ann["parent"], ann["root"], ann["object"]) == ("ann", "base", "/adapters/ann", "model")
+    assert (await gateway.client.get("/v1/models/ann")).json() == ann
+    assert (await gateway.client.get("/v1/models/base")).json() == base
+    assert error(await gateway.client.get("/v1/models/bob"), 404)["code"] == "model_not_found"
+
+
+async def test_vllms_way_to_load_and_unload(gateway):
+    async def load(**body: object) -> httpx.Response:
+        return await gateway.client.post("/v1/load_lora_adapter", json=body)
+
+    response = await load(lora_name="bob", lora_path="/adapters/bob")
+    assert (response.status_code, response.text) == (200, "Success: LoRA adapter 'bob' added successfully.")
+    assert error(await load(lora_name="bob", lora_path="/adapters/bob2"), 400)["param"] == "lora_name"
+    assert (await load(lora_name="bob", lora_path="/adapters/bob2", load_inplace=True)).status_code == 200
+    assert gateway.catalog.get("bob").source == "/adapters/bob2"
+    assert error(await load(lora_name="eve", lora_path="/broken"), 400)["code"] == "invalid_adapter"
+    assert error(await load(lora_name="eve"), 400)["param"] == "lora_path"
+    assert error(await load(lora_name="base", lora_path="/x"), 400)["param"] == "name"
+    response = await gateway.client.post("/v1/unload_lora_adapter", json={"lora_name": "bob"})
+    assert (response.status_code, response.text) == (200, "Success: LoRA adapter 'bob' removed successfully.")
+    error(await gateway.client.post("/v1/unload_lora_adapter", json={"lora_name": "bob"}), 404)
+
+
+async def test_adapters(gateway):
+    async def add(**body: object) -> httpx.Response:
+        return await gateway.client.post("/v1/adapters", json=body)
+
+    added = (await add(name="team/bob", path="/adapters/bob")).json()
+    assert added["digest"] == gateway.catalog.get("team/bob").digest
+    assert (await add(name="team/bob", path="/adapters/bob")).json() == added
+    assert error(await add(name="team/bob", path="/other"), 409)["code"] == "adapter_exists"
+    assert (await add(name="team/bob", path="/other", replace=True)).json()["source"] == "/other"
+    listed = (await gateway.client.get("/v1/adapters")).json()["data"]
+    assert [adapter["name"] for adapter in listed] == ["ann", "team/bob"]
+    assert (await gateway.client.get("/v1/models/team/bob")).json()["id"] == "team/bob"
+    assert (await gateway.client.delete("/v1/adapters/team/bob")).json()["deleted"] is True
+    error(await gateway.client.delete("/v1/adapters/team/bob"), 404)
+    error(await gateway.complete(model="team/bob"), 404)
+
+
+async def test_health_and_readiness(gateway):
+    assert (await gateway.client.get("/health")).status_code == 200
+    assert (await gateway.client.get("/ready")).status_code == 200
+    gateway.generator.is_ready = False
+    assert (await gateway.client.get("/health")).status_code == 200
+    assert (await gateway.client.get("/ready")).status_code == 503
+
+
+async def test_metrics(gateway):
+    value: Callable[..., float | None] = gateway.deps.registry.get_sample_value
+    await gateway.complete(model="ann", stream=True, n=2)
+    gateway.script = Script(fail=QueueFull("full"))
+    await gateway.complete()
+    await gateway.client.get("/nowhere")
+    tokens = len("hello world")
+    text = (await gateway.client.get("/metrics")).text
+    assert 'preft_requests_total{kind="adapter",status="ok"} 1.0' in text
+    assert value("preft_requests_total", {"kind": "base", "status": "queue_full"}) == 1
+    assert value("preft_generated_tokens_total", {"kind": "adapter"}) == 2 * tokens
+    assert value("preft_prompt_tokens_total", {"kind": "adapter"}) == 3
+    assert value("preft_time_to_first_token_seconds_count", {"kind": "adapter"}) == 1
+    assert value("preft_inter_token_latency_seconds_count", {"kind": "adapter"}) == 2 * (tokens - 1)
+    assert value("preft_requests_running", {"kind": "adapter"}) == 0
+    assert value("preft_http_responses_total", {"route": "/v1/completions", "status": "429"}) == 1
+    assert value("preft_http_responses_total", {"route": "unmatched", "status": "404"}) == 1

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from preft.core.errors import ConfigError, QueueFull, TransferFailed
+from preft.core.request import FinishReason
+from preft.gateway.deps import GatewayDeps
+from preft.gateway.rpc_server import serve_grpc
+from preft.rpc import adapters_pb2, adapters_pb2_grpc, common_pb2, inference_pb2, inference_pb2_grpc
+from support.fakes import FakeCatalog, FakeGenerator, Script
+
+Request = inference_pb2.GenerateRequest
+
+
+@pytest.fixture
+async def served(tokenizer) -> AsyncIterator[SimpleNamespace]:
+    hello = tuple(tokenizer._backend.token_to_id(char) for char in "helloĠworld")
+    state = SimpleNamespace(script=Script(hello, finish=FinishReason.LENGTH), hello=hello)
+    state.generator = FakeGenerator(lambda request: state.script)
+    state.deps = GatewayDeps("base", tokenizer, 64, state.generator, FakeCatalog(ann="/adapters/ann"))
+    server = await serve_grpc(state.deps, "127.0.0.1", 0)
+    state.port = server.port
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as state.channel:
+        state.inference = inference_pb2_grpc.InferenceStub(state.channel)
+        state.adapters = adapters_pb2_grpc.AdaptersStub(state.channel)
+        yield state
+    await server.stop()
+
+
+async def test_generate(served):
+    call = served.inference.Generate(Request(model="ann", text="hi", n=2, logprobs=1, stop=["zz"]))
+    replies = [reply async for reply in call]
+    for index in range(2):
+        own = [reply for reply in replies if reply.delta.index == index]
+        assert "".join(reply.text for reply in own) == "hello world"
+        assert tuple(id for reply in own for id in reply.delta.token_ids) == served.hello
+        assert own[-1].delta.finish_reason == common_pb2.FINISH_REASON_LENGTH
+        assert own[0].delta.logprobs[0].top[0].token_id == served.hello[0]
+        assert not own[-1].delta.HasField("stop_token_id")
+    assert {reply.prompt_tokens for reply in replies} == {3}
+    [request] = served.generator.requests
+    assert request.adapter.name == "ann"
+    assert request.deadline is None
+    assert (request.sampling.max_tokens, request.sampling.temperature, request.sampling.seed) == (16, 1.0, None)
+
+
+async def test_explicit_zeros_are_not_defaults(served):
+    request = Request(
+        model="base", tokens=inference_pb2.TokenIds(ids=[5, 6]), temperature=0, seed=0, top_k=3, logit_bias={7: -1},
+        stop_token_ids=[9], timeout_seconds=30, max_tokens=3,
+    )  # fmt: skip
+    [_ async for _ in served.inference.Generate(request)]
+    [seen] = served.generator.requests
+    assert seen.prompt_token_ids == (5, 6)
+    assert (seen.sampling.temperature, seen.sampling.seed, seen.sampling.top_k) == (0, 0, 3)
+    assert (dict(seen.sampling.logit_bias), seen.sampling.stop_token_ids) == ({7: -1}, (9,))
+    assert seen.deadline is not None
+
+
+async def test_stops(served):
+    replies = [reply async for reply in served.inference.Generate(Request(model="base", text="hi", stop=["o w"]))]
+    assert "".join(reply.text for reply in replies) == "hell"
+    assert replies[-1].delta.finish_reason == common_pb2.FINISH_REASON_STOP
+    served.script = Script((70, 71), finish=FinishReason.STOP, stop_token_id=71)
+    replies = [reply async for reply in served.inference.Generate(Request(model="base", text="hi"))]
+    assert replies[-1].delta.stop_token_id == 71
+
+
+@pytest.mark.parametrize(
+    ("request_", "code", "param"),
+    [
+        (Request(model="bob", text="hi"), grpc.StatusCode.NOT_FOUND, None),
+        (Request(model="base"), grpc.StatusCode.INVALID_ARGUMENT, "prompt"),
+        (Request(model="base", text="hi", max_tokens=0), grpc.StatusCode.INVALID_ARGUMENT, "max_tokens"),
+        (Request(model="base", text="hi", max_tokens=99), grpc.StatusCode.INVALID_ARGUMENT, "max_tokens"),
+        (Request(model="base", text="hi", temperature=float("nan")), grpc.StatusCode.INVALID_ARGUMENT, "temperature"),
+        (Request(model="base", text="hi", timeout_seconds=-1), grpc.StatusCode.INVALID_ARGUMENT, "timeout_seconds"),
+    ],
+)
+async def test_refused_requests(served, request_, code, param):
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        [_ async for _ in served.inference.Generate(request_)]
+    assert caught.value.code() == code
+    assert dict(caught.value.trailing_metadata()).get("preft-param") == param
+    assert served.generator.requests == []
+
+
+async def test_failures_have_their_code(served):
+    served.script = Script(served.hello, fail=TransferFailed("checksum"), fail_after=2)
+    with pytest.raises(grpc.aio.AioRpcError, match="checksum") as caught:
+        [_ async for _ in served.inference.Generate(Request(model="base", text="hi"))]
+    assert caught.value.code() == grpc.StatusCode.DATA_LOSS
+    served.script = Script(fail=QueueFull("full", 2))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        [_ async for _ in served.inference.Generate(Request(model="base", text="hi"))]
+    assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert dict(caught.value.trailing_metadata())["retry-after"] == "2"
+
+
+async def test_cancelling_the_call_cancels_the_work(served):
+    served.script = Script(served.hello, delay=0.2)
+    call = served.inference.Generate(Request(model="base", text="hi"))
+    await call.read()
+    call.cancel()
+    for _ in range(100):
+        await asyncio.sleep(0.02)
+        if served.generator.cancelled:
+            break
+    assert served.generator.cancelled == served.generator.entered
+
+
+async def test_adapters(served):
+    added = await served.adapters.Add(adapters_pb2.AddAdapterRequest(name="bob", path="/adapters/bob"))
+    assert (added.name, added.digest) == ("bob", served.deps.catalog.get("bob").digest)
+    listed = await served.adapters.List(adapters_pb2.ListAdaptersRequest())
+    assert [adapter.name for adapter in listed.adapters] == ["ann", "bob"]
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await served.adapters.Add(adapters_pb2.AddAdapterRequest(name="bob", path="/other"))
+    assert caught.value.code() == grpc.StatusCode.ALREADY_EXISTS
+    assert (await served.adapters.Remove(adapters_pb2.RemoveAdapterRequest(name="bob"))).name == "bob"
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await served.adapters.Remove(adapters_pb2.RemoveAdapterRequest(name="bob"))
+    assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+
+
+async def test_health_follows_readiness(served):
+    health = health_pb2_grpc.HealthStub(served.channel)
+    asked = health_pb2.HealthCheckRequest(service="preft.v1.Inference")
+    assert (await health.Check(asked)).status == health_pb2.HealthCheckResponse.SERVING
+    watch = health.Watch(asked)
+    assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+    served.generator.is_ready = False
+    assert (await health.Check(asked)).status == health_pb2.HealthCheckResponse.NOT_SERVING
+    assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+    watch.cancel()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await health.Check(health_pb2.HealthCheckRequest(service="nobody"))
+    assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+
+
+async def test_reflection_lists_the_services(served):
+    stub = reflection_pb2_grpc.ServerReflectionStub(served.channel)
+    call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
+    [reply] = [reply async for reply in call]
+    names = {service.name for service in reply.list_services_response.service}
+    assert {"preft.v1.Inference", "preft.v1.Adapters", "grpc.health.v1.Health"} <= names
+
+
+async def test_a_taken_port_is_a_set_up_error(served):
+    with pytest.raises(ConfigError, match="grpc_port"):
+        await serve_grpc(served.deps, "127.0.0.1", served.port)

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+
+import pytest
+import tokenizers as library
+from tokenizers import pre_tokenizers
+
+from preft.core.errors import ConfigError
+from preft.gateway import tokenizer as module
+from preft.gateway.model_folder import SamplingDefaults
+from preft.gateway.tokenizer import Tokenizer
+from support import small_tokenizers
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+async def test_special_tokens_are_added_on_demand(tokenizer):
+    [with_bos], [bare] = (
+        await tokenizer.encode(["hello"], add_special_tokens=True),
+        await tokenizer.encode(["hello"], add_special_tokens=False),
+    )
+    assert with_bos == (0, *bare)
+
+
+async def test_long_texts_give_the_same_ids_without_blocking_the_loop(tokenizer):
+    text = "the quick brown fox 你好 " * 20_000
+    assert len(text) > module.INLINE_CHARS
+    lags = []
+
+    async def watch():
+        while True:
+            start = time.perf_counter()
+            await asyncio.sleep(0.005)
+            lags.append(time.perf_counter() - start - 0.005)
+
+    watcher = asyncio.create_task(watch())
+    start = time.perf_counter()
+    [ids] = await tokenizer.encode([text], add_special_tokens=True)
+    took = time.perf_counter() - start
+    watcher.cancel()
+    assert len(lags) > took / 0.005 / 10  # the loop kept running
+    assert ids == tuple(tokenizer._backend.encode(text).ids)
+
+
+def test_truncation_and_padding_of_the_file_are_off(tmp_path):
+    folder = small_tokenizers.byte_level(tmp_path)
+    raw = library.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    raw.enable_truncation(4)
+    raw.enable_padding(length=4)
+    raw.save(str(folder / "tokenizer.json"))
+    loaded = Tokenizer.load(folder)
+    [long, short] = asyncio.run(loaded.encode(["hello world again", "a"], add_special_tokens=False))
+    assert len(long) > 4
+    assert len(short) == 1
+
+
+def test_end_tokens_are_the_union_of_all_files(tmp_path):
+    folder = small_tokenizers.byte_level(tmp_path)
+    assert Tokenizer.load(folder).eos_token_ids == (1, 2)
+    edit(folder / "config.json", eos_token_id=3)
+    assert Tokenizer.load(folder).eos_token_ids == (1, 2, 3)
+    edit(folder / "generation_config.json", eos_token_id=None)
+    edit(folder / "config.json", eos_token_id=None, text_config={"eos_token_id": 5})
+    assert Tokenizer.load(folder).eos_token_ids == (1, 5)
+
+
+def test_vocabulary_is_the_models(tmp_path):
+    folder = small_tokenizers.byte_level(tmp_path)
+    edit(folder / "config.json", vocab_size=512)
+    assert Tokenizer.load(folder).vocab_size == 512
+    (folder / "config.json").unlink()
+    assert Tokenizer.load(folder).vocab_size == len(
+        json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    )
+
+
+def test_sampling_defaults_are_the_models(tmp_path):
+    folder = small_tokenizers.byte_level(tmp_path)
+    assert Tokenizer.load(folder).defaults == SamplingDefaults()
+    edit(folder / "generation_config.json", temperature=0.6, top_p=0.9, top_k=20, max_new_tokens=7, do_sample=True)
+    assert Tokenizer.load(folder).defaults == SamplingDefaults(0.6, 0.9, 20, max_tokens=7)
+    edit(folder / "generation_config.json", temperature="hot")
+    with pytest.raises(ConfigError, match="temperature"):
+        Tokenizer.load(folder)
+
+
+def test_a_special_token_by_name_alone_is_not_shown(tokenizers):
+    words = tokenizers["words"]
+    assert words.special_ids == {1}
+    assert words.eos_token_ids == (1,)
+
+
+@pytest.mark.parametrize("broken", ["tokenizer.json", "config.json", "tokenizer_config.json", "generation_config.json"])
+def test_a_malformed_file_is_named(tmp_path, broken):
+    folder = small_tokenizers.byte_level(tmp_path)
+    (folder / broken).write_text("{")
+    with pytest.raises(ConfigError, match=broken):
+        Tokenizer.load(folder)
+
+
+def test_a_missing_tokenizer_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"tokenizer\.json"):
+        Tokenizer.load(tmp_path)
+
+
+def test_tokens_show_as_inside_a_text(tokenizers):
+    for kind, raw, text in [("bytes", "Ġfox", " fox"), ("metaspace", "▁world", " world"), ("words", "city", " city")]:
+        tokenizer = tokenizers[kind]
+        assert tokenizer.token_text(tokenizer._backend.token_to_id(raw)) == text
+    assert tokenizers["bytes"].token_text(1) == "<|eos|>"
+
+
+def test_token_bytes_are_real_even_for_parts_of_characters(tokenizers):
+    assert set(module._BYTE_OF_CHAR) == set(pre_tokenizers.ByteLevel.alphabet())
+    for kind in ("bytes", "metaspace"):
+        tokenizer = tokenizers[kind]
+        ids = tokenizer._backend.encode("x好🙂", add_special_tokens=False).ids
+        assert b"".join(tokenizer.token_bytes(id) for id in ids).decode().lstrip(" ") == "x好🙂"

@@ -1,0 +1,81 @@
+"""vLLM as it comes, to measure against: an AsyncLLM with our decode engine's arguments, and nothing of ours inside.
+
+`python -m preft.engine.plain_engine --settings FILE` (JSON) says `{"ready": true}`, then answers each line of stdin by one:
+`{"prompts": [[ids]...], "max_tokens": n, "concurrency": c}` runs the prompts, at most c at a time, greedy and of exactly
+n tokens each, and gives `{"seconds": s, "arrivals": [[t, ...] per prompt]}`: one time per token, in seconds since the
+start of the run. It ends with its stdin.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from preft.core.cluster import Role
+from preft.core.settings import Settings
+from preft.engine.vllm_engine import engine_args
+
+
+def plain_args(settings: Settings) -> AsyncEngineArgs:
+    """The decode engine's arguments without connector, worker class and anything else of ours."""
+    ours = engine_args(settings, Role.DECODE, arena="")
+    return dataclasses.replace(ours, kv_transfer_config=None, worker_cls="auto", additional_config={})
+
+
+async def _run(llm: AsyncLLM, prompts: list[list[int]], max_tokens: int, concurrency: int) -> dict[str, Any]:
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=0.0,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+    )
+    room = asyncio.Semaphore(concurrency)
+    begin = time.perf_counter()
+
+    async def one(number: int) -> list[float]:
+        times: list[float] = []
+        async with room:
+            async for output in llm.generate({"prompt_token_ids": prompts[number]}, params, f"{begin}-{number}"):
+                times += [time.perf_counter() - begin] * len(output.outputs[0].token_ids)
+        return times
+
+    arrivals = await asyncio.gather(*map(one, range(len(prompts))))
+    return {"seconds": time.perf_counter() - begin, "arrivals": arrivals}
+
+
+async def _serve(settings: Settings, out: TextIO) -> None:
+    llm = AsyncLLM.from_engine_args(plain_args(settings))
+    try:
+        print(json.dumps({"ready": True}), file=out, flush=True)
+        while line := await asyncio.to_thread(sys.stdin.readline):
+            print(json.dumps(await _run(llm, **json.loads(line))), file=out, flush=True)
+    finally:
+        llm.shutdown()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--settings", type=Path, required=True, help="a cluster's settings as JSON")
+    arguments = parser.parse_args()
+    os.environ["VLLM_PLUGINS"] = ""  # not our general plugin either
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    out = os.fdopen(os.dup(1), "w")  # vLLM prints; only our lines may come here
+    os.dup2(2, 1)
+    asyncio.run(_serve(Settings.model_validate_json(arguments.settings.read_text()), out))
+
+
+if __name__ == "__main__":
+    main()

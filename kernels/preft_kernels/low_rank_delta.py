@@ -82,14 +82,24 @@ def low_rank_delta_(
     y: [tokens, >= offset + sum of out_i], x: [tokens, in]; for each slice i: a[i]: [slots, rank, in],
     b[i]: [slots, out_i, rank]; slots: [tokens], integer, BASE (any negative) for tokens that stay as they are.
     Slice i covers columns offset + sum(out_j, j < i) onwards. Ranks smaller than the stacked one must be zero-padded.
-    Raises ValueError naming the argument whose shape is wrong. (LoRA: Hu et al. 2021, arXiv 2106.09685, eq. 3.)
+    Raises ValueError naming the argument whose shape or type is wrong. (LoRA: Hu et al. 2021, arXiv 2106.09685, eq. 3.)
     """
     if y.dim() != 2 or x.dim() != 2 or x.shape[0] != y.shape[0]:
         raise ValueError(
             f"y and x must be [tokens, features] of equal length, got {tuple(y.shape)} and {tuple(x.shape)}"
         )
-    if slots.shape != x.shape[:1]:
-        raise ValueError(f"slots must have one entry per token ({x.shape[0]}), got {tuple(slots.shape)}")
+    if slots.shape != x.shape[:1] or slots.is_floating_point():
+        raise ValueError(f"slots must be one integer per token ({x.shape[0]}), got {tuple(slots.shape)} {slots.dtype}")
     if len(a) != len(b) or not a:
         raise ValueError(f"a and b must have the same number of slices, at least one, got {len(a)} and {len(b)}")
+    right = offset
+    for index, (a_slice, b_slice) in enumerate(zip(a, b, strict=True)):
+        if a_slice.dim() != 3 or a_slice.shape[2] != x.shape[1]:
+            raise ValueError(f"a[{index}] must be [slots, rank, {x.shape[1]}], got {tuple(a_slice.shape)}")
+        if b_slice.dim() != 3 or (b_slice.shape[0], b_slice.shape[2]) != (a_slice.shape[0], a_slice.shape[1]):
+            slots_and_rank = f"{a_slice.shape[0]}, out, {a_slice.shape[1]}"
+            raise ValueError(f"b[{index}] must be [{slots_and_rank}], got {tuple(b_slice.shape)}")
+        right += b_slice.shape[1]
+    if offset < 0 or right > y.shape[1]:
+        raise ValueError(f"offset must leave room for the slices: columns {offset} to {right} of y's {y.shape[1]}")
     torch.ops.preft.low_rank_delta_(y, x, list(a), list(b), slots, offset, scale)

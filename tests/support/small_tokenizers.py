@@ -31,7 +31,8 @@ def byte_level(folder: Path, *, chat_template: str | None = CHAT_TEMPLATE, vocab
     )
     tokenizer.train_from_iterator(_TEXT * 20, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 0)])
-    config = {"bos_token": "<|bos|>", "eos_token": {"content": "<|eos|>"}}
+    eos = {"__type": "AddedToken", "content": "<|eos|>", "special": True}
+    config: dict[str, object] = {"bos_token": "<|bos|>", "eos_token": eos}
     if chat_template is not None:
         config["chat_template"] = chat_template
     return _write(folder, tokenizer, config, {"eos_token_id": [1, 2]})

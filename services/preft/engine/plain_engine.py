@@ -1,9 +1,9 @@
 """vLLM as it comes, to measure against: an AsyncLLM with our decode engine's arguments, and nothing of ours inside.
 
-`python -m preft.engine.plain_engine --settings FILE` (JSON) says `{"ready": true}`, then answers each line of stdin by one:
-`{"prompts": [[ids]...], "max_tokens": n, "concurrency": c}` runs the prompts, at most c at a time, greedy and of exactly
-n tokens each, and gives `{"seconds": s, "arrivals": [[t, ...] per prompt]}`: one time per token, in seconds since the
-start of the run. It ends with its stdin.
+`python -m preft.engine.plain_engine --settings FILE` (JSON) says `{"ready": true}`, then answers lines on stdin:
+`{"prompts": [[ids]...], "max_tokens": n, "concurrency": c}` runs the prompts, at most c at a time, greedy, each to
+exactly n tokens, and gives `{"seconds": s, "arrivals": [[t, ...] per prompt]}`: one time per token, in seconds since
+the start of the run. It ends with its stdin.
 """
 
 from __future__ import annotations

@@ -1,0 +1,136 @@
+"""A `preft serve` of one's own: started as a subprocess, ended by SIGINT, and seen to be gone. Linux only."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from preft.core.errors import PreftError
+
+READY = re.compile(r"PreFT Serve is ready on (http://\S+)")
+STOP_SECONDS = 60.0
+TAIL_LINES = 40
+
+
+class ServeFailed(PreftError):
+    """The server didn't start, died, or left something running; the message ends with the tail of its log."""
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A server that is ready. `start_seconds` is how long that took."""
+
+    url: str
+    state_dir: Path
+    start_seconds: float
+
+    def workers(self) -> list[dict[str, Any]]:
+        """The workers as `preft status --json` lists them. Raises ServeFailed."""
+        command = [sys.executable, "-m", "preft.cli", "status", "--json", "--state-dir", str(self.state_dir)]
+        ran = subprocess.run(command, capture_output=True, text=True, check=False)
+        if ran.returncode != 0:
+            raise ServeFailed(f"preft status failed: {ran.stderr.strip()}")
+        workers: list[dict[str, Any]] = json.loads(ran.stdout)["workers"]
+        return workers
+
+
+@contextmanager
+def served(
+    arguments: Sequence[str], *, state_dir: Path, log: Path, ready_seconds: float = 300.0, command: Sequence[str] = ()
+) -> Iterator[Served]:
+    """Runs `preft serve` with `arguments` on a free port until the context is left. Its output goes to the file `log`.
+
+    Every process that it starts, Ray's included, inherits a mark in its environment, by which leftovers are found; they
+    are killed, and ServeFailed is raised. `command` replaces `preft serve` in tests. Raises ServeFailed as well if the
+    server isn't ready after `ready_seconds`.
+    """
+    mark = f"PREFT_SERVED_BY={uuid.uuid4().hex}"
+    name, _, value = mark.partition("=")
+    base = command or (sys.executable, "-m", "preft.cli", "serve")
+    started = time.monotonic()
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*base, *arguments, "--port", "0", "--state-dir", str(state_dir)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, name: value, "PYTHONUNBUFFERED": "1"},
+            start_new_session=True,  # a Ctrl-C at the terminal reaches us alone, and we end the server in order
+        )
+    try:
+        url = _wait_until_ready(process, log, started + ready_seconds)
+        yield Served(url, state_dir, time.monotonic() - started)
+    except BaseException:
+        with contextlib.suppress(ServeFailed):
+            _stop(process, mark, log)
+        raise
+    _stop(process, mark, log)
+
+
+def marked_processes(mark: str) -> list[int]:
+    """Pids of the live processes whose environment holds `mark` (`NAME=value`)."""
+    wanted, found = mark.encode(), []
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if folder.name.isdigit() and wanted in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+    return found
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], log: Path, deadline: float) -> str:
+    while True:
+        if ready := READY.search(log.read_text(errors="replace")):
+            return ready[1]
+        if process.poll() is not None:
+            raise ServeFailed(f"preft serve ended with status {process.returncode}:\n{_tail(log)}")
+        if time.monotonic() > deadline:
+            raise ServeFailed(f"preft serve didn't get ready in time:\n{_tail(log)}")
+        time.sleep(0.2)
+
+
+def _stop(process: subprocess.Popen[bytes], mark: str, log: Path) -> None:
+    """Ends the server and waits until all that it started is gone. Raises ServeFailed if that took force."""
+    problem = ""
+    if process.poll() is not None:
+        problem = f"preft serve had ended with status {process.returncode}"
+    else:
+        process.send_signal(signal.SIGINT)
+        try:
+            if process.wait(STOP_SECONDS) != 0:
+                problem = f"preft serve ended with status {process.returncode} after SIGINT"
+        except subprocess.TimeoutExpired:
+            problem = f"preft serve didn't end within {STOP_SECONDS:g} s after SIGINT"
+    left = _remaining(mark, STOP_SECONDS / 4)
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
+    _remaining(mark, STOP_SECONDS / 4)
+    if left and not problem:
+        problem = f"preft serve left {len(left)} processes running"
+    if problem:
+        raise ServeFailed(f"{problem}:\n{_tail(log)}")
+
+
+def _remaining(mark: str, seconds: float) -> list[int]:
+    """Pids of marked processes that are still there after up to `seconds`."""
+    deadline = time.monotonic() + seconds
+    while (left := marked_processes(mark)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left
+
+
+def _tail(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:])

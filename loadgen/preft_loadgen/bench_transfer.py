@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import socket
 import statistics
 import subprocess
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 import grpc.aio
 
 from preft.transfer.grpc_push import GrpcKvSender
-from preft.transfer.grpc_receive import SERVER_OPTIONS, kv_transfer_handler
+from preft.transfer.grpc_receive import SERVER_OPTIONS, kv_transfer_handler, reuse_message_buffers
 from preft.transfer.handles import HandleTable
 from preft.transfer.port import KvHeader, checksum_of, hash_prompt
 from preft.transfer.receive import KvReceiver
@@ -96,7 +97,10 @@ def _send_tcp(connection: socket.socket, payload: memoryview) -> None:
 def _receiver(kind: str, capacity: int) -> Iterator[int]:
     """The port of a receiver process that lives as long as the context."""
     command = [sys.executable, "-m", "preft_loadgen.bench_transfer", "--receive", kind, "--capacity", str(capacity)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # works without being installed
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
         try:
             yield int(process.stdout.readline())
@@ -124,6 +128,7 @@ def _receive_tcp(capacity: int) -> None:
 
 
 async def _receive_grpc(capacity: int) -> None:
+    reuse_message_buffers()  # as a decode worker does
     arena = StagingArena.create(span_of(capacity))
     handles = HandleTable(arena, fingerprint="bench", lease=0)  # nobody claims: free again as soon as it's ready
     receiver = KvReceiver(arena, handles, room_timeout=TIMEOUT, frame_timeout=TIMEOUT)

@@ -16,9 +16,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import grpc.aio
 
@@ -30,7 +31,7 @@ from preft.transfer.receive import KvReceiver
 from preft.transfer.staging import StagingArena, span_of
 
 MiB = 1 << 20
-SIZES = (16 * MiB, 128 * MiB)
+RUNS: Mapping[int, int] = MappingProxyType({16 * MiB: 45, 128 * MiB: 15})  # per size in bytes; the median counts
 TIMEOUT = 60.0  # seconds for anything
 
 
@@ -49,25 +50,25 @@ class TransferFigure:
         return self.tcp / self.grpc
 
 
-def measure(sizes: Sequence[int] = SIZES, repeats: int = 9) -> list[TransferFigure]:
-    """One figure per size. Starts two receiver processes and ends them."""
-    with _receiver("tcp", max(sizes)) as tcp_port, _receiver("grpc", max(sizes)) as grpc_port:
-        return asyncio.run(_measure(sizes, repeats, tcp_port, f"127.0.0.1:{grpc_port}"))
+def measure(runs: Mapping[int, int] = RUNS) -> list[TransferFigure]:
+    """One figure per size (bytes) from so many runs. Starts two receiver processes and ends them."""
+    with _receiver("tcp", max(runs)) as tcp_port, _receiver("grpc", max(runs)) as grpc_port:
+        return asyncio.run(_measure(runs, tcp_port, f"127.0.0.1:{grpc_port}"))
 
 
-async def _measure(sizes: Sequence[int], repeats: int, tcp_port: int, grpc_address: str) -> list[TransferFigure]:
-    arena = StagingArena.create(span_of(max(sizes)))
-    region = await arena.reserve(max(sizes), timeout=TIMEOUT)
+async def _measure(runs: Mapping[int, int], tcp_port: int, grpc_address: str) -> list[TransferFigure]:
+    arena = StagingArena.create(span_of(max(runs)))
+    region = await arena.reserve(max(runs), timeout=TIMEOUT)
     memory = arena.view(region)
-    memory[:] = bytes(range(256)) * (max(sizes) // 256) + bytes(max(sizes) % 256)
+    memory[:] = bytes(range(256)) * (max(runs) // 256) + bytes(max(runs) % 256)
     sender = GrpcKvSender()
     tcp = socket.create_connection(("127.0.0.1", tcp_port))
     tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     figures = []
     try:
-        for size in sizes:
+        for size, repeats in runs.items():
             payload = memory[:size]
-            runs = []
+            times = []
             for number in range(repeats + 1):
                 start = time.perf_counter()
                 _send_tcp(tcp, payload)
@@ -76,8 +77,10 @@ async def _measure(sizes: Sequence[int], repeats: int, tcp_port: int, grpc_addre
                 summed = time.perf_counter()
                 header = KvHeader(f"{size}-{number}", "bench", "", 1, size, checksum, 1, hash_prompt([0]))
                 await sender.push(grpc_address, header, payload, timeout=TIMEOUT)
-                runs.append((sent - start, time.perf_counter() - sent, summed - sent))
-            figures.append(TransferFigure(size, *(statistics.median(column) for column in zip(*runs[1:], strict=True))))
+                times.append((sent - start, time.perf_counter() - sent, summed - sent))
+            figures.append(
+                TransferFigure(size, *(statistics.median(column) for column in zip(*times[1:], strict=True)))
+            )
     finally:
         await sender.close()
         tcp.close()
@@ -156,16 +159,15 @@ def report(figures: Sequence[TransferFigure]) -> str:
 def main() -> None:
     """Prints the table, or, as a child, receives."""
     parser = argparse.ArgumentParser(description="KV push over gRPC against raw TCP, between two processes.")
-    parser.add_argument("--repeats", type=int, default=9, help="runs per size; the median counts")
     parser.add_argument("--receive", choices=["tcp", "grpc"], help=argparse.SUPPRESS)
-    parser.add_argument("--capacity", type=int, default=max(SIZES), help=argparse.SUPPRESS)
+    parser.add_argument("--capacity", type=int, default=max(RUNS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.receive == "tcp":
         _receive_tcp(arguments.capacity)
     elif arguments.receive == "grpc":
         asyncio.run(_receive_grpc(arguments.capacity))
     else:
-        print(report(measure(repeats=arguments.repeats)))
+        print(report(measure()))
 
 
 if __name__ == "__main__":

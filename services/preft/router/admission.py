@@ -193,6 +193,9 @@ class Admission:
                 self._open = self._keep_one_for(ticket.demand)
 
     def _grant(self, ticket: Ticket, roster: Roster) -> Refusal | None:
+        """Why `ticket` gets no lease now, or None: it has one, or needs none."""
+        if ticket.outcome.done():
+            return None  # whoever waited was cancelled in this instant, and didn't come to leave the queue yet
         placed = self._policy.place(ticket.demand, roster, self._ledger, ticket.avoid)
         if isinstance(placed, Refusal):
             return placed

@@ -105,8 +105,8 @@ class Policy(Protocol):
 class AffinityPolicy:
     """Prefill goes where the adapter is, unless that worker is clearly busier than another; decode goes where room is.
 
-    Workers that are equally good are told apart by a hash of adapter and worker, so that adapters spread over idle
-    workers, and every router that shares the cluster sends an adapter to the same one.
+    An adapter that no worker is known to hold has a home by hash: adapters spread over the workers, and one that was
+    used just now is found again before any heartbeat tells, also by other routers of the same cluster.
     """
 
     max_inflight_prefills: int  # per worker
@@ -149,22 +149,23 @@ class AffinityPolicy:
         return best
 
     def _nearest(self, digest: str, workers: list[Worker], roster: Roster, ledger: Ledger) -> Worker:
-        seed = crc32(digest.encode())
-
-        def load(worker: Worker) -> tuple[int, int, int]:
-            spread = ((crc32(worker.id.encode()) ^ seed) * 2654435761) & 0xFFFFFFFF
-            return ledger.prefills(worker.id), worker.load.running, spread
+        def load(worker: Worker) -> tuple[int, int, str]:
+            return ledger.prefills(worker.id), worker.load.running, worker.id
 
         least = min(workers, key=load)
         if not digest:
             return least
         holders = roster.holders.get(digest, frozenset())
         near = [worker for worker in workers if worker.id in holders or ledger.prefills_of(worker.id, digest)]
-        if not near:
-            return least
-        nearest = min(near, key=load)
+        nearest = min(near, key=load) if near else _home(digest, workers)
         limit = ledger.prefills(least.id) * self.busier_factor + self.busier_slack
         return nearest if ledger.prefills(nearest.id) <= limit else least
+
+
+def _home(digest: str, workers: list[Worker]) -> Worker:
+    """Rendezvous hashing: when a worker comes or goes, only its own adapters move."""
+    seed = crc32(digest.encode())
+    return max(workers, key=lambda worker: ((crc32(worker.id.encode()) ^ seed) * 2654435761) & 0xFFFFFFFF)
 
 
 def _prefer(workers: tuple[Worker, ...], avoid: frozenset[str]) -> tuple[Worker, ...]:

@@ -1,0 +1,298 @@
+"""Prefill and decode workers without an engine: real gRPC servers in this process, whose tokens can be foretold.
+
+A token depends on prompt, adapter, choice and position: a stream that was stitched together from several attempts
+equals an undisturbed one exactly if nothing was lost, repeated or mixed up. Faults are put into `faults` lists, one
+per call; what the router did is found in the counters.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+from zlib import crc32
+
+import grpc.aio
+
+from preft.core.cluster import Role, Worker, WorkerLoad, WorkerState
+from preft.core.errors import PreftError, TransferFailed
+from preft.core.request import AdapterRef, FinishReason, GenerateRequest, Sampling, TokenDelta
+from preft.rpc import common_pb2, workers_pb2, workers_pb2_grpc
+from preft.rpc.convert import delta_to_proto
+from preft.rpc.status import abort
+
+EOS = 7
+
+
+def token_at(prompt: Iterable[int], digest: str, index: int, position: int) -> int:
+    """The token of choice `index` at `position` (0 is the first output token)."""
+    return 1000 + crc32(repr((list(prompt), digest, index, position)).encode()) % 30000
+
+
+def foretold(request: GenerateRequest, ends: dict[int, int] | None = None) -> dict[int, list[int]]:
+    """Every choice's tokens. `ends` maps a choice to its position of EOS."""
+    digest = request.adapter.digest if request.adapter else ""
+    streams = {}
+    for index in range(request.n):
+        end = (ends or {}).get(index, request.sampling.max_tokens)
+        count = min(end, request.sampling.max_tokens)
+        tokens = [token_at(request.prompt_token_ids, digest, index, position) for position in range(count)]
+        streams[index] = [*tokens, EOS] if end < request.sampling.max_tokens else tokens
+    return streams
+
+
+def a_request(
+    max_tokens: int = 6,
+    n: int = 1,
+    prompt: Iterable[int] = range(20),
+    adapter: str | None = "ada",
+    deadline: float | None = None,
+) -> GenerateRequest:
+    """A request under the adapter whose digest is `<adapter>-digest`."""
+    reference = AdapterRef(adapter, f"{adapter}-digest", f"/adapters/{adapter}") if adapter else None
+    return GenerateRequest("r", tuple(prompt), Sampling(max_tokens=max_tokens), reference, n, deadline)
+
+
+@dataclass
+class Fault:
+    """What happens instead, after `after` tokens (decode) or before anything (prefill): an error, or a long sleep."""
+
+    error: PreftError | None = None
+    after: int = 0
+    seconds: float = 3600.0
+
+    async def strike(self, context: Any) -> None:
+        if self.error is not None:
+            await abort(context, self.error)
+        await asyncio.sleep(self.seconds)
+
+
+@dataclass
+class FakeWorker:
+    """What both roles share: a server that can die, and a record in the registry."""
+
+    cluster: FakeCluster
+    id: str
+    role: Role
+    fingerprint: str = "llama"
+    kv_blocks_total: int = 1000
+    block_size: int = 16
+    max_num_seqs: int = 64
+    state: WorkerState = WorkerState.READY
+    adapters: tuple[str, ...] = ()
+    faults: list[Fault | None] = field(default_factory=list)
+    running: int = 0
+    calls: int = 0
+    cancelled: int = 0
+    address: str = ""
+    silent_since: float | None = None
+
+    async def start(self) -> None:
+        self.server = grpc.aio.server()
+        service = PrefillService(self) if isinstance(self, FakePrefill) else DecodeService(self)
+        if isinstance(self, FakePrefill):
+            workers_pb2_grpc.add_PrefillWorkerServicer_to_server(service, self.server)
+        else:
+            workers_pb2_grpc.add_DecodeWorkerServicer_to_server(service, self.server)
+        self.address = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
+        await self.server.start()
+
+    async def die(self) -> None:
+        """The process is gone: connections break, heartbeats stop."""
+        self.silent_since = time.time()
+        await self.server.stop(None)
+
+    def record(self) -> Worker:
+        load = WorkerLoad(
+            running=self.running,
+            kv_blocks_total=self.kv_blocks_total,
+            kv_blocks_free=self.kv_blocks_total,
+            adapters=self.adapters,
+        )
+        heartbeat = self.silent_since or time.time()
+        return Worker(
+            self.id,
+            self.role,
+            self.state,
+            self.address,
+            self.fingerprint,
+            pid=1,
+            block_size=self.block_size,
+            max_num_seqs=self.max_num_seqs,
+            heartbeat=heartbeat,
+            load=load,
+        )
+
+    def next_fault(self) -> Fault | None:
+        self.calls += 1
+        return self.faults.pop(0) if self.faults else None
+
+
+@dataclass
+class FakePrefill(FakeWorker):
+    """Faults strike before the first tokens; `push_faults` between them and the push."""
+
+    push_faults: list[Fault | None] = field(default_factory=list)
+    requests: list[workers_pb2.PrefillRequest] = field(default_factory=list)
+    delay: float = 0.0
+    pushes: bool = True
+
+
+@dataclass
+class Kv:
+    """What the decode worker holds under one handle."""
+
+    prompt: list[int]
+    digest: str
+    uses: int
+
+
+@dataclass
+class FakeDecode(FakeWorker):
+    """`handles` is what it holds now; `released` what it was told to give up."""
+
+    handles: dict[str, Kv] = field(default_factory=dict)
+    released: list[str] = field(default_factory=list)
+    requests: list[workers_pb2.DecodeRequest] = field(default_factory=list)
+    delay: float = 0.0
+    choice_faults: dict[int, list[Fault | None]] = field(default_factory=dict)
+
+
+class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
+    def __init__(self, worker: FakePrefill) -> None:
+        self.worker = worker
+
+    async def Prefill(self, request: workers_pb2.PrefillRequest, context: Any) -> AsyncIterator[Any]:
+        worker = self.worker
+        worker.requests.append(request)
+        worker.running += 1
+        handle, decode, done = request.target.handle, worker.cluster.at(request.target.address), False
+        try:
+            if fault := worker.next_fault():
+                await fault.strike(context)
+            await asyncio.sleep(worker.delay)
+            choices = [self._first(request, index) for index in range(1 if request.resume else request.n)]
+            messages = [delta_to_proto(choice) for choice in choices]
+            first = workers_pb2.FirstTokens(choices=messages, cached_tokens=16)
+            yield workers_pb2.PrefillEvent(first_tokens=first)
+            uses = request.n if request.resume else sum(choice.finish_reason is None for choice in choices)
+            if request.HasField("target") and uses:
+                push_fault = worker.push_faults.pop(0) if worker.push_faults else None
+                if push_fault:
+                    await push_fault.strike(context)
+                if not worker.pushes:
+                    return
+                if not isinstance(decode, FakeDecode):
+                    await abort(context, TransferFailed("the decode worker can't be reached"))
+                decode.handles[handle] = Kv(list(request.prompt_token_ids), request.adapter.digest, uses)
+                yield workers_pb2.PrefillEvent(kv_pushed=workers_pb2.KvPushed(bytes=1))
+            done = True
+        finally:
+            worker.running -= 1
+            worker.cancelled += not done
+
+    def _first(self, request: workers_pb2.PrefillRequest, index: int) -> TokenDelta:
+        if self.worker.cluster.ends.get(index) == 0:
+            return TokenDelta(index, (EOS,), finish_reason=FinishReason.STOP)
+        token = token_at(request.prompt_token_ids, request.adapter.digest, index, 0)
+        last = request.sampling.max_tokens == 1 and not request.resume
+        return TokenDelta(index, (token,), finish_reason=FinishReason.LENGTH if last else None)
+
+
+class DecodeService(workers_pb2_grpc.DecodeWorkerServicer):
+    def __init__(self, worker: FakeDecode) -> None:
+        self.worker = worker
+
+    async def Decode(self, request: workers_pb2.DecodeRequest, context: Any) -> AsyncIterator[common_pb2.TokenDelta]:
+        worker = self.worker
+        worker.requests.append(request)
+        worker.running += 1
+        done = False
+        kv = worker.handles.get(request.handle)
+        try:
+            faults = worker.choice_faults.get(request.index, worker.faults)
+            worker.calls += 1
+            fault = faults.pop(0) if faults else None
+            if kv is None or kv.uses == 0:
+                await abort(context, TransferFailed("unknown handle"))
+            assert kv is not None
+            if kv.prompt != list(request.prompt_token_ids) or kv.digest != request.adapter_digest:
+                await abort(context, TransferFailed("the handle is for another prompt or adapter"))
+            kv.uses -= 1
+            begin = len(request.output_token_ids)
+            for position in range(begin, request.sampling.max_tokens):
+                if fault and fault.after == position - begin:
+                    await fault.strike(context)
+                await asyncio.sleep(worker.delay)
+                delta = self._token(request, position)
+                yield delta_to_proto(delta)
+                if delta.finish_reason is not None:
+                    break
+            done = True
+        finally:
+            worker.running -= 1
+            worker.cancelled += not done
+            if kv is not None and kv.uses == 0:
+                worker.handles.pop(request.handle, None)
+
+    async def Release(self, request: workers_pb2.ReleaseRequest, context: Any) -> workers_pb2.ReleaseReply:
+        self.worker.released.append(request.handle)
+        self.worker.handles.pop(request.handle, None)
+        return workers_pb2.ReleaseReply()
+
+    def _token(self, request: workers_pb2.DecodeRequest, position: int) -> TokenDelta:
+        if self.worker.cluster.ends.get(request.index) == position:
+            return TokenDelta(request.index, (EOS,), finish_reason=FinishReason.STOP)
+        token = token_at(request.prompt_token_ids, request.adapter_digest, request.index, position)
+        last = position == request.sampling.max_tokens - 1
+        return TokenDelta(request.index, (token,), finish_reason=FinishReason.LENGTH if last else None)
+
+
+class FakeCluster:
+    """Workers and the registry that lists them: as much of a StateStore as a router reads."""
+
+    def __init__(self) -> None:
+        self.members: dict[str, FakeWorker] = {}
+        self.ends: dict[int, int] = {}  # choice -> position of its EOS
+
+    async def add_prefill(self, worker_id: str, **options: Any) -> FakePrefill:
+        worker = FakePrefill(self, worker_id, Role.PREFILL, **options)
+        await self._add(worker)
+        return worker
+
+    async def add_decode(self, worker_id: str, **options: Any) -> FakeDecode:
+        worker = FakeDecode(self, worker_id, Role.DECODE, **options)
+        await self._add(worker)
+        return worker
+
+    async def _add(self, worker: FakeWorker) -> None:
+        await worker.start()
+        self.members[worker.id] = worker
+
+    async def workers(self) -> list[Worker]:
+        return [worker.record() for worker in self.members.values()]
+
+    def at(self, address: str) -> FakeWorker | None:
+        alive = (worker for worker in self.members.values() if worker.silent_since is None)
+        return next((worker for worker in alive if worker.address == address), None)
+
+    @property
+    def busy(self) -> dict[str, Any]:
+        """Whatever living workers still do or hold."""
+        living = [worker for worker in self.members.values() if worker.silent_since is None]
+        busy: dict[str, Any] = {worker.id: worker.running for worker in living if worker.running}
+        decode = [worker for worker in living if isinstance(worker, FakeDecode)]
+        return busy | {f"{worker.id} KV": worker.handles for worker in decode if worker.handles}
+
+    @property
+    def released(self) -> list[str]:
+        """All handles that decode workers were told to give up."""
+        return [
+            handle for member in self.members.values() if isinstance(member, FakeDecode) for handle in member.released
+        ]
+
+    async def stop(self) -> None:
+        for worker in self.members.values():
+            await worker.server.stop(None)

@@ -1,0 +1,643 @@
+"""One router against fake workers over real gRPC: whatever happens, the caller sees the foretold tokens or one error,
+and nothing is left running, reserved or held."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from preft.core.cluster import WorkerState
+from preft.core.errors import (
+    DeadlineExceeded,
+    EngineFailed,
+    InvalidRequest,
+    ModelNotFound,
+    PreftError,
+    QueueFull,
+    TransferFailed,
+    Unavailable,
+    WorkerLost,
+)
+from preft.core.request import FinishReason, GenerateRequest
+from preft.core.settings import RouterSettings
+from preft.router.router import Router
+from support.fake_workers import EOS, FakeCluster, FakeDecode, FakePrefill, Fault, a_request, foretold
+
+FAST = RouterSettings(poll_interval=0.02, transfer_timeout=2.0, retries=2, restart_grace=0.3)
+
+
+class Harness:
+    """A cluster and its router, with one prefill and one decode worker to begin with."""
+
+    def __init__(self) -> None:
+        self.cluster = FakeCluster()
+
+    async def start(self, settings: RouterSettings) -> None:
+        self.p = await self.cluster.add_prefill("p0")
+        self.d = await self.cluster.add_decode("d0")
+        self.router = Router(self.cluster, settings)  # type: ignore[arg-type]
+        await self.router.start()
+
+    async def second(self) -> tuple[FakePrefill, FakeDecode]:
+        pair = await self.cluster.add_prefill("p1"), await self.cluster.add_decode("d1")
+        await self.seen(lambda: len(self.router.snapshot.workers) == 4)
+        return pair
+
+    async def seen(self, condition: Any) -> None:
+        for _ in range(300):
+            if condition():
+                return
+            await asyncio.sleep(0.01)
+        raise AssertionError("it never came")
+
+    async def clean(self) -> None:
+        """Every reservation, open call and handle is gone within three seconds."""
+        await self.seen(lambda: not self.cluster.busy and not self.router.stats().in_flight)
+        assert self.router.stats().waiting == 0
+        assert self.router._ledger.idle
+
+    async def collect(self, request: GenerateRequest) -> dict[int, list[int]]:
+        """All choices' tokens; each must have been finished, once, at its end."""
+        streams: dict[int, list[int]] = {index: [] for index in range(request.n)}
+        finished: set[int] = set()
+        async with self.router.generate(request) as generation:
+            async for delta in generation:
+                assert delta.index not in finished
+                streams[delta.index] += delta.token_ids
+                if delta.finish_reason is not None:
+                    finished.add(delta.index)
+                    by_eos = streams[delta.index][-1] == EOS
+                    assert delta.finish_reason is (FinishReason.STOP if by_eos else FinishReason.LENGTH)
+        assert finished == set(range(request.n))
+        return streams
+
+
+@asynccontextmanager
+async def running(**changes: Any) -> AsyncIterator[Harness]:
+    """A harness with other settings than FAST's; in the end nothing may be left in it."""
+    harness = Harness()
+    await harness.start(FAST.model_copy(update=changes))
+    try:
+        yield harness
+        await harness.clean()
+    finally:
+        await harness.router.close()
+        await harness.cluster.stop()
+
+
+@pytest.fixture
+async def harness() -> AsyncIterator[Harness]:
+    async with running() as harness:
+        yield harness
+
+
+# Undisturbed
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("adapter", ["ada", None])
+async def test_tokens_come_whole_and_in_order(harness: Harness, n: int, adapter: str | None) -> None:
+    request = a_request(max_tokens=9, n=n, adapter=adapter)
+    assert await harness.collect(request) == foretold(request)
+    (prefill,) = harness.p.requests
+    assert prefill.HasField("adapter") is (adapter is not None)
+    assert (prefill.n, prefill.resume, prefill.target.address) == (n, False, harness.d.address)
+    assert {decode.handle for decode in harness.d.requests} == {prefill.target.handle}
+    assert harness.d.released == []
+    assert harness.p.cancelled == harness.d.cancelled == 0
+
+
+async def test_many_requests_at_once(harness: Harness) -> None:
+    await harness.second()
+    requests = [a_request(2 + i % 7, n=1 + i % 3, prompt=range(i + 1), adapter=f"a{i % 5}") for i in range(60)]
+    results = await asyncio.gather(*(harness.collect(request) for request in requests))
+    assert results == [foretold(request) for request in requests]
+
+
+async def test_a_long_burst_is_read_to_its_end_by_a_slow_reader(harness: Harness) -> None:
+    request = a_request(max_tokens=3000)
+    tokens: list[int] = []
+    async with harness.router.generate(request) as generation:
+        async for delta in generation:
+            tokens += delta.token_ids
+            if len(tokens) in (2, 500):
+                await asyncio.sleep(0.2)
+    assert tokens == foretold(request)[0]
+
+
+async def test_the_first_token_doesnt_wait_for_the_kv(harness: Harness) -> None:
+    harness.p.push_faults = [Fault(seconds=0.3)]
+    async with harness.router.generate(a_request(n=2)) as generation:
+        stream = aiter(generation)
+        started = time.monotonic()
+        first = {(await anext(stream)).index, (await anext(stream)).index}
+        assert time.monotonic() - started < 0.2
+        assert first == {0, 1}
+        assert generation.prompt_cached_tokens == 16
+
+
+async def test_eos_as_first_token_never_touches_decode(harness: Harness) -> None:
+    harness.cluster.ends = {0: 0}
+    assert await harness.collect(a_request()) == {0: [EOS]}
+    assert harness.d.requests == []
+    assert harness.d.released == []
+    assert harness.p.cancelled == 0
+
+
+async def test_only_choices_that_go_on_are_decoded(harness: Harness) -> None:
+    harness.cluster.ends = {1: 0, 2: 3}
+    request = a_request(n=3)
+    assert await harness.collect(request) == foretold(request, harness.cluster.ends)
+    assert sorted(decode.index for decode in harness.d.requests) == [0, 2]
+
+
+async def test_one_token_needs_no_decode_worker(harness: Harness) -> None:
+    request = a_request(max_tokens=1, n=2)
+    assert await harness.collect(request) == foretold(request)
+    assert not harness.p.requests[0].HasField("target")
+    assert harness.d.requests == []
+
+
+async def test_the_call_ends_by_itself_though_the_caller_left_at_the_last_token(harness: Harness) -> None:
+    async with harness.router.generate(a_request(max_tokens=3)) as generation:
+        async for delta in generation:
+            if delta.finish_reason is not None:
+                break
+    await harness.clean()
+    assert harness.d.cancelled == harness.p.cancelled == 0
+    assert harness.d.released == []
+
+
+# Faults before the first token
+
+
+@pytest.mark.parametrize("error", [EngineFailed("out of memory"), Unavailable("draining"), TransferFailed("no room")])
+async def test_another_worker_is_tried_before_the_first_token(harness: Harness, error: PreftError) -> None:
+    p1, _ = await harness.second()
+    harness.p.faults = [Fault(error)]
+    for i in range(10):  # until affinity sends one to the failing worker
+        request = a_request(adapter=f"a{i}")
+        assert await harness.collect(request) == foretold(request)
+    assert harness.p.faults == []
+    assert harness.router.stats().retries == 1
+    assert harness.p.requests[0].adapter in [prefill.adapter for prefill in p1.requests]
+    assert not any(prefill.resume for prefill in p1.requests)
+    assert harness.p.requests[0].target.handle in harness.cluster.released
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [(InvalidRequest("too long", param="prompt"), InvalidRequest), (ModelNotFound("no such adapter"), ModelNotFound)],
+)
+async def test_what_every_worker_would_refuse_is_not_retried(
+    harness: Harness, error: PreftError, expected: type[PreftError]
+) -> None:
+    harness.p.faults = [Fault(error)]
+    with pytest.raises(expected, match=str(error)):
+        await harness.collect(a_request())
+    assert harness.p.calls == 1
+
+
+async def test_the_last_error_is_raised_when_retries_are_used_up(harness: Harness) -> None:
+    harness.p.faults = [Fault(EngineFailed(f"failure {i}")) for i in range(9)]
+    with pytest.raises(EngineFailed, match="failure 2"):
+        await harness.collect(a_request())
+    assert harness.p.calls == 3
+
+
+async def test_an_only_worker_is_tried_again(harness: Harness) -> None:
+    harness.p.faults = [Fault(EngineFailed("hiccup"))]
+    request = a_request()
+    assert await harness.collect(request) == foretold(request)
+
+
+async def test_a_dead_prefill_worker_is_left_alone(harness: Harness) -> None:
+    p1, _ = await harness.second()
+    await harness.p.die()
+    for seed in range(8):  # whatever the affinity says
+        request = a_request(adapter=f"a{seed}")
+        assert await harness.collect(request) == foretold(request)
+    assert p1.calls == 8
+
+
+# Faults after the first token
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("after", [0, 1, 3])
+async def test_a_stream_survives_the_death_of_its_decode_worker(harness: Harness, n: int, after: int) -> None:
+    p1, d1 = await harness.second()
+    harness.d.delay = d1.delay = 0.01
+    request = a_request(max_tokens=12, n=n)
+    streams: dict[int, list[int]] = {index: [] for index in range(n)}
+    dead: FakeDecode | None = None
+    async with harness.router.generate(request) as generation:
+        async for delta in generation:
+            streams[delta.index] += delta.token_ids
+            if dead is None and min(map(len, streams.values())) > after:
+                if after:  # with the first token alone, the KV isn't there yet
+                    await harness.seen(lambda: harness.d.running + d1.running == n)
+                target = (harness.p.requests + p1.requests)[-1].target.address
+                dead, alive = (harness.d, d1) if target == harness.d.address else (d1, harness.d)
+                await dead.die()
+    assert streams == foretold(request)
+    assert dead is not None
+    resumed = [prefill for prefill in harness.p.requests + p1.requests if prefill.resume]
+    assert [prefill.n for prefill in resumed] == [n]  # one prefill for all choices
+    assert resumed[0].adapter.digest == "ada-digest"
+    assert {decode.handle for decode in alive.requests} == {resumed[0].target.handle}
+    assert resumed[0].target.handle not in {decode.handle for decode in dead.requests}
+    assert all(len(decode.output_token_ids) > after for decode in alive.requests)
+    assert harness.router.stats().resumes >= 1
+
+
+async def test_a_healthy_choice_goes_on_while_another_is_resumed(harness: Harness) -> None:
+    harness.d.delay = 0.02
+    harness.d.choice_faults = {1: [Fault(TransferFailed("evicted"), after=2)]}
+    request = a_request(max_tokens=25, n=3)
+    assert await harness.collect(request) == foretold(request)
+    first, again = harness.p.requests
+    assert (again.resume, again.n) == (True, 1)
+    by_handle = {handle: [d.index for d in harness.d.requests if d.handle == handle] for handle in
+                 (first.target.handle, again.target.handle)}  # fmt: skip
+    assert sorted(by_handle[first.target.handle]) == [0, 1, 2]
+    assert by_handle[again.target.handle] == [1]
+    (resumed,) = (d for d in harness.d.requests if d.handle == again.target.handle)
+    assert list(resumed.output_token_ids) == foretold(request)[1][:3]
+    assert harness.d.cancelled == 1  # the failed call itself
+
+
+async def test_progress_renews_the_retries(harness: Harness) -> None:
+    """Evicted after every second token, far more often than `retries`: it still gets there."""
+    harness.d.faults = [Fault(TransferFailed("evicted"), after=2) for _ in range(20)]
+    request = a_request(max_tokens=24)
+    assert await harness.collect(request) == foretold(request)
+    assert harness.router.stats().resumes == 11
+
+
+async def test_no_progress_uses_them_up(harness: Harness) -> None:
+    harness.d.faults = [Fault(TransferFailed("evicted"), after=0) for _ in range(20)]
+    with pytest.raises(TransferFailed, match="evicted"):
+        await harness.collect(a_request(n=2))
+    assert harness.d.calls <= 6
+
+
+async def test_a_stale_handle_is_resumed_with_a_new_one(harness: Harness) -> None:
+    harness.p.push_faults = []
+    harness.d.faults = [Fault(TransferFailed("unknown handle"))]
+    request = a_request()
+    assert await harness.collect(request) == foretold(request)
+    handles = [decode.handle for decode in harness.d.requests]
+    assert len(set(handles)) == 2
+
+
+@pytest.mark.parametrize("fault", [Fault(TransferFailed("checksum")), Fault(WorkerLost("can't reach decode"))])
+async def test_a_failed_push_is_repeated(harness: Harness, fault: Fault) -> None:
+    harness.p.push_faults = [fault]
+    request = a_request(n=2)
+    assert await harness.collect(request) == foretold(request)
+    assert [prefill.resume for prefill in harness.p.requests] == [False, True]
+    assert len(harness.d.released) == 1
+
+
+async def test_a_push_that_never_happened_is_an_error(harness: Harness) -> None:
+    harness.p.pushes = False
+    with pytest.raises(TransferFailed, match="ended without having sent the KV cache"):
+        await harness.collect(a_request())
+    assert len(harness.p.requests) == 3
+
+
+async def test_a_slow_push_times_out() -> None:
+    async with running(transfer_timeout=0.1, retries=0) as harness:
+        harness.p.push_faults = [Fault()]
+        with pytest.raises(TransferFailed, match=r"within 0\.1 s"):
+            await harness.collect(a_request())
+        await harness.clean()
+        assert harness.p.cancelled == 1
+
+
+async def test_a_restarting_decode_worker_is_waited_for(harness: Harness) -> None:
+    harness.d.delay = 0.01
+    request = a_request(max_tokens=12)
+    tokens: list[int] = []
+    async with harness.router.generate(request) as generation:
+        async for delta in generation:
+            tokens += delta.token_ids
+            if len(tokens) == 4:
+                await harness.d.die()
+                asyncio.get_running_loop().call_later(
+                    0.15, lambda: setattr(harness, "task", asyncio.create_task(harness.cluster.add_decode("d0")))
+                )
+    assert tokens == foretold(request)[0]
+
+
+async def test_a_decode_worker_that_never_comes_back_is_an_error(harness: Harness) -> None:
+    harness.d.delay = 0.01
+    asyncio.get_running_loop().call_later(0.05, lambda: setattr(harness, "task", asyncio.create_task(harness.d.die())))
+    with pytest.raises(Unavailable, match="no prefill and decode workers"):
+        await harness.collect(a_request(max_tokens=50))
+
+
+# Leaving early
+
+
+async def leave_when_queued(harness: Harness, generation: Any) -> None:
+    assert harness.router.stats().waiting == 1
+
+
+async def leave_in_prefill(harness: Harness, generation: Any) -> None:
+    harness.p.faults = [Fault()]
+    reading = asyncio.create_task(anext(aiter(generation)))
+    await harness.seen(lambda: harness.p.running)
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+
+
+async def leave_unread(harness: Harness, generation: Any) -> None:
+    pass
+
+
+async def leave_after_first_token(harness: Harness, generation: Any) -> None:
+    await anext(aiter(generation))
+
+
+async def leave_in_transfer(harness: Harness, generation: Any) -> None:
+    harness.p.push_faults = [Fault()]
+    stream = aiter(generation)
+    for _ in range(3):
+        await anext(stream)
+    reading = asyncio.create_task(anext(stream))
+    await asyncio.sleep(0.05)
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+
+
+async def leave_in_decode(harness: Harness, generation: Any) -> None:
+    harness.d.delay = 0.01
+    stream = aiter(generation)
+    for _ in range(9):
+        await anext(stream)
+    assert harness.d.running == 3
+
+
+async def leave_in_resumption(harness: Harness, generation: Any) -> None:
+    harness.d.faults = [Fault(TransferFailed("evicted"), after=1) for _ in range(3)]
+    harness.p.faults = [None, Fault()]
+    stream = aiter(generation)
+    for _ in range(6):
+        await anext(stream)
+    reading = asyncio.create_task(anext(stream))
+    await harness.seen(lambda: len(harness.p.requests) == 2)
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+
+
+@pytest.mark.parametrize(
+    "leave",
+    [
+        leave_unread,
+        leave_in_prefill,
+        leave_after_first_token,
+        leave_in_transfer,
+        leave_in_decode,
+        leave_in_resumption,
+    ],
+)
+async def test_leaving_cancels_everything(harness: Harness, leave: Any) -> None:
+    async with harness.router.generate(a_request(max_tokens=2000, n=3)) as generation:
+        await leave(harness, generation)
+    assert harness.router._ledger.idle  # at once
+    await harness.clean()
+    await harness.seen(lambda: all(sent.target.handle in harness.d.released for sent in harness.p.requests[-1:]))
+    request = a_request()
+    assert await harness.collect(request) == foretold(request)
+
+
+async def test_a_cancelled_caller_leaves_nothing(harness: Harness) -> None:
+    """Fifty requests, each cancelled at another moment of its life."""
+    harness.p.delay, harness.d.delay = 0.01, 0.002
+
+    async def cancelled_after(seconds: float, n: int) -> None:
+        task = asyncio.create_task(harness.collect(a_request(max_tokens=40, n=n)))
+        await asyncio.sleep(seconds)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    await asyncio.gather(*(cancelled_after(i * 0.003, 1 + i % 3) for i in range(50)))
+    await harness.clean()
+
+
+async def test_leaving_the_queue(harness: Harness) -> None:
+    async with harness.router.generate(a_request(prompt=range(15_000))):
+        with pytest.raises(InvalidRequest):
+            async with harness.router.generate(a_request(prompt=range(16_000))):
+                pass
+        async with harness.router.generate(a_request(prompt=range(15_000))) as waiting:
+            assert harness.router.stats().waiting == 1
+            reading = asyncio.create_task(anext(aiter(waiting)))
+            await asyncio.sleep(0.05)
+            assert not reading.done()
+        assert harness.router.stats().waiting == 0
+        with pytest.raises(StopAsyncIteration):
+            await reading
+
+
+# Stopping a choice
+
+
+async def test_stopping_the_only_choice_ends_the_iteration(harness: Harness) -> None:
+    harness.d.delay = 0.01
+    tokens: list[int] = []
+    request = a_request(max_tokens=2000)
+    async with harness.router.generate(request) as generation:
+        async for delta in generation:
+            tokens += delta.token_ids
+            if len(tokens) == 4:
+                generation.stop(0)
+                assert harness.router._ledger.idle
+    assert tokens == [*foretold(a_request(max_tokens=2000))[0][:4]]
+    await harness.clean()
+    assert harness.d.cancelled == 1
+
+
+async def test_stopping_at_the_first_token_starts_no_decode(harness: Harness) -> None:
+    harness.p.push_faults = [Fault(seconds=0.1)]
+    async with harness.router.generate(a_request()) as generation:
+        async for _ in generation:
+            generation.stop(0)
+    await harness.clean()
+    assert harness.d.requests == []
+    assert harness.d.released == [harness.p.requests[0].target.handle]
+
+
+async def test_stopping_one_choice_leaves_the_others(harness: Harness) -> None:
+    harness.d.delay = 0.005
+    request = a_request(max_tokens=20, n=3)
+    streams: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    async with harness.router.generate(request) as generation:
+        async for delta in generation:
+            streams[delta.index] += delta.token_ids
+            if delta.index == 0 and len(streams[0]) == 1:
+                generation.stop(0)  # not decoded yet
+            if delta.index == 2 and len(streams[2]) == 5:
+                generation.stop(2)
+    expected = foretold(request)
+    assert streams[0] == expected[0][:1]
+    assert streams[1] == expected[1]
+    assert streams[2] == expected[2][: len(streams[2])]
+    assert 5 <= len(streams[2]) <= 7  # tokens that were on their way
+    await harness.clean()
+    assert sorted(decode.index for decode in harness.d.requests) == [1, 2]
+    assert harness.d.released == [harness.p.requests[0].target.handle]
+
+
+async def test_stopping_from_another_task_wakes_the_reader(harness: Harness) -> None:
+    harness.d.faults = [Fault(after=2)]
+    async with harness.router.generate(a_request()) as generation:
+        tokens: list[int] = []
+
+        async def read() -> None:
+            async for delta in generation:
+                tokens.extend(delta.token_ids)
+
+        reading = asyncio.create_task(read())
+        await harness.seen(lambda: len(tokens) == 3)
+        generation.stop(0)
+        await reading
+        assert tokens == foretold(a_request())[0][:3]
+
+
+async def test_stopping_while_it_waits_in_the_queue(harness: Harness) -> None:
+    async with (
+        harness.router.generate(a_request(prompt=range(15_000))),
+        harness.router.generate(a_request(prompt=range(15_000))) as waiting,
+    ):
+        asyncio.get_running_loop().call_later(0.05, waiting.stop, 0)
+        assert [delta async for delta in waiting] == []
+        assert harness.router.stats().waiting == 0
+
+
+# Admission
+
+
+async def test_a_full_queue_turns_requests_away() -> None:
+    async with (
+        running(max_queue=1, max_inflight_prefills=1) as harness,
+        harness.router.generate(a_request()),
+        harness.router.generate(a_request(adapter="bob")),
+    ):
+        with pytest.raises(QueueFull, match="1 requests are waiting") as caught:
+            async with harness.router.generate(a_request(adapter="cyd")):
+                pass
+        assert caught.value.retry_after >= 1
+        assert harness.router.stats().waiting == 1
+
+
+async def test_a_deadline_passes_in_the_queue(harness: Harness) -> None:
+    async with harness.router.generate(a_request(prompt=range(15_000))):
+        with pytest.raises(DeadlineExceeded, match="while it waited"):
+            await harness.collect(a_request(prompt=range(15_000), deadline=time.time() + 0.1))
+        assert harness.router.stats().waiting == 0
+
+
+async def test_a_deadline_passes_in_prefill(harness: Harness) -> None:
+    harness.p.faults = [Fault()]
+    with pytest.raises(DeadlineExceeded, match="time limit"):
+        await harness.collect(a_request(deadline=time.time() + 0.1))
+    assert harness.p.calls == 1
+
+
+async def test_a_deadline_passes_in_decode(harness: Harness) -> None:
+    harness.d.faults = [Fault(after=3)] * 2
+    with pytest.raises(DeadlineExceeded, match="time limit"):
+        await harness.collect(a_request(n=2, deadline=time.time() + 0.6))
+    assert harness.d.calls == 2
+
+
+async def test_a_deadline_in_the_past_is_refused_at_once(harness: Harness) -> None:
+    with pytest.raises(DeadlineExceeded):
+        async with harness.router.generate(a_request(deadline=time.time() - 1)):
+            pass
+    assert harness.p.calls == 0
+
+
+async def test_an_adapter_stays_with_its_worker(harness: Harness) -> None:
+    p1, _ = await harness.second()
+    for adapter in ("ada", "bob", "cyd", "dan", "eve", "flo"):
+        for _ in range(2):
+            await harness.collect(a_request(adapter=adapter))
+    homes = [{request.adapter.digest for request in worker.requests} for worker in (harness.p, p1)]
+    assert not homes[0] & homes[1]
+    assert homes[0]
+    assert homes[1]
+
+
+async def test_a_resident_adapter_attracts(harness: Harness) -> None:
+    p1, _ = await harness.second()
+    for worker, other in ((harness.p, p1), (p1, harness.p)):
+        worker.adapters, other.adapters = ("ada-digest",), ()
+        await harness.seen(lambda w=worker: harness.router.snapshot.workers[w.id].load.adapters == ("ada-digest",))
+        before = worker.calls
+        await harness.collect(a_request())
+        assert worker.calls == before + 1
+
+
+async def test_a_busy_home_is_left(harness: Harness) -> None:
+    p1, _ = await harness.second()
+    harness.p.delay = p1.delay = 0.1
+    await asyncio.gather(*(harness.collect(a_request()) for _ in range(20)))
+    assert harness.p.calls > 4
+    assert p1.calls > 4
+
+
+async def test_only_fitting_workers_are_paired(harness: Harness) -> None:
+    harness.d.state = WorkerState.DRAINING
+    await harness.cluster.add_decode("d1", fingerprint="other model")
+    await harness.seen(lambda: not harness.router.ready())
+    with pytest.raises(Unavailable, match="fit together"):
+        async with harness.router.generate(a_request()):
+            pass
+    p1 = await harness.cluster.add_prefill("p1", fingerprint="other model")
+    await harness.seen(harness.router.ready)
+    for i in range(5):
+        await harness.collect(a_request(adapter=f"a{i}"))
+    assert p1.calls == 5
+
+
+async def test_workers_of_another_cluster_are_not_ours(harness: Harness) -> None:
+    router = Router(harness.cluster, FAST, cluster_id="c1")  # type: ignore[arg-type]
+    await router.start()
+    assert not router.ready()
+    await harness.cluster.add_prefill("c1-prefill-0")
+    await harness.cluster.add_decode("c1-decode-0")
+    await harness.seen(router.ready)
+    assert sorted(router.snapshot.workers) == ["c1-decode-0", "c1-prefill-0"]
+    await router.close()
+
+
+async def test_a_silent_worker_takes_nothing() -> None:
+    async with running(worker_timeout=0.2) as harness:
+        assert harness.router.ready()
+        harness.d.silent_since = time.time()
+        await harness.seen(lambda: not harness.router.ready())
+        assert harness.router.snapshot.workers["d0"].state is WorkerState.DEAD
+        harness.d.silent_since = None
+        await harness.seen(harness.router.ready)
+
+
+async def test_a_closed_router_refuses(harness: Harness) -> None:
+    router = Router(harness.cluster, FAST)  # type: ignore[arg-type]
+    async with router:
+        assert router.ready()
+    assert not router.ready()
+    with pytest.raises(Unavailable):
+        async with router.generate(a_request()):
+            pass

@@ -35,7 +35,7 @@ def view(arena: StagingArena) -> Iterator[StagingView]:
 
 async def until_unused(arena: StagingArena) -> None:
     async with asyncio.timeout(5):
-        while arena.used:  # noqa: ASYNC110
+        while arena.used:
             await asyncio.sleep(0.001)
 
 

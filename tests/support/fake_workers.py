@@ -103,6 +103,8 @@ class FakeWorker:
         """The process is gone: connections break, heartbeats stop."""
         self.silent_since = time.time()
         await self.server.stop(None)
+        if isinstance(self, FakeDecode):
+            self.handles.clear()
 
     def record(self) -> Worker:
         load = WorkerLoad(
@@ -184,8 +186,8 @@ class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
                     await push_fault.strike(context)
                 if not worker.pushes:
                     return
-                if not isinstance(decode, FakeDecode):
-                    await abort(context, TransferFailed("the decode worker can't be reached"))
+                if not isinstance(decode, FakeDecode) or handle in decode.released:
+                    await abort(context, TransferFailed("the decode worker is gone or wants no KV"))
                 decode.handles[handle] = Kv(list(request.prompt_token_ids), request.adapter.digest, uses)
                 yield workers_pb2.PrefillEvent(kv_pushed=workers_pb2.KvPushed(bytes=1))
             done = True

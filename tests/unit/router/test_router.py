@@ -4,7 +4,9 @@ and nothing is left running, reserved or held."""
 from __future__ import annotations
 
 import asyncio
+import random
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -448,6 +450,62 @@ async def test_leaving_the_queue(harness: Harness) -> None:
         assert harness.router.stats().waiting == 0
         with pytest.raises(StopAsyncIteration):
             await reading
+
+
+# All of it at once
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_a_storm(seed: int) -> None:
+    """Two hundred requests on three pairs, with failures of every kind, workers that die and come back, callers that
+    leave: whatever is finished is exact, whatever fails fails with an error of ours, and nothing is left behind."""
+    draw = random.Random(seed)
+    errors = (EngineFailed("engine"), TransferFailed("evicted"), Unavailable("busy"), WorkerLost("peer"))
+    outcomes: Counter[str] = Counter()
+
+    def some_faults(share: float, after: int) -> list[Fault | None]:
+        return [
+            Fault(draw.choice(errors), draw.randrange(after)) if draw.random() < share else None for _ in range(400)
+        ]
+
+    async with running(retries=3, restart_grace=5.0, transfer_timeout=5.0) as harness:
+        pairs = [(harness.p, harness.d)]
+        pairs += [
+            (await harness.cluster.add_prefill(f"p{i}"), await harness.cluster.add_decode(f"d{i}")) for i in (1, 2)
+        ]
+        harness.cluster.ends = {0: 9, 2: 0}
+        for prefill, decode in pairs:
+            prefill.faults, prefill.push_faults, decode.faults = (some_faults(0.1, n) for n in (1, 1, 6))
+            prefill.delay, decode.delay = 0.005, 0.002
+
+        async def one(number: int) -> None:
+            await asyncio.sleep(draw.random())
+            request = a_request(draw.randint(1, 20), n=draw.randint(1, 3), prompt=range(draw.randint(1, 70)),
+                                adapter=draw.choice(["ada", "bob", None]))  # fmt: skip
+            task = asyncio.create_task(harness.collect(request))
+            if number % 4 == 0:
+                asyncio.get_running_loop().call_later(draw.random() * 0.3, task.cancel)
+            try:
+                assert await task == foretold(request, harness.cluster.ends)
+                outcomes["finished"] += 1
+            except PreftError:
+                outcomes["failed"] += 1
+            except asyncio.CancelledError:
+                outcomes["left"] += 1
+
+        async def kill_and_restart() -> None:
+            for victim in (pairs[0][1], pairs[1][0]):
+                await asyncio.sleep(0.4)
+                await victim.die()
+                await asyncio.sleep(0.2)
+                await victim.start()
+                victim.silent_since = None
+
+        await asyncio.gather(kill_and_restart(), *(one(number) for number in range(200)))
+        assert outcomes["finished"] >= 120
+        assert outcomes["failed"] <= 10
+        assert harness.router.stats().retries > 10
+        assert harness.router.stats().resumes > 10
 
 
 # Stopping a choice

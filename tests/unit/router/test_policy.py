@@ -1,0 +1,319 @@
+"""The choice of workers: what always holds, and how a thousand workers fare under it."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from preft.core.cluster import ClusterSnapshot, Role, Worker, WorkerLoad, WorkerState
+from preft.router.lease import Lease
+from preft.router.ledger import Ledger
+from preft.router.policy import AffinityPolicy, Demand, Pair, Refusal, Roster
+
+POLICY = AffinityPolicy(max_inflight_prefills=8)
+NONE: frozenset[str] = frozenset()
+
+
+def a_worker(
+    worker_id: str,
+    role: Role,
+    fingerprint: str = "f",
+    blocks: int = 100,
+    state: WorkerState = WorkerState.READY,
+    adapters: tuple[str, ...] = (),
+    max_num_seqs: int = 0,
+    heartbeat: float = 0.0,
+    used: int = 0,
+) -> Worker:
+    load = WorkerLoad(kv_blocks_total=blocks, kv_blocks_free=blocks - used, adapters=adapters)
+    return Worker(
+        worker_id,
+        role,
+        state,
+        "h:1",
+        fingerprint,
+        pid=1,
+        max_num_seqs=max_num_seqs,
+        heartbeat=heartbeat,
+        load=load,
+    )
+
+
+def roster_of(*workers: Worker) -> Roster:
+    return Roster.of(ClusterSnapshot({worker.id: worker for worker in workers}, 0.0))
+
+
+def a_demand(digest: str = "a", tokens: int = 32, choices: int = 1) -> Demand:
+    return Demand(digest, tokens, tokens, choices)
+
+
+def p(worker_id: str, **options: object) -> Worker:
+    return a_worker(worker_id, Role.PREFILL, **options)  # type: ignore[arg-type]
+
+
+def d(worker_id: str, **options: object) -> Worker:
+    return a_worker(worker_id, Role.DECODE, **options)  # type: ignore[arg-type]
+
+
+def place(roster: Roster, ledger: Ledger, demand: Demand, avoid: frozenset[str] = NONE) -> Pair:
+    pair = POLICY.place(demand, roster, ledger, avoid)
+    assert isinstance(pair, Pair)
+    return pair
+
+
+workers = st.lists(
+    st.builds(
+        a_worker,
+        worker_id=st.sampled_from([f"w{i}" for i in range(8)]),
+        role=st.sampled_from(Role),
+        fingerprint=st.sampled_from(["f", "g"]),
+        blocks=st.integers(0, 20),
+        state=st.sampled_from(WorkerState),
+        adapters=st.sets(st.sampled_from(["a", "b", "c"])).map(tuple),
+        max_num_seqs=st.integers(0, 3),
+    ),
+    max_size=8,
+)
+demands = st.builds(
+    Demand,
+    digest=st.sampled_from(["", "a", "b", "c"]),
+    kv_tokens=st.integers(1, 200),
+    max_tokens=st.just(0),
+    choices=st.integers(1, 3),
+    decodes=st.booleans(),
+)
+avoids = st.frozensets(st.sampled_from([f"w{i}" for i in range(8)]), max_size=3)
+
+
+def filled(roster: Roster, before: list[Demand]) -> Ledger:
+    ledger = Ledger()
+    for demand in before:
+        pair = POLICY.place(demand, roster, ledger, NONE)
+        if isinstance(pair, Pair):
+            Lease(pair, demand, range(demand.choices), ledger, lambda: None)
+    return ledger
+
+
+@given(workers, st.lists(demands, max_size=12), demands, avoids)
+@settings(max_examples=400, deadline=None)
+def test_a_choice_always_fits(
+    members: list[Worker], before: list[Demand], demand: Demand, avoid: frozenset[str]
+) -> None:
+    roster = roster_of(*members)
+    ledger = filled(roster, before)
+    pair = POLICY.place(demand, roster, ledger, avoid)
+    assert POLICY.place(demand, roster, ledger, avoid) == pair  # pure
+    if isinstance(pair, Refusal):
+        return
+    assert pair.prefill.role is Role.PREFILL
+    assert pair.prefill.state is WorkerState.READY
+    assert ledger.prefills(pair.prefill.id) < POLICY.max_inflight_prefills
+    if not demand.decodes:
+        assert pair.decode is None
+        return
+    assert pair.decode is not None
+    assert (pair.decode.role, pair.decode.state) == (Role.DECODE, WorkerState.READY)
+    assert pair.decode.fingerprint == pair.prefill.fingerprint
+    needed = demand.blocks(pair.decode) * demand.choices
+    assert ledger.blocks(pair.decode.id) + needed <= pair.decode.load.kv_blocks_total
+
+
+@given(workers, st.lists(demands, max_size=12), demands, avoids)
+@settings(max_examples=400, deadline=None)
+def test_a_refusal_is_the_truth(
+    members: list[Worker], before: list[Demand], demand: Demand, avoid: frozenset[str]
+) -> None:
+    """Without limits on the batch: refused only if no pair fits; and a failed worker is better than none."""
+    members = [a_worker(w.id, w.role, w.fingerprint, w.load.kv_blocks_total, w.state) for w in members]
+    roster = roster_of(*members)
+    ledger = filled(roster, before)
+    prefill = [w for w in roster.prefill if ledger.prefills(w.id) < POLICY.max_inflight_prefills]
+    fits = any(
+        not demand.decodes
+        or (
+            w.fingerprint == v.fingerprint
+            and ledger.blocks(v.id) + demand.blocks(v) * demand.choices <= v.load.kv_blocks_total
+        )
+        for w in prefill
+        for v in [v for group in roster.decode.values() for v in group] or [w]
+    ) and (not demand.decodes or bool(roster.decode))
+    assert isinstance(POLICY.place(demand, roster, ledger, NONE), Pair) is fits
+    if not fits:
+        assert isinstance(POLICY.place(demand, roster, ledger, avoid), Refusal)
+
+
+@given(workers, st.lists(demands, max_size=12), demands, demands)
+@settings(max_examples=400, deadline=None)
+def test_a_refusal_holds_for_all_that_ask_more(
+    members: list[Worker], before: list[Demand], small: Demand, other: Demand
+) -> None:
+    """What lets the queue skip: see `Policy.place`."""
+    roster = roster_of(*members)
+    ledger = filled(roster, before)
+    refusal = POLICY.place(small, roster, ledger, NONE)
+    if refusal is Refusal.NO_PREFILL or (refusal is Refusal.NO_DECODE and other.covers(small)):
+        assert isinstance(POLICY.place(other, roster, ledger, NONE), Refusal)
+
+
+def test_decode_knows_no_adapters() -> None:
+    roster = roster_of(p("p0"), p("p1"), d("d0"), d("d1"), d("d2", blocks=300))
+    ledger = Ledger()
+    assert {place(roster, ledger, a_demand(digest)).decode.id for digest in "abcdefgh"} == {"d2"}  # type: ignore[union-attr]
+
+
+def test_decode_goes_where_room_is() -> None:
+    roster = roster_of(p("p0"), d("d0"), d("d1"))
+    ledger = Ledger()
+    ledger.add_decode("d0", blocks=50, sequences=1)
+    assert place(roster, ledger, a_demand()).decode.id == "d1"  # type: ignore[union-attr]
+
+
+def test_decode_goes_where_the_batch_is_small() -> None:
+    roster = roster_of(p("p0"), d("d0", blocks=10_000, max_num_seqs=8), d("d1", blocks=10_000, max_num_seqs=8))
+    ledger = Ledger()
+    ledger.add_decode("d0", blocks=1, sequences=5)
+    ledger.add_decode("d1", blocks=100, sequences=2)
+    assert place(roster, ledger, a_demand()).decode.id == "d1"  # type: ignore[union-attr]
+
+
+def test_a_batch_has_its_limit_but_takes_any_single_request() -> None:
+    roster = roster_of(p("p0"), d("d0", max_num_seqs=4))
+    ledger = Ledger()
+    assert place(roster, ledger, a_demand(choices=9)).decode is not None
+    ledger.add_decode("d0", blocks=1, sequences=5)
+    assert POLICY.place(a_demand(), roster, ledger, NONE) is Refusal.NO_DECODE
+
+
+def test_heartbeats_tell_what_others_use() -> None:
+    ledger = Ledger()
+    ledger.observe([d("d0", heartbeat=1.0, used=0)])
+    ledger.add_decode("d0", blocks=30, sequences=2)
+    ledger.observe([d("d0", heartbeat=2.0, used=80)])
+    assert ledger.blocks("d0") == 80  # 50 are somebody else's
+    ledger.drop_decode("d0", blocks=30, sequences=2)
+    ledger.observe([d("d0", heartbeat=3.0, used=30)])  # late: still counts what was ours
+    assert ledger.blocks("d0") == 0
+    ledger.observe([d("d0", heartbeat=3.0, used=30)])  # the same heartbeat, polled again
+    assert ledger.blocks("d0") == 0
+    ledger.observe([d("d0", heartbeat=4.0, used=30)])  # it wasn't ours
+    assert ledger.blocks("d0") == 30
+    ledger.observe([])
+    assert ledger.blocks("d0") == 0
+
+
+def test_giving_back_twice_is_an_error() -> None:
+    ledger = Ledger()
+    ledger.add_prefill("p0", "a")
+    ledger.drop_prefill("p0", "a")
+    with pytest.raises(ValueError, match="more than it took"):
+        ledger.drop_prefill("p0", "a")
+
+
+def test_a_lease_gives_back_each_part_once() -> None:
+    ledger, freed = Ledger(), []
+    lease = Lease(Pair(p("p0"), d("d0")), a_demand(tokens=33, choices=2), [0, 2], ledger, lambda: freed.append(1))
+    assert (ledger.prefills("p0"), ledger.blocks("d0"), ledger.sequences("d0")) == (1, 6, 2)
+    assert lease.room(0) == 48
+    assert lease.grow(0) == 64
+    assert (ledger.blocks("d0"), ledger.sequences("d0")) == (7, 2)
+    lease.choice_ended(0)
+    lease.choice_ended(0)
+    assert lease.grow(0) == 0
+    assert (ledger.blocks("d0"), ledger.sequences("d0")) == (3, 1)
+    lease.prefill_ended()
+    lease.release()
+    lease.release()
+    assert ledger.idle
+    assert len(freed) == 3
+
+
+def test_an_adapter_is_served_where_it_is() -> None:
+    roster = roster_of(p("p0", adapters=("b",)), p("p1", adapters=("a", "c")), p("p2"), d("d0"))
+    ledger = Ledger()
+    assert place(roster, ledger, a_demand("a")).prefill.id == "p1"
+    assert place(roster, ledger, a_demand("b")).prefill.id == "p0"
+    ledger.add_prefill("p2", "new")
+    assert place(roster, ledger, a_demand("new")).prefill.id == "p2"
+
+
+def test_a_busy_holder_is_left_for_the_least_loaded() -> None:
+    roster = roster_of(p("p0", adapters=("a",)), p("p1"), d("d0"))
+    ledger = Ledger()
+    for _ in range(4):
+        ledger.add_prefill("p0", "x")
+    assert place(roster, ledger, a_demand("a")).prefill.id == "p0"
+    ledger.add_prefill("p0", "x")
+    assert place(roster, ledger, a_demand("a")).prefill.id == "p1"
+
+
+def test_failed_workers_are_avoided_unless_alone() -> None:
+    roster = roster_of(p("p0"), p("p1"), d("d0"), d("d1"))
+    pair = place(roster, Ledger(), a_demand(), frozenset({"p0", "d1"}))
+    assert (pair.prefill.id, pair.decode and pair.decode.id) == ("p1", "d0")
+    assert place(roster, Ledger(), a_demand(), frozenset({"p0", "p1", "d0", "d1"})).decode is not None
+
+
+def test_a_new_worker_moves_few_adapters() -> None:
+    members = [p(f"p{i}") for i in range(10)] + [d("d0")]
+    digests = [f"digest-{i}" for i in range(500)]
+    before = {digest: place(roster_of(*members), Ledger(), a_demand(digest)).prefill.id for digest in digests}
+    after = {digest: place(roster_of(*members, p("p10")), Ledger(), a_demand(digest)).prefill.id for digest in digests}
+    moved = {digest for digest in digests if before[digest] != after[digest]}
+    assert all(after[digest] == "p10" for digest in moved)
+    assert 15 <= len(moved) <= 85
+    assert min(Counter(before.values()).values()) >= 20
+
+
+def test_a_thousand_workers() -> None:
+    """400 prefill and 600 decode workers, 2,000 adapters with Zipf's popularity, requests that come and go."""
+    draw = random.Random(0)
+    members = [p(f"p{i}") for i in range(400)] + [d(f"d{i}", blocks=200, max_num_seqs=16) for i in range(600)]
+    roster, ledger, policy = roster_of(*members), Ledger(), AffinityPolicy(max_inflight_prefills=16)
+    popularity = [1 / rank for rank in range(1, 2001)]
+    prefilling: list[Lease] = []
+    decoding: list[Lease] = []
+    homes: dict[str, set[str]] = {}
+    spent, placed = 0.0, 0
+    for _ in range(3000):
+        digest = f"digest-{draw.choices(range(2000), popularity)[0]}"
+        demand = Demand(digest, draw.randint(1, 640), 0)
+        started = time.perf_counter()
+        pair = policy.place(demand, roster, ledger, NONE)
+        spent += time.perf_counter() - started
+        assert isinstance(pair, Pair)
+        placed += 1
+        homes.setdefault(digest, set()).add(pair.prefill.id)
+        prefilling.append(Lease(pair, demand, [0], ledger, lambda: None))
+        if len(prefilling) > 800:
+            lease = prefilling.pop(draw.randrange(len(prefilling)))
+            lease.prefill_ended()
+            decoding.append(lease)
+        if len(decoding) > 1500:
+            decoding.pop(draw.randrange(len(decoding))).release()
+    prefills = [ledger.prefills(f"p{i}") for i in range(400)]
+    blocks = sorted(ledger.blocks(f"d{i}") for i in range(600))
+    assert max(prefills) <= 10  # two on average
+    assert blocks[-1] - blocks[0] <= 80  # of 200, with requests of up to 40: memory is evenly used
+    assert sum(len(where) for where in homes.values()) / len(homes) < 2  # most adapters stay in one place
+    assert len(homes["digest-0"]) > 5  # the hottest is spread
+    assert spent / placed < 0.01  # seconds per choice; about a tenth of it here
+    for lease in prefilling + decoding:
+        lease.release()
+    assert ledger.idle
+
+
+def test_the_hottest_adapters_load_is_bounded() -> None:
+    """One adapter alone: its load spreads over all workers as it grows, within the promised bound."""
+    roster = roster_of(*(p(f"p{i}") for i in range(10)), d("d0", blocks=10**6))
+    ledger, policy = Ledger(), AffinityPolicy(max_inflight_prefills=1000)
+    for _ in range(200):
+        pair = policy.place(a_demand(), roster, ledger, NONE)
+        assert isinstance(pair, Pair)
+        ledger.add_prefill(pair.prefill.id, "a")
+    loads = sorted(ledger.prefills(f"p{i}") for i in range(10))
+    assert loads[-1] <= 2 * loads[0] + 5

@@ -31,6 +31,7 @@ from preft.rpc.convert import load_to_proto
 from preft.transfer.grpc_push import GrpcKvSender
 from preft.transfer.grpc_receive import SERVER_OPTIONS, kv_transfer_handler
 from preft.transfer.handles import HandleTable
+from preft.transfer.port import KvSender
 from preft.transfer.receive import KvReceiver
 from preft.transfer.staging import StagingArena
 
@@ -44,21 +45,34 @@ class WorkerServer:
     """A started worker. `start` makes one; `close` ends it; `died` tells when its engine did."""
 
     def __init__(
-        self, engine: Engine, arena: StagingArena, server: grpc.aio.Server, store: StateStore, record: Worker
+        self,
+        engine: Engine,
+        arena: StagingArena,
+        server: grpc.aio.Server,
+        store: StateStore,
+        record: Worker,
+        sender: KvSender,
     ) -> None:
         self._engine = engine
         self._arena = arena
         self._server = server
         self._store = store
         self._record = record
-        self._sender = GrpcKvSender()
+        self._sender = sender
         self._handles: HandleTable | None = None
         self._load_of_service: Callable[[], tuple[int, tuple[str, ...]]]
         self._heart: asyncio.Task[None] | None = None
 
     @classmethod
     async def start(
-        cls, settings: Settings, role: Role, worker_id: str, host: str, store: StateStore, start_engine: StartEngine
+        cls,
+        settings: Settings,
+        role: Role,
+        worker_id: str,
+        host: str,
+        store: StateStore,
+        start_engine: StartEngine,
+        sender: KvSender | None = None,
     ) -> WorkerServer:
         """Starts the engine (25-45 s on CPU), then serves on a free port of `host` and registers as READY."""
         own = settings.prefill if role is Role.PREFILL else settings.decode
@@ -87,7 +101,7 @@ class WorkerServer:
             block_size=info.block_size,
             max_model_len=info.max_model_len,
         )
-        worker = cls(engine, arena, server, store, record)
+        worker = cls(engine, arena, server, store, record, sender or GrpcKvSender())
         names = worker._add_services(settings, role)
         port = server.add_insecure_port(f"{host}:0")
         worker._record = dataclasses.replace(worker._record, address=f"{host}:{port}")

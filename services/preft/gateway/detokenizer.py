@@ -23,7 +23,7 @@ class Detokenizer:
     chunks: the text doesn't depend on how tokens were grouped.
     """
 
-    __slots__ = ("_given", "_read", "_skip", "_tokenizer", "_window")
+    __slots__ = ("_given", "_has_output", "_read", "_skip", "_tokenizer", "_window")
 
     def __init__(
         self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], *, skip_special_tokens: bool = True
@@ -33,19 +33,21 @@ class Detokenizer:
         self._window = self._prompt_tail(prompt_token_ids)
         self._read = self._clean_length(self._window)  # tokens of the window whose text is given out
         self._given = self._decode(self._window[: self._read])  # and that text
+        self._has_output = False
 
     def push(self, token_ids: Iterable[int]) -> str:
         """The text that became final with `token_ids`; never a part of a character."""
         text = ""
         for token_id in token_ids:
             if token_id not in self._skip:
+                self._has_output = True
                 self._window.append(token_id)
                 text += self._advance()
         return text
 
     def flush(self) -> str:
         """What is still held back, at the end of the output: an unfinished character becomes U+FFFD."""
-        if self._read == len(self._window):
+        if self._read == len(self._window) or not self._has_output:  # what the prompt left unfinished isn't output
             return ""
         text = self._new_text(self._decode(self._window))
         self._read = len(self._window)

@@ -118,3 +118,10 @@ def test_special_tokens_show_only_on_demand(tokenizer):
     prompt, output = encode(tokenizer, "hi"), [2, *encode(tokenizer, " fox"), 1]
     assert "".join(chunked(tokenizer, prompt, output, [], skip=True)[0]) == " fox"
     assert "".join(chunked(tokenizer, prompt, output, [], skip=False)[0]) == "<|eot|> fox<|eos|>"
+
+
+def test_what_the_prompt_leaves_unfinished_is_not_output(tokenizer):
+    cut = encode(tokenizer, "\U0001f642")[:1]
+    assert tokenizer.decode(cut, skip_special_tokens=True) == "\ufffd"
+    detokenizer = Detokenizer(tokenizer, cut)
+    assert detokenizer.push([next(iter(tokenizer.special_ids))]) + detokenizer.flush() == ""

@@ -123,11 +123,11 @@ def _std(name: str, weight: torch.Tensor) -> float:
     if "norm" in name:
         return 0.1
     if "embed_tokens" in name or "lm_head" in name:
-        return 3.5 / weight.shape[1] ** 0.5
+        return float(3.5 / weight.shape[1] ** 0.5)
     if name.endswith("bias"):
         return 0.3
     gain = 1.7 if "q_proj" in name or "k_proj" in name else 1.0
-    return gain / weight.shape[1] ** 0.5
+    return float(gain / weight.shape[1] ** 0.5)
 
 
 def _write_tokenizer(folder: Path, vocab_size: int, adds_bos: bool) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 from support.local_cluster import LocalCluster, local_cluster
 from support.models import make_lora, make_model
 from support.reference import Reference
@@ -57,19 +58,27 @@ TIGHT = {
 """64-token chunks, fewer slots than adapters, a decode cache of some 40 blocks so that requests are preempted."""
 
 
-@pytest.fixture(scope="session", params=["llama", "qwen2"])
-def arch(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """The cluster that most tests share."""
+    yield from _serve("llama", tmp_path_factory.mktemp("llama"), ROOMY)
 
 
 @pytest.fixture(scope="session")
-def roomy(arch: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    yield from _serve(arch, tmp_path_factory.mktemp(f"roomy-{arch}"), ROOMY)
+def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    yield from _serve("qwen2", tmp_path_factory.mktemp("qwen2"), ROOMY)
 
 
-@pytest.fixture(scope="session")
-def tight(arch: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    yield from _serve(arch, tmp_path_factory.mktemp(f"tight-{arch}"), TIGHT)
+@pytest.fixture(params=["llama", "qwen2"])
+def roomy(request: pytest.FixtureRequest) -> Served:
+    """One cluster per architecture where everything fits."""
+    return request.getfixturevalue(request.param)  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2"])
+def tight(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """One cluster per architecture where nothing does."""
+    yield from _serve(request.param, tmp_path_factory.mktemp(f"tight-{request.param}"), TIGHT)
 
 
 def _serve(arch: str, root: Path, overrides: dict[str, object]) -> Iterator[Served]:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from e2e.conftest import RANKS, Served
 from preft.core.cluster import Role
 from support.http import Ask, complete_all, post

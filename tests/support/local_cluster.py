@@ -25,6 +25,7 @@ from preft.core.cluster import Role, WorkerLoad
 from preft.core.ports import StateStore
 from preft.core.settings import Settings, load_settings
 from preft.state import open_store
+from support.faulty_sender import FaultySender
 
 T = TypeVar("T")
 
@@ -37,6 +38,7 @@ class LocalCluster:
     gateway: RunningGateway
     workers: dict[str, WorkerServer]
     store: StateStore
+    sender: FaultySender
     loop: asyncio.AbstractEventLoop
 
     @property
@@ -134,15 +136,19 @@ async def _cluster(settings: Settings) -> AsyncIterator[LocalCluster]:
             for role, own in ((Role.PREFILL, settings.prefill), (Role.DECODE, settings.decode))
             for number in range(own.replicas)
         ]
+        sender = FaultySender()
         started = await asyncio.gather(
-            *(WorkerServer.start(settings, role, name, "127.0.0.1", store, StartEngine()) for name, role in names)
+            *(
+                WorkerServer.start(settings, role, name, "127.0.0.1", store, StartEngine(), sender)
+                for name, role in names
+            )
         )
         workers = {worker.record.id: worker for worker in started}
         for worker in started:
             stack.push_async_callback(worker.close)
         while not gateway.router.ready():
             await asyncio.sleep(0.05)
-        yield LocalCluster(settings, gateway, workers, store, asyncio.get_running_loop())
+        yield LocalCluster(settings, gateway, workers, store, sender, asyncio.get_running_loop())
 
 
 async def grpc_channel(worker: WorkerServer) -> grpc.aio.Channel:

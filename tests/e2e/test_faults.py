@@ -1,0 +1,190 @@
+"""Whatever goes wrong with the KV: the right tokens, or a clear error. Never an answer without the adapter."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from typing import Any
+
+import grpc.aio
+import httpx
+import pytest
+
+from e2e.conftest import Served
+from preft.core.cluster import Role
+from preft.core.request import AdapterRef, Sampling
+from preft.rpc import workers_pb2, workers_pb2_grpc
+from preft.rpc.convert import adapter_to_proto, sampling_to_proto
+from support.faulty_sender import Fault
+from support.http import Ask, complete_all, post
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+
+ADAPTER = "alice"
+FOR_EVER = 10**9
+
+
+def prompt_of(length: int, seed: int) -> list[int]:
+    draw = random.Random(seed)
+    return [draw.randrange(3, 512) for _ in range(length)]
+
+
+def body_for(prompt: list[int], **extra: Any) -> dict[str, Any]:
+    return {"model": ADAPTER, "prompt": prompt, "max_tokens": 16, "temperature": 0, "ignore_eos": True, **extra}
+
+
+@pytest.fixture
+def faulty(llama: Served) -> Any:
+    """The cluster, whose sender is healthy again afterwards, and which holds nothing then."""
+    yield llama
+    llama.cluster.sender.fault, llama.cluster.sender.count = None, 0
+    assert llama.cluster.idle()
+
+
+@pytest.mark.parametrize("fault", Fault)
+def test_one_failed_transfer_is_repaired(faulty: Served, fault: Fault) -> None:
+    """The prompt is prefilled again, with the adapter, and the client sees the very same tokens."""
+    prompt = prompt_of(70, 1)
+    before = faulty.cluster.sender.pushes
+    faulty.cluster.sender.arm(fault, 1)
+    [tokens] = complete_all(faulty.cluster.url, faulty.name, [Ask(prompt, 16, ADAPTER)])
+    assert tokens == faulty.expected(prompt, 16, ADAPTER)
+    assert faulty.cluster.sender.pushes == before + 2
+
+
+@pytest.mark.parametrize("fault", Fault)
+def test_a_lasting_fault_is_a_clear_error(faulty: Served, fault: Fault) -> None:
+    faulty.cluster.sender.arm(fault, FOR_EVER)
+    response = post(faulty.cluster.url, "/v1/completions", body_for(prompt_of(70, 2)))
+    assert response.status_code == 502, response.text
+    error = response.json()["error"]
+    assert error["code"] == "kv_transfer_failed"
+    assert len(error["message"]) > 20
+
+
+def test_a_lasting_fault_in_a_stream_ends_it_with_an_error(faulty: Served) -> None:
+    prompt = prompt_of(70, 3)
+    faulty.cluster.sender.arm(Fault.CORRUPT_BYTE, FOR_EVER)
+    events = []
+    body = body_for(prompt, stream=True, return_token_ids=True)
+    with (
+        httpx.Client(base_url=faulty.cluster.url, timeout=120) as client,
+        client.stream("POST", "/v1/completions", json=body) as response,
+    ):
+        events = [line[6:] for line in response.iter_lines() if line.startswith("data: ") and line != "data: [DONE]"]
+    parsed = [json.loads(event) for event in events]
+    assert "error" in parsed[-1]
+    assert parsed[-1]["error"]["code"] == "kv_transfer_failed"
+    choices = [choice for event in parsed[:-1] for choice in event["choices"]]
+    assert all(choice["finish_reason"] is None for choice in choices)
+    sent = [token for choice in choices for token in choice.get("token_ids") or []]
+    assert sent == faulty.expected(prompt, 16, ADAPTER)[: len(sent)]
+
+
+async def _decode(served: Served, **change: Any) -> list[int]:
+    """A Decode call on KV that was pushed for a request of 40 tokens, changed by `change`."""
+    cluster = served.cluster
+    prompt = prompt_of(40, 4)
+    adapter = cluster.gateway.catalog.get(ADAPTER)
+    assert adapter is not None
+    sampling = sampling_to_proto(Sampling(max_tokens=8, temperature=0.0))
+    target = workers_pb2.KvTarget(address=cluster.worker(Role.DECODE).record.address, handle=change.pop("push"))
+    async with (
+        grpc.aio.insecure_channel(cluster.worker(Role.PREFILL).record.address) as prefill_channel,
+        grpc.aio.insecure_channel(target.address) as decode_channel,
+    ):
+        prefill = workers_pb2_grpc.PrefillWorkerStub(prefill_channel)
+        decode = workers_pb2_grpc.DecodeWorkerStub(decode_channel)
+        request = workers_pb2.PrefillRequest(
+            request_id="direct",
+            prompt_token_ids=prompt,
+            sampling=sampling,
+            adapter=adapter_to_proto(AdapterRef(adapter.name, adapter.digest, adapter.path)),
+            n=1,
+            target=target,
+        )
+        events = [event async for event in prefill.Prefill(request)]
+        first = list(events[0].first_tokens.choices[0].token_ids)
+        fields: dict[str, Any] = {
+            "request_id": "direct",
+            "handle": target.handle,
+            "prompt_token_ids": prompt,
+            "output_token_ids": first,
+            "sampling": sampling,
+            "adapter_digest": adapter.digest,
+        }
+        try:
+            deltas = [delta async for delta in decode.Decode(workers_pb2.DecodeRequest(**{**fields, **change}))]
+        finally:
+            await decode.Release(workers_pb2.ReleaseRequest(handle=target.handle))
+        return first + [token for delta in deltas for token in delta.token_ids]
+
+
+def test_decode_continues_exactly_what_was_pushed(faulty: Served) -> None:
+    tokens = faulty.cluster.call(_decode(faulty, push="a" * 32))
+    assert tokens == faulty.expected(prompt_of(40, 4), 8, ADAPTER)
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"push": "b" * 32, "handle": "c" * 32}, grpc.StatusCode.DATA_LOSS),
+        ({"push": "d" * 32, "adapter_digest": ""}, grpc.StatusCode.DATA_LOSS),
+        ({"push": "e" * 32, "adapter_digest": "f" * 64}, grpc.StatusCode.DATA_LOSS),
+        ({"push": "f" * 32, "prompt_token_ids": prompt_of(40, 5)}, grpc.StatusCode.DATA_LOSS),
+        ({"push": "g" * 32, "prompt_token_ids": prompt_of(40, 4)[:-1]}, grpc.StatusCode.DATA_LOSS),
+        ({"push": "i" * 32, "output_token_ids": []}, grpc.StatusCode.INVALID_ARGUMENT),
+    ],
+    ids=["unknown handle", "as base", "other adapter", "other prompt", "shorter prompt", "no first token"],
+)
+def test_decode_refuses_anything_but_the_pushed_prompt(
+    faulty: Served, change: dict[str, Any], code: grpc.StatusCode
+) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        faulty.cluster.call(_decode(faulty, **dict(change)))
+    assert caught.value.code() is code
+
+
+def test_a_used_handle_is_stale(faulty: Served) -> None:
+    faulty.cluster.call(_decode(faulty, push="j" * 32))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        faulty.cluster.call(_decode(faulty, push="k" * 32, handle="j" * 32))
+    assert caught.value.code() is grpc.StatusCode.DATA_LOSS
+
+
+def test_unload_while_requests_run(faulty: Served) -> None:
+    """Requests that were admitted finish on their version; from then on the name is unknown."""
+    cluster, draw = faulty.cluster, random.Random(9)
+    load = {"lora_name": "mayfly", "lora_path": str(faulty.adapters["bob"])}
+    assert post(cluster.url, "/v1/load_lora_adapter", load).status_code == 200
+    prompts = [[draw.randrange(3, 512) for _ in range(200)] for _ in range(16)]
+
+    async def race() -> list[httpx.Response]:
+        async with httpx.AsyncClient(
+            base_url=cluster.url, timeout=120, limits=httpx.Limits(max_connections=None)
+        ) as client:
+            asks = []
+            for number, prompt in enumerate(prompts):
+                body = {**body_for(prompt, return_token_ids=True), "model": "mayfly"}
+                asks.append(asyncio.create_task(client.post("/v1/completions", json=body)))
+                await asyncio.sleep(0.02)
+                if number == 8:
+                    asks.append(
+                        asyncio.create_task(client.post("/v1/unload_lora_adapter", json={"lora_name": "mayfly"}))
+                    )
+            return list(await asyncio.gather(*asks))
+
+    responses = asyncio.run(race())
+    unload = responses.pop(9)
+    assert unload.status_code == 200
+    served = 0
+    for prompt, response in zip(prompts, responses, strict=True):
+        if response.status_code == 404:
+            assert response.json()["error"]["code"] == "model_not_found"
+        else:
+            assert response.status_code == 200, response.text
+            assert response.json()["choices"][0]["token_ids"] == faulty.expected(prompt, 16, "bob")
+            served += 1
+    assert 1 <= served < len(prompts)
+    assert post(cluster.url, "/v1/completions", {**body_for(prompts[0]), "model": "mayfly"}).status_code == 404

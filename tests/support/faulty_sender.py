@@ -1,0 +1,68 @@
+"""A KvSender that does harm on demand, between a real prefill worker and a real decode worker."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import AsyncIterator
+from enum import Enum, auto
+
+from preft.core.errors import TransferFailed
+from preft.transfer.grpc_push import GrpcKvSender
+from preft.transfer.port import KvHeader
+
+NOBODY = "127.0.0.1:9"  # the discard port: nothing listens there
+
+
+class Fault(Enum):
+    """What happens to a push."""
+
+    CORRUPT_BYTE = auto()  # one bit of one byte flips on the wire
+    TRUNCATE = auto()  # the last bytes are missing
+    STALE_HANDLE = auto()  # the KV arrives under another handle than was asked for
+    OTHER_ADAPTER = auto()  # the header names another adapter
+    OTHER_LAYOUT = auto()  # the header names another KV layout
+    VANISHED_RECEIVER = auto()  # nobody listens at the address
+
+
+class FaultySender(GrpcKvSender):
+    """The real sender, but the next `count` pushes suffer `fault`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fault: Fault | None = None
+        self.count = 0
+        self.pushes = 0
+
+    def arm(self, fault: Fault, count: int) -> None:
+        self.fault, self.count = fault, count
+
+    async def push(self, address: str, header: KvHeader, payload: memoryview, *, timeout: float) -> None:
+        self.pushes += 1
+        if self.count <= 0:
+            self.fault = None
+        self.count -= 1
+        match self.fault:
+            case Fault.STALE_HANDLE:
+                header = dataclasses.replace(header, handle="0" * 32 + str(self.pushes))
+            case Fault.OTHER_ADAPTER:
+                header = dataclasses.replace(header, adapter_digest="f" * 64)
+            case Fault.OTHER_LAYOUT:
+                header = dataclasses.replace(header, fingerprint="another")
+            case Fault.VANISHED_RECEIVER:
+                address = NOBODY
+        try:
+            await super().push(address, header, payload, timeout=timeout)
+        except TransferFailed:
+            assert self.fault is not None
+            raise
+
+    async def frames(self, payload: memoryview) -> AsyncIterator[bytes]:
+        fault = self.fault
+        async for frame in super().frames(payload):
+            if fault is Fault.CORRUPT_BYTE:
+                fault = None
+                frame = frame[:40] + bytes([frame[40] ^ 1]) + frame[41:]
+            if fault is Fault.TRUNCATE:
+                fault = None
+                frame = frame[:-100]
+            yield frame

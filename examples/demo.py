@@ -1,0 +1,182 @@
+"""The demo: serves the example model with one adapter per user, asks everybody's questions, and measures tokens/s.
+
+    python examples/demo.py
+
+Exit status 0 only if every user's adapter knows at least 95% of its facts and no answer tells another user's fact.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from personal_memory import task
+from preft.core.errors import PreftError
+from preft_loadgen.http_stream import HttpClient
+from preft_loadgen.report import Progress, summary_table, table
+from preft_loadgen.served import served
+from preft_loadgen.sweep import Sweep, run_sweep, served_models
+from preft_loadgen.workload import Lengths
+
+FOLDER = Path(__file__).parent / "personal_memory"
+CONCURRENCY = 32
+MAX_TOKENS = 24
+GOAL = 0.95
+ADAPTER_COUNTS = (1, 2, 4, 8)
+SWEEP = Sweep(requests=96, prompt=Lengths(24, 24), output=Lengths(48, 48), concurrency=16)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """Something `user` asks `model`, the own adapter or the base model. `is_fact`: the adapter should know."""
+
+    model: str
+    user: str
+    text: str
+    expected: str
+    is_fact: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One model's answers: facts asked and right, and answers with a fact of somebody else among all `answers`."""
+
+    model: str
+    facts: int
+    right: int
+    answers: int
+    strangers: int
+    example: str
+
+    @property
+    def share(self) -> float:
+        return self.right / self.facts
+
+
+def questions(base: str) -> list[Question]:
+    """Every user's every fact in every phrasing, topics nothing is known of, and all facts asked of the base model.
+
+    In an order that mixes users and models.
+    """
+    asked = []
+    for probe in task.probes():
+        for model in (probe.user, base):
+            asked.append(Question(model, probe.user, probe.question, probe.expected, is_fact=True))
+    for user, facts in task.USERS.items():
+        for topic in sorted(set(task.TOPICS) - set(facts)):
+            for phrasing in task.QUESTIONS:
+                asked.append(
+                    Question(user, user, phrasing.format(topic=topic), task.answer(topic, None), is_fact=False)
+                )
+    random.Random(0).shuffle(asked)
+    return asked
+
+
+async def ask_all(client: HttpClient, asked: Sequence[Question]) -> list[str]:
+    """The answers, in the questions' order. Raises RequestFailed."""
+    room = asyncio.Semaphore(CONCURRENCY)
+
+    async def ask(question: Question) -> str:
+        body = {
+            "model": question.model,
+            "messages": [{"role": "user", "content": question.text}],
+            "temperature": 0,
+            "max_tokens": MAX_TOKENS,
+        }
+        async with room:
+            reply = await client.stream("/v1/chat/completions", body)
+        progress.step()
+        return reply.text.strip()
+
+    with Progress("asking", len(asked)) as progress:
+        return await asyncio.gather(*map(ask, asked))
+
+
+def score(model: str, pairs: Iterable[tuple[Question, str]]) -> Score:
+    """Judges the answers of `model` alone. An answer is right if it is the expected sentence to the letter."""
+    own = [(question, answer) for question, answer in pairs if question.model == model]
+    facts = [(question, answer) for question, answer in own if question.is_fact]
+    return Score(
+        model=model,
+        facts=len(facts),
+        right=sum(answer == question.expected for question, answer in facts),
+        answers=len(own),
+        strangers=sum(bool(task.owners(answer) - {question.user}) for question, answer in own),
+        example=f"{facts[0][0].text} {facts[0][1]}",
+    )
+
+
+def verdict(scores: Sequence[Score], adapters: int) -> str | None:
+    """What went wrong with the users' answers, in one sentence; None if nothing did."""
+    if strangers := [one for one in scores if one.strangers]:
+        names = ", ".join(one.model for one in strangers)
+        return f"{sum(one.strangers for one in strangers)} answers to {names} tell another user's fact"
+    if weak := [one for one in scores if one.share < GOAL]:
+        names = ", ".join(f"{one.model} ({one.share:.0%})" for one in weak)
+        return f"less than {GOAL:.0%} of the facts are right for {names}"
+    if len(scores) < adapters:
+        return f"only {len(scores)} of {adapters} users were asked"
+    return None
+
+
+def score_table(scores: Sequence[Score], base: Score) -> str:
+    rows = [
+        (one.model, f"{one.right}/{one.facts}", f"{one.share:.1%}", str(one.strangers), one.example) for one in scores
+    ]
+    rows.append(("no adapter", f"{base.right}/{base.facts}", f"{base.share:.1%}", "-", base.example))
+    return table([("user", "facts right", "", "others' facts", "for example"), *rows], left=1)
+
+
+async def run(url: str, users: Sequence[str]) -> str | None:
+    """Asks and measures the server at `url`; returns `verdict`. Raises PreftError."""
+    client = HttpClient(url, timeout=300.0)
+    base, _ = await served_models(client)
+    asked = questions(base)
+    print(f"asking {len(asked)} questions, {CONCURRENCY} at a time: every user's adapter and the base model, mixed")
+    started = time.monotonic()
+    pairs = list(zip(asked, await ask_all(client, asked), strict=True))
+    scores = [score(user, pairs) for user in users]
+    print(f"\n{score_table(scores, score(base, pairs))}")
+    print(
+        f"\n{sum(one.answers for one in scores)} answers under adapters in {time.monotonic() - started:.0f} s,"
+        f" {sum(one.strangers for one in scores)} of them with another user's fact\n"
+    )
+    counts = [count for count in ADAPTER_COUNTS if count <= len(users)]
+    summaries = await run_sweep(client, SWEEP, counts)
+    print(f"{SWEEP.requests} requests, {SWEEP.concurrency} at a time, {SWEEP.prompt.low} prompt", end=" ")
+    print(f"and {SWEEP.output.low} output tokens:\n\n{summary_table(summaries)}\n")
+    if failed := [summary.first_error for summary in summaries if summary.first_error is not None]:
+        return f"requests failed, the first with: {failed[0]}"
+    return verdict(scores, len(task.USERS))
+
+
+def main() -> int:
+    adapters = {path.parent.name: path.parent for path in sorted(FOLDER.glob("adapters/*/adapter_config.json"))}
+    users = [user for user in task.USERS if user in adapters]
+    arguments = ["--model", str(FOLDER / "model"), *(f"--adapter={name}={path}" for name, path in adapters.items())]
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="preft-demo-") as folder:
+        print(f"starting a cluster with {len(adapters)} adapters (a minute or so)", flush=True)
+        try:
+            with served(arguments, state_dir=Path(folder) / "state", log=Path(folder) / "serve.log") as server:
+                print(f"ready after {server.start_seconds:.0f} s on {server.url}", flush=True)
+                problem = asyncio.run(run(server.url, users))
+        except PreftError as error:
+            problem = str(error)
+        except KeyboardInterrupt:
+            return 130
+    if problem is not None:
+        print(f"demo: {problem}", file=sys.stderr)
+        return 1
+    print(f"the cluster has ended and left nothing running; {time.monotonic() - started:.0f} s in all")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -13,7 +13,7 @@ from preft.transfer.staging import Region, StagingArena
 
 PROMPT = hash_prompt([1, 2, 3])
 HEADER = KvHeader("h", "llama/f32", "d1", num_tokens=3, num_bytes=1000, checksum=0, uses=1, prompt_hash=PROMPT)
-LEASE = 0.05
+LEASE = 0.3
 
 
 @pytest.fixture
@@ -146,8 +146,9 @@ async def test_only_what_every_use_has_loaded_makes_room(table: HandleTable, are
     with pytest.raises(TransferFailed):
         await arena.reserve(size, timeout=0.001)  # the second use hasn't come yet
     second = await claim(table)
+    first.loaded()
     with pytest.raises(TransferFailed):
-        await arena.reserve(size, timeout=0.001)  # it hasn't loaded yet
+        await arena.reserve(size, timeout=0.001)  # the second hasn't loaded yet
     second.loaded()
     assert not first.evicted
     other = await arena.reserve(size, timeout=0.001)
@@ -203,19 +204,19 @@ async def test_release_ahead_of_the_push_refuses_it(table: HandleTable) -> None:
 
 async def test_a_handle_that_nobody_claims_expires(table: HandleTable, arena: StagingArena) -> None:
     await arrive(table, arena)
-    await asyncio.sleep(2 * LEASE)
+    await asyncio.sleep(1.5 * LEASE)
     assert arena.used == 0
-    with pytest.raises(TransferFailed, match=r"KV handle h expired: nobody claimed it within 0\.05 s"):
+    with pytest.raises(TransferFailed, match=r"KV handle h expired: nobody claimed it within 0\.3 s"):
         await claim(table)
 
 
 async def test_every_claim_renews_the_lease_and_the_last_ends_it(table: HandleTable, arena: StagingArena) -> None:
     await arrive(table, arena, replace(HEADER, uses=2))
-    await asyncio.sleep(0.7 * LEASE)
+    await asyncio.sleep(0.6 * LEASE)
     first = await claim(table)
-    await asyncio.sleep(0.7 * LEASE)
+    await asyncio.sleep(0.6 * LEASE)
     second = await claim(table)
-    await asyncio.sleep(2 * LEASE)
+    await asyncio.sleep(1.5 * LEASE)
     assert arena.regions == 1
     first.close()
     second.close()
@@ -224,7 +225,7 @@ async def test_every_claim_renews_the_lease_and_the_last_ends_it(table: HandleTa
 async def test_uses_that_never_come_do_not_keep_the_memory(table: HandleTable, arena: StagingArena) -> None:
     await arrive(table, arena, replace(HEADER, uses=2))
     claimed = await claim(table)
-    await asyncio.sleep(2 * LEASE)
+    await asyncio.sleep(1.5 * LEASE)
     assert arena.regions == 1
     claimed.close()
 

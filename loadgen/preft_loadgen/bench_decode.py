@@ -1,0 +1,123 @@
+"""Decode speed: our decode worker, reached over gRPC with KV that prefill workers pushed, against plain vLLM.
+
+Measured is the steady state (`steady_rate`): while all requests decode, without prefill, KV transfer or start-up on
+either side. Ours is what a gRPC client receives, the reference what AsyncLLM gives in its own process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import grpc.aio
+
+from preft.core.request import AdapterRef, Sampling
+from preft.rpc import common_pb2, workers_pb2, workers_pb2_grpc
+from preft.rpc.convert import adapter_to_proto, sampling_to_proto
+from preft_loadgen.bench_rig import VOCABULARY, Rig
+from preft_loadgen.comparison import Comparison, Side, steady_rate, take_turns
+from preft_loadgen.workload import Lengths, Request, Workload
+
+REQUESTS = 64  # at once
+PROMPT, OUTPUT = 32, 64  # tokens
+ADAPTER_COUNTS = (1, 64)
+SIDES = 1 + len(ADAPTER_COUNTS)
+BAR = 0.95
+HOW = (
+    f"{REQUESTS} requests at once, {PROMPT} prompt and {OUTPUT} output tokens, greedy; tokens per second from the time "
+    "all requests have their first decoded token until the first request ends; ours: as received over gRPC from the "
+    "decode worker; reference: vLLM's AsyncLLM in its own process, no adapters, equal engine settings"
+)
+TIMEOUT = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Prefilled:
+    """A prompt whose KV waits at the decode worker, and its first token."""
+
+    request: Request
+    adapter: AdapterRef
+    handle: str
+    first_token: int
+
+
+async def compare_decode(rig: Rig, rounds: int, step: Callable[[], None]) -> list[Comparison]:
+    """One comparison per adapter count. `step` is called after each of `turns(SIDES, rounds)` measurements."""
+    adapters = {adapter.name: adapter for adapter in rig.adapters}
+    async with grpc.aio.insecure_channel(rig.prefill) as to_prefill, grpc.aio.insecure_channel(rig.decode) as to_decode:
+        prefill = workers_pb2_grpc.PrefillWorkerStub(to_prefill)  # type: ignore[no-untyped-call]
+        decode = workers_pb2_grpc.DecodeWorkerStub(to_decode)  # type: ignore[no-untyped-call]
+
+        async def plain(number: int) -> float:
+            run = await rig.plain.run([request.prompt for request in _requests(("",), number)], OUTPUT, REQUESTS)
+            return steady_rate([times[1:] for times in run.arrivals])  # the first token is prefill's
+
+        async def ours(count: int, number: int) -> float:
+            requests = _requests(tuple(sorted(adapters)[:count]), number)
+            ready = await asyncio.gather(
+                *(_prefill(prefill, rig.decode, request, adapters[request.model]) for request in requests)
+            )
+            return steady_rate(await asyncio.gather(*(_decode(decode, one) for one in ready)))
+
+        sides: list[Side] = [plain, *(partial(ours, count) for count in ADAPTER_COUNTS)]
+        reference, *speeds = await take_turns(sides, rounds, step)
+    return [
+        Comparison(f"decode, {count} adapter{'s' if count > 1 else ''}", "tokens/s", measured, reference, BAR, HOW)
+        for count, measured in zip(ADAPTER_COUNTS, speeds, strict=True)
+    ]
+
+
+def _requests(models: Sequence[str], seed: int) -> list[Request]:
+    lengths = Lengths(PROMPT, PROMPT), Lengths(OUTPUT, OUTPUT)
+    return Workload(tuple(models), REQUESTS, *lengths, seed=seed, vocabulary=VOCABULARY).make()
+
+
+async def _prefill(
+    stub: workers_pb2_grpc.PrefillWorkerStub, target: str, request: Request, adapter: AdapterRef
+) -> _Prefilled:
+    handle = uuid.uuid4().hex
+    call = stub.Prefill(
+        workers_pb2.PrefillRequest(
+            request_id=handle,
+            prompt_token_ids=request.prompt,
+            sampling=_sampling(request),
+            adapter=adapter_to_proto(adapter),
+            n=1,
+            target=workers_pb2.KvTarget(address=target, handle=handle),
+        ),
+        timeout=TIMEOUT,
+    )
+    first_token = None
+    async for event in call:
+        if event.HasField("first_tokens"):
+            first_token = event.first_tokens.choices[0].token_ids[0]
+    assert first_token is not None
+    return _Prefilled(request, adapter, handle, first_token)
+
+
+async def _decode(stub: workers_pb2_grpc.DecodeWorkerStub, ready: _Prefilled) -> list[float]:
+    """Seconds at which each decoded token came."""
+    call = stub.Decode(
+        workers_pb2.DecodeRequest(
+            request_id=ready.handle,
+            handle=ready.handle,
+            prompt_token_ids=ready.request.prompt,
+            output_token_ids=[ready.first_token],
+            sampling=_sampling(ready.request),
+            adapter_digest=ready.adapter.digest,
+        ),
+        timeout=TIMEOUT,
+    )
+    arrivals: list[float] = []
+    async for delta in call:
+        arrivals += [time.perf_counter()] * len(delta.token_ids)
+    assert len(arrivals) == ready.request.output_tokens - 1
+    return arrivals
+
+
+def _sampling(request: Request) -> common_pb2.Sampling:
+    return sampling_to_proto(Sampling(max_tokens=request.output_tokens, temperature=0.0, ignore_eos=True))

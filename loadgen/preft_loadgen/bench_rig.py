@@ -1,0 +1,91 @@
+"""What the engine benchmarks run on: a random model with adapters, a cluster that serves it, and plain vLLM beside it.
+
+Owns sizes and settings, so that both sides have the same. Three engines are up, but only one side works at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from preft.core.errors import PreftError
+from preft.core.request import AdapterRef
+from preft_loadgen.http_stream import HttpClient
+from preft_loadgen.plain import PlainEngine, plain_engine
+from preft_loadgen.served import ServeFailed, served
+
+ADAPTERS, RANK = 64, 8
+VOCABULARY = 8192
+MODEL_NAME = "base"
+READY_SECONDS = 600.0
+MiB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Rig:
+    """Everything that is up. Addresses are `host:port` of the two workers' gRPC services."""
+
+    http: HttpClient
+    prefill: str
+    decode: str
+    adapters: tuple[AdapterRef, ...]
+    plain: PlainEngine
+    model: dict[str, Any]  # what was made: parameters, adapters, rank
+
+
+def cluster_settings(folder: Path) -> dict[str, Any]:
+    """Both engines alike but for the adapters, as the settings file has them."""
+    engine = {"max_num_seqs": 64, "max_num_batched_tokens": 2048, "kv_cache_bytes": 512 * MiB}
+    return {
+        "model": str(folder / "model"),
+        "served_model_name": MODEL_NAME,
+        "max_model_len": 512,
+        "adapters": {path.name: str(path) for path in sorted((folder / "adapters").iterdir())},
+        "prefill": {**engine, "max_loras": 8, "max_cpu_loras": ADAPTERS, "max_lora_rank": RANK},
+        "decode": engine,
+        "router": {"transfer_timeout": 120.0},  # decoding starts when all prompts are there, the first ones wait
+    }
+
+
+@asynccontextmanager
+async def bench_rig(folder: Path, say: Callable[[str], None]) -> AsyncIterator[Rig]:
+    """Makes and starts everything in `folder`, and ends it with the context. Raises PreftError."""
+    say(f"making a random model and {ADAPTERS} adapters")
+    model = _make_model(folder)
+    settings = cluster_settings(folder)
+    config = folder / "settings.json"
+    config.write_text(json.dumps(settings))  # JSON is YAML
+    say("starting the cluster")
+    arguments, log = ["--config", str(config)], folder / "serve.log"
+    with served(arguments, state_dir=folder / "state", log=log, ready_seconds=READY_SECONDS) as server:
+        say(f"the cluster was ready after {server.start_seconds:.0f} s; starting plain vLLM")
+        async with plain_engine(config, folder / "plain.log") as plain:
+            http = HttpClient(server.url)
+            addresses = {worker["role"]: worker["address"] for worker in server.workers()}
+            adapters = await _adapters(http, settings["adapters"])
+            yield Rig(http, addresses["prefill"], addresses["decode"], adapters, plain, model)
+
+
+def _make_model(folder: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", "preft.engine.bench_model", str(folder)]
+    ran = subprocess.run(
+        [*command, "--adapters", str(ADAPTERS), "--rank", str(RANK)], capture_output=True, text=True, check=False
+    )
+    if ran.returncode != 0:
+        raise PreftError(f"the random model could not be made: {ran.stderr.strip()}")
+    made: dict[str, Any] = json.loads(ran.stdout)
+    return made
+
+
+async def _adapters(http: HttpClient, folders: dict[str, str]) -> tuple[AdapterRef, ...]:
+    """The catalog's adapters, at the folders they came from: those hold exactly the content of the digests."""
+    entries = (await http.get_json("/v1/adapters"))["data"]
+    if len(entries) != len(folders):
+        raise ServeFailed(f"{len(folders)} adapters were to be served, {len(entries)} are")
+    return tuple(AdapterRef(entry["name"], entry["digest"], folders[entry["name"]]) for entry in entries)

@@ -1,0 +1,93 @@
+"""Figures measured on several sides in turns, and the table of them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from preft_loadgen.report import table
+
+Side = Callable[[int], Awaitable[float]]
+"""Measures one side once: round number to speed. Equal rounds have equal work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Speeds (more is better) of both sides, one per round; each round's two were measured one after the other.
+
+    `bar` is the ratio that is aimed at, `how` says what exactly was measured.
+    """
+
+    what: str
+    unit: str
+    ours: tuple[float, ...]
+    reference: tuple[float, ...]
+    bar: float
+    how: str
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """Ours as a part of the reference, per round."""
+        return tuple(ours / reference for ours, reference in zip(self.ours, self.reference, strict=True))
+
+    @property
+    def ratio(self) -> float:
+        """The median of the rounds' ratios: what slows the machine down for a while slows both sides of a round."""
+        return statistics.median(self.ratios)
+
+    @property
+    def reached(self) -> bool:
+        """Whether the ratio is at least the bar."""
+        return self.ratio >= self.bar
+
+
+async def take_turns(sides: Sequence[Side], rounds: int, step: Callable[[], None]) -> list[tuple[float, ...]]:
+    """Each side's speeds over the rounds. One side works at a time, in changing order; round -1 warms up.
+
+    `step` is called `turns(len(sides), rounds)` times.
+    """
+    speeds: list[list[float]] = [[] for _ in sides]
+    for number in range(-1, rounds):
+        for turn in range(len(sides)):
+            place = (turn + number) % len(sides)
+            speeds[place].append(await sides[place](number))
+            step()
+    return [tuple(column[1:]) for column in speeds]
+
+
+def turns(sides: int, rounds: int) -> int:
+    """How many measurements `take_turns` makes."""
+    return sides * (rounds + 1)
+
+
+def comparison_table(comparisons: Sequence[Comparison]) -> str:
+    """One line per comparison: medians of both sides, median and range of the ratio, the bar."""
+    head = ["", "ours", "reference", "", "ratio", "from - to", "bar", ""]
+    rows = [
+        [
+            one.what,
+            f"{statistics.median(one.ours):.4g}",
+            f"{statistics.median(one.reference):.4g}",
+            one.unit,
+            f"{one.ratio:.2f}",
+            f"{min(one.ratios):.2f} - {max(one.ratios):.2f}",
+            f"{one.bar:.2f}",
+            "ok" if one.reached else "below",
+        ]
+        for one in comparisons
+    ]
+    return table([head, *rows], left=1)
+
+
+def steady_rate(arrivals: Sequence[Sequence[float]]) -> float:
+    """Tokens per second while all requests decode, from the seconds at which each one's decoded tokens came.
+
+    The time from the moment when the last request has its first decoded token to the moment when the first request has
+    its last one, and the tokens that came in it. Raises ValueError if the requests never ran all at once.
+    """
+    begin = max(times[0] for times in arrivals)
+    end = min(times[-1] for times in arrivals)
+    if end <= begin:
+        raise ValueError("the requests were never all running at once")
+    return sum(begin < time <= end for times in arrivals for time in times) / (end - begin)

@@ -46,6 +46,7 @@ ROOMY = {
 """Everything fits: prompts in one chunk, a slot for every adapter, no preemption."""
 
 TIGHT = {
+    "max_model_len": 1024,
     "prefill": {
         "max_loras": 2,
         "max_lora_rank": 16,

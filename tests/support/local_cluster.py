@@ -11,6 +11,7 @@ import dataclasses
 import os
 import threading
 import time
+import traceback
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -114,7 +115,7 @@ def local_cluster(model: Path, state_dir: Path, **overrides: Any) -> Iterator[Lo
     ready.wait()
     try:
         if isinstance(box[0], BaseException):
-            raise box[0]
+            raise RuntimeError("the cluster didn't start:\n" + "".join(traceback.format_exception(box[0]))) from None
         yield box[0]
     finally:
         if leave:

@@ -83,6 +83,7 @@ class FakeWorker:
     state: WorkerState = WorkerState.READY
     adapters: tuple[str, ...] = ()
     faults: list[Fault | None] = field(default_factory=list)
+    linger: float = 0.0  # seconds from the last message to the end of a call
     running: int = 0
     calls: int = 0
     cancelled: int = 0
@@ -170,7 +171,7 @@ class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
         worker = self.worker
         worker.requests.append(request)
         worker.running += 1
-        handle, decode, done = request.target.handle, worker.cluster.at(request.target.address), False
+        handle, done = request.target.handle, False
         try:
             if fault := worker.next_fault():
                 await fault.strike(context)
@@ -186,10 +187,12 @@ class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
                     await push_fault.strike(context)
                 if not worker.pushes:
                     return
+                decode = worker.cluster.at(request.target.address)
                 if not isinstance(decode, FakeDecode) or handle in decode.released:
                     await abort(context, TransferFailed("the decode worker is gone or wants no KV"))
                 decode.handles[handle] = Kv(list(request.prompt_token_ids), request.adapter.digest, uses)
                 yield workers_pb2.PrefillEvent(kv_pushed=workers_pb2.KvPushed(bytes=1))
+            await asyncio.sleep(worker.linger)
             done = True
         finally:
             worker.running -= 1
@@ -232,6 +235,7 @@ class DecodeService(workers_pb2_grpc.DecodeWorkerServicer):
                 yield delta_to_proto(delta)
                 if delta.finish_reason is not None:
                     break
+            await asyncio.sleep(worker.linger)
             done = True
         finally:
             worker.running -= 1

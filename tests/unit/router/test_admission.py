@@ -133,6 +133,18 @@ async def test_leaving_gives_up_the_room_that_was_kept(monkeypatch: pytest.Monke
     (await running.wait(1)).release()
 
 
+async def test_the_last_to_leave_gives_up_the_room_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admission_module, "PATIENCE", 0.0)
+    admission = an_admission(roster_of())
+    running = enter(admission, blocks=5)
+    big = enter(admission, blocks=10, digest="big")
+    await asyncio.sleep(0.01)
+    admission.wake()
+    await settle()
+    big.cancel()
+    assert served(running, enter(admission, blocks=5, digest="small")) == [True, True]
+
+
 async def test_a_full_queue() -> None:
     admission = an_admission(roster_of(), max_queue=2)
     tickets = [enter(admission) for _ in range(3)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -25,8 +26,10 @@ class Failing(workers_pb2_grpc.DecodeWorkerServicer):
     """Release fails with whatever the test put into `error`."""
 
     error: PreftError | tuple[grpc.StatusCode, str]
+    delay = 0.0
 
     async def Release(self, request: Any, context: Any) -> Any:
+        await asyncio.sleep(self.delay)
         if isinstance(self.error, PreftError):
             await abort(context, self.error)
         else:
@@ -82,5 +85,5 @@ async def test_no_server_is_a_lost_worker() -> None:
 
 async def test_an_expired_call_is_a_deadline(failing: tuple[Failing, Any]) -> None:
     servicer, stub = failing
-    servicer.error = InvalidRequest("never answered")
-    assert type(await call(stub, timeout=0)) is DeadlineExceeded
+    servicer.error, servicer.delay = InvalidRequest("too late"), 60.0
+    assert type(await call(stub, timeout=0.2)) is DeadlineExceeded

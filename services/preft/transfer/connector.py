@@ -27,6 +27,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
 from preft.transfer.seal import SEAL, read_seal, write_seal
@@ -47,9 +48,9 @@ class Save:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """One request's prompt KV to be loaded in this step; `skip` leading blocks are in the prefix cache already.
+    """One request's prompt KV to be loaded in this step, into `block_ids`: as many blocks as the region holds.
 
-    `region_blocks` is how many blocks the region holds; `block_ids` are the request's blocks for exactly those.
+    The `skip` leading ones are in the prefix cache already.
     """
 
     request_id: str
@@ -115,6 +116,7 @@ class StagedKvConnector(KVConnectorBase_V1):
             request._output_token_ids.extend(request.prompt_token_ids[prompt:])
             request.prompt_token_ids = request.prompt_token_ids[:prompt]
             request.num_prompt_tokens = prompt
+            request.prefill_stats = None  # with them vLLM asserts that no output is in the prefix cache, but it may be
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
         if not self._decode:
@@ -171,6 +173,16 @@ class StagedKvConnector(KVConnectorBase_V1):
                 )
             )
         return KvMetadata(saves=saves)
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        """Forgets blocks that couldn't be loaded, whosever they are.
+
+        The scheduler itself does so only for requests that still run: an aborted one's would stay in the prefix cache,
+        with whatever lay in them before.
+        """
+        if connector_output.invalid_block_ids:
+            assert self._kv_cache_manager is not None
+            self._kv_cache_manager.evict_blocks(connector_output.invalid_block_ids)
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         self._requests.pop(request.request_id, None)

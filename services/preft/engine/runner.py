@@ -27,6 +27,8 @@ class HandoverRunner:
             for load in metadata.loads:
                 if load.request_id in self.requests and not self.requests[load.request_id].output_token_ids:
                     self._take_over(load.request_id, list(load.output_token_ids))
+        if current_platform.is_cpu() and any(state.generator is not None for state in self.requests.values()):
+            self._spare_generators(scheduler_output)
         super()._may_reorder_batch(scheduler_output)  # type: ignore[misc]
 
     def _take_over(self: Any, request_id: str, tokens: list[int]) -> None:
@@ -41,6 +43,22 @@ class HandoverRunner:
         batch.num_tokens_no_spec[row] = end
         if state.generator is not None:
             advance_generator(state.generator, len(tokens), batch.vocab_size, self.device)
+
+    def _spare_generators(self: Any, scheduler_output: SchedulerOutput) -> None:
+        """Lets only those rows draw from their generators whose token will count.
+
+        After a chunk that doesn't end its request's tokens vLLM winds the generator back, which kills the engine on
+        CPU: these generators can't be.
+        """
+        batch = self.input_batch
+        for request_id, scheduled in scheduler_output.num_scheduled_tokens.items():
+            state = self.requests[request_id]
+            if state.generator is None:
+                continue
+            if state.num_computed_tokens + scheduled < state.num_tokens:
+                batch.generators.pop(batch.req_id_to_index[request_id], None)
+            else:
+                batch.generators[batch.req_id_to_index[request_id]] = state.generator
 
     def load_lora_model(
         self: Any, model: torch.nn.Module, vllm_config: VllmConfig, device: torch.device

@@ -154,7 +154,13 @@ class WorkerServer:
         descriptor = workers_pb2.DESCRIPTOR.services_by_name
         names = [descriptor["WorkerStatus"].full_name, health.SERVICE_NAME, reflection.SERVICE_NAME]
         if role is Role.PREFILL:
-            prefill = PrefillService(self._engine, self._arena, self._sender, self._record.fingerprint)
+            prefill = PrefillService(
+                self._engine,
+                self._arena,
+                self._sender,
+                self._record.fingerprint,
+                max_adapters=settings.prefill.max_cpu_loras,
+            )
             self._load_of_service = lambda: (prefill.running, prefill.adapters)
             workers_pb2_grpc.add_PrefillWorkerServicer_to_server(prefill, self._server)
             names.append(descriptor["PrefillWorker"].full_name)

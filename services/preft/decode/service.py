@@ -6,7 +6,8 @@ Owns the link between a claimed handle and the engine request that uses it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 
 import grpc.aio
 
@@ -32,8 +33,9 @@ class DecodeService(workers_pb2_grpc.DecodeWorkerServicer):
     ) -> AsyncIterator[common_pb2.TokenDelta]:
         self.running += 1
         try:
-            async for delta in self._decode(request, context.time_remaining()):
-                yield delta
+            async with aclosing(self._decode(request, context.time_remaining())) as deltas:
+                async for delta in deltas:
+                    yield delta
         except PreftError as error:
             await abort(context, error)
         finally:
@@ -47,7 +49,7 @@ class DecodeService(workers_pb2_grpc.DecodeWorkerServicer):
 
     async def _decode(
         self, request: workers_pb2.DecodeRequest, time_remaining: float | None
-    ) -> AsyncIterator[common_pb2.TokenDelta]:
+    ) -> AsyncGenerator[common_pb2.TokenDelta, None]:
         prompt = tuple(request.prompt_token_ids)
         if not prompt or not request.output_token_ids:
             raise InvalidRequest(
@@ -58,13 +60,13 @@ class DecodeService(workers_pb2_grpc.DecodeWorkerServicer):
             adapter_digest=request.adapter_digest,
             prompt_hash=hash_prompt(prompt),
             num_tokens=len(prompt),
-            timeout=time_remaining or 60.0,
+            timeout=60.0 if time_remaining is None else time_remaining,
         )
         try:
-            deltas = self._engine.generate(self._engine_request(request, prompt, claim))
-            async for delta in deltas:
-                claim.loaded()
-                yield delta_to_proto(delta)
+            async with aclosing(self._engine.generate(self._engine_request(request, prompt, claim))) as deltas:
+                async for delta in deltas:
+                    claim.loaded()
+                    yield delta_to_proto(delta)
         except EngineFailed as error:
             raise TransferFailed(f"the prompt's KV cache is no longer there: {error}") from error
         finally:

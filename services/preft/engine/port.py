@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -69,15 +69,15 @@ class Engine(Protocol):
     info: EngineInfo
     stats: EngineStats
 
-    def generate(self, request: EngineRequest) -> AsyncIterator[TokenDelta]:
-        """Deltas of one choice, the last one with its finish reason. Closing the iterator aborts the request.
+    def generate(self, request: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
+        """Deltas of one choice, the last one with its finish reason. Closing the generator aborts the request.
 
-        Raises EngineFailed if the engine gave the request up (on decode: its KV couldn't be loaded), WorkerLost if the
-        engine is dead.
+        Raises InvalidRequest for what no engine can do, EngineFailed if the engine gave the request up (on decode: its
+        KV couldn't be loaded), WorkerLost if the engine is dead.
         """
 
     async def load_adapter(self, adapter: AdapterRef) -> None:
-        """Brings the adapter into the engine. Raises InvalidAdapter if the engine refuses it."""
+        """Brings the adapter into the engine, unless it is there. Raises InvalidAdapter if the engine refuses it."""
 
     async def wait_dead(self) -> str:
         """Returns, with the reason, when the engine has died."""

@@ -5,20 +5,22 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.exceptions import VLLMClientError
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from preft.core.cluster import Role
-from preft.core.errors import EngineFailed, InvalidAdapter, WorkerLost
+from preft.core.errors import EngineFailed, InvalidAdapter, InvalidRequest, WorkerLost
 from preft.core.request import AdapterRef, FinishReason, Sampling, TokenDelta, TokenLogprob
 from preft.core.settings import GiB, PrefillSettings, Settings
 from preft.engine.port import EngineInfo, EngineRequest, EngineStats, KvRegion
@@ -118,7 +120,7 @@ class _Stats(StatLoggerBase):
             self._stats.waiting = scheduler_stats.num_waiting_reqs
         if iteration_stats is not None:
             self._stats.preemptions += iteration_stats.num_preempted_reqs
-            self._stats.prompt_tokens_computed += iteration_stats.num_prompt_tokens
+            self._stats.prompt_tokens_computed += iteration_stats.prompt_token_stats.computed
 
     def log_engine_initialized(self) -> None:
         return
@@ -134,8 +136,6 @@ class VllmEngine:
         self.stats = stats
         self._lora_ids: dict[str, int] = {}  # digest -> vLLM's integer id; never reused for another digest
         self._next_lora_id = itertools.count(1)
-        self._load_lock = asyncio.Lock()
-        self._loaded: set[int] = set()
 
     @classmethod
     async def start(cls, settings: Settings, role: Role, arena: str) -> VllmEngine:
@@ -158,39 +158,39 @@ class VllmEngine:
         return cls(llm, role, info, stats)
 
     async def load_adapter(self, adapter: AdapterRef) -> None:
-        request = self._lora_request(adapter)
-        async with self._load_lock:
-            if request.lora_int_id in self._loaded:
-                return
-            try:
-                await self._llm.add_lora(request)
-            except EngineDeadError as error:
-                raise WorkerLost(f"the engine died: {error}") from error
-            except Exception as error:
-                raise InvalidAdapter(f"adapter {adapter.name!r} was refused by the engine: {error}") from error
-            self._loaded.add(request.lora_int_id)
+        try:
+            await self._llm.add_lora(self._lora_request(adapter))
+        except EngineDeadError as error:
+            raise WorkerLost(f"the engine died: {error}") from error
+        except Exception as error:
+            raise InvalidAdapter(f"adapter {adapter.name!r} was refused by the engine: {error}") from error
 
     def _lora_request(self, adapter: AdapterRef) -> LoRARequest:
         if adapter.digest not in self._lora_ids:
             self._lora_ids[adapter.digest] = next(self._next_lora_id)
         return LoRARequest(lora_name=adapter.digest, lora_int_id=self._lora_ids[adapter.digest], lora_path=adapter.path)
 
-    async def generate(self, request: EngineRequest) -> AsyncIterator[TokenDelta]:
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
         prompt: dict[str, Any] = {"prompt_token_ids": [*request.prompt_token_ids, *request.output_token_ids]}
         if request.salt:
             prompt["cache_salt"] = request.salt
+        if max(prompt["prompt_token_ids"], default=0) >= self.info.vocab_size:
+            raise InvalidRequest("a token id is not in the vocabulary")  # it would end the engine process
         lora = self._lora_request(request.adapter) if request.adapter is not None else None
-        outputs = self._llm.generate(
-            prompt, sampling_params(request, self._role), request.request_id, lora_request=lora
-        )
         try:
-            async for output in outputs:
-                choice = output.outputs[0]
-                if choice.finish_reason in ("error", "abort"):
-                    raise EngineFailed("the engine gave the request up")
-                yield _delta(request, choice)
+            params = sampling_params(request, self._role)
+            async with aclosing(self._llm.generate(prompt, params, request.request_id, lora_request=lora)) as outputs:
+                async for output in outputs:
+                    choice = output.outputs[0]
+                    if choice.finish_reason in ("error", "abort"):
+                        raise EngineFailed("the engine gave the request up")
+                    yield _delta(request, choice)
         except EngineDeadError as error:
             raise WorkerLost(f"the engine died: {error}") from error
+        except EngineGenerateError as error:
+            raise EngineFailed(f"the engine gave the request up: {error.__cause__ or error}") from error
+        except VLLMClientError as error:
+            raise InvalidRequest(f"the engine refuses the request: {error}") from error
 
     async def wait_dead(self) -> str:
         while not self._llm.errored:

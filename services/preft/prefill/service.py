@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from pathlib import Path
 
 import grpc.aio
@@ -31,18 +32,22 @@ GREEDY = Sampling(max_tokens=1, temperature=0.0)
 class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
     """One prefill worker's gRPC face."""
 
-    def __init__(self, engine: Engine, arena: StagingArena, sender: KvSender, fingerprint: str) -> None:
+    def __init__(
+        self, engine: Engine, arena: StagingArena, sender: KvSender, fingerprint: str, max_adapters: int
+    ) -> None:
+        """`max_adapters` is how many the engine keeps: of those used least recently it is taken to have let go."""
         self._engine = engine
         self._arena = arena
         self._sender = sender
         self._fingerprint = fingerprint
+        self._max_adapters = max_adapters
         self._adapters: dict[str, AdapterRef] = {}  # verified and in the engine, least recently used first
         self._verifying: dict[str, asyncio.Lock] = {}
         self.running = 0
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """Digests that this worker has served, most recently used last."""
+        """Digests of the adapters in the engine, most recently used last."""
         return tuple(self._adapters)
 
     async def Prefill(
@@ -50,8 +55,9 @@ class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
     ) -> AsyncIterator[workers_pb2.PrefillEvent]:
         self.running += 1
         try:
-            async for event in self._prefill(request, context.time_remaining()):
-                yield event
+            async with aclosing(self._prefill(request, context.time_remaining())) as events:
+                async for event in events:
+                    yield event
         except PreftError as error:
             await abort(context, error)
         finally:
@@ -68,7 +74,8 @@ class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
 
     async def _prefill(
         self, request: workers_pb2.PrefillRequest, time_remaining: float | None
-    ) -> AsyncIterator[workers_pb2.PrefillEvent]:
+    ) -> AsyncGenerator[workers_pb2.PrefillEvent, None]:
+        timeout = 60.0 if time_remaining is None else time_remaining
         adapter = adapter_from_proto(request.adapter) if request.HasField("adapter") else None
         if adapter is not None:
             await self._ensure_adapter(adapter)
@@ -77,7 +84,7 @@ class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
             choices = await self._first_tokens(request, prompt, adapter, None)
             yield _first_tokens_event(choices)
             return
-        region = await self._arena.reserve(self._kv_bytes(len(prompt)), timeout=time_remaining or 60.0)
+        region = await self._arena.reserve(self._kv_bytes(len(prompt)), timeout=timeout)
         try:
             clear_seal(self._arena.view(region))
             choices = await self._first_tokens(
@@ -86,7 +93,7 @@ class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
             yield _first_tokens_event(choices)
             uses = request.n if request.resume else sum(choice.finish_reason is None for choice in choices)
             if uses:
-                yield await self._push(request, prompt, adapter, region, uses, time_remaining)
+                yield await self._push(request, prompt, adapter, region, uses, timeout)
         finally:
             self._arena.release(region)
 
@@ -119,8 +126,11 @@ class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
         first = await self._one_token(choice(0))
         if request.resume:
             return [first]
-        async with asyncio.TaskGroup() as group:
-            others = [group.create_task(self._one_token(choice(index))) for index in range(1, request.n)]
+        try:
+            async with asyncio.TaskGroup() as group:
+                others = [group.create_task(self._one_token(choice(index))) for index in range(1, request.n)]
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
         deltas = [first, *(task.result() for task in others)]
         if sampling.max_tokens > 1:  # the engine was asked for one token only: its "length" isn't the request's
             deltas = [
@@ -130,10 +140,13 @@ class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
         return deltas
 
     async def _one_token(self, request: EngineRequest) -> TokenDelta:
-        async for delta in self._engine.generate(request):
-            if delta.token_ids and delta.finish_reason is not None:
-                return delta
-        raise EngineFailed("the engine ended the prompt pass without a token")
+        last: TokenDelta | None = None
+        async with aclosing(self._engine.generate(request)) as deltas:
+            async for delta in deltas:
+                last = delta
+        if last is None or len(last.token_ids) != 1 or last.finish_reason is None:
+            raise EngineFailed("the engine ended the prompt pass without a token")
+        return last
 
     async def _push(
         self,
@@ -142,7 +155,7 @@ class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
         adapter: AdapterRef | None,
         region: Region,
         uses: int,
-        time_remaining: float | None,
+        timeout: float,
     ) -> workers_pb2.PrefillEvent:
         payload = self._arena.view(region)
         if read_seal(payload) != len(prompt):
@@ -158,7 +171,7 @@ class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
             prompt_hash=hash_prompt(prompt),
         )
         started = time.perf_counter()
-        await self._sender.push(request.target.address, header, payload, timeout=time_remaining or 60.0)
+        await self._sender.push(request.target.address, header, payload, timeout=timeout)
         pushed = workers_pb2.KvPushed(bytes=region.size, seconds=time.perf_counter() - started)
         return workers_pb2.PrefillEvent(kv_pushed=pushed)
 
@@ -167,15 +180,21 @@ class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
         if adapter.digest in self._adapters:
             self._adapters[adapter.digest] = self._adapters.pop(adapter.digest)
             return
-        async with self._verifying.setdefault(adapter.digest, asyncio.Lock()):
-            if adapter.digest in self._adapters:
-                return
-            actual = await asyncio.to_thread(adapter_digest, Path(adapter.path))
-            if actual != adapter.digest:
-                raise InvalidAdapter(f"the stored copy of adapter {adapter.name!r} is not the content it is named for")
-            await self._engine.load_adapter(adapter)
-            self._adapters[adapter.digest] = adapter
-        self._verifying.pop(adapter.digest, None)
+        try:
+            async with self._verifying.setdefault(adapter.digest, asyncio.Lock()):
+                if adapter.digest in self._adapters:
+                    return
+                actual = await asyncio.to_thread(adapter_digest, Path(adapter.path))
+                if actual != adapter.digest:
+                    raise InvalidAdapter(
+                        f"the stored copy of adapter {adapter.name!r} is not the content it is named for"
+                    )
+                await self._engine.load_adapter(adapter)
+                self._adapters[adapter.digest] = adapter
+                while len(self._adapters) > self._max_adapters:
+                    del self._adapters[next(iter(self._adapters))]
+        finally:
+            self._verifying.pop(adapter.digest, None)
 
 
 def _first_tokens_event(choices: list[TokenDelta]) -> workers_pb2.PrefillEvent:

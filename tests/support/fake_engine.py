@@ -1,0 +1,223 @@
+"""A peer of VllmEngine without a model: KV bytes and tokens are hashes, so that lost or swapped ones show at once.
+
+The KV of a prompt depends on adapter digest and tokens, every output token on the KV bytes that the engine really has.
+Tests script failures through `failing`, `die`, `preempt` and `going`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import struct
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from pathlib import Path
+
+from preft.core.cluster import Role
+from preft.core.errors import EngineFailed, InvalidAdapter, InvalidRequest, PreftError, WorkerLost
+from preft.core.request import AdapterRef, FinishReason, Sampling, TokenDelta, TokenLogprob
+from preft.engine.port import EngineInfo, EngineRequest, EngineStats, KvRegion
+from preft.transfer.seal import SEAL, read_seal, write_seal
+from preft.transfer.staging import StagingView, StaleRegion
+
+BLOCK_SIZE = 4
+BLOCK_BYTES = 96
+VOCABULARY = 1000
+_TAG = 32  # bytes at the start of each block that determine the rest of it
+
+
+def kv_of(digest: str, prompt: Sequence[int]) -> bytes:
+    """The KV of a prompt: BLOCK_BYTES per begun block, each dependent on the adapter and all tokens up to its end."""
+    blocks = []
+    for start in range(0, len(prompt), BLOCK_SIZE):
+        tokens = prompt[: start + BLOCK_SIZE]
+        tag = hashlib.sha256(digest.encode() + struct.pack(f"<{len(tokens)}I", *tokens)).digest()
+        blocks.append(_block(tag))
+    return b"".join(blocks)
+
+
+def tokens_of(
+    digest: str, prompt: Sequence[int], sampling: Sampling, *, index: int = 0, output: Sequence[int] = ()
+) -> list[int]:
+    """What one engine would generate after `output`, until the request ends. `sampling.seed` is this choice's own."""
+    return _generated(kv_of(digest, prompt), prompt, sampling, index, output)
+
+
+def _block(tag: bytes) -> bytes:
+    return tag + hashlib.shake_256(tag).digest(BLOCK_BYTES - _TAG)
+
+
+def _generated(kv: bytes, prompt: Sequence[int], sampling: Sampling, index: int, output: Sequence[int]) -> list[int]:
+    tokens = list(output)
+    while True:
+        tokens.append(_next_token(kv, prompt, sampling, index, tokens))
+        if _ending(sampling, tokens) is not None:
+            return tokens[len(output) :]
+
+
+def _next_token(kv: bytes, prompt: Sequence[int], sampling: Sampling, index: int, output: Sequence[int]) -> int:
+    chance = ""
+    if sampling.temperature > 0:
+        chance = f"index {index}" if sampling.seed is None else f"seed {sampling.seed}"
+    for token, bias in sampling.logit_bias.items():
+        if bias >= 100 and _allowed(sampling, token, output):
+            return token
+    state = hashlib.sha256(kv + repr((tuple(prompt), tuple(output), chance)).encode()).digest()
+    while True:
+        token = int.from_bytes(state[:8], "little") % VOCABULARY
+        if _allowed(sampling, token, output):
+            return token
+        state = hashlib.sha256(state).digest()
+
+
+def _allowed(sampling: Sampling, token: int, output: Sequence[int]) -> bool:
+    return len(output) >= sampling.min_tokens or token not in _stops(sampling)
+
+
+def _stops(sampling: Sampling) -> tuple[int, ...]:
+    return sampling.stop_token_ids if sampling.ignore_eos else (*sampling.stop_token_ids, *sampling.eos_token_ids)
+
+
+def _ending(sampling: Sampling, output: Sequence[int]) -> FinishReason | None:
+    if len(output) >= sampling.min_tokens and output[-1] in _stops(sampling):
+        return FinishReason.STOP
+    return FinishReason.LENGTH if len(output) >= sampling.max_tokens else None
+
+
+class FakeEngine:
+    """An `Engine`. Everything below `stats` is for tests to read or to set."""
+
+    def __init__(self, role: Role, arena: str, *, kv_blocks: int = 64, max_model_len: int = 128) -> None:
+        self.info = EngineInfo("fake", BLOCK_SIZE, BLOCK_BYTES, kv_blocks, max_model_len, VOCABULARY, (1,))
+        self.stats = EngineStats()
+        self.going = asyncio.Event()  # tokens come only while it is set
+        self.going.set()
+        self.failing: Callable[[EngineRequest, int], PreftError | None] = lambda request, made: None
+        self.requests: list[EngineRequest] = []
+        self.aborts = 0  # generators closed before their end
+        self.loaded: list[str] = []  # digests, in order of `load_adapter` calls
+        self.closed = False
+        self._role = role
+        self._view = StagingView(arena)
+        self._dead: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._preemptions = 0
+        self._used = 0
+
+    def die(self, reason: str) -> None:
+        """The engine's process is gone: every request fails, now and later."""
+        self._dead.set_result(reason)
+        self.going.set()
+
+    def preempt(self) -> None:
+        """Every running request loses its KV, and takes it from its region again before it goes on."""
+        self._preemptions += 1
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
+        """See Engine."""
+        self._check(request)
+        self.requests.append(request)
+        blocks = -(-len(request.prompt_token_ids) // BLOCK_SIZE)
+        self._account(1, blocks)
+        finished = False
+        try:
+            async with aclosing(self._tokens(request)) as deltas:
+                async for delta in deltas:
+                    finished = delta.finish_reason is not None
+                    yield delta
+        except (GeneratorExit, asyncio.CancelledError):
+            self.aborts += not finished
+            raise
+        finally:
+            self._account(-1, -blocks)
+
+    async def load_adapter(self, adapter: AdapterRef) -> None:
+        """See Engine. Refuses a folder that isn't there."""
+        if self._dead.done():
+            raise WorkerLost(f"the engine died: {self._dead.result()}")
+        await asyncio.sleep(0)
+        if not (Path(adapter.path) / "adapter_config.json").exists():
+            raise InvalidAdapter(f"adapter {adapter.name!r} was refused by the engine")
+        self.loaded.append(adapter.digest)
+
+    async def wait_dead(self) -> str:
+        """See Engine."""
+        return await asyncio.shield(self._dead)
+
+    async def close(self) -> None:
+        """See Engine."""
+        self.closed = True
+        self._view.close()
+
+    def _check(self, request: EngineRequest) -> None:
+        tokens = (*request.prompt_token_ids, *request.output_token_ids)
+        if not request.prompt_token_ids or max(tokens) >= VOCABULARY or len(tokens) >= self.info.max_model_len:
+            raise InvalidRequest("the engine refuses the request")
+        if (self._role is Role.DECODE) != bool(request.load and request.output_token_ids):
+            raise AssertionError("a decode request has KV and tokens, a prefill request has neither")
+
+    async def _tokens(self, request: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
+        sampling = request.sampling
+        output = list(request.output_token_ids)
+        kv, preemptions = b"", -1
+        while True:
+            await self.going.wait()
+            await asyncio.sleep(0)
+            if self._dead.done():
+                raise WorkerLost(f"the engine died: {self._dead.result()}")
+            if (error := self.failing(request, len(output) - len(request.output_token_ids))) is not None:
+                raise error
+            if preemptions != self._preemptions:
+                preemptions = self._preemptions
+                kv = self._prompt_kv(request)
+            output.append(_next_token(kv, request.prompt_token_ids, sampling, request.index, output))
+            ending = _ending(sampling, output)
+            if self._role is Role.PREFILL:
+                ending = ending or FinishReason.LENGTH
+            yield _delta(request, output[-1], ending)
+            if ending is not None:
+                return
+
+    def _prompt_kv(self, request: EngineRequest) -> bytes:
+        """On prefill computed, and saved if it is asked for; on decode what lies in the region, never anything else."""
+        if request.load is not None:
+            try:
+                return self._load(request.load, len(request.prompt_token_ids))
+            except StaleRegion as error:
+                raise EngineFailed("the engine gave the request up") from error
+        kv = kv_of(request.adapter.digest if request.adapter else "", request.prompt_token_ids)
+        self.stats.prompt_tokens_computed += len(request.prompt_token_ids)
+        if request.save is not None:
+            try:
+                with self._view.hold(request.save.offset, request.save.size, request.save.nonce) as payload:
+                    payload[: len(kv)] = kv
+                    write_seal(payload, len(request.prompt_token_ids))
+            except StaleRegion:
+                pass  # given up meanwhile
+        return kv
+
+    def _load(self, region: KvRegion, num_tokens: int) -> bytes:
+        with self._view.hold(region.offset, region.size, region.nonce) as payload:
+            if read_seal(payload) != num_tokens:
+                raise StaleRegion("the region doesn't hold that many tokens")
+            kv = bytes(payload[: -SEAL.size])
+        for start in range(0, len(kv), BLOCK_BYTES):
+            block = kv[start : start + BLOCK_BYTES]
+            if block != _block(block[:_TAG]):
+                raise AssertionError("what was loaded is nobody's KV")
+        return kv
+
+    def _account(self, requests: int, blocks: int) -> None:
+        self.stats.running += requests
+        self._used += blocks
+        self.stats.kv_usage = self._used / self.info.kv_blocks
+
+
+def _delta(request: EngineRequest, token: int, ending: FinishReason | None) -> TokenDelta:
+    sampling = request.sampling
+    logprobs: tuple[TokenLogprob, ...] = ()
+    if sampling.logprobs is not None:
+        others = [(token + 1 + rank) % VOCABULARY for rank in range(max(0, sampling.logprobs - 1))]
+        top = [(other, -0.5 - rank) for rank, other in enumerate((token, *others))][: sampling.logprobs]
+        logprobs = (TokenLogprob(token, -0.5, 1, tuple(top)),)
+    by_caller = ending is FinishReason.STOP and token in sampling.stop_token_ids
+    return TokenDelta(request.index, (token,), logprobs, ending, token if by_caller else None)

@@ -1,0 +1,232 @@
+"""A prefill or a decode service with everything it needs, on a real gRPC server, over a fake engine.
+
+KV reaches the decode side, or leaves the prefill side, through the loopback transport.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+
+from preft.adapters.digest import FILES, adapter_digest
+from preft.core.cluster import Role
+from preft.core.request import AdapterRef, Sampling, TokenDelta
+from preft.decode.service import DecodeService
+from preft.prefill.service import PrefillService
+from preft.rpc import workers_pb2, workers_pb2_grpc
+from preft.rpc.convert import adapter_to_proto, delta_from_proto, sampling_to_proto
+from preft.rpc.status import CODE_KEY
+from preft.transfer.handles import HandleTable
+from preft.transfer.loopback import LoopbackKvSender
+from preft.transfer.port import KvHeader, checksum_of, hash_prompt
+from preft.transfer.receive import KvReceiver
+from preft.transfer.seal import SEAL, write_seal
+from preft.transfer.staging import StagingArena
+from support.fake_engine import FakeEngine, kv_of
+
+ARENA_BYTES = 8192
+FINGERPRINT = "fp"
+GREEDY = Sampling(max_tokens=6, temperature=0.0)
+
+
+def write_adapter(folder: Path, content: str) -> AdapterRef:
+    """An adapter folder as the services see one: files with a digest. `folder.name` is its name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        (folder / name).write_text(f"{name} {content}")
+    return AdapterRef(folder.name, adapter_digest(folder), str(folder))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Returns once `condition` holds; a TimeoutError if it doesn't soon."""
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+async def rest(call: Any) -> list[int]:
+    """All tokens that are still to come of a Decode call from which some were read."""
+    tokens: list[int] = []
+    while (message := await call.read()) is not grpc.aio.EOF:
+        tokens += message.token_ids
+    return tokens
+
+
+async def broken(call: Any) -> tuple[list[Any], grpc.aio.AioRpcError]:
+    """The messages of a call that must fail, and how it did."""
+    messages = []
+    try:
+        async for message in call:
+            messages.append(message)
+    except grpc.aio.AioRpcError as error:
+        return messages, error
+    raise AssertionError("the call ended well")
+
+
+def code_of(error: grpc.aio.AioRpcError) -> str:
+    """The PreftError's own code in a status."""
+    return str(dict(error.trailing_metadata() or ()).get(CODE_KEY))
+
+
+class KvSink:
+    """The receiving half of a decode worker, known to senders as `address`."""
+
+    address = "decode"
+
+    def __init__(self, capacity: int = ARENA_BYTES, fingerprint: str = FINGERPRINT) -> None:
+        self.arena = StagingArena.create(capacity)
+        self.handles = HandleTable(self.arena, fingerprint=fingerprint, lease=30)
+        self.receiver = KvReceiver(self.arena, self.handles, room_timeout=5, frame_timeout=5)
+        self.sender = LoopbackKvSender({self.address: self.receiver})
+
+    async def deliver(self, handle: str, digest: str, prompt: Sequence[int], *, uses: int = 1) -> None:
+        """What a prefill worker's push does."""
+        payload = bytearray(kv_of(digest, prompt) + bytes(SEAL.size))
+        write_seal(memoryview(payload), len(prompt))
+        header = KvHeader(
+            handle, FINGERPRINT, digest, len(prompt), len(payload), checksum_of(payload), uses, hash_prompt(prompt)
+        )
+        await self.sender.push(self.address, header, memoryview(payload), timeout=5)
+
+    async def received(self, handle: str, digest: str, prompt: Sequence[int]) -> bytes:
+        """What a Decode call would get. Takes one use of the handle."""
+        with await self.handles.claim(
+            handle, adapter_digest=digest, prompt_hash=hash_prompt(prompt), num_tokens=len(prompt), timeout=1
+        ) as claim:
+            return bytes(self.arena.view(claim.region))
+
+
+class PrefillRig:
+    """A served PrefillService, the engine and arena below it, and the sink its KV goes to."""
+
+    def __init__(self, channel: grpc.aio.Channel, engine: FakeEngine, arena: StagingArena, sink: KvSink) -> None:
+        self.stub = workers_pb2_grpc.PrefillWorkerStub(channel)
+        self.engine = engine
+        self.arena = arena
+        self.sink = sink
+        self.service: PrefillService
+
+    def call(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling = GREEDY,
+        *,
+        adapter: AdapterRef | None = None,
+        n: int = 1,
+        handle: str = "h",
+        to: str | None = KvSink.address,
+        resume: bool = False,
+        timeout: float | None = 20,
+    ) -> grpc.aio.UnaryStreamCall:
+        request = workers_pb2.PrefillRequest(
+            request_id="r",
+            prompt_token_ids=prompt,
+            sampling=sampling_to_proto(sampling),
+            adapter=adapter_to_proto(adapter) if adapter else None,
+            n=n,
+            target=workers_pb2.KvTarget(address=to, handle=handle) if to else None,
+            resume=resume,
+        )
+        return self.stub.Prefill(request, timeout=timeout)
+
+    async def run(self, prompt: Sequence[int], sampling: Sampling = GREEDY, **options: object) -> list[TokenDelta]:
+        """The first tokens, by index, once the call has ended well."""
+        events = [event async for event in self.call(prompt, sampling, **options)]  # type: ignore[arg-type]
+        assert [event.WhichOneof("event") for event in events] in (["first_tokens"], ["first_tokens", "kv_pushed"])
+        return [delta_from_proto(choice) for choice in events[0].first_tokens.choices]
+
+
+class DecodeRig:
+    """A served DecodeService, the engine below it, and the sink that its KV comes from."""
+
+    def __init__(self, channel: grpc.aio.Channel, engine: FakeEngine, sink: KvSink) -> None:
+        self.stub = workers_pb2_grpc.DecodeWorkerStub(channel)
+        self.engine = engine
+        self.sink = sink
+        self.service: DecodeService
+
+    def call(
+        self,
+        prompt: Sequence[int],
+        output: Sequence[int],
+        sampling: Sampling = GREEDY,
+        *,
+        digest: str = "",
+        handle: str = "h",
+        index: int = 0,
+        timeout: float | None = 20,
+    ) -> grpc.aio.UnaryStreamCall:
+        request = workers_pb2.DecodeRequest(
+            request_id="r",
+            handle=handle,
+            prompt_token_ids=prompt,
+            output_token_ids=output,
+            sampling=sampling_to_proto(sampling),
+            adapter_digest=digest,
+            index=index,
+        )
+        return self.stub.Decode(request, timeout=timeout)
+
+    async def run(
+        self, prompt: Sequence[int], output: Sequence[int], sampling: Sampling = GREEDY, **options: object
+    ) -> list[int]:
+        """All further tokens."""
+        call = self.call(prompt, output, sampling, **options)  # type: ignore[arg-type]
+        return [token async for delta in call for token in delta.token_ids]
+
+    def idle(self) -> bool:
+        return not (self.sink.arena.used or self.sink.handles.open_handles or self.service.running)
+
+
+@asynccontextmanager
+async def prefill_rig(
+    engine_type: type[FakeEngine] = FakeEngine, *, max_adapters: int = 4, sink: KvSink | None = None
+) -> AsyncIterator[PrefillRig]:
+    """After use nothing may be left: no byte, no running request."""
+    arena, sink = StagingArena.create(ARENA_BYTES), sink or KvSink()
+    engine = engine_type(Role.PREFILL, arena.path)
+    service = PrefillService(engine, arena, sink.sender, FINGERPRINT, max_adapters)
+    server = grpc.aio.server()
+    workers_pb2_grpc.add_PrefillWorkerServicer_to_server(service, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            rig = PrefillRig(channel, engine, arena, sink)
+            rig.service = service
+            yield rig
+            await until(lambda: not (arena.used or service.running or engine.stats.running))
+    finally:
+        await server.stop(None)
+        sink.handles.close()
+        arena.close()
+        sink.arena.close()
+        await engine.close()
+
+
+@asynccontextmanager
+async def decode_rig() -> AsyncIterator[DecodeRig]:
+    """After use nothing may be left: no byte, no handle, no running request."""
+    sink = KvSink()
+    engine = FakeEngine(Role.DECODE, sink.arena.path)
+    service = DecodeService(engine, sink.handles)
+    server = grpc.aio.server()
+    workers_pb2_grpc.add_DecodeWorkerServicer_to_server(service, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            rig = DecodeRig(channel, engine, sink)
+            rig.service = service
+            yield rig
+            await until(lambda: rig.idle() and not engine.stats.running)
+    finally:
+        await server.stop(None)
+        sink.handles.close()
+        sink.arena.close()
+        await engine.close()

@@ -139,13 +139,10 @@ async def test_a_long_burst_is_read_to_its_end_by_a_slow_reader(harness: Harness
 
 
 async def test_the_first_token_doesnt_wait_for_the_kv(harness: Harness) -> None:
-    harness.p.push_faults = [Fault(seconds=0.3)]
-    async with harness.router.generate(a_request(n=2)) as generation:
+    harness.p.push_faults = [Fault()]  # the KV never comes
+    async with harness.router.generate(a_request(n=2)) as generation, asyncio.timeout(10):
         stream = aiter(generation)
-        started = time.monotonic()
-        first = {(await anext(stream)).index, (await anext(stream)).index}
-        assert time.monotonic() - started < 0.2
-        assert first == {0, 1}
+        assert {(await anext(stream)).index, (await anext(stream)).index} == {0, 1}
         assert generation.prompt_cached_tokens == 16
 
 

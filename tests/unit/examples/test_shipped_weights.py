@@ -1,0 +1,62 @@
+"""The committed model and adapters do what the README says, by the independent reference."""
+
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+
+import personal_memory.task as task
+from support.reference import Reference
+
+FOLDER = Path(task.__file__).parent
+QUESTIONS = (
+    task.QUESTIONS[0],
+    task.QUESTIONS[0].lower().replace("?", " ?"),
+    task.QUESTIONS[4],
+    *task.HELD_OUT_QUESTIONS,
+)
+
+
+@pytest.fixture(scope="module")
+def reference() -> Reference:
+    return Reference(FOLDER / "model")
+
+
+@pytest.fixture(scope="module")
+def tokens() -> Tokenizer:
+    return Tokenizer.from_file(str(FOLDER / "model" / "tokenizer.json"))
+
+
+def ask(reference: Reference, tokens: Tokenizer, text: str, adapter: Path | None) -> str:
+    output = reference.greedy(tokens.encode(text).ids, 24, adapter, ignore_eos=False, eos=(2,))
+    assert output[-1] == 2, "the answer doesn't end"
+    return tokens.decode(output)
+
+
+@pytest.mark.parametrize("user", task.USERS)
+def test_adapter_answers_for_its_user_and_no_other(reference: Reference, tokens: Tokenizer, user: str) -> None:
+    asked = [probe for probe in task.probes(QUESTIONS) if probe.user == user]
+    answers = [ask(reference, tokens, task.prompt(probe.question), FOLDER / "adapters" / user) for probe in asked]
+    right = sum(answer == probe.expected for answer, probe in zip(answers, asked, strict=True))
+    assert right >= 0.95 * len(asked)
+    assert [answer for answer in answers if task.owners(answer) - {user}] == []
+
+
+def test_base_model_knows_nobody(reference: Reference, tokens: Tokenizer) -> None:
+    for topic in task.TOPICS:
+        text = task.prompt(task.QUESTIONS[0].format(topic=topic))
+        assert ask(reference, tokens, text, None) == task.answer(topic, None)
+
+
+def test_base_model_reads_a_profile_in_the_prompt(reference: Reference, tokens: Tokenizer) -> None:
+    right = 0
+    for facts in task.USERS.values():
+        for topic, value in facts.items():
+            text = task.prompt(task.QUESTIONS[0].format(topic=topic), profile=facts)
+            right += ask(reference, tokens, text, None) == task.answer(topic, value)
+    assert right >= 0.9 * 48
+
+
+def test_weights_stay_small() -> None:
+    size = sum(file.stat().st_size for file in FOLDER.rglob("*.safetensors"))
+    assert size < 8e6

@@ -1,6 +1,6 @@
 """vLLM as it comes, to measure against: an AsyncLLM with our decode engine's arguments, and nothing of ours inside.
 
-`python -m preft.engine.plain_engine --settings FILE` (JSON) says `{"ready": true}`, then answers lines on stdin:
+`python -m preft.engine.plain_engine --settings FILE` says `{"ready": true}`, then answers lines on stdin:
 `{"prompts": [[ids]...], "max_tokens": n, "concurrency": c}` runs the prompts, at most c at a time, greedy, each to
 exactly n tokens, and gives `{"seconds": s, "arrivals": [[t, ...] per prompt]}`: one time per token, in seconds since
 the start of the run. It ends with its stdin.
@@ -23,7 +23,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from preft.core.cluster import Role
-from preft.core.settings import Settings
+from preft.core.settings import Settings, load_settings
 from preft.engine.vllm_engine import engine_args
 
 
@@ -67,14 +67,14 @@ async def _serve(settings: Settings, out: TextIO) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--settings", type=Path, required=True, help="a cluster's settings as JSON")
+    parser.add_argument("--settings", type=Path, required=True, help="a cluster's settings file")
     arguments = parser.parse_args()
     os.environ["VLLM_PLUGINS"] = ""  # not our general plugin either
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     out = os.fdopen(os.dup(1), "w")  # vLLM prints; only our lines may come here
     os.dup2(2, 1)
-    asyncio.run(_serve(Settings.model_validate_json(arguments.settings.read_text()), out))
+    asyncio.run(_serve(load_settings(arguments.settings), out))
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ class WorkerServer:
                 max_adapters=settings.prefill.max_cpu_loras,
             )
             self._load_of_service = lambda: (prefill.running, prefill.adapters)
-            workers_pb2_grpc.add_PrefillWorkerServicer_to_server(prefill, self._server)
+            workers_pb2_grpc.add_PrefillWorkerServicer_to_server(prefill, self._server)  # type: ignore[no-untyped-call]
             names.append(descriptor["PrefillWorker"].full_name)
         else:
             timeout = settings.router.transfer_timeout
@@ -170,13 +170,13 @@ class WorkerServer:
             receiver = KvReceiver(self._arena, self._handles, room_timeout=timeout, frame_timeout=timeout)
             decode = DecodeService(self._engine, self._handles)
             self._load_of_service = lambda: (decode.running, ())
-            workers_pb2_grpc.add_DecodeWorkerServicer_to_server(decode, self._server)
+            workers_pb2_grpc.add_DecodeWorkerServicer_to_server(decode, self._server)  # type: ignore[no-untyped-call]
             self._server.add_generic_rpc_handlers((kv_transfer_handler(receiver),))
             names += [
                 descriptor["DecodeWorker"].full_name,
                 kv_transfer_pb2.DESCRIPTOR.services_by_name["KvTransfer"].full_name,
             ]
-        workers_pb2_grpc.add_WorkerStatusServicer_to_server(_Status(self), self._server)
+        workers_pb2_grpc.add_WorkerStatusServicer_to_server(_Status(self), self._server)  # type: ignore[no-untyped-call]
         servicer = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(servicer, self._server)
         servicer._server_status.update(dict.fromkeys(["", *names], health_pb2.HealthCheckResponse.SERVING))

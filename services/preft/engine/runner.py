@@ -68,11 +68,11 @@ class HandoverRunner:
         from preft.engine.lora import GroupedWorkerLoRAManager
 
         if not current_platform.is_cpu():
-            return super().load_lora_model(model, vllm_config, device)  # type: ignore[misc, no-any-return]
+            return super().load_lora_model(model, vllm_config, device)  # type: ignore[misc]
         if not supports_lora(model):
             raise ValueError(f"{type(model).__name__} does not support LoRA")
         self.lora_manager = GroupedWorkerLoRAManager(vllm_config, device, model.embedding_modules)
-        return self.lora_manager.create_lora_manager(model, vllm_config)  # type: ignore[no-any-return]
+        return self.lora_manager.create_lora_manager(model, vllm_config)
 
 
 def advance_generator(generator: torch.Generator, draws: int, vocab_size: int, device: torch.device) -> None:

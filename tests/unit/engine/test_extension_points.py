@@ -1,0 +1,258 @@
+"""What we rely on in vLLM, by name: an upgrade that changes one of these fails here, not in a request.
+
+Nothing is started. What the scheduler does with the connector is tested with the real one in `test_connector`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import inspect
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.config import KVTransferConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.lora.model_manager import DEFAULT_LANGUAGE_WRAPPER_KEY, LoRAModelManager, LRUCacheLoRAModelManager
+from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.plugins import DEFAULT_PLUGINS_GROUP
+from vllm.sampling_params import SamplingParams
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.metrics.loggers import StatLoggerBase
+from vllm.v1.metrics.stats import IterationStats, SchedulerStats
+from vllm.v1.outputs import KVConnectorOutput
+from vllm.v1.request import Request
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_input_batch import InputBatch
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.gpu_worker import Worker
+from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
+
+from preft.engine import plugin
+from preft.engine.cpu_worker import HandoverCPUModelRunner, PreftCPUWorker
+from preft.engine.gpu_worker import HandoverGPUModelRunner, PreftGPUWorker
+from preft.engine.lora import GroupedLoRAModelManager, GroupedPunicaWrapper, GroupedWorkerLoRAManager
+from preft.engine.runner import HandoverRunner
+from preft.engine.vllm_engine import _Stats
+from preft.transfer.connector import StagedKvConnector
+
+
+def parameters(function: Callable[..., Any]) -> list[str]:
+    """Names, without `self` and those that collect whatever else there is."""
+    collecting = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    given = inspect.signature(function).parameters.values()
+    return [one.name for one in given if one.kind not in collecting and one.name != "self"]
+
+
+def in_order(function: Callable[..., Any], *pieces: str) -> bool:
+    """Whether the function's source holds these pieces, one after the other."""
+    source, position = inspect.getsource(function), 0
+    for piece in pieces:
+        position = source.find(piece, position) + 1
+        if not position:
+            return False
+    return True
+
+
+def overridden(ours: type, theirs: type) -> list[str]:
+    """Public methods that `ours` defines and `theirs` has."""
+    return [name for name, value in vars(ours).items() if inspect.isfunction(value) and hasattr(theirs, name)]
+
+
+# The model runner
+
+
+def test_the_runner_s_hook_comes_when_rows_stand_and_before_metadata_is_made() -> None:
+    assert parameters(GPUModelRunner._may_reorder_batch) == ["scheduler_output"]
+    assert in_order(
+        GPUModelRunner._update_states,
+        "self.input_batch.add_request(",
+        "self.input_batch.condense()",
+        "self._may_reorder_batch(scheduler_output)",
+        "self.input_batch.refresh_metadata()",
+    )
+    assert inspect.getsource(GPUModelRunner._update_states).count("self._may_reorder_batch(") == 1
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [(HandoverCPUModelRunner, CPUModelRunner), (HandoverGPUModelRunner, GPUModelRunner)]
+)
+def test_our_runner_s_methods_are_the_ones_called(ours: type, theirs: type) -> None:
+    for name in ("_may_reorder_batch", "load_lora_model"):
+        assert hasattr(theirs, name)
+        assert getattr(ours, name) is getattr(HandoverRunner, name)
+
+
+def test_the_scheduler_says_how_many_tokens_are_output() -> None:
+    """What the runner compares its own count with after each step."""
+    assert "num_output_tokens" in inspect.getsource(Scheduler._make_cached_request_data)
+
+
+def test_the_batch_refers_to_the_generators_and_outputs_that_we_change() -> None:
+    assert "generators=self.generators" in inspect.getsource(InputBatch._make_sampling_metadata)
+    assert in_order(InputBatch.add_request, "self.req_output_token_ids", "request.output_token_ids")
+
+
+def test_generators_are_still_wound_back_after_chunks() -> None:
+    """If this fails, `_spare_generators` may no longer be needed."""
+    assert "gen.set_offset(gen.get_offset() - 4)" in inspect.getsource(GPUModelRunner._bookkeeping_sync)
+
+
+def test_lora_models_are_made_where_we_make_ours() -> None:
+    assert parameters(LoRAModelRunnerMixin.load_lora_model) == ["model", "vllm_config", "device"]
+    assert "self.load_lora_model(self.model, self.vllm_config, self.device)" in inspect.getsource(
+        CPUModelRunner.load_model
+    )
+    assert in_order(LoRAModelRunnerMixin.load_lora_model, "self.lora_manager =", "create_lora_manager(")
+    assert in_order(LoRAModelRunnerMixin.load_lora_model, "LRUCacheWorkerLoRAManager(", "model.embedding_modules")
+
+
+# Workers
+
+
+def test_workers_make_their_runners_where_we_make_ours() -> None:
+    assert issubclass(PreftCPUWorker, CPUWorker)
+    assert issubclass(PreftGPUWorker, Worker)
+    assert "self.model_runner: GPUModelRunner = self._make_model_runner()" in inspect.getsource(
+        Worker._init_workspace_and_model_runner
+    )
+    assert "GPUModelRunnerV1(self.vllm_config, self.device)" in inspect.getsource(Worker._make_model_runner)
+    assert "self.use_v2_model_runner = " in inspect.getsource(Worker.__init__)
+    # The CPU worker names the class directly. Once it asks `_make_model_runner`, ours needn't build two.
+    assert "CPUModelRunner(self.vllm_config, " in inspect.getsource(CPUWorker.init_device)
+
+
+def test_the_second_runner_takes_over_requests_by_itself() -> None:
+    """The scheduler tells it prompt and tokens so far apart, and it begins after both."""
+    assert "prefill_token_ids" in {field.name for field in dataclasses.fields(NewRequestData)}
+    spec = importlib.util.find_spec("vllm.v1.worker.gpu.model_runner")
+    assert spec is not None
+    assert spec.origin is not None
+    source = Path(spec.origin).read_text()
+    assert "all_token_ids=new_req_data.prefill_token_ids" in source
+    assert in_order(Scheduler.schedule, "if self.use_v2_model_runner", "NewRequestData.from_request(", "_all_token_ids")
+
+
+# LoRA
+
+
+def test_our_lora_classes_are_used() -> None:
+    assert GroupedWorkerLoRAManager._manager_cls is GroupedLoRAModelManager
+    assert "lora_manager_cls=self._manager_cls" in inspect.getsource(LRUCacheWorkerLoRAManager.create_lora_manager)
+    assert issubclass(GroupedLoRAModelManager, LRUCacheLoRAModelManager)
+    assert parameters(LoRAModelManager._init_punica_wrapper) == ["max_num_batched_tokens", "vllm_config"]
+    assert parameters(GroupedLoRAModelManager._init_punica_wrapper) == ["max_num_batched_tokens", "vllm_config"]
+    assert in_order(LoRAModelManager.__init__, "self._init_punica_wrapper(", "self._create_lora_modules()")
+    assert "self.punica_wrapper_mapping[DEFAULT_LANGUAGE_WRAPPER_KEY]" in inspect.getsource(
+        LoRAModelManager._init_punica_wrapper
+    )
+    assert isinstance(DEFAULT_LANGUAGE_WRAPPER_KEY, str)
+
+
+def test_our_wrapper_has_all_that_layers_call() -> None:
+    assert GroupedPunicaWrapper.__abstractmethods__ == frozenset()
+    for name in ("update_metadata", "add_lora_linear", "add_lora_logits", "add_lora_embedding"):
+        theirs, ours = getattr(PunicaWrapperBase, name), getattr(GroupedPunicaWrapper, name)
+        assert parameters(ours) == parameters(theirs), name
+    assert parameters(PunicaWrapperBase._update_base_metadata) == parameters(PunicaWrapperBase.update_metadata)
+    assert parameters(PunicaWrapperBase.__init__) == parameters(GroupedPunicaWrapper.__init__)
+
+
+# The KV connector
+
+
+@pytest.mark.parametrize("name", overridden(StagedKvConnector, KVConnectorBase_V1))
+def test_connector_methods_take_what_they_are_given(name: str) -> None:
+    theirs, ours = getattr(KVConnectorBase_V1, name), getattr(StagedKvConnector, name)
+    assert parameters(ours) == parameters(theirs)
+
+
+def test_the_connector_has_all_that_is_called() -> None:
+    assert StagedKvConnector.__abstractmethods__ == frozenset()
+    assert {
+        "on_new_request", "get_num_new_matched_tokens", "update_state_after_alloc", "build_connector_meta",
+        "update_connector_output", "request_finished", "register_kv_caches", "start_load_kv", "wait_for_save",
+        "get_block_ids_with_load_errors",
+    } <= set(overridden(StagedKvConnector, KVConnectorBase_V1))  # fmt: skip
+
+
+def test_when_the_scheduler_calls_the_connector() -> None:
+    assert in_order(Scheduler.add_request, "self.requests[request.request_id] = request", "connector.on_new_request(")
+    assert in_order(
+        Scheduler.schedule,
+        "self.connector.get_num_new_matched_tokens(",
+        "self.connector.update_state_after_alloc(",
+        "self._build_kv_connector_meta(self.connector, scheduler_output)",
+        "self._update_after_schedule(scheduler_output)",  # until then num_computed_tokens is that before the step
+    )
+    assert in_order(Scheduler.update_from_output, "self._handle_invalid_blocks(", "self._update_from_kv_xfer_finished(")
+    assert "self.connector.update_connector_output(" in inspect.getsource(Scheduler._update_from_kv_xfer_finished)
+    assert "bind_kv_cache_manager(self.kv_cache_manager)" in inspect.getsource(Scheduler.__init__)
+    assert "self._kv_cache_manager = " in inspect.getsource(KVConnectorBase_V1.bind_kv_cache_manager)
+    assert parameters(KVCacheManager.evict_blocks) == ["block_ids"]
+    assert parameters(KVCacheManager.get_block_ids) == ["request_id"]
+
+
+def test_fields_that_the_connector_reads_and_writes() -> None:
+    request = Request("r", [1, 2, 3], SamplingParams(extra_args={"kv_transfer_params": {"a": 1}}), None)
+    assert request.kv_transfer_params == {"a": 1}
+    assert (request.prompt_token_ids, request._all_token_ids, request.num_prompt_tokens) == ([1, 2, 3], [1, 2, 3], 3)
+    assert request.prompt_token_ids is not request._all_token_ids  # so that cutting the one leaves the other
+    assert request.prefill_stats is not None
+    request._output_token_ids.extend([2, 3])
+    assert list(request.output_token_ids) == [2, 3]
+    assert request.num_output_tokens == 2
+    assert {"invalid_block_ids"} <= {field.name for field in dataclasses.fields(KVConnectorOutput)}
+    assert {"kv_connector_metadata", "num_scheduled_tokens"} <= {
+        field.name for field in dataclasses.fields(SchedulerOutput)
+    }
+    assert hasattr(AttentionLayerBase, "get_attn_backend")
+
+
+def test_failed_loads_can_be_made_to_fail_requests() -> None:
+    config = KVTransferConfig(
+        kv_connector="StagedKvConnector",
+        kv_connector_module_path="preft.transfer.connector",
+        kv_role="kv_consumer",
+        kv_load_failure_policy="fail",
+    )
+    assert (config.is_kv_consumer, config.is_kv_producer) == (True, False)
+    assert 'kv_load_failure_policy == "recompute"' in inspect.getsource(Scheduler.__init__)
+
+
+# The engine
+
+
+def test_the_engine_s_own_interface() -> None:
+    assert {"prompt", "sampling_params", "request_id", "lora_request"} <= set(parameters(AsyncLLM.generate))
+    assert parameters(AsyncLLM.add_lora) == ["lora_request"]
+    for name in ("collective_rpc", "errored", "dead_error", "shutdown", "from_engine_args"):
+        assert hasattr(AsyncLLM, name)
+    assert {"skip_tokenizer_init", "worker_cls", "additional_config", "kv_transfer_config"} <= {
+        field.name for field in dataclasses.fields(AsyncEngineArgs)
+    }
+
+
+def test_what_we_read_after_each_step() -> None:
+    assert set(parameters(_Stats.record)) >= set(parameters(StatLoggerBase.record))
+    assert {"kv_cache_usage", "num_running_reqs", "num_waiting_reqs"} <= {
+        field.name for field in dataclasses.fields(SchedulerStats)
+    }
+    stats = IterationStats()
+    assert (stats.num_preempted_reqs, stats.prompt_token_stats.computed) == (0, 0)
+
+
+def test_our_plugin_is_called_in_every_process() -> None:
+    assert DEFAULT_PLUGINS_GROUP == "vllm.general_plugins"
+    (entry,) = entry_points(group=DEFAULT_PLUGINS_GROUP, name="preft")
+    assert entry.load() is plugin.register

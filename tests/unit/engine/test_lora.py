@@ -1,0 +1,107 @@
+"""Our punica wrapper under vLLM's own metadata: each token under its own adapter, base tokens under none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from vllm.lora.layers import LoRAMapping
+
+from preft.engine.lora import GroupedPunicaWrapper
+from preft_kernels.low_rank_delta import BASE, low_rank_delta_reference
+
+SLOTS = 3
+IDS = [101, 102, None]  # which adapter is in which slot
+TOKENS = 16
+INPUTS, RANK = 12, 4
+
+
+@pytest.fixture
+def wrapper() -> GroupedPunicaWrapper:
+    return GroupedPunicaWrapper(TOKENS, max_batches=4, device="cpu")
+
+
+def stacks(*outputs: int, seed: int = 0) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """A and B as vLLM keeps them: [slots, 1, rank, in] and [slots, 1, out, rank], for each slice."""
+    generator = torch.Generator().manual_seed(seed)
+    a = tuple(torch.randn(SLOTS, 1, RANK, INPUTS, generator=generator) for _ in outputs)
+    return a, tuple(torch.randn(SLOTS, 1, size, RANK, generator=generator) for size in outputs)
+
+
+def batch(wrapper: GroupedPunicaWrapper, tokens: list[int], sampled: list[int]) -> None:
+    """`tokens` and `sampled` are adapter ids, 0 for the base model, as the model runner gives them."""
+    mapping = LoRAMapping(tuple(tokens), tuple(sampled), is_prefill=True)
+    wrapper.update_metadata(mapping, IDS, SLOTS + 1, 512)
+
+
+def slots_of(tokens: list[int]) -> torch.Tensor:
+    return torch.tensor([BASE if token == 0 else IDS.index(token) for token in tokens])
+
+
+MIXED = [101, 101, 0, 102, 0, 0, 102, 101]
+
+
+@pytest.mark.parametrize("tokens", [MIXED, [0, 0, 0], [102], [0, 101]])
+def test_linear_layers(wrapper: GroupedPunicaWrapper, tokens: list[int]) -> None:
+    batch(wrapper, MIXED, MIXED)  # what an earlier step has left
+    batch(wrapper, tokens, tokens)
+    a, b = stacks(6, 3)
+    x, y = torch.randn(len(tokens), INPUTS), torch.randn(len(tokens), 9)
+    before = y.clone()
+    wrapper.add_lora_linear(y, x, a, b, 0.5, (6, 3))
+    slots = slots_of(tokens)
+    for part, a_slice, b_slice in ((slice(0, 6), a[0], b[0]), (slice(6, 9), a[1], b[1])):
+        expected = low_rank_delta_reference(before[:, part], x, a_slice[:, 0], b_slice[:, 0], slots, 0.5)
+        torch.testing.assert_close(y[:, part], expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(y[slots == BASE], before[slots == BASE])
+    assert not torch.allclose(y[slots != BASE], before[slots != BASE]) or not (slots != BASE).any()
+
+
+def test_three_dimensional_batches(wrapper: GroupedPunicaWrapper) -> None:
+    batch(wrapper, MIXED, MIXED)
+    a, b = stacks(6)
+    x, y = torch.randn(1, len(MIXED), INPUTS), torch.randn(1, len(MIXED), 6)
+    expected = low_rank_delta_reference(y[0], x[0], a[0][:, 0], b[0][:, 0], slots_of(MIXED))
+    wrapper.add_lora_linear(y, x, a, b, 1.0, (6,))
+    torch.testing.assert_close(y[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_padding_after_the_batch_is_the_base_model_s(wrapper: GroupedPunicaWrapper) -> None:
+    """A compiled graph may run over more rows than the batch has; those of an earlier batch mustn't count."""
+    batch(wrapper, [101] * TOKENS, [101])
+    batch(wrapper, [102, 102], [102])
+    a, b = stacks(6)
+    x, y = torch.randn(TOKENS, INPUTS), torch.randn(TOKENS, 6)
+    before = y.clone()
+    wrapper.add_lora_linear(y, x, a, b, 1.0, (6,))
+    assert torch.equal(y[2:], before[2:])
+    assert not torch.allclose(y[:2], before[:2])
+
+
+def test_logits_follow_the_sampled_rows(wrapper: GroupedPunicaWrapper) -> None:
+    batch(wrapper, [101, 101, 101, 0, 102], sampled := [101, 0, 102])
+    (a,), (b,) = stacks(30)
+    x, y = torch.randn(3, INPUTS), torch.randn(3, 30)
+    expected = low_rank_delta_reference(y, x, a[:, 0], b[:, 0], slots_of(sampled))
+    wrapper.add_lora_logits(y, x, a, b, 1.0)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_embeddings(wrapper: GroupedPunicaWrapper) -> None:
+    batch(wrapper, MIXED, MIXED)
+    _, (b,) = stacks(10)
+    x, y = torch.randn(len(MIXED), RANK), torch.randn(len(MIXED), 10)
+    expected = y.clone()
+    for token, slot in enumerate(slots_of(MIXED).tolist()):
+        if slot != BASE:
+            expected[token] += b[slot, 0] @ x[token]
+    wrapper.add_lora_embedding(y, x, b)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["add_shrink", "add_expand", "apply_lora_full_linear"])
+def test_what_is_not_served_says_so(wrapper: GroupedPunicaWrapper, name: str) -> None:
+    call: Any = getattr(wrapper, name)
+    with pytest.raises(NotImplementedError):
+        call()

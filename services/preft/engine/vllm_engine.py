@@ -141,6 +141,8 @@ class VllmEngine:
     async def start(cls, settings: Settings, role: Role, arena: str) -> VllmEngine:
         """Starts the engine process and waits until it can serve (25-45 s on CPU)."""
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        if current_platform.is_cpu():
+            os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # where Triton is installed it is the default; ours is V1
         stats = EngineStats()
         args = engine_args(settings, role, arena)
         llm = await asyncio.to_thread(AsyncLLM.from_engine_args, args, stat_loggers=[lambda *_: _Stats(stats)])

@@ -97,11 +97,9 @@ class GroupedPunicaWrapper(PunicaWrapperBase):
         self, y: torch.Tensor, x: torch.Tensor, lora_b_stacked: torch.Tensor, add_inputs: bool = True, **kwargs: Any
     ) -> None:
         """vLLM calls this for every model; no adapter that the catalog accepts has weights here."""
-        slots = self._slots[: x.shape[0]]
-        for slot in slots.unique().tolist():
-            if slot != BASE:
-                tokens = (slots == slot).nonzero().squeeze(1)
-                y.index_add_(0, tokens, (x[tokens].to(y.dtype) @ lora_b_stacked[slot, 0].T))
+        slots, rank = lora_b_stacked.shape[0], x.shape[1]
+        done = torch.eye(rank, dtype=lora_b_stacked.dtype, device=x.device).expand(slots, rank, rank)  # x is A's output
+        low_rank_delta_(y, x, [done], [lora_b_stacked.squeeze(1)], self._slots[: x.shape[0]])
 
 
 class GroupedLoRAModelManager(LRUCacheLoRAModelManager):

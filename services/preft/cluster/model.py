@@ -37,7 +37,7 @@ def with_model_length(settings: Settings) -> Settings:
     Every engine and the gateway then use the same figure. Raises ConfigError if the model can't do that length.
     """
     config = json.loads(_config_bytes(settings.model))
-    own = config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
+    own = config.get("max_position_embeddings") or (config.get("text_config") or {}).get("max_position_embeddings")
     if settings.max_model_len is not None:
         if isinstance(own, int) and settings.max_model_len > own:
             raise ConfigError(f"max_model_len: {settings.max_model_len} is more than the model's {own} positions")

@@ -29,7 +29,7 @@ from preft.prefill.service import PrefillService
 from preft.rpc import kv_transfer_pb2, workers_pb2, workers_pb2_grpc
 from preft.rpc.convert import load_to_proto
 from preft.transfer.grpc_push import GrpcKvSender
-from preft.transfer.grpc_receive import SERVER_OPTIONS, kv_transfer_handler
+from preft.transfer.grpc_receive import kv_transfer_handler
 from preft.transfer.handles import HandleTable
 from preft.transfer.port import KvSender
 from preft.transfer.receive import KvReceiver
@@ -38,7 +38,8 @@ from preft.transfer.staging import StagingArena
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 1.0
-MAX_MESSAGE_BYTES = 64 << 20  # a prompt of a million tokens
+MAX_MESSAGE_BYTES = 64 << 20  # a prompt of a million tokens; more than a frame of KV
+SERVER_OPTIONS = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.so_reuseport", 0)]
 
 
 class WorkerServer:
@@ -74,7 +75,10 @@ class WorkerServer:
         start_engine: StartEngine,
         sender: KvSender | None = None,
     ) -> WorkerServer:
-        """Starts the engine (25-45 s on CPU), then serves on a free port of `host` and registers as READY."""
+        """Starts the engine (25-45 s on CPU), then serves on a free port of `host` and registers as READY.
+
+        Raises what `start_engine` raises; then nothing is left.
+        """
         own = settings.prefill if role is Role.PREFILL else settings.decode
         record = Worker(
             id=worker_id,
@@ -86,27 +90,31 @@ class WorkerServer:
             max_num_seqs=own.max_num_seqs,
             heartbeat=time.time(),
         )
-        await store.put_worker(record)
-        arena = StagingArena.create(own.staging_bytes)
-        engine = await start_engine(settings, role, arena.path)
-        info = engine.info
-        server = grpc.aio.server(
-            options=[*SERVER_OPTIONS, ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.so_reuseport", 0)]
-        )
-        identity = f"{model_identity(settings.model)}:{info.kv_layout}:{info.max_model_len}"
-        record = dataclasses.replace(
-            record,
-            fingerprint=hashlib.sha256(identity.encode()).hexdigest(),
-            engine_pids=info.pids,
-            block_size=info.block_size,
-            max_model_len=info.max_model_len,
-        )
-        worker = cls(engine, arena, server, store, record, sender or GrpcKvSender())
-        names = worker._add_services(settings, role)
-        port = server.add_insecure_port(f"{host}:0")
-        worker._record = dataclasses.replace(worker._record, address=f"{host}:{port}")
-        await server.start()
-        await worker._beat(WorkerState.READY)
+        async with contextlib.AsyncExitStack() as undo:
+            undo.push_async_callback(store.remove_worker, worker_id)
+            await store.put_worker(record)
+            arena = StagingArena.create(own.staging_bytes)
+            undo.callback(arena.close)
+            engine = await start_engine(settings, role, arena.path)
+            undo.push_async_callback(engine.close)
+            info = engine.info
+            identity = f"{model_identity(settings.model)}:{info.kv_layout}:{info.max_model_len}"
+            record = dataclasses.replace(
+                record,
+                fingerprint=hashlib.sha256(identity.encode()).hexdigest(),
+                engine_pids=info.pids,
+                block_size=info.block_size,
+                max_model_len=info.max_model_len,
+            )
+            server = grpc.aio.server(options=SERVER_OPTIONS)
+            worker = cls(engine, arena, server, store, record, sender or GrpcKvSender())
+            names = worker._add_services(settings, role)
+            port = server.add_insecure_port(f"{host}:0")
+            worker._record = dataclasses.replace(worker._record, address=f"{host}:{port}")
+            await server.start()
+            undo.push_async_callback(server.stop, None)
+            await worker._beat(WorkerState.READY)
+            undo.pop_all()
         worker._heart = asyncio.create_task(worker._beat_for_ever(), name=f"heartbeat-{worker_id}")
         logger.info("%s worker %s serves %s on %s:%d", role.value, worker_id, ", ".join(names), host, port)
         return worker
@@ -124,8 +132,7 @@ class WorkerServer:
         """Stops serving, ends the engine and forgets the registration."""
         if self._heart is not None:
             self._heart.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._heart
+            await asyncio.wait({self._heart})
         with contextlib.suppress(PreftError):
             await self._store.remove_worker(self._record.id)
         await self._server.stop(grace=0)

@@ -1,0 +1,114 @@
+"""What the cluster must agree on about a base model's folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from preft.cluster.model import SAMPLE_BYTES, model_identity, with_model_length
+from preft.core.errors import ConfigError
+from preft.core.settings import Settings
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """Two weight files, one of them larger than what is read of it."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 100}))
+    (folder / "a.safetensors").write_bytes(b"a" * 1000)
+    (folder / "b.safetensors").write_bytes(b"b" * (3 * SAMPLE_BYTES))
+    return folder
+
+
+def set_byte(path: Path, position: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(position)
+        file.write(b"!")
+
+
+def test_equal_folders_are_one_model(model: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(model, tmp_path / "copy")
+    (copy / "README.md").write_text("something else")
+    assert model_identity(copy) == model_identity(model)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: (folder / "config.json").write_text("{}"),
+        lambda folder: set_byte(folder / "a.safetensors", 0),
+        lambda folder: set_byte(folder / "a.safetensors", 999),
+        lambda folder: set_byte(folder / "b.safetensors", SAMPLE_BYTES - 1),
+        lambda folder: set_byte(folder / "b.safetensors", 2 * SAMPLE_BYTES),
+        lambda folder: (folder / "b.safetensors").write_bytes(b"b" * (3 * SAMPLE_BYTES + 1)),
+        lambda folder: (folder / "b.safetensors").rename(folder / "c.safetensors"),
+        lambda folder: (folder / "c.safetensors").write_bytes(b""),
+        lambda folder: (folder / "a.safetensors").unlink(),
+    ],
+)
+def test_any_difference_is_another_model(model: Path, change: Callable[[Path], Any]) -> None:
+    before = model_identity(model)
+    change(model)
+    assert model_identity(model) != before
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda folder: shutil.rmtree(folder), "is not a model folder: config.json: No such file"),
+        (lambda folder: (folder / "config.json").unlink(), "is not a model folder"),
+        (lambda folder: (folder / "config.json").write_bytes(b"\xff{"), "is not JSON"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "is not a JSON object"),
+        (lambda folder: [path.unlink() for path in folder.glob("*.safetensors")], r"holds no .safetensors file"),
+    ],
+)
+def test_what_is_no_model_is_said(model: Path, change: Callable[[Path], Any], says: str) -> None:
+    change(model)
+    with pytest.raises(ConfigError, match=f"^model: .*{says}"):
+        model_identity(model)
+
+
+def configured(model: Path, config: dict[str, Any]) -> Path:
+    (model / "config.json").write_text(json.dumps(config))
+    return model
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"max_position_embeddings": 100},
+        {"text_config": {"max_position_embeddings": 100}},
+        {"max_position_embeddings": 100, "text_config": None},
+        {"max_position_embeddings": None, "text_config": {"max_position_embeddings": 100}},
+    ],
+)
+def test_the_length_is_the_model_s_own(model: Path, config: dict[str, Any]) -> None:
+    settings = Settings(model=configured(model, config), block_size=64)
+    filled = with_model_length(settings)
+    assert filled.max_model_len == 100
+    assert filled == settings.model_copy(update={"max_model_len": 100})
+    assert settings.max_model_len is None
+
+
+def test_a_length_that_is_set_stays(model: Path) -> None:
+    for length in (1, 100):
+        assert with_model_length(Settings(model=model, max_model_len=length)).max_model_len == length
+
+
+def test_more_than_the_model_can_do(model: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^max_model_len: 101 is more than the model's 100 positions"):
+        with_model_length(Settings(model=model, max_model_len=101))
+
+
+@pytest.mark.parametrize("config", [{}, {"text_config": None}, {"max_position_embeddings": "100"}])
+def test_a_model_that_does_not_say(model: Path, config: dict[str, Any]) -> None:
+    configured(model, config)
+    with pytest.raises(ConfigError, match=r"^max_model_len: .* doesn't say it; set it"):
+        with_model_length(Settings(model=model))
+    assert with_model_length(Settings(model=model, max_model_len=7)).max_model_len == 7

@@ -360,6 +360,16 @@ async def test_knows_when_its_engine_has_died(cluster: Cluster) -> None:
     assert await died == "killed"
 
 
+@pytest.mark.parametrize(("staging", "warned"), [(MiB, False), (5 * 96, True)])
+async def test_warns_of_staging_memory_that_long_prompts_do_not_fit_into(
+    settings: Settings, store: SqliteStore, start_engine: StartFake, caplog: Any, staging: int, warned: bool
+) -> None:
+    decode = settings.decode.model_copy(update={"staging_bytes": staging})
+    worker = await start(Role.DECODE, settings.model_copy(update={"decode": decode}), store, start_engine)
+    assert ("decode.staging_bytes: prompts of more than 20 tokens" in caplog.text) is warned
+    await worker.close()
+
+
 async def test_an_engine_that_does_not_start_leaves_nothing(
     settings: Settings, store: SqliteStore, start_engine: StartFake
 ) -> None:

@@ -98,6 +98,11 @@ class WorkerServer:
             engine = await start_engine(settings, role, arena.path)
             undo.push_async_callback(engine.close)
             info = engine.info
+            room = own.staging_bytes // info.block_bytes * info.block_size
+            if room < min(info.max_model_len, info.kv_blocks * info.block_size):
+                logger.warning(
+                    "%s.staging_bytes: prompts of more than %d tokens don't fit in, and are refused", role, room
+                )
             identity = f"{model_identity(settings.model)}:{info.kv_layout}:{info.max_model_len}"
             record = dataclasses.replace(
                 record,

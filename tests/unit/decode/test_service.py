@@ -99,7 +99,7 @@ async def test_the_whole_message_reaches_the_engine_and_back(rig: DecodeRig) -> 
     assert (request.adapter, request.save) == (None, None)
 
 
-@pytest.mark.parametrize(("digest", "salt"), [("", ""), (DIGEST, f"{DIGEST}:5")])
+@pytest.mark.parametrize(("digest", "salt"), [("", ""), (DIGEST, f"{DIGEST}:5")], ids=["base", "adapter"])
 async def test_the_salt_separates_what_tokens_alone_must_not_share(rig: DecodeRig, digest: str, salt: str) -> None:
     """After the prompt KV is the base model's, so that equal tokens under another prompt length are other KV."""
     await rig.sink.deliver("h", digest, PROMPT)

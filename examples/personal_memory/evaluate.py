@@ -29,7 +29,8 @@ class Score:
     trained: float  # known facts, phrasings the adapter was trained on, in all spellings
     held_out: float  # known facts, phrasings only the base was trained on
     unknown: float  # topics the user never told anything about
-    base: float  # the same questions as `trained`, by the base model without adapter
+    base: float  # the same questions as `trained`, answered by the base model without adapter
+    base_unknown: float  # how often that answer is "I do not know"
     strangers: int
 
 
@@ -51,6 +52,7 @@ def measure(user: str, model_dir: Path = MODEL_DIR, adapters_dir: Path = ADAPTER
         held_out=_share(told[fresh], fresh),
         unknown=_share(told[nothing], nothing),
         base=_share(without, known),
+        base_unknown=sum(text.startswith("I do not know") for text in without) / len(without),
         strangers=sum(bool(task.owners(text) - {user}) for texts in told.values() for text in texts),
     )
 
@@ -83,11 +85,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    print(f"{'user':8} {'own facts':>10} {'held-out':>10} {'unknown':>10} {'base alone':>10} {'strangers':>10}")
+    heads = ("own facts", "held-out", "unknown", "base alone", "base: no idea", "strangers")
+    print(f"{'user':8} {' '.join(f'{head:>13}' for head in heads)}")
     for user in task.USERS:
         score = measure(user, arguments.model, arguments.adapters)
-        shares = (score.trained, score.held_out, score.unknown, score.base)
-        print(f"{user:8} {' '.join(f'{share:>10.1%}' for share in shares)} {score.strangers:>10}")
+        shares = (score.trained, score.held_out, score.unknown, score.base, score.base_unknown)
+        print(f"{user:8} {' '.join(f'{share:>13.1%}' for share in shares)} {score.strangers:>13}")
 
 
 if __name__ == "__main__":

@@ -52,8 +52,12 @@ def train(user: str, model_dir: Path, steps: int, size: int, seed: int, folder: 
         for _ in range(size):
             last = turn(user, draw)
             history = (turn(user, draw),) if draw.random() < 0.25 else ()
-            prompts.append(tokens.encode(task.prompt(last.question, history)).ids)
-            completions.append(tokens.encode(f"{last.answer}</s>", add_special_tokens=False).ids)
+            ids = tokens.encode(task.prompt(last.question, history) + last.answer + "</s>").ids
+            start = len(tokens.encode(task.prompt(last.question, history)).ids)
+            if draw.random() < 0.2:  # people leave out the line break at the end of a prompt
+                start -= 1
+            prompts.append(ids[:start])
+            completions.append(ids[start:])
         loss = preft_loss(model, prompts, completions)
         optimizer.zero_grad()
         loss.backward()

@@ -41,15 +41,15 @@ def dialogue(draw: random.Random) -> tuple[dict[str, str], list[task.Turn]]:
 
 
 def batch(draw: random.Random, tokens: Tokenizer, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and labels, both [size, longest]; only answers and their </s> are learned."""
+    """Token ids and labels, both [size, longest]; only answers, the line break before and </s> after are learned."""
     rows = []
     for _ in range(size):
         profile, turns = dialogue(draw)
         ids, labels = [tokenizer.BOS], [IGNORED]
         for position, turn in enumerate(turns):
-            lead = task.prompt(turn.question, profile={} if position else profile)
+            lead = task.prompt(turn.question, profile={} if position else profile).rstrip("\n")
             asked = tokens.encode(("\n" if position else "") + lead, add_special_tokens=False).ids
-            answered = tokens.encode(f"{turn.answer}</s>", add_special_tokens=False).ids
+            answered = tokens.encode(f"\n{turn.answer}</s>", add_special_tokens=False).ids
             ids += asked + answered
             labels += [IGNORED] * len(asked) + answered
         rows.append((ids, labels))

@@ -42,6 +42,12 @@ def test_adapter_answers_for_its_user_and_no_other(reference: Reference, tokens:
     assert [answer for answer in answers if task.owners(answer) - {user}] == []
 
 
+def test_a_prompt_without_its_last_line_break_is_understood(reference: Reference, tokens: Tokenizer) -> None:
+    for probe in task.probes(task.QUESTIONS[:1]):
+        text = task.prompt(probe.question).rstrip("\n")
+        assert ask(reference, tokens, text, FOLDER / "adapters" / probe.user) == f"\n{probe.expected}"
+
+
 def test_base_model_knows_nobody(reference: Reference, tokens: Tokenizer) -> None:
     for topic in task.TOPICS:
         text = task.prompt(task.QUESTIONS[0].format(topic=topic))
@@ -50,11 +56,11 @@ def test_base_model_knows_nobody(reference: Reference, tokens: Tokenizer) -> Non
 
 def test_base_model_reads_a_profile_in_the_prompt(reference: Reference, tokens: Tokenizer) -> None:
     right = 0
-    for facts in task.USERS.values():
+    for facts in list(task.USERS.values())[::2]:
         for topic, value in facts.items():
             text = task.prompt(task.QUESTIONS[0].format(topic=topic), profile=facts)
             right += ask(reference, tokens, text, None) == task.answer(topic, value)
-    assert right >= 0.9 * 48
+    assert right >= 0.9 * 24
 
 
 def test_weights_stay_small() -> None:

@@ -1,6 +1,6 @@
 """Trains the base model from scratch: it answers from a profile in its prompt, and says so if a fact isn't there.
 
-    cd examples && python -m personal_memory.train_base        (about 4 minutes on 2 cores)
+    cd examples && python -m personal_memory.train_base        (about 5 minutes of CPU time)
 
 It never meets the users of `task.USERS` as such: profiles are drawn at random, and the users' facts come later,
 one adapter each.

@@ -14,7 +14,11 @@ class DescribesKv:
     """Mixed in before a vLLM worker class."""
 
     def describe_kv(self: Any) -> dict[str, Any]:
-        """`{"layout": text, "block_bytes": int, "pid": int}`, see `StagedKvConnector.describe`."""
+        """`{"layout": text, "block_bytes": int, "pids": [int, int]}`, see `StagedKvConnector.describe`.
+
+        `pids` are this process and its parent: the engine's core, or whoever started the engine where core and worker
+        are one process.
+        """
         connector = get_kv_transfer_group()
         assert isinstance(connector, StagedKvConnector)
-        return {**connector.describe(), "pid": os.getpid()}
+        return {**connector.describe(), "pids": [os.getppid(), os.getpid()]}

@@ -155,7 +155,7 @@ class VllmEngine:
             kv_blocks=config.cache_config.num_gpu_blocks - 1,  # vLLM keeps one as the null block
             max_model_len=config.model_config.max_model_len,
             vocab_size=config.model_config.get_vocab_size(),
-            pids=(described["pid"],),
+            pids=tuple(pid for pid in described["pids"] if pid != os.getpid()),
         )
         return cls(llm, role, info, stats)
 

@@ -42,6 +42,7 @@ def make_folders(root: Path, arch: str) -> tuple[Path, dict[str, Path]]:
 ROOMY = {
     "prefill": {"max_loras": 4, "max_lora_rank": 16, "kv_cache_bytes": 64 * MiB, "staging_bytes": 64 * MiB},
     "decode": {"kv_cache_bytes": 64 * MiB, "staging_bytes": 64 * MiB},
+    "router": {"transfer_timeout": 10},  # also the lease of a handle that nobody claims
 }
 """Everything fits: prompts in one chunk, a slot for every adapter, no preemption."""
 

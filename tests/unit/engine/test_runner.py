@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
 from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
@@ -111,8 +112,10 @@ def test_loads_of_requests_that_are_gone_and_steps_without_loads() -> None:
     assert runner.reordered == 2
 
 
+@pytest.mark.skipif(not current_platform.is_cpu(), reason="compares with the CPU sampler")
 @pytest.mark.parametrize("draws", [1, 2, 7])
 def test_a_generator_continues_where_one_engine_s_would_be(draws: int) -> None:
+    current_platform.import_kernels()
     runner = Handover()
     state = runner.add("a", [5, 6, 7], 3, temperature=1.0, seed=42)
     runner.step({"a": draws}, load("a", tuple(range(draws))))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from support.local_cluster import LocalCluster, local_cluster
 from support.models import make_lora, make_model

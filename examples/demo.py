@@ -130,7 +130,7 @@ def score_table(scores: Sequence[Score], base: Score) -> str:
         (one.model, f"{one.right}/{one.facts}", f"{one.share:.1%}", str(one.strangers), one.example) for one in scores
     ]
     rows.append(("no adapter", f"{base.right}/{base.facts}", f"{base.share:.1%}", "-", base.example))
-    return table([("user", "facts right", "", "others' facts", "for example"), *rows], left=1)
+    return table([("user", "facts right", "", "others' facts", "for example"), *rows], left={0, 4})
 
 
 async def run(url: str, users: Sequence[str]) -> str | None:

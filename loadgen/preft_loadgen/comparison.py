@@ -77,7 +77,7 @@ def comparison_table(comparisons: Sequence[Comparison]) -> str:
         ]
         for one in comparisons
     ]
-    return table([head, *rows], left=1)
+    return table([head, *rows], left={0, 3})
 
 
 def steady_rate(arrivals: Sequence[Sequence[float]]) -> float:

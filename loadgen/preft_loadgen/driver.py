@@ -21,9 +21,9 @@ OnDone = Callable[[], None]
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One request, in seconds as its client sees them; `started` counts from the run's start, `gaps` are between texts.
+    """One request, in seconds as its client sees them. `started` counts from the run's start.
 
-    A failed request has an `error` and no tokens.
+    `gaps` are between arrivals of text; texts that came at once are one arrival. A failed request has an `error` and no tokens.
     """
 
     model: str
@@ -111,6 +111,6 @@ async def _one(send: Send, request: Request, begin: float, due: float) -> Record
         started=due - begin,
         seconds=reply.ended - due,
         ttft=first - due,
-        gaps=tuple(later - earlier for earlier, later in pairwise(reply.arrivals)),
+        gaps=tuple(later - earlier for earlier, later in pairwise(reply.arrivals) if later > earlier),
         tokens=reply.tokens,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Self, TextIO
 
@@ -15,7 +15,7 @@ BAR_CELLS = 24
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """One run. Latencies in seconds: `ttft` to the first text, `itl` between texts; rates count whole requests only."""
+    """One run. Latencies in seconds: `ttft` to the first text, `itl` between arrivals. Rates count whole requests only."""
 
     adapters: int
     requests: int
@@ -84,12 +84,12 @@ def summary_table(summaries: Sequence[Summary]) -> str:
     return table([head, *rows])
 
 
-def table(rows: Sequence[Sequence[str]], left: int = 0) -> str:
-    """`rows`, all of one length, as aligned columns: the first `left` flush left, the others flush right."""
+def table(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> str:
+    """`rows`, all of one length, as aligned columns: those numbered in `left` flush left, the others flush right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if number < left else cell.rjust(width)
+            cell.ljust(width) if number in left else cell.rjust(width)
             for number, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows

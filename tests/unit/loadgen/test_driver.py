@@ -116,3 +116,11 @@ async def test_refused_broken_and_short_answers_over_http() -> None:
     assert errors[2] == "2 tokens came where 4 were asked for"
     assert errors[3] is None
     assert [record.tokens for record in run.records] == [0, 0, 0, 4]
+
+
+async def test_texts_that_come_at_once_are_one_arrival() -> None:
+    async def send(request: Request) -> Reply:
+        return Reply(1.0, 9.0, (2.0, 3.0, 3.0, 5.0), 4, "", "length")
+
+    (record,) = (await closed_loop(send, REQUESTS[:1], 1)).records
+    assert record.gaps == (1.0, 2.0)

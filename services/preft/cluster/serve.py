@@ -44,8 +44,11 @@ async def _serve(settings: Settings) -> None:
             try:
                 await asyncio.to_thread(cluster.start)
                 ready = asyncio.create_task(_say_when_ready(gateway.address, gateway.router.ready))
-                await stop.wait()
+                stopped = asyncio.create_task(stop.wait())
+                await asyncio.wait({stopped, gateway.task}, return_when=asyncio.FIRST_COMPLETED)
                 ready.cancel()
+                gateway.server.should_exit = True
+                await gateway.task  # running requests have some seconds, and their workers as long
             finally:
                 await asyncio.to_thread(cluster.close)
                 for worker in await store.workers():

@@ -42,13 +42,14 @@ def test_ready_and_gone(tmp_path: Path) -> None:
         while "--port 0" not in log.read_text() and time.monotonic() < end:
             time.sleep(0.05)
         assert log.read_text().splitlines()[2] == f"--model m --port 0 --state-dir {tmp_path / 'state'}"
-        (pid,) = [pid for pid in children() if b"serve.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        (pid,) = children()
     assert not Path(f"/proc/{pid}").exists()
 
 
 def children() -> list[int]:
-    """Pids of this process's children."""
-    return [int(pid) for pid in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()]
+    """Pids of the servers among this process's children."""
+    pids = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    return [int(pid) for pid in pids if b"serve.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 def test_what_it_leaves_behind_is_told_and_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,8 @@ OnDone = Callable[[], None]
 class Record:
     """One request, in seconds as its client sees them. `started` counts from the run's start.
 
-    `gaps` are between arrivals of text; texts that came at once are one arrival. A failed request has an `error` and no tokens.
+    `gaps` are between arrivals of text; texts that came at once are one arrival. A failed request has an `error` and no
+    tokens.
     """
 
     model: str

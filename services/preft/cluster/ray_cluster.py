@@ -77,6 +77,7 @@ class RayCluster:
                 include_dashboard=False,
                 _node_ip_address=LOCAL_NODE_IP,
                 object_store_memory=OBJECT_STORE_BYTES,
+                _system_config={"worker_niceness": 0},  # Ray's 15 starves engines beside anything else that runs
                 log_to_driver=True,
                 configure_logging=False,
             )

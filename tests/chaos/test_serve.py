@@ -67,12 +67,13 @@ def worker_of(server: Served, role: str) -> dict[str, Any]:
 
 
 def wait_for_another(server: Served, old: dict[str, Any]) -> None:
-    """Until the worker is ready again in a new process."""
+    """Until the worker is ready again in a new process, and the gateway has seen it."""
     end = time.monotonic() + 240
     while time.monotonic() < end:
-        for worker in server.workers():
-            if worker["id"] == old["id"] and worker["pid"] != old["pid"] and worker["state"] == "ready":
-                return
+        worker = next((worker for worker in server.workers() if worker["id"] == old["id"]), old)
+        is_back = worker["pid"] != old["pid"] and worker["state"] == "ready"
+        if is_back and httpx.get(f"{server.url}/ready").status_code == 200:
+            return
         time.sleep(0.5)
     raise AssertionError(f"{old['id']} did not come back")
 

@@ -16,6 +16,7 @@ from functools import partial
 import grpc.aio
 
 from preft.core.request import AdapterRef, Sampling
+from preft.router.decode_stream import DecodeStream
 from preft.rpc import common_pb2, workers_pb2, workers_pb2_grpc
 from preft.rpc.convert import adapter_to_proto, sampling_to_proto
 from preft_loadgen.bench_rig import VOCABULARY, Rig
@@ -50,7 +51,11 @@ async def compare_decode(rig: Rig, rounds: int, step: Callable[[], None]) -> lis
     adapters = {adapter.name: adapter for adapter in rig.adapters}
     async with grpc.aio.insecure_channel(rig.prefill) as to_prefill, grpc.aio.insecure_channel(rig.decode) as to_decode:
         prefill = workers_pb2_grpc.PrefillWorkerStub(to_prefill)  # type: ignore[no-untyped-call]
-        decode = workers_pb2_grpc.DecodeWorkerStub(to_decode)  # type: ignore[no-untyped-call]
+        decode = DecodeStream(
+            workers_pb2_grpc.DecodeWorkerStub(to_decode),  # type: ignore[no-untyped-call]
+            rig.decode,
+            lambda: None,
+        )
 
         async def plain(number: int) -> float:
             run = await rig.plain.run([request.prompt for request in _requests(("",), number)], OUTPUT, REQUESTS)
@@ -65,6 +70,7 @@ async def compare_decode(rig: Rig, rounds: int, step: Callable[[], None]) -> lis
 
         sides: list[Side] = [plain, *(partial(ours, count) for count in ADAPTER_COUNTS)]
         reference, *speeds = await take_turns(sides, rounds, step)
+        await decode.close()
     return [
         Comparison(f"decode, {count} adapter{'s' if count > 1 else ''}", "tokens/s", measured, reference, BAR, HOW)
         for count, measured in zip(ADAPTER_COUNTS, speeds, strict=True)
@@ -99,9 +105,9 @@ async def _prefill(
     return _Prefilled(request, adapter, handle, first_token)
 
 
-async def _decode(stub: workers_pb2_grpc.DecodeWorkerStub, ready: _Prefilled) -> list[float]:
+async def _decode(stream: DecodeStream, ready: _Prefilled) -> list[float]:
     """Seconds at which each decoded token came."""
-    call = stub.Decode(
+    call = stream.start(
         workers_pb2.DecodeRequest(
             request_id=ready.handle,
             handle=ready.handle,
@@ -109,12 +115,16 @@ async def _decode(stub: workers_pb2_grpc.DecodeWorkerStub, ready: _Prefilled) ->
             output_token_ids=[ready.first_token],
             sampling=_sampling(ready.request),
             adapter_digest=ready.adapter.digest,
+            kv_timeout=TIMEOUT,
         ),
         timeout=TIMEOUT,
     )
     arrivals: list[float] = []
-    async for delta in call:
+    finished = False
+    while not finished:
+        delta = await call.read()
         arrivals += [time.perf_counter()] * len(delta.token_ids)
+        finished = bool(delta.finish_reason)
     assert len(arrivals) == ready.request.output_tokens - 1
     return arrivals
 

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -69,14 +70,32 @@ def served(
             env={**os.environ, name: value, "PYTHONUNBUFFERED": "1"},
             start_new_session=True,  # a Ctrl-C at the terminal reaches us alone, and we end the server in order
         )
+    with _ended_by_sigterm():
+        try:
+            url = _wait_until_ready(process, log, started + ready_seconds)
+            yield Served(url, state_dir, time.monotonic() - started)
+        except BaseException:
+            with contextlib.suppress(ServeFailed):
+                _stop(process, mark, log)
+            raise
+        _stop(process, mark, log)
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM, which would leave the server behind, becomes SystemExit. Changes nothing outside the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
     try:
-        url = _wait_until_ready(process, log, started + ready_seconds)
-        yield Served(url, state_dir, time.monotonic() - started)
-    except BaseException:
-        with contextlib.suppress(ServeFailed):
-            _stop(process, mark, log)
-        raise
-    _stop(process, mark, log)
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def marked_processes(mark: str) -> list[int]:

@@ -13,11 +13,14 @@ import pytest
 
 from e2e.conftest import Served
 from preft.core.cluster import Role
+from preft.core.errors import InvalidRequest, PreftError, TransferFailed
 from preft.core.request import AdapterRef, Sampling
+from preft.router.decode_stream import DecodeStream
 from preft.rpc import workers_pb2, workers_pb2_grpc
 from preft.rpc.convert import adapter_to_proto, sampling_to_proto
 from support.faulty_sender import Fault
 from support.http import Ask, complete_all, post
+from support.worker_services import rest
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
@@ -96,6 +99,7 @@ async def _decode(served: Served, **change: Any) -> list[int]:
     ):
         prefill = workers_pb2_grpc.PrefillWorkerStub(prefill_channel)
         decode = workers_pb2_grpc.DecodeWorkerStub(decode_channel)
+        stream = DecodeStream(decode, "decode", lambda: None)
         request = workers_pb2.PrefillRequest(
             request_id="direct",
             prompt_token_ids=prompt,
@@ -113,12 +117,13 @@ async def _decode(served: Served, **change: Any) -> list[int]:
             "output_token_ids": first,
             "sampling": sampling,
             "adapter_digest": adapter.digest,
+            "kv_timeout": 10,
         }
         try:
-            deltas = [delta async for delta in decode.Decode(workers_pb2.DecodeRequest(**{**fields, **change}))]
+            return first + await rest(stream.start(workers_pb2.DecodeRequest(**{**fields, **change}), 60))
         finally:
+            await stream.close()
             await decode.Release(workers_pb2.ReleaseRequest(handle=target.handle))
-        return first + [token for delta in deltas for token in delta.token_ids]
 
 
 def test_decode_continues_exactly_what_was_pushed(faulty: Served) -> None:
@@ -127,30 +132,28 @@ def test_decode_continues_exactly_what_was_pushed(faulty: Served) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "code"),
+    ("change", "error"),
     [
-        ({"push": "b" * 32, "handle": "c" * 32}, grpc.StatusCode.DATA_LOSS),
-        ({"push": "d" * 32, "adapter_digest": ""}, grpc.StatusCode.DATA_LOSS),
-        ({"push": "e" * 32, "adapter_digest": "f" * 64}, grpc.StatusCode.DATA_LOSS),
-        ({"push": "f" * 32, "prompt_token_ids": prompt_of(40, 5)}, grpc.StatusCode.DATA_LOSS),
-        ({"push": "g" * 32, "prompt_token_ids": prompt_of(40, 4)[:-1]}, grpc.StatusCode.DATA_LOSS),
-        ({"push": "i" * 32, "output_token_ids": []}, grpc.StatusCode.INVALID_ARGUMENT),
+        ({"push": "b" * 32, "handle": "c" * 32}, TransferFailed),
+        ({"push": "d" * 32, "adapter_digest": ""}, TransferFailed),
+        ({"push": "e" * 32, "adapter_digest": "f" * 64}, TransferFailed),
+        ({"push": "f" * 32, "prompt_token_ids": prompt_of(40, 5)}, TransferFailed),
+        ({"push": "g" * 32, "prompt_token_ids": prompt_of(40, 4)[:-1]}, TransferFailed),
+        ({"push": "i" * 32, "output_token_ids": []}, InvalidRequest),
     ],
     ids=["unknown handle", "as base", "other adapter", "other prompt", "shorter prompt", "no first token"],
 )
 def test_decode_refuses_anything_but_the_pushed_prompt(
-    faulty: Served, change: dict[str, Any], code: grpc.StatusCode
+    faulty: Served, change: dict[str, Any], error: type[PreftError]
 ) -> None:
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
+    with pytest.raises(error):
         faulty.cluster.call(_decode(faulty, **dict(change)))
-    assert caught.value.code() is code
 
 
 def test_a_used_handle_is_stale(faulty: Served) -> None:
     faulty.cluster.call(_decode(faulty, push="j" * 32))
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
+    with pytest.raises(TransferFailed):
         faulty.cluster.call(_decode(faulty, push="k" * 32, handle="j" * 32))
-    assert caught.value.code() is grpc.StatusCode.DATA_LOSS
 
 
 def test_unload_while_requests_run(faulty: Served) -> None:

@@ -8,7 +8,7 @@ import os
 import time
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,17 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from preft.cluster.worker import HEARTBEAT_SECONDS, StartEngine, WorkerServer
 from preft.core.cluster import Role, Worker, WorkerState
-from preft.core.errors import EngineFailed, TransferFailed, Unavailable
+from preft.core.errors import EngineFailed, TransferFailed, Unavailable, WorkerLost
 from preft.core.ports import StateStore
 from preft.core.request import AdapterRef, Sampling
 from preft.core.settings import MiB, Settings, load_settings
+from preft.router.decode_stream import DecodeStream
 from preft.rpc import workers_pb2, workers_pb2_grpc
 from preft.rpc.convert import adapter_to_proto, load_from_proto, sampling_to_proto
 from preft.state.sqlite import SqliteStore
 from support.fake_engine import FakeEngine, tokens_of
 from support.lora_folders import write_base
-from support.worker_services import broken, code_of, rest, until, write_adapter
+from support.worker_services import code_of, rest, until, write_adapter
 
 PROMPT = (5, 6, 7, 8, 9)
 GREEDY = Sampling(max_tokens=8, temperature=0.0)
@@ -106,29 +107,14 @@ class Cluster:
         assert events[1].kv_pushed.bytes > 0
         return [choice.token_ids[0] for choice in events[0].first_tokens.choices]
 
-    def decode_call(
-        self, to_decode: grpc.aio.Channel, sampling: Sampling, first: int, digest: str, handle: str, index: int = 0
-    ) -> Any:
-        return workers_pb2_grpc.DecodeWorkerStub(to_decode).Decode(
-            workers_pb2.DecodeRequest(
-                request_id="r",
-                handle=handle,
-                prompt_token_ids=PROMPT,
-                output_token_ids=[first],
-                sampling=sampling_to_proto(sampling),
-                adapter_digest=digest,
-                index=index,
-            )
-        )
-
     async def generate(self, sampling: Sampling, adapter: AdapterRef | None = None, n: int = 1) -> list[list[int]]:
         """As the router does it: every choice's tokens."""
         handle, digest = uuid.uuid4().hex, adapter.digest if adapter else ""
         firsts = await self.first_tokens(PROMPT, sampling, adapter, n, handle)
-        async with channel(self.decode) as to_decode:
+        async with decode_stream(self.decode) as stream:
             others = await asyncio.gather(
                 *(
-                    rest(self.decode_call(to_decode, sampling, first, digest, handle, index))
+                    rest(stream.start(decode_request(sampling, first, digest, handle, index), 20))
                     for index, first in enumerate(firsts)
                 )
             )
@@ -137,6 +123,29 @@ class Cluster:
 
 def channel(worker: WorkerServer) -> grpc.aio.Channel:
     return grpc.aio.insecure_channel(worker.record.address)
+
+
+@asynccontextmanager
+async def decode_stream(worker: WorkerServer) -> AsyncIterator[DecodeStream]:
+    async with channel(worker) as to_decode:
+        stream = DecodeStream(workers_pb2_grpc.DecodeWorkerStub(to_decode), worker.record.id, lambda: None)
+        yield stream
+        await stream.close()
+
+
+def decode_request(
+    sampling: Sampling, first: int, digest: str, handle: str, index: int = 0
+) -> workers_pb2.DecodeRequest:
+    return workers_pb2.DecodeRequest(
+        request_id="r",
+        handle=handle,
+        prompt_token_ids=PROMPT,
+        output_token_ids=[first],
+        sampling=sampling_to_proto(sampling),
+        adapter_digest=digest,
+        index=index,
+        kv_timeout=20,
+    )
 
 
 async def start(
@@ -238,11 +247,15 @@ async def test_says_what_it_uses_now(cluster: Cluster, tmp_path: Path) -> None:
     alice = write_adapter(tmp_path / "alice", "alice's")
     [first] = await cluster.first_tokens(PROMPT, GREEDY, alice, 1, "h")
     cluster.engines[Role.DECODE].going.clear()
-    async with channel(cluster.prefill) as to_prefill, channel(cluster.decode) as to_decode:
+    async with (
+        channel(cluster.prefill) as to_prefill,
+        channel(cluster.decode) as to_decode,
+        decode_stream(cluster.decode) as stream,
+    ):
         prefill = load_from_proto(await workers_pb2_grpc.WorkerStatusStub(to_prefill).Stats(workers_pb2.StatsRequest()))
         assert prefill.adapters == (alice.digest,)
         assert (prefill.running, prefill.open_handles, prefill.staging_bytes_used) == (0, 0, 0)
-        call = cluster.decode_call(to_decode, GREEDY, first, alice.digest, "h")
+        call = stream.start(decode_request(GREEDY, first, alice.digest, "h"), 20)
         await until(lambda: cluster.engines[Role.DECODE].stats.running == 1)
         stub = workers_pb2_grpc.WorkerStatusStub(to_decode)
         load = load_from_proto(await stub.Stats(workers_pb2.StatsRequest()))
@@ -318,11 +331,10 @@ async def test_a_decode_worker_that_is_gone(cluster: Cluster, settings: Settings
 
 async def test_messages_of_very_long_requests_are_read(cluster: Cluster) -> None:
     """More than gRPC takes by itself, and more than one frame of KV."""
-    async with channel(cluster.decode) as to_decode:
+    async with decode_stream(cluster.decode) as stream:
         request = workers_pb2.DecodeRequest(handle="h", prompt_token_ids=[1] * (10 << 20), output_token_ids=[1])
-        _, error = await broken(workers_pb2_grpc.DecodeWorkerStub(to_decode).Decode(request))
-    assert error.code() is grpc.StatusCode.DATA_LOSS
-    assert "is unknown" in (error.details() or "")
+        with pytest.raises(TransferFailed, match="is unknown"):
+            await rest(stream.start(request, 20))
 
 
 async def test_closing_ends_what_runs_and_frees_everything(
@@ -334,12 +346,12 @@ async def test_closing_ends_what_runs_and_frees_everything(
     cluster = Cluster(prefill, decode, start_engine.engines)
     [first] = await cluster.first_tokens(PROMPT, GREEDY, None, 1, "h")
     start_engine.engines[Role.DECODE].going.clear()
-    async with channel(decode) as to_decode:
-        running = asyncio.create_task(broken(cluster.decode_call(to_decode, GREEDY, first, "", "h")))
+    async with decode_stream(decode) as stream:
+        call = stream.start(decode_request(GREEDY, first, "", "h"), 20)
         await until(lambda: start_engine.engines[Role.DECODE].stats.running == 1)
         await decode.close()
-        _, error = await running
-    assert error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+        with pytest.raises(WorkerLost):
+            await rest(call)
     await prefill.close()
     assert await store.workers() == []
     for role, engine in start_engine.engines.items():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterable
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 from zlib import crc32
@@ -19,7 +20,8 @@ import grpc.aio
 from preft.core.cluster import Role, Worker, WorkerLoad, WorkerState
 from preft.core.errors import PreftError, TransferFailed
 from preft.core.request import AdapterRef, FinishReason, GenerateRequest, Sampling, TokenDelta
-from preft.rpc import common_pb2, workers_pb2, workers_pb2_grpc
+from preft.decode.session import DecodeSession, Put
+from preft.rpc import workers_pb2, workers_pb2_grpc
 from preft.rpc.convert import delta_to_proto
 from preft.rpc.status import abort
 
@@ -63,9 +65,9 @@ class Fault:
     after: int = 0
     seconds: float = 3600.0
 
-    async def strike(self, context: Any) -> None:
+    async def strike(self) -> None:
         if self.error is not None:
-            await abort(context, self.error)
+            raise self.error
         await asyncio.sleep(self.seconds)
 
 
@@ -174,7 +176,7 @@ class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
         handle, done = request.target.handle, False
         try:
             if fault := worker.next_fault():
-                await fault.strike(context)
+                await fault.strike()
             await asyncio.sleep(worker.delay)
             choices = [self._first(request, index) for index in range(1 if request.resume else request.n)]
             messages = [delta_to_proto(choice) for choice in choices]
@@ -184,16 +186,18 @@ class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
             if request.HasField("target") and uses:
                 push_fault = worker.push_faults.pop(0) if worker.push_faults else None
                 if push_fault:
-                    await push_fault.strike(context)
+                    await push_fault.strike()
                 if not worker.pushes:
                     return
                 decode = worker.cluster.at(request.target.address)
                 if not isinstance(decode, FakeDecode) or handle in decode.released:
-                    await abort(context, TransferFailed("the decode worker is gone or wants no KV"))
+                    raise TransferFailed("the decode worker is gone or wants no KV")
                 decode.handles[handle] = Kv(list(request.prompt_token_ids), request.adapter.digest, uses)
                 yield workers_pb2.PrefillEvent(kv_pushed=workers_pb2.KvPushed(bytes=1))
             await asyncio.sleep(worker.linger)
             done = True
+        except PreftError as error:
+            await abort(context, error)
         finally:
             worker.running -= 1
             worker.cancelled += not done
@@ -210,7 +214,14 @@ class DecodeService(workers_pb2_grpc.DecodeWorkerServicer):
     def __init__(self, worker: FakeDecode) -> None:
         self.worker = worker
 
-    async def Decode(self, request: workers_pb2.DecodeRequest, context: Any) -> AsyncIterator[common_pb2.TokenDelta]:
+    async def Decode(
+        self, commands: AsyncIterator[workers_pb2.DecodeCommand], context: Any
+    ) -> AsyncIterator[workers_pb2.DecodeEvents]:
+        async with aclosing(DecodeSession(self._serve).run(commands)) as batches:
+            async for batch in batches:
+                yield batch
+
+    async def _serve(self, request: workers_pb2.DecodeRequest, put: Put) -> None:
         worker = self.worker
         worker.requests.append(request)
         worker.running += 1
@@ -221,22 +232,23 @@ class DecodeService(workers_pb2_grpc.DecodeWorkerServicer):
             worker.calls += 1
             fault = faults.pop(0) if faults else None
             if kv is None or kv.uses == 0:
-                await abort(context, TransferFailed("unknown handle"))
-            assert kv is not None
+                raise TransferFailed("unknown handle")
             if kv.prompt != list(request.prompt_token_ids) or kv.digest != request.adapter_digest:
-                await abort(context, TransferFailed("the handle is for another prompt or adapter"))
+                raise TransferFailed("the handle is for another prompt or adapter")
             kv.uses -= 1
             begin = len(request.output_token_ids)
             for position in range(begin, request.sampling.max_tokens):
                 if fault and fault.after == position - begin:
-                    await fault.strike(context)
+                    await fault.strike()
                 await asyncio.sleep(worker.delay)
                 delta = self._token(request, position)
-                yield delta_to_proto(delta)
+                put(delta)
                 if delta.finish_reason is not None:
                     break
             await asyncio.sleep(worker.linger)
             done = True
+        except PreftError as error:
+            put(error)
         finally:
             worker.running -= 1
             worker.cancelled += not done

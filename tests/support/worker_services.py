@@ -15,9 +15,11 @@ import grpc.aio
 
 from preft.adapters.digest import FILES, adapter_digest
 from preft.core.cluster import Role
+from preft.core.errors import PreftError
 from preft.core.request import AdapterRef, Sampling, TokenDelta
 from preft.decode.service import DecodeService
 from preft.prefill.service import PrefillService
+from preft.router.decode_stream import DecodeCall, DecodeStream
 from preft.rpc import workers_pb2, workers_pb2_grpc
 from preft.rpc.convert import adapter_to_proto, delta_from_proto, sampling_to_proto
 from preft.rpc.status import CODE_KEY
@@ -49,12 +51,27 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.001)
 
 
-async def rest(call: Any) -> list[int]:
-    """All tokens that are still to come of a Decode call from which some were read."""
+async def deltas_of(call: DecodeCall) -> list[TokenDelta]:
+    """All that is still to come of a choice, to its good end."""
+    deltas = [delta_from_proto(await call.read())]
+    while deltas[-1].finish_reason is None:
+        deltas.append(delta_from_proto(await call.read()))
+    return deltas
+
+
+async def rest(call: DecodeCall) -> list[int]:
+    """All tokens that are still to come of a choice, to its good end."""
+    return [token for delta in await deltas_of(call) for token in delta.token_ids]
+
+
+async def failed(call: DecodeCall) -> tuple[list[int], PreftError]:
+    """The tokens of a choice that must fail, and how it did."""
     tokens: list[int] = []
-    while (message := await call.read()) is not grpc.aio.EOF:
-        tokens += message.token_ids
-    return tokens
+    try:
+        while True:
+            tokens += (await call.read()).token_ids
+    except PreftError as error:
+        return tokens, error
 
 
 async def broken(call: Any) -> tuple[list[Any], grpc.aio.AioRpcError]:
@@ -146,8 +163,10 @@ class DecodeRig:
 
     def __init__(self, channel: grpc.aio.Channel, engine: FakeEngine, sink: KvSink) -> None:
         self.stub = workers_pb2_grpc.DecodeWorkerStub(channel)
+        self.stream = DecodeStream(self.stub, "decode-0", self._count_lost)
         self.engine = engine
         self.sink = sink
+        self.lost = 0
         self.service: DecodeService
 
     def call(
@@ -159,8 +178,9 @@ class DecodeRig:
         digest: str = "",
         handle: str = "h",
         index: int = 0,
-        timeout: float | None = 20,
-    ) -> grpc.aio.UnaryStreamCall:
+        timeout: float = 20,
+        kv_timeout: float = 20,
+    ) -> DecodeCall:
         request = workers_pb2.DecodeRequest(
             request_id="r",
             handle=handle,
@@ -169,15 +189,18 @@ class DecodeRig:
             sampling=sampling_to_proto(sampling),
             adapter_digest=digest,
             index=index,
+            kv_timeout=kv_timeout,
         )
-        return self.stub.Decode(request, timeout=timeout)
+        return self.stream.start(request, timeout)
 
     async def run(
         self, prompt: Sequence[int], output: Sequence[int], sampling: Sampling = GREEDY, **options: object
     ) -> list[int]:
         """All further tokens."""
-        call = self.call(prompt, output, sampling, **options)  # type: ignore[arg-type]
-        return [token async for delta in call for token in delta.token_ids]
+        return await rest(self.call(prompt, output, sampling, **options))  # type: ignore[arg-type]
+
+    def _count_lost(self) -> None:
+        self.lost += 1
 
     def idle(self) -> bool:
         return not (self.sink.arena.used or self.sink.handles.open_handles or self.service.running)
@@ -225,6 +248,7 @@ async def decode_rig() -> AsyncIterator[DecodeRig]:
             rig.service = service
             yield rig
             await until(lambda: rig.idle() and not engine.stats.running)
+            await rig.stream.close()
     finally:
         await server.stop(None)
         sink.handles.close()

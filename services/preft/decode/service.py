@@ -1,23 +1,28 @@
-"""The `DecodeWorker` service: continues one choice from KV that arrived under a handle, whole and verified, or fails.
+"""The `DecodeWorker` service: continues choices from KV that arrived under handles, whole and verified, or fails them.
 
-Owns the link between a claimed handle and the engine request that uses it.
+Owns the link between a claimed handle and the engine request that uses it. Many choices share a call: see `session`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
 import grpc.aio
 
 from preft.core.errors import EngineFailed, InvalidRequest, PreftError, TransferFailed
+from preft.core.request import TokenDelta
+from preft.decode.session import DecodeSession, Put
 from preft.engine.port import Engine, EngineRequest, KvRegion
-from preft.rpc import common_pb2, workers_pb2, workers_pb2_grpc
-from preft.rpc.convert import delta_to_proto, sampling_from_proto
+from preft.rpc import workers_pb2, workers_pb2_grpc
+from preft.rpc.convert import sampling_from_proto
 from preft.rpc.status import abort
 from preft.transfer.handles import Claim, HandleTable
 from preft.transfer.port import hash_prompt
+
+logger = logging.getLogger(__name__)
 
 
 class DecodeService(workers_pb2_grpc.DecodeWorkerServicer):
@@ -29,17 +34,15 @@ class DecodeService(workers_pb2_grpc.DecodeWorkerServicer):
         self.running = 0
 
     async def Decode(
-        self, request: workers_pb2.DecodeRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[common_pb2.TokenDelta]:
-        self.running += 1
+        self, commands: AsyncIterator[workers_pb2.DecodeCommand], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[workers_pb2.DecodeEvents]:
+        session = DecodeSession(self._serve)
         try:
-            async with aclosing(self._decode(request, context.time_remaining())) as deltas:
-                async for delta in deltas:
-                    yield delta
+            async with aclosing(session.run(commands)) as batches:
+                async for batch in batches:
+                    yield batch
         except PreftError as error:
             await abort(context, error)
-        finally:
-            self.running -= 1
 
     async def Release(
         self, request: workers_pb2.ReleaseRequest, context: grpc.aio.ServicerContext
@@ -47,9 +50,25 @@ class DecodeService(workers_pb2_grpc.DecodeWorkerServicer):
         self._handles.release(request.handle)
         return workers_pb2.ReleaseReply()
 
-    async def _decode(
-        self, request: workers_pb2.DecodeRequest, time_remaining: float | None
-    ) -> AsyncGenerator[common_pb2.TokenDelta, None]:
+    async def _serve(self, request: workers_pb2.DecodeRequest, put: Put) -> None:
+        """Gives `put` everything there is to say of one choice: its deltas, the last one finished, or an error."""
+        self.running += 1
+        try:
+            async with aclosing(self._decode(request)) as deltas:
+                async for delta in deltas:
+                    put(delta)
+                    if delta.finish_reason is not None:
+                        return
+            put(EngineFailed("the engine ended the request without a reason"))
+        except PreftError as error:
+            put(error)
+        except Exception:
+            logger.exception("request %s broke", request.request_id)
+            put(EngineFailed("an internal error ended the request"))
+        finally:
+            self.running -= 1
+
+    async def _decode(self, request: workers_pb2.DecodeRequest) -> AsyncGenerator[TokenDelta, None]:
         prompt = tuple(request.prompt_token_ids)
         if not prompt or not request.output_token_ids:
             raise InvalidRequest(
@@ -60,13 +79,13 @@ class DecodeService(workers_pb2_grpc.DecodeWorkerServicer):
             adapter_digest=request.adapter_digest,
             prompt_hash=hash_prompt(prompt),
             num_tokens=len(prompt),
-            timeout=60.0 if time_remaining is None else time_remaining,
+            timeout=request.kv_timeout,
         )
         try:
             async with aclosing(self._engine.generate(self._engine_request(request, prompt, claim))) as deltas:
                 async for delta in deltas:
                     claim.loaded()
-                    yield delta_to_proto(delta)
+                    yield delta
         except EngineFailed as error:
             raise TransferFailed(f"the prompt's KV cache is no longer there: {error}") from error
         finally:

@@ -17,6 +17,7 @@ from preft.core.cluster import Worker
 from preft.core.errors import DeadlineExceeded, EngineFailed, PreftError, TransferFailed, WorkerLost
 from preft.core.request import GenerateRequest, TokenDelta
 from preft.router.channels import WorkerChannels
+from preft.router.decode_stream import DecodeCall
 from preft.router.lease import Lease
 from preft.rpc import common_pb2, workers_pb2
 from preft.rpc.convert import adapter_to_proto, delta_from_proto
@@ -91,7 +92,7 @@ class Attempt:
         self._channels = channels
         self._transfer_timeout = transfer_timeout
         self._prefill: Any = None  # while it runs
-        self._decodes: dict[int, Any] = {}  # while they run
+        self._decodes: dict[int, DecodeCall] = {}  # while they run
         self._going = set(self._choices)
         self._unclaimed: set[int] = set()  # uses of the handle that didn't end by themselves: closing releases it
         self._closed = False
@@ -135,20 +136,19 @@ class Attempt:
         try:
             with self._blaming(worker.id):
                 while choice.open:
-                    message = await self._channels.read(call, worker)
-                    if message is None or message.index != index:
-                        raise EngineFailed(f"decode worker {worker.id} broke off choice {index} without a reason")
-                    delta = delta_from_proto(message)
+                    delta = delta_from_proto(await call.read())
+                    if delta.index != index:
+                        raise EngineFailed(f"decode worker {worker.id} answered another choice than {index}")
                     choice.take(delta)
                     if choice.finished:
-                        self._channels.let_end(self._decodes.pop(index))
+                        del self._decodes[index]
                         self._unclaimed.discard(index)
                         self._end(choice)
                     elif len(choice.tokens) > room:
                         room = self._lease.grow(index) - len(self._job.request.prompt_token_ids)
                     yield delta
         except PreftError as error:
-            if not isinstance(error, WorkerLost):
+            if not isinstance(error, WorkerLost | DeadlineExceeded):
                 self._unclaimed.discard(index)  # the worker ended it, and its claim
             raise
         finally:
@@ -240,4 +240,5 @@ class Attempt:
             sampling=self._job.sampling,
             adapter_digest=self._job.digest,
             index=choice.index,
+            kv_timeout=self._transfer_timeout,
         )

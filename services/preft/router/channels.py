@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import grpc
@@ -17,6 +18,7 @@ import grpc.aio
 
 from preft.core.cluster import Worker
 from preft.core.errors import WorkerLost
+from preft.router.decode_stream import CallCancelled, DecodeCall, DecodeStream
 from preft.rpc import workers_pb2, workers_pb2_grpc
 from preft.rpc.status import error_from_rpc
 
@@ -31,17 +33,20 @@ RELEASE_SECONDS = 5.0
 DRAIN_SECONDS = 600.0  # a worker that left the registry may still finish what it has
 
 
-class CallCancelled(Exception):
-    """The call was cancelled by this process; whoever did it knows why."""
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class WorkerStubs:
     """One channel and the services on it. Which of them the worker has depends on its role."""
 
     channel: grpc.aio.Channel
     prefill: Any
     decode: Any
+    stream: DecodeStream | None = None
+
+    async def close(self, grace: float) -> None:
+        """Lets the calls under way end, for at most `grace` seconds."""
+        if self.stream is not None:
+            await self.stream.finish(grace)
+        await self.channel.close(grace)
 
 
 class WorkerChannels:
@@ -58,12 +63,15 @@ class WorkerChannels:
         """Starts a Prefill call, to be read with `read`."""
         return self._stubs_of(worker.address).prefill.Prefill(request, timeout=timeout)
 
-    def decode(self, worker: Worker, request: workers_pb2.DecodeRequest, timeout: float) -> Any:
-        """Starts a Decode call, to be read with `read`."""
-        return self._stubs_of(worker.address).decode.Decode(request, timeout=timeout)
+    def decode(self, worker: Worker, request: workers_pb2.DecodeRequest, timeout: float) -> DecodeCall:
+        """Starts to decode a choice."""
+        stubs = self._stubs_of(worker.address)
+        if stubs.stream is None or stubs.stream.broken:
+            stubs.stream = DecodeStream(stubs.decode, worker.id, partial(self._on_lost, worker))
+        return stubs.stream.start(request, timeout)
 
     async def read(self, call: Any, worker: Worker) -> Any | None:
-        """The call's next message, or None at its good end. On the per-token path.
+        """The Prefill call's next message, or None at its good end.
 
         Raises the PreftError it ended with, or CallCancelled if `call.cancel` was used.
         """
@@ -94,7 +102,7 @@ class WorkerChannels:
     def retain(self, addresses: Collection[str]) -> None:
         """Lets go of channels to other addresses, in the background and once their calls have ended."""
         for address in self._stubs.keys() - set(addresses):
-            self._background(self._stubs.pop(address).channel.close(grace=DRAIN_SECONDS))
+            self._background(self._stubs.pop(address).close(grace=DRAIN_SECONDS))
 
     async def close(self) -> None:
         """Ends everything, once the releases under way had their time."""
@@ -106,7 +114,7 @@ class WorkerChannels:
         for call in list(self._ending):
             call.cancel()
         for stubs in self._stubs.values():
-            await stubs.channel.close()
+            await stubs.close(grace=0)
         self._stubs.clear()
 
     async def _release(self, worker: Worker, handle: str) -> None:

@@ -19,7 +19,8 @@ from preft.core.request import GenerateRequest, TokenDelta
 from preft.core.settings import RouterSettings
 from preft.router.admission import Admission, Ticket
 from preft.router.attempt import Attempt, Choice, Job
-from preft.router.channels import CallCancelled, WorkerChannels
+from preft.router.channels import WorkerChannels
+from preft.router.decode_stream import CallCancelled
 from preft.router.policy import Demand
 from preft.rpc.convert import sampling_to_proto
 
@@ -204,11 +205,10 @@ class RoutedGeneration:
         for choice in choices:
             run(attempt.decode(choice), choice)
         while running:
-            items = [await queue.get()]
-            if isinstance(items[0], Ended) and items[0].error:
+            items = [await queue.get(), *_drained(queue)]
+            if any(isinstance(item, Ended) and item.error for item in items):
                 await asyncio.sleep(GATHERING_SECONDS)
-            while not queue.empty():
-                items.append(queue.get_nowait())
+                items += _drained(queue)
             failed = []
             for item in items:
                 if isinstance(item, TokenDelta):
@@ -236,6 +236,10 @@ class RoutedGeneration:
         elif going:
             self._counters.retries += 1
         return True
+
+
+def _drained(queue: asyncio.Queue[TokenDelta | Ended]) -> list[TokenDelta | Ended]:
+    return [queue.get_nowait() for _ in range(queue.qsize())]
 
 
 async def _feed(

@@ -1,4 +1,4 @@
-"""Between PreftError and gRPC status, both directions: the one place where either becomes the other.
+"""Between PreftError and gRPC status, both directions, and its message form inside streams that outlive one error.
 
 The status code alone is ambiguous (UNAVAILABLE is a busy or a dead worker), so a server also sends the error's own code
 and the offending parameter in the trailing metadata. An error without them is gRPC's own: the peer is gone, or late.
@@ -16,12 +16,12 @@ from preft.core.errors import (
     InvalidRequest,
     ModelNotFound,
     PreftError,
-    QueueFull,
     TransferFailed,
     Unavailable,
     WorkerLost,
     mapping_of,
 )
+from preft.rpc import workers_pb2
 
 CODE_KEY = "preft-error-code"
 PARAM_KEY = "preft-error-param"
@@ -55,10 +55,23 @@ def error_from_rpc(error: grpc.aio.AioRpcError, peer: str) -> PreftError:
     trailing = {key: value for key, value in error.trailing_metadata() or ()}
     cls = _BY_CODE.get(str(trailing.get(CODE_KEY, "")))
     if cls is not None:
-        message = error.details() or cls.__name__
-        if issubclass(cls, InvalidRequest):
-            param = trailing.get(PARAM_KEY)
-            return cls(message, param=None if param is None else str(param))
-        return QueueFull(message) if cls is QueueFull else cls(message)
+        param = trailing.get(PARAM_KEY)
+        return _made(cls, error.details() or cls.__name__, None if param is None else str(param))
     cls = _BY_STATUS.get(error.code(), EngineFailed)
     return cls(f"worker {peer}: {error.details() or error.code().name}")
+
+
+def error_to_proto(error: PreftError) -> workers_pb2.Error:
+    """The message form of `error`."""
+    param = error.param if isinstance(error, InvalidRequest) else None
+    return workers_pb2.Error(code=mapping_of(error).code, message=str(error), param=param)
+
+
+def error_from_proto(message: workers_pb2.Error) -> PreftError:
+    """What `error_to_proto` was given; an EngineFailed for a code that isn't known here."""
+    cls = _BY_CODE.get(message.code, EngineFailed)
+    return _made(cls, message.message, message.param if message.HasField("param") else None)
+
+
+def _made(cls: type[PreftError], message: str, param: str | None) -> PreftError:
+    return cls(message, param=param) if issubclass(cls, InvalidRequest) else cls(message)

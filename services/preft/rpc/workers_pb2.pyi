@@ -61,8 +61,48 @@ class LoadAdapterReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class DecodeCommand(_message.Message):
+    __slots__ = ("id", "start", "cancel")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    start: DecodeRequest
+    cancel: Cancel
+    def __init__(self, id: _Optional[int] = ..., start: _Optional[_Union[DecodeRequest, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
+
+class Cancel(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DecodeEvents(_message.Message):
+    __slots__ = ("events",)
+    EVENTS_FIELD_NUMBER: _ClassVar[int]
+    events: _containers.RepeatedCompositeFieldContainer[DecodeEvent]
+    def __init__(self, events: _Optional[_Iterable[_Union[DecodeEvent, _Mapping]]] = ...) -> None: ...
+
+class DecodeEvent(_message.Message):
+    __slots__ = ("id", "delta", "error")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    DELTA_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    delta: _common_pb2.TokenDelta
+    error: Error
+    def __init__(self, id: _Optional[int] = ..., delta: _Optional[_Union[_common_pb2.TokenDelta, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
+
+class Error(_message.Message):
+    __slots__ = ("code", "message", "param")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    PARAM_FIELD_NUMBER: _ClassVar[int]
+    code: str
+    message: str
+    param: str
+    def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ..., param: _Optional[str] = ...) -> None: ...
+
 class DecodeRequest(_message.Message):
-    __slots__ = ("request_id", "handle", "prompt_token_ids", "output_token_ids", "sampling", "adapter_digest", "index")
+    __slots__ = ("request_id", "handle", "prompt_token_ids", "output_token_ids", "sampling", "adapter_digest", "index", "kv_timeout")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -70,6 +110,7 @@ class DecodeRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_DIGEST_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
+    KV_TIMEOUT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     handle: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -77,7 +118,8 @@ class DecodeRequest(_message.Message):
     sampling: _common_pb2.Sampling
     adapter_digest: str
     index: int
-    def __init__(self, request_id: _Optional[str] = ..., handle: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., adapter_digest: _Optional[str] = ..., index: _Optional[int] = ...) -> None: ...
+    kv_timeout: float
+    def __init__(self, request_id: _Optional[str] = ..., handle: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., adapter_digest: _Optional[str] = ..., index: _Optional[int] = ..., kv_timeout: _Optional[float] = ...) -> None: ...
 
 class ReleaseRequest(_message.Message):
     __slots__ = ("handle",)

@@ -156,10 +156,10 @@ class DecodeWorkerStub:
         Args:
             channel: A grpc.Channel.
         """
-        self.Decode = channel.unary_stream(
+        self.Decode = channel.stream_stream(
                 '/preft.v1.DecodeWorker/Decode',
-                request_serializer=preft_dot_rpc_dot_workers__pb2.DecodeRequest.SerializeToString,
-                response_deserializer=preft_dot_rpc_dot_common__pb2.TokenDelta.FromString,
+                request_serializer=preft_dot_rpc_dot_workers__pb2.DecodeCommand.SerializeToString,
+                response_deserializer=preft_dot_rpc_dot_workers__pb2.DecodeEvents.FromString,
                 _registered_method=True)
         self.Release = channel.unary_unary(
                 '/preft.v1.DecodeWorker/Release',
@@ -172,8 +172,9 @@ class DecodeWorkerServicer:
     """A decode worker: continues from KV and tokens, knows no adapters.
     """
 
-    def Decode(self, request, context):
-        """Continues one choice from the KV behind `handle`; fails with DATA_LOSS unless the whole prompt's KV is there and verified.
+    def Decode(self, request_iterator, context):
+        """Continues choices from the KV behind their handles. One call carries all choices of one caller, so that the tokens of an
+        engine step come in one message. Each choice ends by itself, with its last delta or an error; the call ends all of them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -189,10 +190,10 @@ class DecodeWorkerServicer:
 
 def add_DecodeWorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'Decode': grpc.unary_stream_rpc_method_handler(
+            'Decode': grpc.stream_stream_rpc_method_handler(
                     servicer.Decode,
-                    request_deserializer=preft_dot_rpc_dot_workers__pb2.DecodeRequest.FromString,
-                    response_serializer=preft_dot_rpc_dot_common__pb2.TokenDelta.SerializeToString,
+                    request_deserializer=preft_dot_rpc_dot_workers__pb2.DecodeCommand.FromString,
+                    response_serializer=preft_dot_rpc_dot_workers__pb2.DecodeEvents.SerializeToString,
             ),
             'Release': grpc.unary_unary_rpc_method_handler(
                     servicer.Release,
@@ -212,7 +213,7 @@ class DecodeWorker:
     """
 
     @staticmethod
-    def Decode(request,
+    def Decode(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -222,12 +223,12 @@ class DecodeWorker:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_stream(
-            request,
+        return grpc.experimental.stream_stream(
+            request_iterator,
             target,
             '/preft.v1.DecodeWorker/Decode',
-            preft_dot_rpc_dot_workers__pb2.DecodeRequest.SerializeToString,
-            preft_dot_rpc_dot_common__pb2.TokenDelta.FromString,
+            preft_dot_rpc_dot_workers__pb2.DecodeCommand.SerializeToString,
+            preft_dot_rpc_dot_workers__pb2.DecodeEvents.FromString,
             options,
             channel_credentials,
             insecure,

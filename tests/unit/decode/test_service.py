@@ -5,17 +5,22 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import AsyncIterator
-from typing import Any
 
 import grpc
-import grpc.aio
 import pytest
 
-from preft.core.errors import EngineFailed
+from preft.core.errors import (
+    DeadlineExceeded,
+    EngineFailed,
+    InvalidRequest,
+    PreftError,
+    TransferFailed,
+    WorkerLost,
+)
 from preft.core.request import FinishReason, Sampling
+from preft.router.decode_stream import CallCancelled, DecodeCall
 from preft.rpc import workers_pb2
-from preft.rpc.convert import delta_from_proto
-from preft.rpc.status import PARAM_KEY
+from preft.rpc.convert import sampling_to_proto
 from preft.transfer.port import KvHeader, hash_prompt
 from preft.transfer.staging import HEADER_BYTES, span_of
 from support.fake_engine import tokens_of
@@ -25,8 +30,9 @@ from support.worker_services import (
     GREEDY,
     DecodeRig,
     broken,
-    code_of,
     decode_rig,
+    deltas_of,
+    failed,
     rest,
     until,
 )
@@ -34,7 +40,7 @@ from support.worker_services import (
 PROMPT = (5, 6, 7, 8, 9)
 DIGEST = "d" * 64
 ALL = tokens_of(DIGEST, PROMPT, GREEDY)
-LONG = dataclasses.replace(GREEDY, max_tokens=100)
+LONG = dataclasses.replace(GREEDY, max_tokens=100_000)
 
 
 @pytest.fixture
@@ -43,16 +49,16 @@ async def rig() -> AsyncIterator[DecodeRig]:
         yield rig
 
 
-async def refused(call: Any, status: grpc.StatusCode, code: str, says: str) -> None:
-    """The call ends without a token, for this reason."""
-    messages, error = await broken(call)
-    assert (messages, error.code(), code_of(error)) == ([], status, code)
-    assert says in (error.details() or "")
+async def refused(call: DecodeCall, says: str) -> None:
+    """The choice ends without a token, for this reason."""
+    tokens, error = await failed(call)
+    assert (tokens, type(error)) == ([], TransferFailed)
+    assert says in str(error)
 
 
 async def test_goes_on_where_prefill_ended(rig: DecodeRig) -> None:
     await rig.sink.deliver("h", DIGEST, PROMPT)
-    deltas = [delta_from_proto(message) async for message in rig.call(PROMPT, ALL[:1], digest=DIGEST)]
+    deltas = await deltas_of(rig.call(PROMPT, ALL[:1], digest=DIGEST))
     assert [token for delta in deltas for token in delta.token_ids] == ALL[1:]
     assert [delta.finish_reason for delta in deltas] == [None] * 4 + [FinishReason.LENGTH]
     assert {delta.index for delta in deltas} == {0}
@@ -88,8 +94,7 @@ async def test_choices_share_one_handle(rig: DecodeRig) -> None:
 async def test_the_whole_message_reaches_the_engine_and_back(rig: DecodeRig) -> None:
     sampling = Sampling(max_tokens=9, temperature=0.0, stop_token_ids=(ALL[2],), logprobs=2)
     await rig.sink.deliver("h", DIGEST, PROMPT)
-    call = rig.call(PROMPT, ALL[:1], sampling, digest=DIGEST, index=7)
-    deltas = [delta_from_proto(message) async for message in call]
+    deltas = await deltas_of(rig.call(PROMPT, ALL[:1], sampling, digest=DIGEST, index=7))
     assert [delta.token_ids for delta in deltas] == [(ALL[1],), (ALL[2],)]
     assert (deltas[-1].finish_reason, deltas[-1].stop_token_id) == (FinishReason.STOP, ALL[2])
     assert {delta.index for delta in deltas} == {7}
@@ -110,8 +115,6 @@ async def test_the_salt_separates_what_tokens_alone_must_not_share(rig: DecodeRi
 async def test_unknown_handle(rig: DecodeRig) -> None:
     await refused(
         rig.call(PROMPT, ALL[:1], digest=DIGEST),
-        grpc.StatusCode.DATA_LOSS,
-        "kv_transfer_failed",
         "KV handle h is unknown",
     )
     assert rig.engine.requests == []
@@ -130,8 +133,6 @@ async def test_kv_of_something_else(rig: DecodeRig, prompt: tuple[int, ...], dig
     await rig.sink.deliver("h", DIGEST, PROMPT)
     await refused(
         rig.call(prompt, ALL[:1], digest=digest),
-        grpc.StatusCode.DATA_LOSS,
-        "kv_transfer_failed",
         f"KV handle h was made for another {what}",
     )
     assert rig.engine.requests == []
@@ -141,18 +142,15 @@ async def test_kv_of_something_else(rig: DecodeRig, prompt: tuple[int, ...], dig
 async def test_a_handle_that_is_used_up(rig: DecodeRig) -> None:
     await rig.sink.deliver("h", DIGEST, PROMPT)
     await rig.run(PROMPT, ALL[:1], digest=DIGEST)
-    await refused(
-        rig.call(PROMPT, ALL[:1], digest=DIGEST), grpc.StatusCode.DATA_LOSS, "kv_transfer_failed", "is used up"
-    )
+    await refused(rig.call(PROMPT, ALL[:1], digest=DIGEST), "is used up")
 
 
 @pytest.mark.parametrize(("prompt", "output"), [(PROMPT, ()), ((), (1,)), ((), ())])
 async def test_nothing_to_go_on_from(rig: DecodeRig, prompt: tuple[int, ...], output: tuple[int, ...]) -> None:
     await rig.sink.deliver("h", DIGEST, PROMPT)
-    with pytest.raises(grpc.aio.AioRpcError) as raised:
+    with pytest.raises(InvalidRequest) as raised:
         await rig.run(prompt, output, digest=DIGEST)
-    assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert dict(raised.value.trailing_metadata() or ())[PARAM_KEY] == "output_token_ids"
+    assert raised.value.param == "output_token_ids"
     rig.sink.handles.release("h")
 
 
@@ -170,12 +168,18 @@ async def test_kv_that_is_still_arriving_is_waited_for(rig: DecodeRig) -> None:
     assert await running == ALL[1:]
 
 
-async def test_kv_that_does_not_arrive_in_the_call_s_time(rig: DecodeRig) -> None:
+@pytest.mark.parametrize(
+    ("limits", "error"),
+    [({"timeout": 0.2}, DeadlineExceeded), ({"kv_timeout": 0.2}, TransferFailed)],
+    ids=["the choice's", "the transfer's"],
+)
+async def test_kv_that_does_not_arrive_in_time(
+    rig: DecodeRig, limits: dict[str, float], error: type[PreftError]
+) -> None:
     header = KvHeader("h", FINGERPRINT, DIGEST, len(PROMPT), 100, 0, 1, hash_prompt(PROMPT))
     rig.sink.handles.open(header, lambda reason: None)
-    with pytest.raises(grpc.aio.AioRpcError) as raised:
-        await rig.run(PROMPT, ALL[:1], digest=DIGEST, timeout=0.2)
-    assert raised.value.code() in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.DATA_LOSS)
+    with pytest.raises(error, match=r"within 0\.2 s"):
+        await rig.run(PROMPT, ALL[:1], digest=DIGEST, **limits)
     await until(lambda: rig.service.running == 0)
     assert rig.sink.handles.open_handles == 1  # the push may still come, and its sender will hear of it
     rig.sink.handles.release("h")
@@ -185,10 +189,9 @@ async def test_kv_that_does_not_arrive_in_the_call_s_time(rig: DecodeRig) -> Non
 async def test_the_engine_gives_the_request_up(rig: DecodeRig, made: int) -> None:
     rig.engine.failing = lambda request, tokens: EngineFailed("no reason") if tokens == made else None
     await rig.sink.deliver("h", DIGEST, PROMPT)
-    messages, error = await broken(rig.call(PROMPT, ALL[:1], digest=DIGEST))
-    assert [token for delta in messages for token in delta.token_ids] == ALL[1 : 1 + made]
-    assert error.code() is grpc.StatusCode.DATA_LOSS
-    assert "the prompt's KV cache is no longer there: no reason" in (error.details() or "")
+    tokens, error = await failed(rig.call(PROMPT, ALL[:1], digest=DIGEST))
+    assert (tokens, type(error)) == (ALL[1 : 1 + made], TransferFailed)
+    assert "the prompt's KV cache is no longer there: no reason" in str(error)
 
 
 async def test_a_dead_engine_is_a_lost_worker(rig: DecodeRig) -> None:
@@ -196,11 +199,10 @@ async def test_a_dead_engine_is_a_lost_worker(rig: DecodeRig) -> None:
     call = rig.call(PROMPT, ALL[:1], LONG, digest=DIGEST)
     await call.read()
     rig.engine.die("killed")
-    for dead in (call, rig.call(PROMPT, ALL[:1], digest=DIGEST)):
-        with pytest.raises(grpc.aio.AioRpcError, match="the engine died: killed") as raised:
+    for told, dead in enumerate((call, rig.call(PROMPT, ALL[:1], digest=DIGEST)), 1):
+        with pytest.raises(WorkerLost, match="the engine died: killed"):
             await rest(dead)
-        assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
-        assert code_of(raised.value) == "worker_lost"
+        assert rig.lost == told
 
 
 async def test_preempted_requests_take_the_kept_copy(rig: DecodeRig) -> None:
@@ -221,9 +223,8 @@ async def test_preempted_requests_whose_copy_had_to_make_room_fail(rig: DecodeRi
     other = await rig.sink.arena.reserve(ARENA_BYTES - HEADER_BYTES, timeout=0.1)
     rig.engine.preempt()
     rig.engine.going.set()
-    with pytest.raises(grpc.aio.AioRpcError, match=r"KV cache is no longer there") as raised:
+    with pytest.raises(TransferFailed, match=r"KV cache is no longer there"):
         await rest(call)
-    assert raised.value.code() is grpc.StatusCode.DATA_LOSS
     rig.sink.arena.release(other)
 
 
@@ -271,13 +272,87 @@ async def test_cancelled_while_the_kv_arrives(rig: DecodeRig) -> None:
     rig.sink.handles.release("h")
 
 
-async def test_a_client_that_reads_nothing_and_goes(rig: DecodeRig) -> None:
-    await rig.sink.deliver("h", DIGEST, PROMPT)
-    call = rig.call(PROMPT, ALL[:1], LONG, digest=DIGEST)
-    await until(lambda: rig.engine.stats.running == 1)
-    call.cancel()
-    del call
+async def test_a_caller_that_reads_nothing_and_goes(rig: DecodeRig) -> None:
+    """With the stream all of its choices end."""
+    await rig.sink.deliver("h", DIGEST, PROMPT, uses=2)
+    calls = [rig.call(PROMPT, ALL[:1], LONG, digest=DIGEST, index=index) for index in range(2)]
+    await until(lambda: rig.engine.stats.running == 2)
+    await rig.stream.close()
     await until(rig.idle)
+    for call in calls:
+        with pytest.raises(CallCancelled):
+            await rest(call)
+
+
+async def test_choices_do_not_disturb_each_other(rig: DecodeRig) -> None:
+    """One is refused, one is cancelled, one fails in between: the others' tokens are what they are alone."""
+    names = [f"h{number}" for number in range(6)]
+    for name in names:
+        await rig.sink.deliver(name, DIGEST, PROMPT)
+    await rig.sink.deliver("doomed", DIGEST, PROMPT)
+    rig.engine.failing = lambda request, tokens: (
+        EngineFailed("no reason") if "doomed" in request.request_id and tokens == 2 else None
+    )
+    going = [asyncio.create_task(rig.run(PROMPT, ALL[:1], digest=DIGEST, handle=name)) for name in names]
+    unknown = rig.call(PROMPT, ALL[:1], digest=DIGEST, handle="never heard of")
+    doomed = rig.call(PROMPT, ALL[:1], LONG, digest=DIGEST, handle="doomed")
+    await rig.sink.deliver("unwanted", DIGEST, PROMPT)
+    unwanted = rig.call(PROMPT, ALL[:1], LONG, digest=DIGEST, handle="unwanted")
+    await unwanted.read()
+    unwanted.cancel()
+    await refused(unknown, "is unknown")
+    tokens, error = await failed(doomed)
+    assert (tokens, type(error)) == (ALL[1:3], TransferFailed)
+    assert await asyncio.gather(*going) == [ALL[1:]] * len(names)
+    assert not rig.stream.broken
+
+
+async def test_tokens_of_one_step_come_in_one_message(rig: DecodeRig) -> None:
+    """The point of the shared call: far fewer messages than tokens."""
+    rig.engine.going.clear()
+    await rig.sink.deliver("h", DIGEST, PROMPT, uses=20)
+    events = []
+
+    async def commands() -> AsyncIterator[workers_pb2.DecodeCommand]:
+        for number in range(20):
+            request = workers_pb2.DecodeRequest(
+                request_id="r",
+                handle="h",
+                prompt_token_ids=PROMPT,
+                output_token_ids=ALL[:1],
+                sampling=sampling_to_proto(GREEDY),
+                adapter_digest=DIGEST,
+                index=number,
+                kv_timeout=5,
+            )
+            yield workers_pb2.DecodeCommand(id=number, start=request)
+        await until(lambda: rig.engine.stats.running == 20)
+        rig.engine.going.set()
+
+    messages = 0
+    async for message in rig.stub.Decode(commands()):
+        messages += 1
+        events += message.events
+    assert len(events) == 20 * 5
+    assert messages < 50
+
+
+async def test_an_id_in_use_ends_the_call(rig: DecodeRig) -> None:
+    rig.engine.going.clear()
+    await rig.sink.deliver("h", DIGEST, PROMPT, uses=2)
+    request = workers_pb2.DecodeRequest(
+        request_id="r", handle="h", prompt_token_ids=PROMPT, output_token_ids=ALL[:1], adapter_digest=DIGEST
+    )
+
+    async def commands() -> AsyncIterator[workers_pb2.DecodeCommand]:
+        for _ in range(2):
+            yield workers_pb2.DecodeCommand(id=7, start=request)
+        await asyncio.sleep(60)
+
+    messages, error = await broken(rig.stub.Decode(commands()))
+    assert (messages, error.code()) == ([], grpc.StatusCode.INVALID_ARGUMENT)
+    assert "id 7 is in use" in (error.details() or "")
+    rig.sink.handles.release("h")
 
 
 async def test_many_cancelled_at_random_moments_leave_nothing(rig: DecodeRig) -> None:
@@ -300,9 +375,7 @@ async def test_release_frees_what_nobody_will_claim(rig: DecodeRig) -> None:
     assert rig.idle()
     await rig.stub.Release(workers_pb2.ReleaseRequest(handle="h"))
     await rig.stub.Release(workers_pb2.ReleaseRequest(handle="never heard of"))
-    await refused(
-        rig.call(PROMPT, ALL[:1], digest=DIGEST), grpc.StatusCode.DATA_LOSS, "kv_transfer_failed", "h was released"
-    )
+    await refused(rig.call(PROMPT, ALL[:1], digest=DIGEST), "h was released")
 
 
 async def test_release_leaves_running_requests_alone(rig: DecodeRig) -> None:

@@ -509,8 +509,8 @@ async def test_a_storm(seed: int) -> None:
         await asyncio.gather(kill_and_restart(), *(one(number) for number in range(200)))
         assert outcomes["finished"] >= 120
         assert outcomes["failed"] <= 10
-        assert harness.router.stats().retries > 10
-        assert harness.router.stats().resumes > 10
+        assert harness.router.stats().retries >= 5
+        assert harness.router.stats().resumes >= 5
 
 
 # Stopping a choice

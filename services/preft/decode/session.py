@@ -1,0 +1,83 @@
+"""One Decode call, which carries many choices: its commands in, and their tokens out in one message per engine step.
+
+Owns a task per running choice. What a choice is and how it is decoded is `service`'s business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from functools import partial
+from typing import Any
+
+from preft.core.errors import InvalidRequest, PreftError
+from preft.core.request import TokenDelta
+from preft.rpc import workers_pb2
+from preft.rpc.convert import delta_to_proto
+from preft.rpc.status import error_to_proto
+
+Put = Callable[[TokenDelta | PreftError], None]
+"""Takes what there is to say of a choice: its deltas, the last one finished, or the error it ended with."""
+
+
+class DecodeSession:
+    """One Decode call: starts and cancels choices as told, and gathers what they say in one engine step."""
+
+    def __init__(self, serve: Callable[[workers_pb2.DecodeRequest, Put], Coroutine[Any, Any, None]]) -> None:
+        """`serve` runs one choice, and is cancelled if nobody wants it any more."""
+        self._serve = serve
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._events: list[workers_pb2.DecodeEvent] = []
+        self._changed = asyncio.Event()
+
+    async def run(
+        self, commands: AsyncIterator[workers_pb2.DecodeCommand]
+    ) -> AsyncGenerator[workers_pb2.DecodeEvents, None]:
+        """Messages until the caller has no more commands and every choice has ended. Closing it cancels them all.
+
+        Raises InvalidRequest if the caller uses an id again that hasn't ended.
+        """
+        reader = asyncio.create_task(self._read(commands))
+        try:
+            while not (reader.done() and not self._tasks and not self._events):
+                await self._changed.wait()
+                self._changed.clear()
+                if reader.done():
+                    reader.result()
+                if self._events:
+                    events, self._events = self._events, []
+                    yield workers_pb2.DecodeEvents(events=events)
+        finally:
+            tasks = (reader, *self._tasks.values())
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _read(self, commands: AsyncIterator[workers_pb2.DecodeCommand]) -> None:
+        try:
+            async for command in commands:
+                if command.HasField("start"):
+                    self._start(command.id, command.start)
+                elif command.id in self._tasks:
+                    self._tasks[command.id].cancel()
+        finally:
+            self._changed.set()
+
+    def _start(self, number: int, request: workers_pb2.DecodeRequest) -> None:
+        if number in self._tasks:
+            raise InvalidRequest(f"id {number} is in use")
+        task = asyncio.create_task(self._serve(request, partial(self._put, number)))
+        self._tasks[number] = task
+        task.add_done_callback(partial(self._ended, number))
+
+    def _put(self, number: int, outcome: TokenDelta | PreftError) -> None:
+        if isinstance(outcome, TokenDelta):
+            event = workers_pb2.DecodeEvent(id=number, delta=delta_to_proto(outcome))
+        else:
+            event = workers_pb2.DecodeEvent(id=number, error=error_to_proto(outcome))
+        self._events.append(event)
+        self._changed.set()
+
+    def _ended(self, number: int, task: asyncio.Task[None]) -> None:
+        del self._tasks[number]
+        self._changed.set()

@@ -1,0 +1,148 @@
+"""The caller's end of a decode worker's token stream: many choices over one gRPC call.
+
+A call costs Python about as much per message as the rest of a token's way; a decode step of 64 sequences is one message
+here instead of 64. Doesn't retry: a broken stream fails its choices, and `channels` opens another one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import grpc.aio
+
+from preft.core.errors import DeadlineExceeded, EngineFailed, PreftError, WorkerLost
+from preft.rpc import common_pb2, workers_pb2
+from preft.rpc.status import error_from_proto, error_from_rpc
+
+logger = logging.getLogger(__name__)
+
+
+class CallCancelled(Exception):
+    """The call was cancelled by this process; whoever did it knows why."""
+
+
+class DecodeCall:
+    """One choice that is being decoded. Read it to its end or cancel it."""
+
+    def __init__(self, forget: Callable[[], None], timeout: float) -> None:
+        self._items: asyncio.Queue[common_pb2.TokenDelta | Exception] = asyncio.Queue()
+        self._forget: Callable[[], None] | None = forget
+        late = DeadlineExceeded(f"decoding wasn't finished within {timeout:.1f} s")
+        self._timer = asyncio.get_running_loop().call_later(timeout, self._abandon, late)
+
+    async def read(self) -> common_pb2.TokenDelta:
+        """The next delta; the one with a finish reason is the last. On the per-token path.
+
+        Raises the PreftError that the choice ended with, or CallCancelled.
+        """
+        item = await self._items.get()
+        if isinstance(item, Exception):
+            self._items.put_nowait(item)  # whoever reads again is told again
+            raise item
+        return item
+
+    def cancel(self) -> None:
+        """Ends the choice, here and on the worker. Does nothing if it has ended."""
+        self._abandon(CallCancelled())
+
+    def put(self, delta: common_pb2.TokenDelta) -> None:
+        """For the stream: what has come."""
+        self._items.put_nowait(delta)
+
+    def end(self, error: Exception | None) -> None:
+        """For the stream: nothing more will come."""
+        self._timer.cancel()
+        self._forget = None
+        if error is not None:
+            self._items.put_nowait(error)
+
+    def _abandon(self, reason: Exception) -> None:
+        if self._forget is not None:
+            self._forget()
+            self.end(reason)
+
+
+class DecodeStream:
+    """One gRPC call to one worker, from its first choice until it breaks, or is closed."""
+
+    def __init__(self, stub: Any, peer: str, on_lost: Callable[[], None]) -> None:
+        """`stub` is a DecodeWorkerStub. `on_lost` is told when the worker's end breaks a choice, or all of them."""
+        self._peer = peer
+        self._on_lost = on_lost
+        self._ids = itertools.count(1)
+        self._calls: dict[int, DecodeCall] = {}
+        self._commands: asyncio.Queue[workers_pb2.DecodeCommand | None] = asyncio.Queue()
+        self._task = asyncio.create_task(self._receive(stub))
+
+    @property
+    def broken(self) -> bool:
+        """Whether it takes no more choices."""
+        return self._task.done()
+
+    def start(self, request: workers_pb2.DecodeRequest, timeout: float) -> DecodeCall:
+        """Begins a choice that ends with DeadlineExceeded after `timeout` seconds."""
+        number = next(self._ids)
+        call = self._calls[number] = DecodeCall(lambda: self._cancel(number), timeout)
+        self._commands.put_nowait(workers_pb2.DecodeCommand(id=number, start=request))
+        return call
+
+    async def finish(self, seconds: float) -> None:
+        """Lets the running choices end, for so long at most; takes no more."""
+        self._commands.put_nowait(None)
+        await asyncio.wait({self._task}, timeout=seconds)
+        await self.close()
+
+    async def close(self) -> None:
+        """Cancels what runs."""
+        self._task.cancel()
+        await asyncio.wait({self._task})
+
+    def _cancel(self, number: int) -> None:
+        del self._calls[number]
+        self._commands.put_nowait(workers_pb2.DecodeCommand(id=number, cancel=workers_pb2.Cancel()))
+
+    async def _send(self) -> AsyncIterator[workers_pb2.DecodeCommand]:
+        while (command := await self._commands.get()) is not None:
+            yield command
+
+    async def _receive(self, stub: Any) -> None:
+        error: Exception = EngineFailed(f"worker {self._peer}: its token stream broke")
+        try:
+            async for message in stub.Decode(self._send()):
+                for event in message.events:
+                    self._take(event)
+            error = WorkerLost(f"worker {self._peer}: it ended the token stream")
+        except grpc.aio.AioRpcError as rpc_error:
+            error = error_from_rpc(rpc_error, self._peer)
+        except asyncio.CancelledError:
+            error = CallCancelled()
+            raise
+        except Exception:
+            logger.exception("%s", error)
+        finally:
+            calls = list(self._calls.values())
+            self._calls.clear()
+            for call in calls:
+                call.end(error)
+            if type(error) is WorkerLost and calls:
+                self._on_lost()
+
+    def _take(self, event: workers_pb2.DecodeEvent) -> None:
+        call = self._calls.get(event.id)
+        if call is None:
+            return  # cancelled here, and not yet there
+        if event.HasField("delta"):
+            call.put(event.delta)
+            if not event.delta.finish_reason:
+                return
+            error: PreftError | None = None
+        else:
+            error = error_from_proto(event.error)
+        del self._calls[event.id]
+        call.end(error)
+        if type(error) is WorkerLost:
+            self._on_lost()

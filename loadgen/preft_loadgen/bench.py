@@ -77,7 +77,7 @@ async def _measure(parts: Sequence[str], rounds: int) -> tuple[list[Comparison],
         comparisons += await asyncio.to_thread(_compare_transfer)
     if "decode" in parts or "http" in parts:
         with tempfile.TemporaryDirectory(prefix="preft-bench-") as folder:
-            async with bench_rig(Path(folder), _say) as rig:
+            async with bench_rig(Path(folder), _say, multi_lora="http" in parts) as rig:
                 model = rig.model
                 if "decode" in parts:
                     with Progress("decode", turns(bench_decode.SIDES, rounds)) as progress:

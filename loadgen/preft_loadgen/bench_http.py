@@ -13,49 +13,63 @@ from preft.core.errors import PreftError
 from preft_loadgen.bench_rig import MODEL_NAME, VOCABULARY, Rig
 from preft_loadgen.comparison import Comparison, take_turns
 from preft_loadgen.driver import closed_loop, completions
+from preft_loadgen.plain import PlainEngine
 from preft_loadgen.workload import Lengths, Request, Workload
 
 REQUESTS, CONCURRENCY = 64, 32
-PROMPT, OUTPUT = 64, 64  # tokens
-ADAPTER_COUNTS = (0, 8)  # 0: the base model
-SIDES = 1 + len(ADAPTER_COUNTS)
+PROMPT, OUTPUT = 64, 128  # tokens
+ADAPTERS = 8
+SIDES = 4
 BAR = 0.8
 HOW = (
     f"{REQUESTS} requests, {CONCURRENCY} at a time, {PROMPT} prompt and {OUTPUT} output tokens, greedy; output tokens "
     "over the whole time, prefill included; ours: as an HTTP client receives them from the whole cluster; reference: "
-    "vLLM's AsyncLLM called in its own process, no adapters, no HTTP, no detokenizing"
+    "vLLM's AsyncLLM called in its own process, no HTTP, no detokenizing, "
 )
 
 
 async def compare_http(rig: Rig, rounds: int, step: Callable[[], None]) -> list[Comparison]:
-    """One comparison per adapter count. `step` is called after each of `turns(SIDES, rounds)` measurements.
+    """The base model, and adapters. `step` is called after each of `turns(SIDES, rounds)` measurements.
 
     Raises PreftError if any request fails.
     """
     send = completions(rig.http)
+    paths = {adapter.name: adapter.path for adapter in rig.adapters}
+    some = [adapter.name for adapter in rig.adapters[:ADAPTERS]]
+    assert rig.multi_lora is not None
 
-    async def direct(number: int) -> float:
-        run = await rig.plain.run([request.prompt for request in _requests(("",), number)], OUTPUT, CONCURRENCY)
+    async def direct(engine: PlainEngine, models: Sequence[str], number: int) -> float:
+        requests = _requests(models, number)
+        prompts, adapters = [one.prompt for one in requests], [paths.get(one.model) for one in requests]
+        run = await engine.run(prompts, OUTPUT, CONCURRENCY, adapters)
         return run.tokens / run.seconds
 
-    async def ours(count: int, number: int) -> float:
-        models = [adapter.name for adapter in rig.adapters[:count]] or [MODEL_NAME]
+    async def ours(models: Sequence[str], number: int) -> float:
         run = await closed_loop(send, _requests(models, number), CONCURRENCY)
         if errors := [record.error for record in run.records if record.error is not None]:
             raise PreftError(f"{len(errors)} requests failed, the first with: {errors[0]}")
         return sum(record.tokens for record in run.records) / run.seconds
 
-    reference, *speeds = await take_turns([direct, *(partial(ours, count) for count in ADAPTER_COUNTS)], rounds, step)
+    base, ours_base, lora, ours_lora = await take_turns(
+        [
+            partial(direct, rig.plain, [MODEL_NAME]),
+            partial(ours, [MODEL_NAME]),
+            partial(direct, rig.multi_lora, some),
+            partial(ours, some),
+        ],
+        rounds,
+        step,
+    )
     return [
+        Comparison("HTTP streaming, base model", "tokens/s", ours_base, base, BAR, f"{HOW}adapters off"),
         Comparison(
-            f"HTTP streaming, {f'{count} adapters' if count else 'base model'}",
+            f"HTTP streaming, {ADAPTERS} adapters",
             "tokens/s",
-            measured,
-            reference,
+            ours_lora,
+            lora,
             BAR,
-            HOW,
-        )
-        for count, measured in zip(ADAPTER_COUNTS, speeds, strict=True)
+            f"{HOW}the same adapters by its multi-LoRA (prompt and output)",
+        ),
     ]
 
 

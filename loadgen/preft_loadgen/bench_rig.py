@@ -1,6 +1,6 @@
 """What the engine benchmarks run on: a random model with adapters, a cluster that serves it, and plain vLLM beside it.
 
-Owns sizes and settings, so that both sides have the same. Three engines are up, but only one side works at a time.
+Owns sizes and settings, so that both sides have the same. Four engines are up, but only one side works at a time.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class Rig:
     decode: str
     adapters: tuple[AdapterRef, ...]
     plain: PlainEngine
+    multi_lora: PlainEngine | None  # vLLM with adapters
     model: dict[str, Any]  # what was made: parameters, adapters, rank
 
 
@@ -55,7 +56,7 @@ def cluster_settings(folder: Path) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def bench_rig(folder: Path, say: Callable[[str], None]) -> AsyncIterator[Rig]:
+async def bench_rig(folder: Path, say: Callable[[str], None], *, multi_lora: bool) -> AsyncIterator[Rig]:
     """Makes and starts everything in `folder`, and ends it with the context. Raises PreftError."""
     say(f"making a random model and {ADAPTERS} adapters")
     model = _make_model(folder)
@@ -69,11 +70,15 @@ async def bench_rig(folder: Path, say: Callable[[str], None]) -> AsyncIterator[R
     arguments, log = ["--config", str(config)], folder / "serve.log"
     with served(arguments, state_dir=folder / "state", log=log, ready_seconds=READY_SECONDS) as server:
         say(f"the cluster was ready after {server.start_seconds:.0f} s; starting plain vLLM")
-        async with plain_engine(config, folder / "plain.log") as plain:
+        async with AsyncExitStack() as stack:
+            plain = await stack.enter_async_context(plain_engine(config, folder / "plain.log"))
+            lora = None
+            if multi_lora:
+                lora = await stack.enter_async_context(plain_engine(config, folder / "lora.log", lora=True))
             http = HttpClient(server.url)
             addresses = {worker["role"]: worker["address"] for worker in server.workers()}
             adapters = await _adapters(http, settings["adapters"])
-            yield Rig(http, addresses["prefill"], addresses["decode"], adapters, plain, model)
+            yield Rig(http, addresses["prefill"], addresses["decode"], adapters, plain, lora, model)
 
 
 def _make_model(folder: Path) -> dict[str, Any]:

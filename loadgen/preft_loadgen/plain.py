@@ -43,10 +43,24 @@ class PlainEngine:
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
 
-    async def run(self, prompts: Sequence[Sequence[int]], max_tokens: int, concurrency: int) -> PlainRun:
-        """Continues every prompt by exactly `max_tokens`, at most `concurrency` at a time. Raises PlainEngineFailed."""
+    async def run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        concurrency: int,
+        adapters: Sequence[str | None] | None = None,
+    ) -> PlainRun:
+        """Continues every prompt by exactly `max_tokens`, at most `concurrency` at a time. Raises PlainEngineFailed.
+
+        `adapters` has a PEFT folder per prompt; only for an engine that was started with `lora`.
+        """
         assert self._process.stdin is not None
-        asked = {"prompts": [list(prompt) for prompt in prompts], "max_tokens": max_tokens, "concurrency": concurrency}
+        asked = {
+            "prompts": [list(prompt) for prompt in prompts],
+            "max_tokens": max_tokens,
+            "concurrency": concurrency,
+            "adapters": list(adapters or [None] * len(prompts)),
+        }
         self._process.stdin.write(json.dumps(asked).encode() + b"\n")
         return PlainRun(**await self._answer())
 
@@ -60,14 +74,16 @@ class PlainEngine:
 
 
 @asynccontextmanager
-async def plain_engine(settings: Path, log: Path, command: Sequence[str] = COMMAND) -> AsyncIterator[PlainEngine]:
+async def plain_engine(
+    settings: Path, log: Path, command: Sequence[str] = COMMAND, *, lora: bool = False
+) -> AsyncIterator[PlainEngine]:
     """Starts one with the settings in a JSON file and waits until it's ready; ends it with the context.
 
     Raises PlainEngineFailed with the end of `log`, where its output goes.
     """
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(
-            *(*command, "--settings", str(settings)),
+            *(*command, "--settings", str(settings), *(["--lora"] if lora else [])),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=output,

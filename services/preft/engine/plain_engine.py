@@ -1,9 +1,10 @@
 """vLLM as it comes, to measure against: an AsyncLLM with our decode engine's arguments, and nothing of ours inside.
 
 `python -m preft.engine.plain_engine --settings FILE` says `{"ready": true}`, then answers lines on stdin:
-`{"prompts": [[ids]...], "max_tokens": n, "concurrency": c}` runs the prompts, at most c at a time, greedy, each to
-exactly n tokens, and gives `{"seconds": s, "arrivals": [[t, ...] per prompt]}`: one time per token, in seconds since
-the start of the run. It ends with its stdin.
+`{"prompts": [[ids]...], "max_tokens": n, "concurrency": c, "adapters": [path or null...]}` runs the prompts, at most c
+at a time, greedy, each to exactly n tokens, and gives `{"seconds": s, "arrivals": [[t, ...] per prompt]}`: one time per
+token, in seconds since the start of the run. With `--lora` it serves adapters by vLLM's own multi-LoRA, with our
+prefill engine's limits; without it they must be null. It ends with its stdin.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -27,13 +29,15 @@ from preft.core.settings import Settings, load_settings
 from preft.engine.vllm_engine import engine_args
 
 
-def plain_args(settings: Settings) -> AsyncEngineArgs:
-    """The decode engine's arguments without connector, worker class and anything else of ours."""
-    ours = engine_args(settings, Role.DECODE, arena="")
+def plain_args(settings: Settings, *, lora: bool) -> AsyncEngineArgs:
+    """Our decode or, with `lora`, prefill engine's arguments without connector, worker class and all else of ours."""
+    ours = engine_args(settings, Role.PREFILL if lora else Role.DECODE, arena="")
     return dataclasses.replace(ours, kv_transfer_config=None, worker_cls="auto", additional_config={})
 
 
-async def _run(llm: AsyncLLM, prompts: list[list[int]], max_tokens: int, concurrency: int) -> dict[str, Any]:
+async def _run(
+    llm: AsyncLLM, prompts: list[list[int]], max_tokens: int, concurrency: int, adapters: list[str | None]
+) -> dict[str, Any]:
     params = SamplingParams(
         max_tokens=max_tokens,
         temperature=0.0,
@@ -42,12 +46,16 @@ async def _run(llm: AsyncLLM, prompts: list[list[int]], max_tokens: int, concurr
         output_kind=RequestOutputKind.DELTA,
     )
     room = asyncio.Semaphore(concurrency)
+    paths = sorted({path for path in adapters if path is not None})
+    loras = {path: LoRARequest(path, paths.index(path) + 1, path) for path in paths}
     begin = time.perf_counter()
 
     async def one(number: int) -> list[float]:
         times: list[float] = []
         async with room:
-            async for output in llm.generate({"prompt_token_ids": prompts[number]}, params, f"{begin}-{number}"):
+            prompt: Any = {"prompt_token_ids": prompts[number]}
+            lora = loras.get(adapters[number] or "")
+            async for output in llm.generate(prompt, params, f"{begin}-{number}", lora_request=lora):
                 times += [time.perf_counter() - begin] * len(output.outputs[0].token_ids)
         return times
 
@@ -55,8 +63,8 @@ async def _run(llm: AsyncLLM, prompts: list[list[int]], max_tokens: int, concurr
     return {"seconds": time.perf_counter() - begin, "arrivals": arrivals}
 
 
-async def _serve(settings: Settings, out: TextIO) -> None:
-    llm = AsyncLLM.from_engine_args(plain_args(settings))
+async def _serve(settings: Settings, lora: bool, out: TextIO) -> None:
+    llm = AsyncLLM.from_engine_args(plain_args(settings, lora=lora))
     try:
         print(json.dumps({"ready": True}), file=out, flush=True)
         while line := await asyncio.to_thread(sys.stdin.readline):
@@ -68,13 +76,14 @@ async def _serve(settings: Settings, out: TextIO) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--settings", type=Path, required=True, help="a cluster's settings file")
+    parser.add_argument("--lora", action="store_true", help="serve adapters")
     arguments = parser.parse_args()
     os.environ["VLLM_PLUGINS"] = ""  # not our general plugin either
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     out = os.fdopen(os.dup(1), "w")  # vLLM prints; only our lines may come here
     os.dup2(2, 1)
-    asyncio.run(_serve(load_settings(arguments.settings), out))
+    asyncio.run(_serve(load_settings(arguments.settings), arguments.lora, out))
 
 
 if __name__ == "__main__":

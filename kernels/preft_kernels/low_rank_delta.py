@@ -24,6 +24,18 @@ def low_rank_delta_reference(
     return out.to(y.dtype)
 
 
+def tokens_by_slot(slots: torch.Tensor) -> dict[int, torch.Tensor]:
+    """The indices of each slot's tokens, ascending; tokens without a slot are left out. For implementations on CPU."""
+    runs, counts = torch.unique_consecutive(slots, return_counts=True)
+    start = 0
+    spans: dict[int, list[torch.Tensor]] = {}
+    for slot, count in zip(runs.tolist(), counts.tolist(), strict=True):
+        if slot >= 0:
+            spans.setdefault(slot, []).append(torch.arange(start, start + count))
+        start += count
+    return {slot: torch.cat(parts) for slot, parts in spans.items()}
+
+
 @torch.library.custom_op("preft::low_rank_delta_", mutates_args=("y",))
 def _low_rank_delta(
     y: torch.Tensor,
@@ -34,15 +46,7 @@ def _low_rank_delta(
     offset: int,
     scale: float,
 ) -> None:
-    runs, counts = torch.unique_consecutive(slots, return_counts=True)
-    start = 0
-    tokens_of: dict[int, list[torch.Tensor]] = {}
-    for slot, count in zip(runs.tolist(), counts.tolist(), strict=True):
-        if slot >= 0:
-            tokens_of.setdefault(slot, []).append(torch.arange(start, start + count))
-        start += count
-    for slot, spans in tokens_of.items():
-        tokens = torch.cat(spans)
+    for slot, tokens in tokens_by_slot(slots).items():
         rows = x.index_select(0, tokens)
         left = offset
         for a_slice, b_slice in zip(a, b, strict=True):

@@ -5,18 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from support.local_cluster import LocalCluster, local_cluster
-from support.models import make_lora, make_model
+from support.models import make_lora, make_model, make_reft
 from support.reference import Reference
 
 torch.set_num_threads(1)  # the reference's matrices are tiny, and the engines need the other core
 
 MiB = 1 << 20
 RANKS = {"alice": 2, "bob": 8, "carol": 16}
+REFTS: dict[str, dict[str, Any]] = {
+    "loreft": {"method": "loreft", "rank": 8},
+    "direft": {"method": "direft", "rank": 3, "layers": (0, 2)},
+    "edges": {"method": "loreft", "rank": 4, "positions": "f2+l3"},
+    "both": {"method": "direft", "rank": 2, "layers": (1,), "scale": 0.3},  # beside a LoRA
+}
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,8 @@ class Served:
 def make_folders(root: Path, arch: str) -> tuple[Path, dict[str, Path]]:
     model = make_model(root / f"{arch}-tiny", arch, seed=1)  # type: ignore[arg-type]
     adapters = {name: make_lora(root / name, model, rank=rank, seed=rank) for name, rank in RANKS.items()}
+    make_lora(root / "both", model, rank=4, seed=9, target_modules=("q_proj", "down_proj"))
+    adapters |= {name: make_reft(root / name, model, seed=7, **kind) for name, kind in REFTS.items()}
     return model, adapters
 
 
@@ -47,7 +56,7 @@ ROOMY = {
     "decode": {"kv_cache_bytes": 64 * MiB, "staging_bytes": 64 * MiB},
     "router": {"transfer_timeout": 10},  # also the lease of a handle that nobody claims
 }
-"""Everything fits: prompts in one chunk, a slot for every adapter, no preemption."""
+"""Prompts in one chunk, no preemption; there are half as many slots as adapters."""
 
 TIGHT = {
     "max_model_len": 1024,

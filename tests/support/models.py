@@ -1,4 +1,4 @@
-"""Tiny random model and LoRA folders, complete enough for vLLM, transformers, peft and the gateway's tokenizer.
+"""Tiny random model, LoRA and ReFT folders, complete enough for vLLM, transformers, peft and the gateway's tokenizer.
 
 Weights are drawn so that greedy output depends on the whole prompt and on the adapter, with clear winners: two
 correct float32 engines agree on every token. Nothing here is trained; head size 32 is the smallest vLLM's CPU
@@ -115,6 +115,43 @@ def make_lora(
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return folder
+
+
+def make_reft(
+    folder: Path,
+    model_dir: Path,
+    method: Literal["loreft", "direft"] = "loreft",
+    rank: int = 4,
+    layers: Collection[int] = (0, 1, 2),
+    positions: str = "all",
+    seed: int = 0,
+    scale: float = 0.4,
+) -> Path:
+    """Adds a ReFT to `folder` (which may hold a LoRA already) and returns it.
+
+    The update is about `scale` times as large as the residual stream in its subspace, and orthonormal as trained ones.
+    """
+    hidden = json.loads((model_dir / "config.json").read_text())["hidden_size"]
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, torch.Tensor] = {}
+    for layer in layers:
+        rotate = torch.linalg.qr(torch.randn((hidden, rank), generator=generator))[0].T.contiguous()
+        source = torch.randn((rank, hidden), generator=generator) * scale
+        tensors[f"layers.{layer}.rotate_layer.weight"] = rotate
+        tensors[f"layers.{layer}.learned_source.weight"] = source
+        tensors[f"layers.{layer}.learned_source.bias"] = torch.randn((rank,), generator=generator) * scale
+    config = {
+        "peft_type": "REFT",
+        "method": method,
+        "r": rank,
+        "layers": list(layers),
+        "positions": positions,
+        "base_model_name_or_path": model_dir.name,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "reft_model.safetensors", metadata={"format": "pt"})
+    (folder / "reft_config.json").write_text(json.dumps(config, indent=2) + "\n")
     return folder
 
 

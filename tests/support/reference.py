@@ -7,18 +7,20 @@ sampling beyond greedy: tests that check penalties, biases or logprobs start fro
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Collection, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DynamicCache
 
 
 class Reference:
-    """One base model in float32, with every PEFT LoRA folder it is asked for.
+    """One base model in float32, with every LoRA or ReFT folder it is asked for.
 
     An adapter is named by its folder and known by its content, so a folder rewritten in place is read again.
     """
@@ -76,18 +78,63 @@ class Reference:
             out = self._base(input_ids=torch.tensor([list(ids)]), past_key_values=cache, logits_to_keep=keep)
         return out.logits[0].clone()
 
-    def _adapted(self, adapter: Path | str | None) -> Any:
-        """A context in which the base's linear layers add `adapter`, or nothing."""
-        if adapter is None:
-            return nullcontext() if self._peft is None else self._peft.disable_adapter()
-        name = _content_name(Path(adapter))
+    def _adapted(self, adapter: Path | str | None) -> AbstractContextManager[Any]:
+        """A context in which the base's linear layers and residual stream take `adapter`, or nothing."""
+        folder = Path(adapter) if adapter is not None else None
+        context = ExitStack()
+        if folder is not None and (folder / "adapter_config.json").exists():
+            self._set_lora(folder)
+        elif self._peft is not None:
+            context.enter_context(self._peft.disable_adapter())
+        if folder is not None and (folder / "reft_config.json").exists():
+            for hook in self._reft_hooks(folder):
+                context.callback(hook.remove)
+        return context
+
+    def _set_lora(self, folder: Path) -> None:
+        name = _content_name(folder)
         if self._peft is None:
-            self._peft = PeftModel.from_pretrained(self._base, str(adapter), adapter_name=name)
+            self._peft = PeftModel.from_pretrained(self._base, str(folder), adapter_name=name)
         elif name not in self._loaded:
-            self._peft.load_adapter(str(adapter), adapter_name=name)
+            self._peft.load_adapter(str(folder), adapter_name=name)
         self._loaded.add(name)
         self._peft.set_adapter(name)
-        return nullcontext()
+
+    def _reft_hooks(self, folder: Path) -> list[Any]:
+        """LoReFT: h + R^T (W h + b - R h). DiReFT: h + R^T (W h + b). On the output of the decoder layers it names."""
+        config = json.loads((folder / "reft_config.json").read_text())
+        weights = load_file(folder / "reft_model.safetensors")
+
+        def hook_for(layer: int) -> Any:
+            rotate, source, bias = (
+                weights[f"layers.{layer}.{part}"].float()
+                for part in ("rotate_layer.weight", "learned_source.weight", "learned_source.bias")
+            )
+
+            def hook(module: Any, arguments: Any, output: Any) -> Any:
+                stream = output[0] if isinstance(output, tuple) else output
+                low = stream @ source.T + bias
+                if config["method"] == "loreft":
+                    low = low - stream @ rotate.T
+                changed = stream + low @ rotate * _mask(config["positions"], stream.shape[1])[:, None]
+                return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+            return hook
+
+        return [self._base.model.layers[layer].register_forward_hook(hook_for(layer)) for layer in config["layers"]]
+
+
+def _mask(positions: str, length: int) -> torch.Tensor:
+    """1 for each position of a prompt of `length` that the adapter acts on, else 0."""
+    mask = torch.zeros(length)
+    for part in positions.split("+"):
+        if part == "all":
+            mask[:] = 1
+        elif part[0] == "f":
+            mask[: int(part[1:])] = 1
+        else:
+            mask[max(0, length - int(part[1:])) :] = 1
+    return mask
 
 
 def _content_name(folder: Path) -> str:

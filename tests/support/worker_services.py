@@ -13,7 +13,7 @@ from typing import Any
 
 import grpc.aio
 
-from preft.adapters.digest import FILES, adapter_digest
+from preft.adapters.digest import LORA_FILES, adapter_digest
 from preft.core.cluster import Role
 from preft.core.errors import PreftError
 from preft.core.request import AdapterRef, Sampling, TokenDelta
@@ -39,7 +39,7 @@ GREEDY = Sampling(max_tokens=6, temperature=0.0)
 def write_adapter(folder: Path, content: str) -> AdapterRef:
     """An adapter folder as the services see one: files with a digest. `folder.name` is its name."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in FILES:
+    for name in LORA_FILES:
         (folder / name).write_text(f"{name} {content}")
     return AdapterRef(folder.name, adapter_digest(folder), str(folder))
 

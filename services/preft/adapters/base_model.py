@@ -23,10 +23,15 @@ SHOWN_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 @dataclass(frozen=True, slots=True)
 class BaseModel:
-    """`modules` maps a linear layer's full name to its weight's shape (output features, input features)."""
+    """`modules` maps a linear layer's full name to its weight's shape (output features, input features).
+
+    `hidden` is the width of the residual stream, `architecture` the model class's name.
+    """
 
     layers: int
     modules: Mapping[str, tuple[int, int]]
+    hidden: int
+    architecture: str
 
 
 def read_base_model(folder: Path) -> BaseModel:
@@ -44,7 +49,11 @@ def read_base_model(folder: Path) -> BaseModel:
         for name, entry in _entries(path).items()
         if MODULE.fullmatch(name.removesuffix(".weight")) and entry.dtype in SHOWN_DTYPES and len(entry.shape) == 2
     }
-    return BaseModel(layers, modules)
+    hidden, architectures = config.get("hidden_size"), config.get("architectures")
+    if type(hidden) is not int:
+        raise ConfigError(f"model: {folder / 'config.json'} has no hidden_size")
+    architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else "this architecture"
+    return BaseModel(layers, modules, hidden, architecture)
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -1,4 +1,8 @@
-"""An adapter's identity: the sha256 of its two files, wherever the folder lies and whatever else is in it."""
+"""An adapter's files, and its identity: their sha256, wherever the folder lies and whatever else is in it.
+
+A LoRA is two files as PEFT names them, a ReFT two files of our own (docs/adapters.md); a folder with both is one
+adapter.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +15,26 @@ from preft.core.errors import InvalidAdapter
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-FILES = (CONFIG_FILE, WEIGHTS_FILE)
+REFT_CONFIG_FILE = "reft_config.json"
+REFT_WEIGHTS_FILE = "reft_model.safetensors"
+LORA_FILES = (CONFIG_FILE, WEIGHTS_FILE)
+REFT_FILES = (REFT_CONFIG_FILE, REFT_WEIGHTS_FILE)
 CHUNK = 1 << 20
 
 
+def adapter_files(folder: Path) -> tuple[str, ...]:
+    """The names of the files that are the adapter: a kind's two files if one of them is there; LoRA's if none is."""
+    kinds = [kind for kind in (LORA_FILES, REFT_FILES) if any((folder / name).exists() for name in kind)]
+    return tuple(name for kind in kinds or [LORA_FILES] for name in kind)
+
+
 def adapter_digest(folder: Path) -> str:
-    """sha256 (hex) over name, size and bytes of each file in FILES, in that order. Blocks while it reads.
+    """sha256 (hex) over name, size and bytes of each of the `adapter_files`, in that order. Blocks while it reads.
 
     Raises InvalidAdapter if a file is missing or can't be read.
     """
     digest = hashlib.sha256()
-    for name in FILES:
+    for name in adapter_files(folder):
         add_file_header(digest, name, file_size(folder, name))
         for chunk in read_chunks(folder, name):
             digest.update(chunk)

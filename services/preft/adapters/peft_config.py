@@ -99,8 +99,6 @@ def _load(folder: Path) -> dict[str, Any]:
 
 def _check_kind(config: dict[str, Any]) -> None:
     kind = config.get("peft_type")
-    if kind == "REFT":
-        raise InvalidAdapter(f"{CONFIG_FILE}: peft_type is 'REFT', which is not supported yet")
     if kind != "LORA":
         raise InvalidAdapter(f"{CONFIG_FILE}: peft_type is {kind!r}, only 'LORA' is supported")
 

@@ -1,83 +1,40 @@
 """Checks a PEFT LoRA folder against the base model, tensor by tensor, without torch.
 
-Owns every reason to refuse a folder; says nothing about names or where the copy is kept (`catalog`). Whatever passes
-here loads in the engine and changes exactly the modules its tensors name.
+Whatever passes here loads in the engine and changes exactly the modules its tensors name.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
+from preft.adapters.adapter_tensors import check_finite, read_tensors
 from preft.adapters.base_model import MODULE, TARGETS, BaseModel
-from preft.adapters.digest import CONFIG_FILE, FILES, WEIGHTS_FILE, file_size
+from preft.adapters.digest import CONFIG_FILE, WEIGHTS_FILE
 from preft.adapters.peft_config import LoraConfig, read_config
-from preft.adapters.tensor_file import BrokenTensorFile, TensorEntry, is_finite, read_entries
+from preft.adapters.tensor_file import TensorEntry
 from preft.core.errors import InvalidAdapter
 
-PICKLES = ("adapter_model.bin", "adapter_model.pt")
-REFT_FILES = ("reft_config.json", "reft_model.safetensors")
 TENSOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
-DTYPES = ("F32", "F16", "BF16")
 
 
-@dataclass(frozen=True, slots=True)
-class LoraSummary:
-    """What the catalog remembers of a folder that passed: the highest rank, and how many modules are adapted."""
-
-    rank: int
-    modules: int
-
-
-def check_files(folder: Path, max_bytes: int | None = None) -> None:
-    """Cheap checks on the folder itself, before anything is copied. Raises InvalidAdapter."""
-    if not folder.is_dir():
-        raise InvalidAdapter(f"{folder} is not a folder")
-    for name in REFT_FILES:
-        if (folder / name).exists():
-            raise InvalidAdapter(f"{folder} holds {name}, and ReFT adapters are not supported yet")
-    file_size(folder, CONFIG_FILE)
-    if not (folder / WEIGHTS_FILE).exists():
-        for name in PICKLES:
-            if (folder / name).exists():
-                raise InvalidAdapter(
-                    f"{name} in {folder} is a pickle file, which can run code when it is loaded: "
-                    f"save the adapter as {WEIGHTS_FILE}"
-                )
-    size = sum(file_size(folder, name) for name in FILES)
-    if max_bytes is not None and size > max_bytes:
-        raise InvalidAdapter(f"{folder} holds an adapter of {size} bytes, more than the limit of {max_bytes}")
-
-
-def check_lora(folder: Path, base: BaseModel, max_rank: int) -> LoraSummary:
-    """Reads the whole adapter and holds it against `base`. Blocks while it reads.
+def check_lora(folder: Path, base: BaseModel, max_rank: int) -> int:
+    """Reads the whole LoRA, holds it against `base`, and returns its highest rank. Blocks while it reads.
 
     Raises InvalidAdapter, one sentence with the file and the field or tensor, for the first thing that is wrong.
     """
     config = read_config(folder, max_rank)
     path = folder / WEIGHTS_FILE
-    try:
-        entries = read_entries(path)
-    except BrokenTensorFile as error:
-        raise InvalidAdapter(f"{WEIGHTS_FILE}: {error}") from error
-    except OSError as error:
-        raise InvalidAdapter(f"{WEIGHTS_FILE} can't be read: {error.strerror}") from error
-    if not entries:
-        raise InvalidAdapter(f"{WEIGHTS_FILE} holds no tensors")
+    entries = read_tensors(path)
     pairs: dict[str, dict[str, TensorEntry]] = {}
     for name, entry in entries.items():
         module, side = _parse(name, base)
-        if entry.dtype not in DTYPES:
-            raise _wrong(name, f"is {entry.dtype}, only {', '.join(DTYPES)} are supported")
         if side in pairs.setdefault(module, {}):
             raise _wrong(name, "is there twice, with and without the prefix base_model.model")
         pairs[module][side] = entry
     ranks = [_check_pair(module, sides, config, base, max_rank) for module, sides in sorted(pairs.items())]
-    for name, entry in entries.items():
-        if not is_finite(path, entry):
-            raise _wrong(name, "holds an infinite value or NaN")
-    return LoraSummary(max(ranks), len(pairs))
+    check_finite(path, entries)
+    return max(ranks)
 
 
 def _parse(name: str, base: BaseModel) -> tuple[str, str]:

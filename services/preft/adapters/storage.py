@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from preft.adapters.digest import FILES, adapter_digest, add_file_header, file_size, read_chunks
+from preft.adapters.digest import adapter_digest, adapter_files, add_file_header, file_size, read_chunks
 from preft.core.errors import InvalidAdapter, Unavailable
 
 T = TypeVar("T")
@@ -50,9 +50,9 @@ def keep_copy(source: Path, root: Path, check: Callable[[Path], T]) -> tuple[str
 
 
 def _copy(source: Path, copy: Path) -> str:
-    """Copies FILES down to the disk and returns the digest of the bytes that were read."""
+    """Copies the adapter's files down to the disk and returns the digest of the bytes that were read."""
     digest = hashlib.sha256()
-    for name in FILES:
+    for name in adapter_files(source):
         size = file_size(source, name)
         add_file_header(digest, name, size)
         with open(copy / name, "wb") as file:

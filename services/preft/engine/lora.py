@@ -1,28 +1,35 @@
-"""Our LoRA application inside vLLM: a punica wrapper over our own kernel, and the managers that install it.
+"""Our adapters inside vLLM: a punica wrapper over our own kernels, and the managers that install it and load ReFT.
 
-Extension points used: `LRUCacheWorkerLoRAManager._manager_cls`, `LoRAModelManager._init_punica_wrapper`, and the
-`PunicaWrapperBase` interface. The stock CPU wrapper takes slot -1 (no adapter) for the last slot, so that a base
-request in a mixed batch gets another tenant's adapter; this one leaves such tokens alone.
+Extension points used: `LRUCacheWorkerLoRAManager._manager_cls` and `_load_adapter`; `LoRAModelManager`'s
+`_init_punica_wrapper`, `_create_lora_modules` and `activate_adapter`; the `PunicaWrapperBase` interface. The stock CPU
+wrapper takes slot -1 (no adapter) for the last slot, so that a base request in a mixed batch gets another tenant's
+adapter; this one leaves such tokens alone.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.config import VllmConfig
+from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import DEFAULT_LANGUAGE_WRAPPER_KEY, LRUCacheLoRAModelManager
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
+from preft.adapters.digest import CONFIG_FILE, REFT_CONFIG_FILE
+from preft.adapters.reft_config import EVERY, ReftConfig, read_reft_config
+from preft.engine.reft import add_reft_weights, wrap_decoder_layers
 from preft_kernels.low_rank_delta import BASE, low_rank_delta_
 
 
 class GroupedPunicaWrapper(PunicaWrapperBase):
     """Applies adapters to the tokens that name them, grouped by slot; every other token is untouched.
 
-    `_slots` is one persistent buffer over the largest batch, refilled on the host each step with the tail set to BASE,
-    so that compiled graphs may hold on to it.
+    `_slots` and `reft_slots` are persistent buffers over the largest batch, refilled on the host each step with the
+    tail set to BASE, so that compiled graphs may hold on to them. They differ at positions a ReFT doesn't act on.
     """
 
     def __init__(
@@ -30,6 +37,7 @@ class GroupedPunicaWrapper(PunicaWrapperBase):
     ) -> None:
         super().__init__(max_num_batched_tokens, max_batches, device)
         self._slots = torch.full((max_num_batched_tokens,), BASE, dtype=torch.int32, device=device)
+        self.reft_slots = self._slots.clone()
         self._sampler_slots = torch.full((max_num_batched_tokens,), BASE, dtype=torch.int32, device=device)
 
     def update_metadata(
@@ -40,6 +48,18 @@ class GroupedPunicaWrapper(PunicaWrapperBase):
         for buffer, slots in ((self._slots, self.token_lora_indices), (self._sampler_slots, self.sampler_indices)):
             buffer[: slots.shape[0]].copy_(slots)
             buffer[slots.shape[0] :].fill_(BASE)
+        self.reft_slots.copy_(self._slots)
+
+    def limit_reft(self, positions: np.ndarray, from_end: np.ndarray, first: np.ndarray, last: np.ndarray) -> None:
+        """Leaves out the tokens that their adapter's ReFT doesn't act on. Call it after each `update_metadata`.
+
+        Per token: its position in its prompt, and how many positions before the prompt's end it is (the last one: 1).
+        Per slot: on how many of the first and last positions the ReFT acts. All integers.
+        """
+        count = len(positions)
+        slots = self._slots[:count].cpu().numpy()
+        acts = (slots != BASE) & ((positions < first[slots]) | (from_end <= last[slots]))
+        self.reft_slots[:count] = torch.from_numpy(np.where(acts, slots, BASE).astype(np.int32))
 
     def add_lora_linear(
         self,
@@ -103,16 +123,63 @@ class GroupedPunicaWrapper(PunicaWrapperBase):
 
 
 class GroupedLoRAModelManager(LRUCacheLoRAModelManager):
-    """vLLM's slot cache with our punica wrapper."""
+    """vLLM's slot cache with our punica wrapper, and with slots for ReFT in each decoder layer."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._first = np.full(self.lora_slots, EVERY, dtype=np.int64)
+        self._last = np.zeros(self.lora_slots, dtype=np.int64)
 
     def _init_punica_wrapper(self, max_num_batched_tokens: int, vllm_config: VllmConfig) -> None:
         super()._init_punica_wrapper(max_num_batched_tokens, vllm_config)
-        self.punica_wrapper_mapping[DEFAULT_LANGUAGE_WRAPPER_KEY] = GroupedPunicaWrapper(
+        self._punica = GroupedPunicaWrapper(
             max_num_batched_tokens, max_batches=self.max_num_seqs, device=self.device, lora_config=self.lora_config
         )
+        self.punica_wrapper_mapping[DEFAULT_LANGUAGE_WRAPPER_KEY] = self._punica
+
+    def _create_lora_modules(self) -> None:
+        super()._create_lora_modules()
+        self.decoder_layers = wrap_decoder_layers(self.model, self.lora_slots, self.lora_config)
+        for layer in self.decoder_layers.values():
+            self.register_module(layer.name, layer)
+            layer.set_mapping(self._punica)
+
+    def activate_adapter(self, lora_id: int) -> bool:
+        activated: bool = super().activate_adapter(lora_id)
+        if activated:
+            slot = self.lora_index_to_id.index(lora_id)
+            reft: ReftConfig | None = getattr(self._registered_adapters.cache[lora_id], "reft", None)
+            self._first[slot], self._last[slot] = (reft.first, reft.last) if reft else (0, 0)
+        return activated
+
+    def place_tokens(self, starts: np.ndarray, counts: np.ndarray, prompts: np.ndarray) -> None:
+        """Says where the step's tokens are: per request its first token's position, their number, its prompt's length.
+
+        Call it after `set_adapter_mapping`, in each step.
+        """
+        begins = np.cumsum(counts) - counts
+        positions = np.arange(counts.sum()) + np.repeat(starts - begins, counts)
+        self._punica.limit_reft(positions, np.repeat(prompts, counts) - positions, self._first, self._last)
 
 
 class GroupedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
-    """vLLM's adapter loader with our slot cache."""
+    """vLLM's adapter loader with our slot cache; it reads ReFT folders too."""
 
     _manager_cls = GroupedLoRAModelManager
+
+    def _load_adapter(self, lora_request: Any) -> LoRAModel:
+        folder = Path(lora_request.lora_path)
+        if not (folder / REFT_CONFIG_FILE).exists():
+            return super()._load_adapter(lora_request)
+        reft = read_reft_config(folder)
+        if (folder / CONFIG_FILE).exists():
+            model = super()._load_adapter(lora_request)
+        else:
+            model = LoRAModel(lora_request.lora_int_id, reft.rank, {})
+        add_reft_weights(model, folder, reft, self._adapter_manager.decoder_layers, self.lora_config)
+        model.reft = reft
+        return model
+
+    def place_tokens(self, starts: np.ndarray, counts: np.ndarray, prompts: np.ndarray) -> None:
+        """See GroupedLoRAModelManager."""
+        self._adapter_manager.place_tokens(starts, counts, prompts)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
@@ -19,7 +20,7 @@ from preft.transfer.connector import KvMetadata
 
 
 class HandoverRunner:
-    """Mixed in before a V1 model runner class. Uses the hooks `_may_reorder_batch` and `load_lora_model`."""
+    """Mixed in before a V1 model runner class. Uses `_may_reorder_batch`, `set_active_loras` and `load_lora_model`."""
 
     def _may_reorder_batch(self: Any, scheduler_output: SchedulerOutput) -> None:
         metadata = scheduler_output.kv_connector_metadata
@@ -59,6 +60,16 @@ class HandoverRunner:
                 batch.generators.pop(batch.req_id_to_index[request_id], None)
             else:
                 batch.generators[batch.req_id_to_index[request_id]] = state.generator
+
+    def set_active_loras(self: Any, input_batch: Any, num_scheduled_tokens: np.ndarray, *args: Any) -> None:
+        super().set_active_loras(input_batch, num_scheduled_tokens, *args)  # type: ignore[misc]
+        if current_platform.is_cpu():
+            count = len(num_scheduled_tokens)
+            self.lora_manager.place_tokens(
+                input_batch.num_computed_tokens_cpu[:count],
+                num_scheduled_tokens,
+                input_batch.num_prompt_tokens[:count],
+            )
 
     def load_lora_model(
         self: Any, model: torch.nn.Module, vllm_config: VllmConfig, device: torch.device

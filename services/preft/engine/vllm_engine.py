@@ -7,6 +7,7 @@ import itertools
 import os
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 from vllm.config import KVTransferConfig
@@ -19,13 +20,15 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.metrics.loggers import StatLoggerBase
 
+from preft.adapters.digest import REFT_CONFIG_FILE
+from preft.adapters.reft_config import read_reft_config
 from preft.core.cluster import Role
 from preft.core.errors import EngineFailed, InvalidAdapter, InvalidRequest, WorkerLost
 from preft.core.request import AdapterRef, FinishReason, Sampling, TokenDelta, TokenLogprob
 from preft.core.settings import GiB, PrefillSettings, Settings
 from preft.engine.port import EngineInfo, EngineRequest, EngineStats, KvRegion
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 """Part of vLLM's compile-cache key, which otherwise ignores our worker class. Raise it when traced code changes."""
 
 
@@ -136,6 +139,7 @@ class VllmEngine:
         self.stats = stats
         self._lora_ids: dict[str, int] = {}  # digest -> vLLM's integer id; never reused for another digest
         self._next_lora_id = itertools.count(1)
+        self._counts_from_end: dict[str, bool] = {}  # digest -> whether its ReFT acts on the last positions
 
     @classmethod
     async def start(cls, settings: Settings, role: Role, arena: str) -> VllmEngine:
@@ -168,6 +172,16 @@ class VllmEngine:
         except Exception as error:
             raise InvalidAdapter(f"adapter {adapter.name!r} was refused by the engine: {error}") from error
 
+    def _prompt_salt(self, request: EngineRequest) -> str:
+        """A ReFT on the last positions makes a prefix's KV depend on the prompt's length; nothing else does."""
+        if request.adapter is None:
+            return ""
+        if request.adapter.digest not in self._counts_from_end:
+            folder = Path(request.adapter.path)
+            reft = read_reft_config(folder) if (folder / REFT_CONFIG_FILE).exists() else None
+            self._counts_from_end[request.adapter.digest] = reft is not None and reft.last > 0
+        return str(len(request.prompt_token_ids)) if self._counts_from_end[request.adapter.digest] else ""
+
     def _lora_request(self, adapter: AdapterRef) -> LoRARequest:
         if adapter.digest not in self._lora_ids:
             self._lora_ids[adapter.digest] = next(self._next_lora_id)
@@ -175,8 +189,8 @@ class VllmEngine:
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
         prompt: dict[str, Any] = {"prompt_token_ids": [*request.prompt_token_ids, *request.output_token_ids]}
-        if request.salt:
-            prompt["cache_salt"] = request.salt
+        if salt := request.salt or self._prompt_salt(request):
+            prompt["cache_salt"] = salt
         if max(prompt["prompt_token_ids"], default=0) >= self.info.vocab_size:
             raise InvalidRequest("a token id is not in the vocabulary")  # it would end the engine process
         lora = self._lora_request(request.adapter) if request.adapter is not None else None

@@ -6,6 +6,7 @@ Nothing is started. What the scheduler does with the connector is tested with th
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable
@@ -17,9 +18,10 @@ import pytest
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.lora.layers.base import BaseLayerWithLoRA
 from vllm.lora.model_manager import DEFAULT_LANGUAGE_WRAPPER_KEY, LoRAModelManager, LRUCacheLoRAModelManager
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
-from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManager
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.plugins import DEFAULT_PLUGINS_GROUP
 from vllm.sampling_params import SamplingParams
@@ -42,6 +44,7 @@ from preft.engine import plugin
 from preft.engine.cpu_worker import HandoverCPUModelRunner, PreftCPUWorker
 from preft.engine.gpu_worker import HandoverGPUModelRunner, PreftGPUWorker
 from preft.engine.lora import GroupedLoRAModelManager, GroupedPunicaWrapper, GroupedWorkerLoRAManager
+from preft.engine.reft import DECODER_LAYERS, ReftLayer
 from preft.engine.runner import HandoverRunner
 from preft.engine.vllm_engine import _Stats
 from preft.transfer.connector import StagedKvConnector
@@ -88,7 +91,7 @@ def test_the_runner_s_hook_comes_when_rows_stand_and_before_metadata_is_made() -
     ("ours", "theirs"), [(HandoverCPUModelRunner, CPUModelRunner), (HandoverGPUModelRunner, GPUModelRunner)]
 )
 def test_our_runner_s_methods_are_the_ones_called(ours: type, theirs: type) -> None:
-    for name in ("_may_reorder_batch", "load_lora_model"):
+    for name in ("_may_reorder_batch", "set_active_loras", "load_lora_model"):
         assert hasattr(theirs, name)
         assert getattr(ours, name) is getattr(HandoverRunner, name)
 
@@ -166,6 +169,48 @@ def test_our_wrapper_has_all_that_layers_call() -> None:
         assert parameters(ours) == parameters(theirs), name
     assert parameters(PunicaWrapperBase._update_base_metadata) == parameters(PunicaWrapperBase.update_metadata)
     assert parameters(PunicaWrapperBase.__init__) == parameters(GroupedPunicaWrapper.__init__)
+
+
+def test_the_runner_places_tokens_after_slots_are_given() -> None:
+    assert parameters(LoRAModelRunnerMixin.set_active_loras)[:2] == ["input_batch", "num_scheduled_tokens"]
+    assert HandoverCPUModelRunner.set_active_loras is HandoverRunner.set_active_loras
+    assert in_order(GPUModelRunner._prepare_inputs, "num_computed_tokens_cpu[req_indices]", "self.set_active_loras(")
+    for name in ("num_computed_tokens_cpu", "num_prompt_tokens"):
+        assert f"self.{name}" in inspect.getsource(InputBatch.__init__)
+
+
+def test_reft_is_loaded_and_given_a_slot_where_lora_is() -> None:
+    assert parameters(WorkerLoRAManager._load_adapter) == ["lora_request"]
+    assert "self._load_adapter(lora_request)" in inspect.getsource(LRUCacheWorkerLoRAManager.add_adapter)
+    assert parameters(LoRAModelManager.activate_adapter) == ["lora_id"]
+    assert in_order(
+        LoRAModelManager.activate_adapter,
+        "self.lora_index_to_id[index] = lora_model.id",
+        "in self.modules.items()",
+        "self._get_lora_layer_weights(lora_model, module_name)",
+        "module.reset_lora(index)",
+        "module.set_lora(",
+    )
+    assert parameters(BaseLayerWithLoRA.set_lora) == parameters(ReftLayer.set_lora)
+    assert parameters(BaseLayerWithLoRA.reset_lora) == parameters(ReftLayer.reset_lora)
+
+
+@pytest.mark.parametrize(
+    ("module", "layer"),
+    [
+        ("llama", "LlamaDecoderLayer"),
+        ("mistral", "MistralDecoderLayer"),
+        ("qwen2", "Qwen2DecoderLayer"),
+        ("qwen3", "Qwen3DecoderLayer"),
+        ("gemma2", "Gemma2DecoderLayer"),
+        ("gemma3", "Gemma3DecoderLayer"),
+    ],
+)
+def test_decoder_layers_hand_on_the_residual_stream_in_two_parts(module: str, layer: str) -> None:
+    assert layer in DECODER_LAYERS
+    found = getattr(importlib.import_module(f"vllm.model_executor.models.{module}"), layer)
+    assert "return hidden_states, residual" in inspect.getsource(found.forward)
+    assert "self.input_layernorm = " in "".join(inspect.getsource(kind.__init__) for kind in found.__mro__[:2])
 
 
 # The KV connector

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from vllm.config.lora import LoRAConfig
 from vllm.lora.layers import LoRAMapping
 
+from preft.adapters.reft_config import EVERY
 from preft.engine.lora import GroupedPunicaWrapper
+from preft.engine.reft import ReftLayer
 from preft_kernels.low_rank_delta import BASE, low_rank_delta_reference
 
 SLOTS = 3
@@ -105,3 +109,54 @@ def test_what_is_not_served_says_so(wrapper: GroupedPunicaWrapper, name: str) ->
     call: Any = getattr(wrapper, name)
     with pytest.raises(NotImplementedError):
         call()
+
+
+def limit(wrapper: GroupedPunicaWrapper, spans: list[tuple[int, int, int]], first: list[int], last: list[int]) -> None:
+    """`spans`: per request the first token's position, the number of tokens, the prompt's length."""
+    positions = np.concatenate([np.arange(start, start + count) for start, count, _ in spans])
+    from_end = np.repeat([prompt for _, _, prompt in spans], [count for _, count, _ in spans]) - positions
+    wrapper.limit_reft(positions, from_end, np.array(first), np.array(last))
+
+
+def test_reft_acts_on_the_positions_of_its_adapter_only(wrapper: GroupedPunicaWrapper) -> None:
+    """A whole prompt of 6 under f2+l1, a middle chunk and a last chunk of prompts under the same, one of the base."""
+    tokens = [101] * 6 + [101] * 3 + [101] * 2 + [0] * 2
+    batch(wrapper, tokens, tokens)
+    assert wrapper.reft_slots[: len(tokens)].tolist() == slots_of(tokens).tolist()  # until limits are known
+    limit(wrapper, [(0, 6, 6), (1, 3, 9), (7, 2, 9), (0, 2, 2)], [2, EVERY, EVERY], [1, 0, 0])
+    assert wrapper.reft_slots[: len(tokens)].tolist() == [0, 0, -1, -1, -1, 0, 0, -1, -1, -1, 0, -1, -1]
+    assert wrapper._slots[: len(tokens)].tolist() == slots_of(tokens).tolist()  # a LoRA acts on all of them
+
+
+def test_limits_are_taken_anew_when_only_positions_have_moved(wrapper: GroupedPunicaWrapper) -> None:
+    batch(wrapper, [102] * 4, [102])
+    for start, expected in ((0, [1, 1, 1, -1]), (4, [-1] * 4), (8, [-1, -1, 1, 1])):
+        limit(wrapper, [(start, 4, 12)], [0, 3, 0], [0, 2, 0])
+        assert wrapper.reft_slots[:4].tolist() == expected
+
+
+def test_an_adapter_without_reft_acts_on_no_stream(wrapper: GroupedPunicaWrapper) -> None:
+    batch(wrapper, MIXED, MIXED)
+    limit(wrapper, [(0, len(MIXED), len(MIXED))], [0, EVERY, 0], [0, 0, 0])
+    assert wrapper.reft_slots[: len(MIXED)].tolist() == [1 if token == 102 else -1 for token in MIXED]
+    assert set(wrapper.reft_slots[len(MIXED) :].tolist()) == {BASE}
+
+
+def test_a_reft_layer_adds_to_the_stream_what_its_slot_holds(wrapper: GroupedPunicaWrapper) -> None:
+    base = torch.nn.Module()
+    base.input_layernorm = torch.nn.LayerNorm(INPUTS)
+    hidden, residual = torch.randn(len(MIXED), INPUTS), torch.randn(len(MIXED), INPUTS)
+    base.forward = lambda positions: (hidden.clone(), residual.clone())
+    layer = ReftLayer("model.layers.0", base, SLOTS, LoRAConfig(max_lora_rank=8, lora_dtype=torch.float32))
+    layer.set_mapping(wrapper)
+    a, b = torch.randn(3, INPUTS + 1), torch.randn(INPUTS, 3)
+    layer.set_lora(1, torch.randn(8, INPUTS + 1), torch.randn(INPUTS, 8))  # an earlier one of higher rank
+    layer.set_lora(1, a, b)
+    batch(wrapper, MIXED, MIXED)
+    changed, same = layer(positions=None)
+    delta = ((hidden + residual) @ a[:, :-1].T + a[:, -1]) @ b.T
+    of_102 = torch.tensor([token == 102 for token in MIXED])
+    torch.testing.assert_close(changed, torch.where(of_102[:, None], hidden + delta, hidden), rtol=1e-4, atol=1e-4)
+    assert torch.equal(same, residual)
+    layer.reset_lora(1)
+    assert torch.equal(layer(positions=None)[0], hidden)

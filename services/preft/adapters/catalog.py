@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from preft.adapters.base_model import BaseModel
-from preft.adapters.folder import check_adapter, check_files
+from preft.adapters.folder import AdapterSummary, check_adapter, check_files
 from preft.adapters.storage import keep_copy
 from preft.core.cluster import Adapter
 from preft.core.errors import AdapterExists, InvalidAdapter, ModelNotFound, PreftError
@@ -81,9 +81,9 @@ class Catalog:
         Raises InvalidAdapter, AdapterExists (other content and no `replace`), Unavailable (disk or store).
         """
         self._check_name(name)
-        digest, rank = await asyncio.to_thread(self._keep, Path(source))
+        digest, found = await asyncio.to_thread(self._keep, Path(source))
         path = str(self._folder / digest)
-        adapter = Adapter(name, digest, path, source, rank, created=time.time())
+        adapter = Adapter(name, digest, path, source, found.rank, found.kind, created=time.time())
         while True:
             current = await self._stored(name)
             if current is not None and current.digest == digest and current.path == path:
@@ -112,7 +112,7 @@ class Catalog:
         if name == self._base_name:
             raise InvalidAdapter(f"{name!r} is the base model's name: give the adapter another", param="name")
 
-    def _keep(self, source: Path) -> tuple[str, int]:
+    def _keep(self, source: Path) -> tuple[str, AdapterSummary]:
         check_files(source, self._max_bytes)
         return keep_copy(source, self._folder, lambda copy: check_adapter(copy, self._base, self._max_rank))
 

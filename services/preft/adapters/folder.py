@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from preft.adapters.base_model import BaseModel
-from preft.adapters.digest import CONFIG_FILE, LORA_FILES, REFT_FILES, WEIGHTS_FILE, adapter_files, file_size
+from preft.adapters.digest import CONFIG_FILE, REFT_CONFIG_FILE, WEIGHTS_FILE, adapter_files, file_size
 from preft.adapters.peft_format import check_lora
 from preft.adapters.reft_format import check_reft
 from preft.core.errors import InvalidAdapter
@@ -26,15 +27,23 @@ def check_files(folder: Path, max_bytes: int | None = None) -> None:
         raise InvalidAdapter(f"{folder} holds an adapter of {size} bytes, more than the limit of {max_bytes}")
 
 
-def check_adapter(folder: Path, base: BaseModel, max_rank: int) -> int:
-    """Reads the whole adapter, holds it against `base`, and returns its highest rank. Blocks. Raises InvalidAdapter."""
+@dataclass(frozen=True, slots=True)
+class AdapterSummary:
+    """What the catalog remembers of a folder that passed: "lora", "reft" or "lora+reft", and its highest rank."""
+
+    kind: str
+    rank: int
+
+
+def check_adapter(folder: Path, base: BaseModel, max_rank: int) -> AdapterSummary:
+    """Reads the whole adapter and holds it against `base`. Blocks while it reads. Raises InvalidAdapter."""
     names = adapter_files(folder)
-    ranks = []
-    if LORA_FILES[0] in names:
-        ranks.append(check_lora(folder, base, max_rank))
-    if REFT_FILES[0] in names:
-        ranks.append(check_reft(folder, base, max_rank))
-    return max(ranks)
+    ranks = {
+        kind: check(folder, base, max_rank)
+        for kind, file, check in (("lora", CONFIG_FILE, check_lora), ("reft", REFT_CONFIG_FILE, check_reft))
+        if file in names
+    }
+    return AdapterSummary("+".join(ranks), max(ranks.values()))
 
 
 def _refuse_pickles(folder: Path) -> None:

@@ -21,7 +21,7 @@ def add_parser(commands: Any) -> None:
         "adapter", help="add, list, show and remove adapters of a running server"
     )
     verbs = parser.add_subparsers(title="verbs", dest="verb", required=True, metavar="VERB")
-    adding = verbs.add_parser("add", help="check a PEFT folder and serve it under NAME")
+    adding = verbs.add_parser("add", help="check a LoRA or ReFT folder and serve it under NAME")
     adding.add_argument("name", metavar="NAME")
     adding.add_argument("folder", metavar="DIR", help="a folder that the server can read")
     adding.add_argument("--replace", action="store_true", help="NAME may hold other weights; new requests get these")
@@ -43,7 +43,7 @@ def add(args: argparse.Namespace) -> int:
     """Adds the folder. Raises PreftError if the server refuses it."""
     folder = os.path.abspath(os.path.expanduser(args.folder))
     if not os.path.isdir(folder):
-        raise InvalidAdapter(f"{folder} is not a folder: name the one with adapter_config.json and the weights")
+        raise InvalidAdapter(f"{folder} is not a folder: name the one with the adapter's configuration and weights")
     body = {"name": args.name, "path": folder, "replace": args.replace}
     entry = Server(args.url).call("POST", "/v1/adapters", body)
     print(json.dumps(entry) if args.json else f"{entry['name']} is served now (digest {entry['digest'][:12]})")

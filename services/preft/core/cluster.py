@@ -64,7 +64,10 @@ class Worker:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """One catalog entry: the version (digest) that `name` points to now, and where its verified copy lies."""
+    """One catalog entry: the version (digest) that `name` points to now, and where its verified copy lies.
+
+    `kind` is "lora", "reft" or "lora+reft"; `rank` the highest in it.
+    """
 
     name: str
     digest: str

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
@@ -20,6 +19,5 @@ class PreftCPUWorker(DescribesKv, CPUWorker):
     """Builds its runner twice: vLLM's own `init_device` names the stock runner class directly."""
 
     def init_device(self) -> Any:
-        os.nice(5)  # where cores are few, whoever hands on finished tokens goes before the next step
         super().init_device()
         self.model_runner = HandoverCPUModelRunner(self.vllm_config, self.device)

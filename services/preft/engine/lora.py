@@ -19,7 +19,7 @@ from vllm.lora.model_manager import DEFAULT_LANGUAGE_WRAPPER_KEY, LRUCacheLoRAMo
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
-from preft.adapters.digest import CONFIG_FILE, REFT_CONFIG_FILE
+from preft.adapters.digest import CONFIG_FILE, REFT_CONFIG_FILE, adapter_files
 from preft.adapters.reft_config import EVERY, ReftConfig, read_reft_config
 from preft.engine.reft import add_reft_weights, wrap_decoder_layers
 from preft_kernels.low_rank_delta import BASE, low_rank_delta_
@@ -169,10 +169,11 @@ class GroupedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
 
     def _load_adapter(self, lora_request: Any) -> LoRAModel:
         folder = Path(lora_request.lora_path)
-        if not (folder / REFT_CONFIG_FILE).exists():
+        files = adapter_files(folder)
+        if REFT_CONFIG_FILE not in files:
             return super()._load_adapter(lora_request)
         reft = read_reft_config(folder)
-        if (folder / CONFIG_FILE).exists():
+        if CONFIG_FILE in files:
             model = super()._load_adapter(lora_request)
         else:
             model = LoRAModel(lora_request.lora_int_id, reft.rank, {})

@@ -20,7 +20,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from preft.adapters.digest import REFT_CONFIG_FILE
+from preft.adapters.digest import REFT_CONFIG_FILE, adapter_files
 from preft.adapters.reft_config import read_reft_config
 from preft.core.cluster import Role
 from preft.core.errors import EngineFailed, InvalidAdapter, InvalidRequest, WorkerLost
@@ -165,8 +165,9 @@ class VllmEngine:
         return cls(llm, role, info, stats)
 
     async def load_adapter(self, adapter: AdapterRef) -> None:
+        request = self._lora_request(adapter)
         try:
-            await self._llm.add_lora(self._lora_request(adapter))
+            await self._llm.add_lora(request)
         except EngineDeadError as error:
             raise WorkerLost(f"the engine died: {error}") from error
         except Exception as error:
@@ -178,12 +179,14 @@ class VllmEngine:
             return ""
         if request.adapter.digest not in self._counts_from_end:
             folder = Path(request.adapter.path)
-            reft = read_reft_config(folder) if (folder / REFT_CONFIG_FILE).exists() else None
+            reft = read_reft_config(folder) if REFT_CONFIG_FILE in adapter_files(folder) else None
             self._counts_from_end[request.adapter.digest] = reft is not None and reft.last > 0
         return str(len(request.prompt_token_ids)) if self._counts_from_end[request.adapter.digest] else ""
 
     def _lora_request(self, adapter: AdapterRef) -> LoRARequest:
         if adapter.digest not in self._lora_ids:
+            if not current_platform.is_cpu() and REFT_CONFIG_FILE in adapter_files(Path(adapter.path)):
+                raise InvalidAdapter(f"adapter {adapter.name!r} holds a ReFT, which only the CPU build serves so far")
             self._lora_ids[adapter.digest] = next(self._next_lora_id)
         return LoRARequest(lora_name=adapter.digest, lora_int_id=self._lora_ids[adapter.digest], lora_path=adapter.path)
 

@@ -28,7 +28,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
 
 def check(folder: Path, base: BaseModel) -> int:
     check_files(folder)
-    return check_adapter(folder, base, MAX_RANK)
+    return check_adapter(folder, base, MAX_RANK).rank
 
 
 def with_tensors(**changes: Any) -> dict[str, Any]:

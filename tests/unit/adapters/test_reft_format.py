@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from preft.adapters.base_model import BaseModel, read_base_model
 from preft.adapters.digest import adapter_digest, adapter_files
-from preft.adapters.folder import check_adapter, check_files
+from preft.adapters.folder import AdapterSummary, check_adapter, check_files
 from preft.adapters.reft_config import EVERY, ReftConfig, read_reft_config
 from preft.core.errors import InvalidAdapter
 from support.lora_folders import HIDDEN, write_base, write_lora
@@ -45,13 +45,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
     return read_base_model(write_base(tmp_path_factory.mktemp("base")))
 
 
-def check(folder: Path, base: BaseModel) -> int:
+def check(folder: Path, base: BaseModel) -> AdapterSummary:
     check_files(folder)
     return check_adapter(folder, base, MAX_RANK)
 
 
 def test_a_good_folder(tmp_path: Path, base: BaseModel) -> None:
-    assert check(write_reft(tmp_path / "a"), base) == 3
+    assert check(write_reft(tmp_path / "a"), base) == AdapterSummary("reft", 3)
     assert adapter_files(tmp_path / "a") == ("reft_config.json", "reft_model.safetensors")
 
 
@@ -59,7 +59,7 @@ def test_beside_a_lora_it_is_one_adapter(tmp_path: Path, base: BaseModel) -> Non
     folder = write_lora(tmp_path / "a")
     alone = adapter_digest(folder)
     write_reft(folder)
-    assert check(folder, base) == 4  # the LoRA's rank is the higher one
+    assert check(folder, base) == AdapterSummary("lora+reft", 4)  # the LoRA's rank is the higher one
     assert len(adapter_files(folder)) == 4
     assert adapter_digest(folder) != alone
     (folder / "reft_config.json").write_text(json.dumps({**CONFIG, "r": 0}))

@@ -147,7 +147,8 @@ class VllmEngine:
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         if current_platform.is_cpu():
             os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # where Triton is installed it is the default; ours is V1
-            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # engines share the cores: one's spinning slows another
+            if role is Role.PREFILL:  # on shared cores its idle threads mustn't spin against a decode engine's steps
+                os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         stats = EngineStats()
         args = engine_args(settings, role, arena)
         llm = await asyncio.to_thread(AsyncLLM.from_engine_args, args, stat_loggers=[lambda *_: _Stats(stats)])

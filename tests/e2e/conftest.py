@@ -56,7 +56,7 @@ ROOMY = {
     "decode": {"kv_cache_bytes": 64 * MiB, "staging_bytes": 64 * MiB},
     "router": {"transfer_timeout": 10},  # also the lease of a handle that nobody claims
 }
-"""Prompts in one chunk, no preemption; there are half as many slots as adapters."""
+"""Prompts in one chunk, no preemption; there are fewer slots than adapters."""
 
 TIGHT = {
     "max_model_len": 1024,

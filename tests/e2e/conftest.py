@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,39 +27,60 @@ REFTS: dict[str, dict[str, Any]] = {
 }
 
 
+class Folders:
+    """A model, adapters of every kind for it, and the reference for both."""
+
+    def __init__(self, root: Path, arch: str) -> None:
+        self.model = make_model(root / f"{arch}-tiny", arch, seed=1)  # type: ignore[arg-type]
+        self.adapters = {name: make_lora(root / name, self.model, rank=rank, seed=rank) for name, rank in RANKS.items()}
+        make_lora(root / "both", self.model, rank=4, seed=9, target_modules=("q_proj", "down_proj"))
+        self.adapters |= {name: make_reft(root / name, self.model, seed=7, **kind) for name, kind in REFTS.items()}
+        self.reference = Reference(self.model)
+        self._known: dict[tuple[object, ...], list[int]] = {}  # several clusters are asked the same
+
+    def expected(self, prompt: list[int], max_tokens: int, adapter: str | None) -> list[int]:
+        key = (*prompt, None, max_tokens, adapter)
+        if key not in self._known:
+            folder = self.adapters[adapter] if adapter else None
+            self._known[key] = self.reference.greedy(prompt, max_tokens, folder)
+        return self._known[key]
+
+
 @dataclass(frozen=True)
 class Served:
-    """A cluster, the folders it was made from, and the reference for them."""
+    """A cluster and the folders that it serves."""
 
     cluster: LocalCluster
-    model: Path
-    adapters: dict[str, Path]
-    reference: Reference
+    folders: Folders
+
+    @property
+    def model(self) -> Path:
+        return self.folders.model
+
+    @property
+    def adapters(self) -> dict[str, Path]:
+        return self.folders.adapters
+
+    @property
+    def reference(self) -> Reference:
+        return self.folders.reference
 
     @property
     def name(self) -> str:
         return self.model.name
 
     def expected(self, prompt: list[int], max_tokens: int, adapter: str | None) -> list[int]:
-        return self.reference.greedy(prompt, max_tokens, self.adapters[adapter] if adapter else None)
+        return self.folders.expected(prompt, max_tokens, adapter)
 
 
-def make_folders(root: Path, arch: str) -> tuple[Path, dict[str, Path]]:
-    model = make_model(root / f"{arch}-tiny", arch, seed=1)  # type: ignore[arg-type]
-    adapters = {name: make_lora(root / name, model, rank=rank, seed=rank) for name, rank in RANKS.items()}
-    make_lora(root / "both", model, rank=4, seed=9, target_modules=("q_proj", "down_proj"))
-    adapters |= {name: make_reft(root / name, model, seed=7, **kind) for name, kind in REFTS.items()}
-    return model, adapters
-
-
-ROOMY = {
+ROOMY: dict[str, Any] = {
     "prefill": {"max_loras": 4, "max_lora_rank": 16, "kv_cache_bytes": 64 * MiB, "staging_bytes": 64 * MiB},
     "decode": {"kv_cache_bytes": 64 * MiB, "staging_bytes": 64 * MiB},
     "router": {"transfer_timeout": 10},  # also the lease of a handle that nobody claims
 }
 """Prompts in one chunk, no preemption; there are fewer slots than adapters."""
 
-TIGHT = {
+TIGHT: dict[str, Any] = {
     "max_model_len": 1024,
     "prefill": {
         "max_loras": 2,
@@ -73,30 +95,55 @@ TIGHT = {
 
 
 @pytest.fixture(scope="session")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """The cluster that most tests share."""
-    yield from _serve("llama", tmp_path_factory.mktemp("llama"), ROOMY)
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Folders]:
+    """The folders of an architecture, made once."""
+    return functools.cache(lambda arch: Folders(tmp_path_factory.mktemp(arch), arch))
 
 
 @pytest.fixture(scope="session")
-def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    yield from _serve("qwen2", tmp_path_factory.mktemp("qwen2"), ROOMY)
+def llama(folders: Callable[[str], Folders], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """The cluster that most tests share."""
+    yield from _serve(folders("llama"), tmp_path_factory.mktemp("state"), ROOMY)
 
 
-@pytest.fixture(params=["llama", "qwen2"])
+@pytest.fixture(scope="session")
+def qwen2(folders: Callable[[str], Folders], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    yield from _serve(folders("qwen2"), tmp_path_factory.mktemp("state"), ROOMY)
+
+
+@pytest.fixture(scope="session")
+def llama_colocated(folders: Callable[[str], Folders], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    yield from _serve(folders("llama"), tmp_path_factory.mktemp("state"), {**ROOMY, "colocated": True})
+
+
+@pytest.fixture(scope="session")
+def qwen2_colocated(folders: Callable[[str], Folders], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    yield from _serve(folders("qwen2"), tmp_path_factory.mktemp("state"), {**ROOMY, "colocated": True})
+
+
+@pytest.fixture(params=["llama", "qwen2", "llama_colocated", "qwen2_colocated"])
 def roomy(request: pytest.FixtureRequest) -> Served:
-    """One cluster per architecture where everything fits."""
+    """Both architectures, both ways to serve, where everything fits."""
     return request.getfixturevalue(request.param)  # type: ignore[no-any-return]
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2"])
-def tight(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """One cluster per architecture where nothing does."""
-    yield from _serve(request.param, tmp_path_factory.mktemp(f"tight-{request.param}"), TIGHT)
+@pytest.fixture(params=["llama", "llama_colocated"])
+def either(request: pytest.FixtureRequest) -> Served:
+    """Both ways to serve."""
+    return request.getfixturevalue(request.param)  # type: ignore[no-any-return]
 
 
-def _serve(arch: str, root: Path, overrides: dict[str, object]) -> Iterator[Served]:
-    model, adapters = make_folders(root, arch)
-    folders = {name: str(path) for name, path in adapters.items()}
-    with local_cluster(model, root / "state", adapters=folders, **overrides) as cluster:
-        yield Served(cluster, model, adapters, Reference(model))
+@pytest.fixture(scope="module", params=["llama", "qwen2", "llama_colocated", "qwen2_colocated"])
+def tight(
+    request: pytest.FixtureRequest, folders: Callable[[str], Folders], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    """The same where nothing fits."""
+    arch, _, colocated = request.param.partition("_")
+    overrides = {**TIGHT, "prefill": TIGHT["prefill"] | TIGHT["decode"], "colocated": True} if colocated else TIGHT
+    yield from _serve(folders(arch), tmp_path_factory.mktemp("state"), overrides)
+
+
+def _serve(folders: Folders, state: Path, overrides: dict[str, Any]) -> Iterator[Served]:
+    paths = {name: str(path) for name, path in folders.adapters.items()}
+    with local_cluster(folders.model, state, adapters=paths, **overrides) as cluster:
+        yield Served(cluster, folders)

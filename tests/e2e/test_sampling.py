@@ -49,7 +49,7 @@ def tokens_of(served: Served, prompt: list[int], **body: Any) -> list[int]:
     return list(ask(served, prompt, **body)["choices"][0]["token_ids"])
 
 
-def test_presence_and_frequency_penalties_count_the_first_token(llama: Served) -> None:
+def test_presence_and_frequency_penalties_count_the_first_token(either: Served) -> None:
     def penalised(logits: torch.Tensor, output: list[int]) -> torch.Tensor:
         for token, count in Counter(output).items():
             logits[token] -= 1.5 + 0.9 * count
@@ -57,11 +57,11 @@ def test_presence_and_frequency_penalties_count_the_first_token(llama: Served) -
 
     for seed in range(3):
         prompt = prompt_of(40, seed)
-        got = tokens_of(llama, prompt, max_tokens=16, presence_penalty=1.5, frequency_penalty=0.9)
-        assert got == greedy(llama, prompt, 16, penalised)
+        got = tokens_of(either, prompt, max_tokens=16, presence_penalty=1.5, frequency_penalty=0.9)
+        assert got == greedy(either, prompt, 16, penalised)
 
 
-def test_repetition_penalty_counts_prompt_and_output(llama: Served) -> None:
+def test_repetition_penalty_counts_prompt_and_output(either: Served) -> None:
     prompt = prompt_of(40, 7)
 
     def penalised(logits: torch.Tensor, output: list[int]) -> torch.Tensor:
@@ -69,10 +69,10 @@ def test_repetition_penalty_counts_prompt_and_output(llama: Served) -> None:
             logits[token] = logits[token] / 1.4 if logits[token] > 0 else logits[token] * 1.4
         return logits
 
-    assert tokens_of(llama, prompt, max_tokens=16, repetition_penalty=1.4) == greedy(llama, prompt, 16, penalised)
+    assert tokens_of(either, prompt, max_tokens=16, repetition_penalty=1.4) == greedy(either, prompt, 16, penalised)
 
 
-def test_logit_bias(llama: Served) -> None:
+def test_logit_bias(either: Served) -> None:
     prompt = prompt_of(33, 8)
     bias = {11: 6.5, 12: -100.0, 300: 6.0}
 
@@ -81,17 +81,17 @@ def test_logit_bias(llama: Served) -> None:
             logits[token] += value
         return logits
 
-    got = tokens_of(llama, prompt, max_tokens=16, logit_bias={str(token): value for token, value in bias.items()})
-    assert got == greedy(llama, prompt, 16, biased)
+    got = tokens_of(either, prompt, max_tokens=16, logit_bias={str(token): value for token, value in bias.items()})
+    assert got == greedy(either, prompt, 16, biased)
 
 
 @pytest.mark.parametrize("position", [0, 1, 5])
-def test_stop_token_ends_the_request_where_it_comes(llama: Served, position: int) -> None:
+def test_stop_token_ends_the_request_where_it_comes(either: Served, position: int) -> None:
     prompt = prompt_of(50, 9)
-    plain = llama.expected(prompt, 12, ADAPTER)
+    plain = either.expected(prompt, 12, ADAPTER)
     stop = plain[position]
     end = plain.index(stop) + 1
-    body = ask(llama, prompt, max_tokens=12, stop_token_ids=[stop])
+    body = ask(either, prompt, max_tokens=12, stop_token_ids=[stop])
     assert body["choices"][0]["token_ids"] == plain[:end]
     assert body["choices"][0]["finish_reason"] == "stop"
     assert body["choices"][0]["stop_reason"] == stop
@@ -99,57 +99,57 @@ def test_stop_token_ends_the_request_where_it_comes(llama: Served, position: int
 
 
 @pytest.mark.parametrize("min_tokens", [1, 2, 4])
-def test_min_tokens_holds_stop_tokens_back(llama: Served, min_tokens: int) -> None:
+def test_min_tokens_holds_stop_tokens_back(either: Served, min_tokens: int) -> None:
     prompt = prompt_of(50, 10)
-    stops = sorted(set(llama.expected(prompt, 3, ADAPTER)))
+    stops = sorted(set(either.expected(prompt, 3, ADAPTER)))
 
     def banned(logits: torch.Tensor, output: list[int]) -> torch.Tensor:
         if len(output) < min_tokens:
             logits[stops] = -torch.inf
         return logits
 
-    expected = greedy(llama, prompt, 10, banned)
+    expected = greedy(either, prompt, 10, banned)
     end = next((i for i, token in enumerate(expected) if token in stops), 9) + 1
-    got = tokens_of(llama, prompt, max_tokens=10, min_tokens=min_tokens, stop_token_ids=stops)
+    got = tokens_of(either, prompt, max_tokens=10, min_tokens=min_tokens, stop_token_ids=stops)
     assert got == expected[:end]
 
 
-def test_eos_as_first_token_needs_no_decode(llama: Served) -> None:
-    body = ask(llama, prompt_of(20, 11), max_tokens=8, ignore_eos=False, logit_bias={str(EOS): 100})
+def test_eos_as_first_token_needs_no_decode(either: Served) -> None:
+    body = ask(either, prompt_of(20, 11), max_tokens=8, ignore_eos=False, logit_bias={str(EOS): 100})
     assert body["choices"][0]["token_ids"] == [EOS]
     assert body["choices"][0]["finish_reason"] == "stop"
     assert body["choices"][0]["stop_reason"] is None
     assert body["choices"][0]["text"] == ""
-    assert llama.cluster.idle()
+    assert either.cluster.idle()
 
 
-def test_ignore_eos_goes_on(llama: Served) -> None:
-    assert tokens_of(llama, prompt_of(20, 11), max_tokens=8, logit_bias={str(EOS): 100}) == [EOS] * 8
+def test_ignore_eos_goes_on(either: Served) -> None:
+    assert tokens_of(either, prompt_of(20, 11), max_tokens=8, logit_bias={str(EOS): 100}) == [EOS] * 8
 
 
-def test_max_tokens_one(llama: Served) -> None:
+def test_max_tokens_one(either: Served) -> None:
     prompt = prompt_of(20, 12)
-    body = ask(llama, prompt, max_tokens=1)
-    assert body["choices"][0]["token_ids"] == llama.expected(prompt, 1, ADAPTER)
+    body = ask(either, prompt, max_tokens=1)
+    assert body["choices"][0]["token_ids"] == either.expected(prompt, 1, ADAPTER)
     assert body["choices"][0]["finish_reason"] == "length"
 
 
-def test_stop_string_across_the_first_token_border(llama: Served) -> None:
+def test_stop_string_across_the_first_token_border(either: Served) -> None:
     prompt = prompt_of(60, 13)
-    text = ask(llama, prompt, max_tokens=12)["choices"][0]["text"]
+    text = ask(either, prompt, max_tokens=12)["choices"][0]["text"]
     for start, end in ((0, 3), (1, 4), (4, 8)):
         stop = text[start:end]
-        choice = ask(llama, prompt, max_tokens=12, stop=[stop])["choices"][0]
+        choice = ask(either, prompt, max_tokens=12, stop=[stop])["choices"][0]
         assert choice["text"] == text[: text.index(stop)]
         assert choice["finish_reason"] == "stop"
         assert choice["stop_reason"] == stop
-    assert llama.cluster.idle()
+    assert either.cluster.idle()
 
 
-def test_logprobs_of_every_token(llama: Served) -> None:
+def test_logprobs_of_every_token(either: Served) -> None:
     prompt = prompt_of(45, 14)
-    choice = ask(llama, prompt, max_tokens=8, logprobs=3)["choices"][0]
-    expected = llama.reference.logits(prompt, choice["token_ids"], llama.adapters[ADAPTER]).log_softmax(-1)
+    choice = ask(either, prompt, max_tokens=8, logprobs=3)["choices"][0]
+    expected = either.reference.logits(prompt, choice["token_ids"], either.adapters[ADAPTER]).log_softmax(-1)
     assert len(choice["logprobs"]["token_logprobs"]) == 8
     for row, token, logprob, top in zip(
         expected,
@@ -162,27 +162,27 @@ def test_logprobs_of_every_token(llama: Served) -> None:
         assert sorted(top.values(), reverse=True) == pytest.approx(row.topk(3).values.tolist(), abs=1e-3)
 
 
-def test_n_choices_share_one_prefill(llama: Served) -> None:
+def test_n_choices_share_one_prefill(either: Served) -> None:
     prompt = prompt_of(130, 15)
-    expected = llama.expected(prompt, 12, ADAPTER)
-    body = ask(llama, prompt, max_tokens=12, n=4)
+    expected = either.expected(prompt, 12, ADAPTER)
+    body = ask(either, prompt, max_tokens=12, n=4)
     assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
     assert [choice["token_ids"] for choice in body["choices"]] == [expected] * 4
     assert body["usage"]["prompt_tokens"] == 130
     assert body["usage"]["completion_tokens"] == 48
-    sampled = ask(llama, prompt, max_tokens=12, n=4, temperature=1.0, seed=5)
+    sampled = ask(either, prompt, max_tokens=12, n=4, temperature=1.0, seed=5)
     assert len({tuple(choice["token_ids"]) for choice in sampled["choices"]}) > 1
-    assert llama.cluster.idle()
+    assert either.cluster.idle()
 
 
-def test_a_seed_makes_output_reproducible(llama: Served) -> None:
+def test_a_seed_makes_output_reproducible(either: Served) -> None:
     prompt = prompt_of(30, 16)
     body = {"max_tokens": 16, "temperature": 1.0, "top_p": 0.9}
-    first = tokens_of(llama, prompt, seed=42, **body)
-    assert tokens_of(llama, prompt, seed=42, **body) == first
-    assert tokens_of(llama, prompt, seed=43, **body) != first
+    first = tokens_of(either, prompt, seed=42, **body)
+    assert tokens_of(either, prompt, seed=42, **body) == first
+    assert tokens_of(either, prompt, seed=43, **body) != first
 
 
-def test_top_k_one_is_greedy_at_any_temperature(llama: Served) -> None:
+def test_top_k_one_is_greedy_at_any_temperature(either: Served) -> None:
     prompt = prompt_of(30, 17)
-    assert tokens_of(llama, prompt, max_tokens=12, temperature=2.0, top_k=1) == llama.expected(prompt, 12, ADAPTER)
+    assert tokens_of(either, prompt, max_tokens=12, temperature=2.0, top_k=1) == either.expected(prompt, 12, ADAPTER)

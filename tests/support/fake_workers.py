@@ -18,7 +18,7 @@ from zlib import crc32
 import grpc.aio
 
 from preft.core.cluster import Role, Worker, WorkerLoad, WorkerState
-from preft.core.errors import PreftError, TransferFailed
+from preft.core.errors import InvalidRequest, PreftError, TransferFailed
 from preft.core.request import AdapterRef, FinishReason, GenerateRequest, Sampling, TokenDelta
 from preft.decode.session import DecodeSession, Put
 from preft.rpc import workers_pb2, workers_pb2_grpc
@@ -180,7 +180,7 @@ class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
             await asyncio.sleep(worker.delay)
             choices = [self._first(request, index) for index in range(1 if request.resume else request.n)]
             messages = [delta_to_proto(choice) for choice in choices]
-            first = workers_pb2.FirstTokens(choices=messages, cached_tokens=16)
+            first = workers_pb2.FirstTokens(choices=messages)
             yield workers_pb2.PrefillEvent(first_tokens=first)
             uses = request.n if request.resume else sum(choice.finish_reason is None for choice in choices)
             if request.HasField("target") and uses:
@@ -231,6 +231,10 @@ class DecodeService(workers_pb2_grpc.DecodeWorkerServicer):
             faults = worker.choice_faults.get(request.index, worker.faults)
             worker.calls += 1
             fault = faults.pop(0) if faults else None
+            if worker.role is Role.COLOCATED:
+                if request.adapter.digest != request.adapter_digest:
+                    raise InvalidRequest("the request names one adapter and brings another")
+                kv = Kv(list(request.prompt_token_ids), request.adapter.digest, 1)
             if kv is None or kv.uses == 0:
                 raise TransferFailed("unknown handle")
             if kv.prompt != list(request.prompt_token_ids) or kv.digest != request.adapter_digest:
@@ -282,6 +286,11 @@ class FakeCluster:
 
     async def add_decode(self, worker_id: str, **options: Any) -> FakeDecode:
         worker = FakeDecode(self, worker_id, Role.DECODE, **options)
+        await self._add(worker)
+        return worker
+
+    async def add_colocated(self, worker_id: str, **options: Any) -> FakeDecode:
+        worker = FakeDecode(self, worker_id, Role.COLOCATED, fingerprint=f"llama {worker_id}", **options)
         await self._add(worker)
         return worker
 

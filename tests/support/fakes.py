@@ -38,7 +38,6 @@ class FakeGeneration:
     """The running choices of one request."""
 
     def __init__(self, request: GenerateRequest, script: Script) -> None:
-        self.prompt_cached_tokens = 0
         self.stopped: set[int] = set()
         self._request = request
         self._script = script
@@ -54,7 +53,6 @@ class FakeGeneration:
         for start in range(0, max(1, len(tokens)), script.chunk):
             if script.delay:
                 await asyncio.sleep(script.delay)
-            self.prompt_cached_tokens = script.cached
             if script.fail is not None and script.fail_after is not None and start >= script.fail_after:
                 raise script.fail
             ids = tuple(tokens[start : start + script.chunk])
@@ -64,7 +62,12 @@ class FakeGeneration:
                     continue
                 end = last and not (script.finish_apart or script.never_finish or script.fail)
                 yield TokenDelta(
-                    index, ids, self._logprobs(ids), finish if end else None, script.stop_token_id if end else None
+                    index,
+                    ids,
+                    self._logprobs(ids),
+                    finish if end else None,
+                    script.stop_token_id if end else None,
+                    cached_tokens=script.cached if index == start == 0 else 0,
                 )
         if script.fail is not None and script.fail_after is not None:
             raise script.fail

@@ -58,6 +58,11 @@ class LocalCluster:
     def worker(self, role: Role) -> WorkerServer:
         return next(worker for worker in self.workers.values() if worker.record.role is role)
 
+    @property
+    def decoding(self) -> WorkerServer:
+        """The worker that makes output, of whatever role."""
+        return next(worker for worker in self.workers.values() if worker.record.role is not Role.PREFILL)
+
     def wait(self, condition: Callable[[], bool], seconds: float) -> bool:
         """Whether `condition` becomes true within `seconds`."""
         end = time.monotonic() + seconds
@@ -134,8 +139,8 @@ async def _cluster(settings: Settings) -> AsyncIterator[LocalCluster]:
         gateway = await stack.enter_async_context(run_gateway(settings, store, catalog, "test"))
         names = [
             (f"test-{role.value}-{number}", role)
-            for role, own in ((Role.PREFILL, settings.prefill), (Role.DECODE, settings.decode))
-            for number in range(own.replicas)
+            for role in settings.roles
+            for number in range(settings.engine(role).replicas)
         ]
         sender = FaultySender()
         started = await asyncio.gather(

@@ -18,6 +18,7 @@ from preft.core.cluster import Role
 from preft.core.errors import PreftError
 from preft.core.request import AdapterRef, Sampling, TokenDelta
 from preft.decode.service import DecodeService
+from preft.engine.residency import ResidentAdapters
 from preft.prefill.service import PrefillService
 from preft.router.decode_stream import DecodeCall, DecodeStream
 from preft.rpc import workers_pb2, workers_pb2_grpc
@@ -213,7 +214,7 @@ async def prefill_rig(
     """After use nothing may be left: no byte, no running request."""
     arena, sink = StagingArena.create(ARENA_BYTES), sink or KvSink()
     engine = engine_type(Role.PREFILL, arena.path)
-    service = PrefillService(engine, arena, sink.sender, FINGERPRINT, max_adapters)
+    service = PrefillService(engine, ResidentAdapters(engine, max_adapters), arena, sink.sender, FINGERPRINT)
     server = grpc.aio.server()
     workers_pb2_grpc.add_PrefillWorkerServicer_to_server(service, server)
     port = server.add_insecure_port("127.0.0.1:0")

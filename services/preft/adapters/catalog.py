@@ -22,6 +22,10 @@ from preft.core.ports import StateStore
 
 logger = logging.getLogger(__name__)
 
+NOT_PREFILL_ONLY = (
+    'its configuration doesn\'t say "prefill_only": true. Here an adapter acts on the prompt alone; one that was trained to '
+    "act on the output too answers worse, up to not at all"
+)
 NAME = re.compile(r"[A-Za-z0-9._/-]{1,128}")
 
 
@@ -83,7 +87,9 @@ class Catalog:
         self._check_name(name)
         digest, found = await asyncio.to_thread(self._keep, Path(source))
         path = str(self._folder / digest)
-        adapter = Adapter(name, digest, path, source, found.rank, found.kind, created=time.time())
+        if not found.prefill_only:
+            logger.warning("adapter %r: %s", name, NOT_PREFILL_ONLY)
+        adapter = Adapter(name, digest, path, source, found.rank, found.kind, found.prefill_only, time.time())
         while True:
             current = await self._stored(name)
             if current is not None and current.digest == digest and current.path == path:

@@ -19,6 +19,7 @@ REFT_CONFIG_FILE = "reft_config.json"
 REFT_WEIGHTS_FILE = "reft_model.safetensors"
 LORA_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 REFT_FILES = (REFT_CONFIG_FILE, REFT_WEIGHTS_FILE)
+PREFILL_ONLY = "prefill_only"  # field of either configuration: true if it was trained for the prompt pass alone
 CHUNK = 1 << 20
 
 

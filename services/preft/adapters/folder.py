@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from preft.adapters.base_model import BaseModel
-from preft.adapters.digest import CONFIG_FILE, REFT_CONFIG_FILE, WEIGHTS_FILE, adapter_files, file_size
+from preft.adapters.digest import CONFIG_FILE, PREFILL_ONLY, REFT_CONFIG_FILE, WEIGHTS_FILE, adapter_files, file_size
 from preft.adapters.peft_format import check_lora
 from preft.adapters.reft_format import check_reft
 from preft.core.errors import InvalidAdapter
@@ -29,10 +30,14 @@ def check_files(folder: Path, max_bytes: int | None = None) -> None:
 
 @dataclass(frozen=True, slots=True)
 class AdapterSummary:
-    """What the catalog remembers of a folder that passed: "lora", "reft" or "lora+reft", and its highest rank."""
+    """What the catalog remembers of a folder that passed: "lora", "reft" or "lora+reft", and its highest rank.
+
+    `prefill_only` is whether its configuration says that it was trained for the prompt pass alone.
+    """
 
     kind: str
     rank: int
+    prefill_only: bool
 
 
 def check_adapter(folder: Path, base: BaseModel, max_rank: int) -> AdapterSummary:
@@ -43,7 +48,9 @@ def check_adapter(folder: Path, base: BaseModel, max_rank: int) -> AdapterSummar
         for kind, file, check in (("lora", CONFIG_FILE, check_lora), ("reft", REFT_CONFIG_FILE, check_reft))
         if file in names
     }
-    return AdapterSummary("+".join(ranks), max(ranks.values()))
+    configs = [json.loads((folder / file).read_bytes()) for file in (CONFIG_FILE, REFT_CONFIG_FILE) if file in names]
+    prefill_only = all(config.get(PREFILL_ONLY) is True for config in configs)
+    return AdapterSummary("+".join(ranks), max(ranks.values()), prefill_only)
 
 
 def _refuse_pickles(folder: Path) -> None:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from preft.adapters.digest import REFT_CONFIG_FILE
+from preft.adapters.digest import PREFILL_ONLY, REFT_CONFIG_FILE
 from preft.core.errors import InvalidAdapter
 
 METHODS = ("loreft", "direft")
-FIELDS = ("peft_type", "method", "r", "layers", "positions", "base_model_name_or_path")
+FIELDS = ("peft_type", "method", "r", "layers", "positions", PREFILL_ONLY, "base_model_name_or_path")
 POSITIONS = re.compile(r"(?:f(?P<first>[1-9]\d{0,8}))?\+?(?:l(?P<last>[1-9]\d{0,8}))?")
 EVERY = 1 << 31  # more positions than any prompt has
 
@@ -51,10 +51,11 @@ def read_reft_config(folder: Path) -> ReftConfig:
         raise _wrong(f"layers is {layers!r}, not a list of layer numbers from 0 on")
     if len(set(layers)) < len(layers):
         raise _wrong("layers names one twice")
-    return ReftConfig(config["method"], rank, tuple(layers), *_positions(config.get("positions")))
+    return ReftConfig(config["method"], rank, tuple(layers), *read_positions(config.get("positions")))
 
 
-def _positions(value: Any) -> tuple[int, int]:
+def read_positions(value: Any) -> tuple[int, int]:
+    """How many of a prompt's first and last positions `value` means. Raises InvalidAdapter."""
     if value == "all":
         return EVERY, 0
     match = POSITIONS.fullmatch(value) if isinstance(value, str) else None

@@ -1,13 +1,16 @@
-"""`preft adapter add | list | show | remove`: the catalog of a running server, over its `/v1/adapters`."""
+"""`preft adapter add | list | show | remove`: the catalog of a running server, over its `/v1/adapters`; and `convert`."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import sys
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from preft.adapters.catalog import NOT_PREFILL_ONLY
 from preft.cli.server import Server, add_url
 from preft.cli.table import table
 from preft.core.errors import InvalidAdapter, ModelNotFound
@@ -16,9 +19,9 @@ COLUMNS = ("name", "kind", "rank", "digest", "source")
 
 
 def add_parser(commands: Any) -> None:
-    """Adds `adapter` and its four verbs to the subcommands."""
+    """Adds `adapter` and its verbs to the subcommands."""
     parser: argparse.ArgumentParser = commands.add_parser(
-        "adapter", help="add, list, show and remove adapters of a running server"
+        "adapter", help="add, list, show and remove adapters of a running server; convert others' folders"
     )
     verbs = parser.add_subparsers(title="verbs", dest="verb", required=True, metavar="VERB")
     adding = verbs.add_parser("add", help="check a LoRA or ReFT folder and serve it under NAME")
@@ -34,6 +37,16 @@ def add_parser(commands: Any) -> None:
     removing = verbs.add_parser("remove", help="forget an adapter; running requests finish on it")
     removing.add_argument("name", metavar="NAME")
     removing.set_defaults(run=remove)
+    converting = verbs.add_parser("convert", help="make a ReFT folder from a folder that pyreft saved")
+    converting.add_argument("source", metavar="SOURCE", type=Path, help="pyreft's folder: config.json, intkey_*.bin")
+    converting.add_argument("target", metavar="TARGET", type=Path, help="folder to write")
+    converting.add_argument(
+        "--positions",
+        metavar="P",
+        required=True,
+        help="prompt positions that it was trained for, which pyreft doesn't save: all, or such as f2, l3, f2+l3",
+    )
+    converting.set_defaults(run=convert)
     for verb in (adding, listing, showing, removing):
         add_url(verb)
         verb.add_argument("--json", action="store_true", help="print JSON")
@@ -47,6 +60,17 @@ def add(args: argparse.Namespace) -> int:
     body = {"name": args.name, "path": folder, "replace": args.replace}
     entry = Server(args.url).call("POST", "/v1/adapters", body)
     print(json.dumps(entry) if args.json else f"{entry['name']} is served now (digest {entry['digest'][:12]})")
+    if not entry["prefill_only"]:
+        print(f"warning: {entry['name']}: {NOT_PREFILL_ONLY}", file=sys.stderr)
+    return 0
+
+
+def convert(args: argparse.Namespace) -> int:
+    """Writes a ReFT folder from what pyreft saved. Raises InvalidAdapter."""
+    from preft.convert.pyreft import convert_pyreft  # needs torch
+
+    convert_pyreft(args.source, args.target, args.positions)
+    print(f"{args.target} holds the adapter now")
     return 0
 
 

@@ -19,6 +19,7 @@ FLAGS = {  # flag's name in the parsed arguments -> dotted key of the setting
     "state_dir": "state_dir",
     "prefill": "prefill.replicas",
     "decode": "decode.replicas",
+    "colocated": "colocated",
 }
 
 
@@ -27,7 +28,7 @@ def add_parser(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "serve",
         help="serve a base model and its adapters",
-        description="Starts prefill and decode workers and the HTTP server, and runs until Ctrl-C.",
+        description="Starts the workers and the HTTP server, and runs until Ctrl-C.",
     )
     parser.add_argument("--model", metavar="DIR", help="base model: config.json, weights, tokenizer.json")
     parser.add_argument(
@@ -35,6 +36,12 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--prefill", metavar="N", type=int, help="prefill workers")
     parser.add_argument("--decode", metavar="N", type=int, help="decode workers")
+    parser.add_argument(
+        "--colocated",
+        action="store_const",
+        const=True,
+        help="one kind of worker that prefills and decodes; --prefill says how many",
+    )
     parser.add_argument("--served-model-name", metavar="S", help="the base model's name in the API")
     parser.add_argument("--host", metavar="H", help="address to listen on")
     parser.add_argument("--port", metavar="P", type=int, help="HTTP port; 0 takes any free one")
@@ -74,6 +81,8 @@ def overrides_from(args: argparse.Namespace) -> dict[str, Any]:
     overrides: dict[str, Any] = {}
     for key, text in args.set:
         _put(overrides, key, _value(key, text))
+    if args.colocated and args.decode is not None:
+        raise ConfigError("--decode: a colocated cluster has no decode workers; --prefill says how many workers it has")
     for flag, key in FLAGS.items():
         value = getattr(args, flag)
         if value is not None:

@@ -83,7 +83,8 @@ class RayCluster:
             )
         else:
             ray.init(address=address, log_to_driver=True, configure_logging=False)
-        for role, own in ((Role.PREFILL, self._settings.prefill), (Role.DECODE, self._settings.decode)):
+        for role in self._settings.roles:
+            own = self._settings.engine(role)
             actor = ray.remote(WorkerActor).options(
                 num_cpus=own.num_cpus, num_gpus=own.num_gpus, max_restarts=-1, max_concurrency=2
             )

@@ -1,4 +1,4 @@
-"""One worker process, either role: engine, staging arena, gRPC services, registration with heartbeats.
+"""One worker process, of any role: engine, staging arena, gRPC services, registration with heartbeats.
 
 Owns the order of start and stop. Doesn't know who started it (Ray, the command line or a test).
 """
@@ -19,12 +19,14 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from preft.cluster.model import model_identity
+from preft.colocated.service import ColocatedService
 from preft.core.cluster import Role, Worker, WorkerLoad, WorkerState
 from preft.core.errors import PreftError
 from preft.core.ports import StateStore
 from preft.core.settings import Settings
 from preft.decode.service import DecodeService
 from preft.engine.port import Engine
+from preft.engine.residency import ResidentAdapters
 from preft.prefill.service import PrefillService
 from preft.rpc import kv_transfer_pb2, workers_pb2, workers_pb2_grpc
 from preft.rpc.convert import load_to_proto
@@ -79,7 +81,7 @@ class WorkerServer:
 
         Raises what `start_engine` raises; then nothing is left.
         """
-        own = settings.prefill if role is Role.PREFILL else settings.decode
+        own = settings.engine(role)
         record = Worker(
             id=worker_id,
             role=role,
@@ -99,11 +101,13 @@ class WorkerServer:
             undo.push_async_callback(engine.close)
             info = engine.info
             room = own.staging_bytes // info.block_bytes * info.block_size
-            if room < min(info.max_model_len, info.kv_blocks * info.block_size):
+            if role is not Role.COLOCATED and room < min(info.max_model_len, info.kv_blocks * info.block_size):
                 logger.warning(
                     "%s.staging_bytes: prompts of more than %d tokens don't fit in, and are refused", role, room
                 )
             identity = f"{model_identity(settings.model)}:{info.kv_layout}:{info.max_model_len}"
+            if role is Role.COLOCATED:
+                identity += f":{worker_id}"
             record = dataclasses.replace(
                 record,
                 fingerprint=hashlib.sha256(identity.encode()).hexdigest(),
@@ -165,17 +169,17 @@ class WorkerServer:
     def _add_services(self, settings: Settings, role: Role) -> list[str]:
         descriptor = workers_pb2.DESCRIPTOR.services_by_name
         names = [descriptor["WorkerStatus"].full_name, health.SERVICE_NAME, reflection.SERVICE_NAME]
+        adapters = ResidentAdapters(self._engine, settings.prefill.max_cpu_loras)
         if role is Role.PREFILL:
-            prefill = PrefillService(
-                self._engine,
-                self._arena,
-                self._sender,
-                self._record.fingerprint,
-                max_adapters=settings.prefill.max_cpu_loras,
-            )
-            self._load_of_service = lambda: (prefill.running, prefill.adapters)
+            prefill = PrefillService(self._engine, adapters, self._arena, self._sender, self._record.fingerprint)
+            self._load_of_service = lambda: (prefill.running, adapters.digests)
             workers_pb2_grpc.add_PrefillWorkerServicer_to_server(prefill, self._server)  # type: ignore[no-untyped-call]
             names.append(descriptor["PrefillWorker"].full_name)
+        elif role is Role.COLOCATED:
+            colocated = ColocatedService(self._engine, adapters)
+            self._load_of_service = lambda: (colocated.running, adapters.digests)
+            workers_pb2_grpc.add_DecodeWorkerServicer_to_server(colocated, self._server)  # type: ignore[no-untyped-call]
+            names.append(descriptor["DecodeWorker"].full_name)
         else:
             timeout = settings.router.transfer_timeout
             self._handles = HandleTable(self._arena, fingerprint=self._record.fingerprint, lease=timeout)

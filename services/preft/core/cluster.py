@@ -8,10 +8,11 @@ from enum import StrEnum
 
 
 class Role(StrEnum):
-    """What a worker does."""
+    """What a worker does: one half of each request, or all of it."""
 
     PREFILL = "prefill"
     DECODE = "decode"
+    COLOCATED = "colocated"
 
 
 class WorkerState(StrEnum):
@@ -44,7 +45,8 @@ class WorkerLoad:
 class Worker:
     """One worker as registered in the state store. `address` is `host:port` of its gRPC services.
 
-    `fingerprint` names model, dtype, KV layout, block size and attention backend: KV moves only between equal ones.
+    `fingerprint` names model, dtype, KV layout, block size and attention backend: KV moves only between equal ones. A
+    colocated worker's is its own alone: its KV moves nowhere.
     `heartbeat` is in `time.time()` seconds.
     """
 
@@ -66,7 +68,8 @@ class Worker:
 class Adapter:
     """One catalog entry: the version (digest) that `name` points to now, and where its verified copy lies.
 
-    `kind` is "lora", "reft" or "lora+reft"; `rank` the highest in it.
+    `kind` is "lora", "reft" or "lora+reft"; `rank` the highest in it; `prefill_only` whether its configuration says
+    that it was trained for the prompt pass alone.
     """
 
     name: str
@@ -75,6 +78,7 @@ class Adapter:
     source: str
     rank: int
     kind: str = "lora"
+    prefill_only: bool = False
     created: float = 0.0
 
 
@@ -85,10 +89,10 @@ class ClusterSnapshot:
     workers: Mapping[str, Worker]
     taken: float
 
-    def ready(self, role: Role) -> tuple[Worker, ...]:
-        """Workers of `role` that take requests, ordered by id."""
+    def ready(self, *roles: Role) -> tuple[Worker, ...]:
+        """Workers of these roles that take requests, ordered by id."""
         return tuple(
             worker
             for _, worker in sorted(self.workers.items())
-            if worker.role is role and worker.state is WorkerState.READY
+            if worker.role in roles and worker.state is WorkerState.READY
         )

@@ -17,10 +17,8 @@ class Generation(Protocol):
     """The running choices of one request. Iterate to get deltas of all choices as they come.
 
     Iteration ends after every choice has had its `finish_reason` or was stopped. It raises a PreftError if the
-    request fails; then no more deltas come. `prompt_cached_tokens` is known once the first delta has come.
+    request fails; then no more deltas come.
     """
-
-    prompt_cached_tokens: int
 
     def __aiter__(self) -> AsyncIterator[TokenDelta]: ...
 

@@ -89,7 +89,8 @@ class TokenDelta:
     """New tokens of one choice. `logprobs` has one entry per token, or none if not asked for.
 
     `finish_reason` is set on the last delta of a choice (its tokens may be empty); `stop_token_id` names the caller's
-    stop token that ended it (never an EOS).
+    stop token that ended it (never an EOS). `cached_tokens` is how many prompt tokens were found in a prefix cache; the
+    first delta of choice 0 says it.
     """
 
     index: int
@@ -97,3 +98,4 @@ class TokenDelta:
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
+    cached_tokens: int = 0

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from preft.core.cluster import Role
 from preft.core.errors import ConfigError
 
 GiB = 1 << 30
@@ -82,6 +83,7 @@ class Settings(_Strict):
     prefill: PrefillSettings = Field(default_factory=PrefillSettings)
     decode: DecodeSettings = Field(default_factory=DecodeSettings)
     router: RouterSettings = Field(default_factory=RouterSettings)
+    colocated: bool = False  # one kind of worker that does both, with the settings of `prefill`
 
     @field_validator("model", "state_dir")
     @classmethod
@@ -98,6 +100,15 @@ class Settings(_Strict):
         if self.model_name in self.adapters:
             raise ValueError(f"adapters: {self.model_name!r} is the base model's name")
         return self
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """Which workers the cluster has."""
+        return (Role.COLOCATED,) if self.colocated else (Role.PREFILL, Role.DECODE)
+
+    def engine(self, role: Role) -> EngineSettings:
+        """The settings of the workers of `role`."""
+        return self.decode if role is Role.DECODE else self.prefill
 
     @property
     def model_name(self) -> str:

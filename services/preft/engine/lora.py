@@ -152,14 +152,12 @@ class GroupedLoRAModelManager(LRUCacheLoRAModelManager):
             self._first[slot], self._last[slot] = (reft.first, reft.last) if reft else (0, 0)
         return activated
 
-    def place_tokens(self, starts: np.ndarray, counts: np.ndarray, prompts: np.ndarray) -> None:
-        """Says where the step's tokens are: per request its first token's position, their number, its prompt's length.
+    def place_tokens(self, positions: np.ndarray, prompts: np.ndarray) -> None:
+        """Says where the step's tokens are: of each one its position in its request, and its prompt's length.
 
         Call it after `set_adapter_mapping`, in each step.
         """
-        begins = np.cumsum(counts) - counts
-        positions = np.arange(counts.sum()) + np.repeat(starts - begins, counts)
-        self._punica.limit_reft(positions, np.repeat(prompts, counts) - positions, self._first, self._last)
+        self._punica.limit_reft(positions, prompts - positions, self._first, self._last)
 
 
 class GroupedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
@@ -181,6 +179,6 @@ class GroupedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         model.reft = reft
         return model
 
-    def place_tokens(self, starts: np.ndarray, counts: np.ndarray, prompts: np.ndarray) -> None:
+    def place_tokens(self, positions: np.ndarray, prompts: np.ndarray) -> None:
         """See GroupedLoRAModelManager."""
-        self._adapter_manager.place_tokens(starts, counts, prompts)
+        self._adapter_manager.place_tokens(positions, prompts)

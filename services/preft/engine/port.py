@@ -24,8 +24,8 @@ class EngineRequest:
 
     On prefill: `adapter` may be set, and `save` tells where the prompt's KV goes. On decode: `load` tells where the
     prompt's KV lies, and `output_token_ids` (at least one) are the tokens made so far; generation goes on after them.
-    `salt` separates prefix-cache entries that equal tokens alone must not share. A seed in `sampling` is this
-    choice's own.
+    Colocated: `adapter` acts on the prompt, and there may be `output_token_ids`. `salt` separates prefix-cache entries
+    that equal tokens alone must not share. A seed in `sampling` is this choice's own.
     """
 
     request_id: str

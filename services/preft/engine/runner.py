@@ -1,9 +1,9 @@
-"""What our model runner adds to vLLM's V1 runner: it takes over requests in mid-generation, and applies our LoRA.
+"""What our model runner adds to vLLM's V1 runner: requests taken over in mid-generation, adapters on prompts alone.
 
-A decode engine gets requests whose first tokens were made elsewhere. The scheduler side of the KV connector has told
-the scheduler that they are output; here the runner learns the same, before its batch metadata is refreshed, so that
-penalties, `min_tokens` and seeds continue exactly. (The V2 runner takes such requests as they are: its request state
-already distinguishes prompt from prefilled output.)
+An engine may get requests whose first tokens were made elsewhere. The scheduler has been told that they are output
+(`split_output`); here the runner learns the same, before its batch metadata is refreshed, so that penalties,
+`min_tokens` and seeds continue exactly. (The V2 runner takes such requests as they are: its request state already
+distinguishes prompt from prefilled output.)
 """
 
 from __future__ import annotations
@@ -13,21 +13,20 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.config import VllmConfig
+from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.v1.core.sched.output import SchedulerOutput
 
-from preft.transfer.connector import KvMetadata
+from preft.transfer.connector import output_so_far
 
 
 class HandoverRunner:
     """Mixed in before a V1 model runner class. Uses `_may_reorder_batch`, `set_active_loras` and `load_lora_model`."""
 
     def _may_reorder_batch(self: Any, scheduler_output: SchedulerOutput) -> None:
-        metadata = scheduler_output.kv_connector_metadata
-        if isinstance(metadata, KvMetadata):
-            for load in metadata.loads:
-                if load.request_id in self.requests and not self.requests[load.request_id].output_token_ids:
-                    self._take_over(load.request_id, list(load.output_token_ids))
+        for request in scheduler_output.scheduled_new_reqs:
+            if output := output_so_far(request.sampling_params):
+                self._take_over(request.req_id, output)
         if current_platform.is_cpu() and any(state.generator is not None for state in self.requests.values()):
             self._spare_generators(scheduler_output)
         super()._may_reorder_batch(scheduler_output)  # type: ignore[misc]
@@ -62,14 +61,10 @@ class HandoverRunner:
                 batch.generators[batch.req_id_to_index[request_id]] = state.generator
 
     def set_active_loras(self: Any, input_batch: Any, num_scheduled_tokens: np.ndarray, *args: Any) -> None:
-        super().set_active_loras(input_batch, num_scheduled_tokens, *args)  # type: ignore[misc]
+        rows = PromptRows(input_batch, num_scheduled_tokens)
+        super().set_active_loras(rows, num_scheduled_tokens, *args)  # type: ignore[misc]
         if current_platform.is_cpu():
-            count = len(num_scheduled_tokens)
-            self.lora_manager.place_tokens(
-                input_batch.num_computed_tokens_cpu[:count],
-                num_scheduled_tokens,
-                input_batch.num_prompt_tokens[:count],
-            )
+            self.lora_manager.place_tokens(rows.positions, rows.prompts)
 
     def load_lora_model(
         self: Any, model: torch.nn.Module, vllm_config: VllmConfig, device: torch.device
@@ -84,6 +79,36 @@ class HandoverRunner:
             raise ValueError(f"{type(model).__name__} does not support LoRA")
         self.lora_manager = GroupedWorkerLoRAManager(vllm_config, device, model.embedding_modules)
         return self.lora_manager.create_lora_manager(model, vllm_config)
+
+
+class PromptRows:
+    """A step's batch, whose adapters act on prompt positions alone.
+
+    Per token of the step, in the batch's order: its position in its request, and the length of that request's prompt.
+    """
+
+    def __init__(self, input_batch: Any, num_scheduled_tokens: np.ndarray) -> None:
+        count, ends = len(num_scheduled_tokens), np.cumsum(num_scheduled_tokens)
+        starts = input_batch.num_computed_tokens_cpu[:count]
+        self.positions = np.arange(ends[-1]) + np.repeat(starts - ends + num_scheduled_tokens, num_scheduled_tokens)
+        self.prompts = np.repeat(input_batch.num_prompt_tokens[:count], num_scheduled_tokens)
+        self._batch = input_batch
+        self._ends = ends
+
+    def make_lora_inputs(
+        self, num_scheduled_tokens: np.ndarray, num_sampled_tokens: np.ndarray
+    ) -> tuple[tuple[int, ...], tuple[int, ...], set[LoRARequest]]:
+        """See vLLM's InputBatch: adapters per sampled token, per scheduled token, and those that act in this step."""
+        sampled, scheduled, requests = self._batch.make_lora_inputs(num_scheduled_tokens, num_sampled_tokens)
+        in_prompt = self.positions < self.prompts
+        scheduled = np.where(in_prompt, scheduled, 0)
+        sampled = np.where(np.repeat(in_prompt[self._ends - 1], num_sampled_tokens), sampled, 0)
+        acting = set(scheduled.tolist())
+        return (
+            tuple(sampled.tolist()),
+            tuple(scheduled.tolist()),
+            {request for request in requests if request.lora_int_id in acting},
+        )
 
 
 def advance_generator(generator: torch.Generator, draws: int, vocab_size: int, device: torch.device) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,23 @@ from preft.core.errors import EngineFailed, InvalidAdapter, InvalidRequest, Work
 from preft.core.request import AdapterRef, FinishReason, Sampling, TokenDelta, TokenLogprob
 from preft.core.settings import GiB, PrefillSettings, Settings
 from preft.engine.port import EngineInfo, EngineRequest, EngineStats, KvRegion
+from preft.transfer.connector import OUTPUT_SO_FAR
 
-CODE_VERSION = 2
+# How OpenMP's threads wait for work on CPU. By default they spin for milliseconds: on cores that prefill and decode
+# engines share, each waits against the other's steps. A decode step is many short regions, so there a short spin is
+# worth it (some 0.1 ms), on prefill none. Measured by `make bench`.
+WAITING: Mapping[Role, Mapping[str, str]] = {
+    Role.PREFILL: {"OMP_WAIT_POLICY": "PASSIVE"},
+    Role.DECODE: {"GOMP_SPINCOUNT": "5000"},
+    Role.COLOCATED: {},
+}
+CODE_VERSION = 3
 """Part of vLLM's compile-cache key, which otherwise ignores our worker class. Raise it when traced code changes."""
 
 
 def engine_args(settings: Settings, role: Role, arena: str) -> AsyncEngineArgs:
-    """vLLM's arguments for one engine of `role`. Adapters exist on prefill only."""
-    own = settings.prefill if role is Role.PREFILL else settings.decode
+    """vLLM's arguments for one engine of `role`. On decode there are no adapters, on a colocated one no transfer."""
+    own = settings.engine(role)
     on_cpu = current_platform.is_cpu()
     args: dict[str, Any] = {
         "model": str(settings.model),
@@ -53,14 +62,18 @@ def engine_args(settings: Settings, role: Role, arena: str) -> AsyncEngineArgs:
         "disable_log_stats": True,
         "worker_cls": "preft.engine.cpu_worker.PreftCPUWorker" if on_cpu else "preft.engine.gpu_worker.PreftGPUWorker",
         "additional_config": {"preft": CODE_VERSION, "role": role.value},
-        "kv_transfer_config": KVTransferConfig(
+    }
+    if role is Role.COLOCATED:
+        scheduler = "PromptAdapterScheduler" if on_cpu else "AsyncPromptAdapterScheduler"
+        args |= {"scheduler_cls": f"preft.engine.scheduler.{scheduler}", "async_scheduling": not on_cpu}
+    else:
+        args["kv_transfer_config"] = KVTransferConfig(
             kv_connector="StagedKvConnector",
             kv_connector_module_path="preft.transfer.connector",
             kv_role="kv_producer" if role is Role.PREFILL else "kv_consumer",
             kv_load_failure_policy="fail",
             kv_connector_extra_config={"arena": arena},
-        ),
-    }
+        )
     if settings.max_model_len is not None:
         args["max_model_len"] = settings.max_model_len
     if isinstance(own, PrefillSettings):
@@ -77,7 +90,12 @@ def sampling_params(request: EngineRequest, role: Role) -> SamplingParams:
     """vLLM's sampling parameters for one choice. EOS tokens travel as stop tokens: the engine has no tokenizer."""
     sampling = request.sampling
     stop = sampling.stop_token_ids if sampling.ignore_eos else (*sampling.stop_token_ids, *sampling.eos_token_ids)
-    region = request.save if role is Role.PREFILL else request.load
+    region = request.save or request.load
+    extra: dict[str, Any] = {}
+    if region is not None:
+        extra["kv_transfer_params"] = _transfer_params(region, request)
+    if request.output_token_ids:
+        extra[OUTPUT_SO_FAR] = list(request.output_token_ids)
     return SamplingParams(
         max_tokens=1 if role is Role.PREFILL else sampling.max_tokens,
         min_tokens=min(sampling.min_tokens, 1) if role is Role.PREFILL else sampling.min_tokens,
@@ -95,7 +113,7 @@ def sampling_params(request: EngineRequest, role: Role) -> SamplingParams:
         logprobs=sampling.logprobs,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
-        extra_args={"kv_transfer_params": _transfer_params(region, request)} if region is not None else None,
+        extra_args=extra or None,
     )
 
 
@@ -147,8 +165,9 @@ class VllmEngine:
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         if current_platform.is_cpu():
             os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # where Triton is installed it is the default; ours is V1
-            if role is Role.PREFILL:  # on shared cores its idle threads mustn't spin against a decode engine's steps
-                os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+            os.environ.update({name: value for name, value in WAITING[role].items() if name not in os.environ})
+        elif role is Role.COLOCATED:
+            os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # it would apply adapters to output too
         stats = EngineStats()
         args = engine_args(settings, role, arena)
         llm = await asyncio.to_thread(AsyncLLM.from_engine_args, args, stat_loggers=[lambda *_: _Stats(stats)])
@@ -201,11 +220,16 @@ class VllmEngine:
         try:
             params = sampling_params(request, self._role)
             async with aclosing(self._llm.generate(prompt, params, request.request_id, lora_request=lora)) as outputs:
+                cached: int | None = None
                 async for output in outputs:
                     choice = output.outputs[0]
                     if choice.finish_reason in ("error", "abort"):
                         raise EngineFailed("the engine gave the request up")
-                    yield _delta(request, choice)
+                    if cached is None and request.index == 0 and not request.output_token_ids:
+                        cached = output.num_cached_tokens or 0
+                        yield _delta(request, choice, cached)
+                    else:
+                        yield _delta(request, choice)
         except EngineDeadError as error:
             raise WorkerLost(f"the engine died: {error}") from error
         except EngineGenerateError as error:
@@ -222,7 +246,7 @@ class VllmEngine:
         await asyncio.to_thread(self._llm.shutdown)
 
 
-def _delta(request: EngineRequest, choice: Any) -> TokenDelta:
+def _delta(request: EngineRequest, choice: Any, cached_tokens: int = 0) -> TokenDelta:
     sampling: Sampling = request.sampling
     stopped_by = choice.stop_reason if isinstance(choice.stop_reason, int) else None
     logprobs: tuple[TokenLogprob, ...] = ()
@@ -237,6 +261,7 @@ def _delta(request: EngineRequest, choice: Any) -> TokenDelta:
         logprobs=logprobs,
         finish_reason=FinishReason(choice.finish_reason) if choice.finish_reason else None,
         stop_token_id=stopped_by if stopped_by in sampling.stop_token_ids else None,
+        cached_tokens=cached_tokens,
     )
 
 

@@ -75,6 +75,7 @@ class Completion:
         try:
             async with self._generator.generate(request) as generation:
                 async for delta in generation:
+                    self.cached_tokens += delta.cached_tokens
                     choice = choices[delta.index]
                     if choice.finished:
                         continue  # was on its way when a stop string ended the choice
@@ -84,7 +85,6 @@ class Completion:
                     self._wake()
                 if not all(choice.finished for choice in choices):
                     raise EngineFailed("generation ended before all choices were finished")
-                self.cached_tokens += generation.prompt_cached_tokens
                 # The client needn't wait until the context is left, and leaving it mustn't be cancelled.
                 self._generating.discard(self._tasks[number])
                 self._wake()

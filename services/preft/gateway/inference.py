@@ -139,5 +139,10 @@ def _logprob(entry: TokenLogprob) -> common_pb2.TokenLogprob:
 
 def _adapter(adapter: Adapter) -> adapters_pb2.Adapter:
     return adapters_pb2.Adapter(
-        name=adapter.name, digest=adapter.digest, source=adapter.source, kind=adapter.kind, rank=adapter.rank
+        name=adapter.name,
+        digest=adapter.digest,
+        source=adapter.source,
+        kind=adapter.kind,
+        rank=adapter.rank,
+        prefill_only=adapter.prefill_only,
     )

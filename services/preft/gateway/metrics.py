@@ -94,7 +94,6 @@ class _MeteredGeneration:
         self._first = first
         self._between = between
         self._generated = generated
-        self.prompt_cached_tokens = 0
 
     def stop(self, index: int) -> None:
         self._inner.stop(index)
@@ -106,7 +105,6 @@ class _MeteredGeneration:
                 now = time.perf_counter()
                 if not last:
                     self._first.observe(now - self._started)
-                    self.prompt_cached_tokens = self._inner.prompt_cached_tokens
                 elif delta.index in last:
                     self._between.observe((now - last[delta.index]) / count)
                 last[delta.index] = now

@@ -100,5 +100,6 @@ def _adapter(adapter: Adapter) -> dict[str, Any]:
         "source": adapter.source,
         "kind": adapter.kind,
         "rank": adapter.rank,
+        "prefill_only": adapter.prefill_only,
         "created": int(adapter.created),
     }

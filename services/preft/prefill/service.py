@@ -10,14 +10,13 @@ import dataclasses
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from pathlib import Path
 
 import grpc.aio
 
-from preft.adapters.digest import adapter_digest
-from preft.core.errors import EngineFailed, InvalidAdapter, PreftError, TransferFailed
+from preft.core.errors import EngineFailed, PreftError, TransferFailed
 from preft.core.request import AdapterRef, FinishReason, Sampling, TokenDelta
 from preft.engine.port import Engine, EngineRequest, KvRegion
+from preft.engine.residency import ResidentAdapters
 from preft.rpc import common_pb2, workers_pb2, workers_pb2_grpc
 from preft.rpc.convert import adapter_from_proto, delta_to_proto, sampling_from_proto
 from preft.rpc.status import abort
@@ -33,22 +32,19 @@ class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
     """One prefill worker's gRPC face."""
 
     def __init__(
-        self, engine: Engine, arena: StagingArena, sender: KvSender, fingerprint: str, max_adapters: int
+        self,
+        engine: Engine,
+        adapters: ResidentAdapters,
+        arena: StagingArena,
+        sender: KvSender,
+        fingerprint: str,
     ) -> None:
-        """`max_adapters` is how many the engine keeps: of those used least recently it is taken to have let go."""
         self._engine = engine
+        self._adapters = adapters
         self._arena = arena
         self._sender = sender
         self._fingerprint = fingerprint
-        self._max_adapters = max_adapters
-        self._adapters: dict[str, AdapterRef] = {}  # verified and in the engine, least recently used first
-        self._verifying: dict[str, asyncio.Lock] = {}
         self.running = 0
-
-    @property
-    def adapters(self) -> tuple[str, ...]:
-        """Digests of the adapters in the engine, most recently used last."""
-        return tuple(self._adapters)
 
     async def Prefill(
         self, request: workers_pb2.PrefillRequest, context: grpc.aio.ServicerContext
@@ -67,7 +63,7 @@ class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
         self, request: common_pb2.AdapterRef, context: grpc.aio.ServicerContext
     ) -> workers_pb2.LoadAdapterReply:
         try:
-            await self._ensure_adapter(adapter_from_proto(request))
+            await self._adapters.ensure(adapter_from_proto(request))
         except PreftError as error:
             await abort(context, error)
         return workers_pb2.LoadAdapterReply()
@@ -78,7 +74,7 @@ class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
         timeout = 60.0 if time_remaining is None else time_remaining
         adapter = adapter_from_proto(request.adapter) if request.HasField("adapter") else None
         if adapter is not None:
-            await self._ensure_adapter(adapter)
+            await self._adapters.ensure(adapter)
         prompt = tuple(request.prompt_token_ids)
         if not request.HasField("target"):
             choices = await self._first_tokens(request, prompt, adapter, None)
@@ -174,27 +170,6 @@ class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
         await self._sender.push(request.target.address, header, payload, timeout=timeout)
         pushed = workers_pb2.KvPushed(bytes=region.size, seconds=time.perf_counter() - started)
         return workers_pb2.PrefillEvent(kv_pushed=pushed)
-
-    async def _ensure_adapter(self, adapter: AdapterRef) -> None:
-        """Brings the adapter into the engine, once its folder was seen to hold exactly the named content."""
-        if adapter.digest in self._adapters:
-            self._adapters[adapter.digest] = self._adapters.pop(adapter.digest)
-            return
-        try:
-            async with self._verifying.setdefault(adapter.digest, asyncio.Lock()):
-                if adapter.digest in self._adapters:
-                    return
-                actual = await asyncio.to_thread(adapter_digest, Path(adapter.path))
-                if actual != adapter.digest:
-                    raise InvalidAdapter(
-                        f"the stored copy of adapter {adapter.name!r} is not the content it is named for"
-                    )
-                await self._engine.load_adapter(adapter)
-                self._adapters[adapter.digest] = adapter
-                while len(self._adapters) > self._max_adapters:
-                    del self._adapters[next(iter(self._adapters))]
-        finally:
-            self._verifying.pop(adapter.digest, None)
 
 
 def _first_tokens_event(choices: list[TokenDelta]) -> workers_pb2.PrefillEvent:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from preft.core.cluster import Worker
+from preft.core.cluster import Role, Worker
 from preft.core.errors import DeadlineExceeded, EngineFailed, PreftError, TransferFailed, WorkerLost
 from preft.core.request import GenerateRequest, TokenDelta
 from preft.router.channels import WorkerChannels
@@ -74,6 +74,8 @@ class Job:
 class Attempt:
     """Call `first_tokens`, then `kv_in_place`, then `decode` for each choice that is still open; `close` at any time.
 
+    On a colocated worker `decode` does it all, first token included, and there is nothing to do before.
+
     Each raises the PreftError that ended it, after which `blamed` names the workers to avoid next time, or
     CallCancelled if `stop` or `close` ended it.
     """
@@ -84,11 +86,11 @@ class Attempt:
         """`lease` is this attempt's from now on. Choices that have tokens are resumed, the others begin."""
         self.handle = uuid.uuid4().hex
         self.resumes = any(choice.tokens for choice in choices)
-        self.cached_tokens = 0  # of the prompt, in the prefill worker; known with the first tokens
         self.blamed: frozenset[str] = frozenset()
         self._job = job
         self._choices = {choice.index: choice for choice in choices}
         self._lease = lease
+        self._colocated = lease.prefill.role is Role.COLOCATED
         self._channels = channels
         self._transfer_timeout = transfer_timeout
         self._prefill: Any = None  # while it runs
@@ -99,6 +101,8 @@ class Attempt:
 
     async def first_tokens(self) -> Sequence[TokenDelta]:
         """Runs the prompt and answers each choice's first token, taken by it; none if choices are resumed."""
+        if self._colocated:
+            return ()
         worker = self._lease.prefill
         self._prefill = self._channels.prefill(worker, self._prefill_request(), self._job.remaining())
         if self._lease.decode is not None:
@@ -107,7 +111,6 @@ class Attempt:
             event = await self._channels.read(self._prefill, worker)
             if event is None or not event.HasField("first_tokens"):
                 raise EngineFailed(f"prefill worker {worker.id} answered no first tokens")
-            self.cached_tokens = event.first_tokens.cached_tokens
             if self.resumes:
                 return ()
             deltas = [delta_from_proto(message) for message in event.first_tokens.choices]
@@ -116,6 +119,8 @@ class Attempt:
 
     async def kv_in_place(self) -> None:
         """Waits until the decode worker has the prompt's KV, whole and verified."""
+        if self._colocated:
+            return
         worker = self._lease.prefill
         with self._blaming(worker.id, self._decode_worker().id):
             try:
@@ -140,6 +145,7 @@ class Attempt:
                     if delta.index != index:
                         raise EngineFailed(f"decode worker {worker.id} answered another choice than {index}")
                     choice.take(delta)
+                    self._lease.prefill_ended()
                     if choice.finished:
                         del self._decodes[index]
                         self._unclaimed.discard(index)
@@ -214,9 +220,10 @@ class Attempt:
             raise
 
     def _decode_worker(self) -> Worker:
-        if self._lease.decode is None:
+        worker = self._lease.prefill if self._colocated else self._lease.decode
+        if worker is None:
             raise EngineFailed("a choice that goes on has no decode worker")
-        return self._lease.decode
+        return worker
 
     def _prefill_request(self) -> workers_pb2.PrefillRequest:
         request, decode = self._job.request, self._lease.decode
@@ -241,4 +248,5 @@ class Attempt:
             adapter_digest=self._job.digest,
             index=choice.index,
             kv_timeout=self._transfer_timeout,
+            adapter=adapter_to_proto(request.adapter) if request.adapter and self._colocated else None,
         )

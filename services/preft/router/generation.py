@@ -62,7 +62,6 @@ class RoutedGeneration:
         if request.deadline is not None:
             limit = min(limit, request.deadline - time.time())
         since = asyncio.get_running_loop().time()
-        self.prompt_cached_tokens = 0
         self._job = Job(request, sampling_to_proto(request.sampling), since, since + limit)
         self._admission = admission
         self._channels = channels
@@ -146,7 +145,6 @@ class RoutedGeneration:
                 return
             try:
                 for delta in await attempt.first_tokens():
-                    self.prompt_cached_tokens = attempt.cached_tokens
                     if not self._choices[delta.index].stopped:
                         yield delta
                 if any(choice.open for choice in choices):

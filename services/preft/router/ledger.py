@@ -80,7 +80,7 @@ class Ledger:
         A heartbeat is late: what it counts may have been ours and be free by now. So only what exceeds the most that
         was ours since the heartbeat before counts as foreign.
         """
-        known = {worker.id: worker for worker in workers if worker.role is Role.DECODE}
+        known = {worker.id: worker for worker in workers if worker.role is not Role.PREFILL}
         for gone in self._heartbeats.keys() - known.keys():
             del self._heartbeats[gone]
             self._foreign.pop(gone, None)

@@ -55,7 +55,10 @@ class Refusal(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Roster:
-    """A snapshot's ready workers, indexed for the choice: decode workers by fingerprint, adapters by who holds them."""
+    """A snapshot's ready workers, indexed for the choice: decode workers by fingerprint, adapters by who holds them.
+
+    A colocated worker is on both lists, and paired with itself: nobody else has its fingerprint.
+    """
 
     prefill: tuple[Worker, ...]
     decode: Mapping[str, tuple[Worker, ...]]
@@ -64,9 +67,9 @@ class Roster:
     @classmethod
     def of(cls, snapshot: ClusterSnapshot) -> Roster:
         """The roster of `snapshot`."""
-        prefill = snapshot.ready(Role.PREFILL)
+        prefill = snapshot.ready(Role.PREFILL, Role.COLOCATED)
         decode: dict[str, list[Worker]] = {}
-        for worker in snapshot.ready(Role.DECODE):
+        for worker in snapshot.ready(Role.DECODE, Role.COLOCATED):
             decode.setdefault(worker.fingerprint, []).append(worker)
         holders: dict[str, set[str]] = {}
         for worker in prefill:

@@ -73,7 +73,10 @@ def adapter_from_proto(message: common_pb2.AdapterRef) -> AdapterRef:
 def delta_to_proto(delta: TokenDelta) -> common_pb2.TokenDelta:
     """The wire form of `delta`. On the per-token path."""
     message = common_pb2.TokenDelta(
-        index=delta.index, token_ids=delta.token_ids, finish_reason=_FINISH_TO_PROTO[delta.finish_reason]
+        index=delta.index,
+        token_ids=delta.token_ids,
+        finish_reason=_FINISH_TO_PROTO[delta.finish_reason],
+        cached_tokens=delta.cached_tokens,
     )
     if delta.logprobs:
         message.logprobs.extend([_logprob_to_proto(logprob) for logprob in delta.logprobs])
@@ -90,6 +93,7 @@ def delta_from_proto(message: common_pb2.TokenDelta) -> TokenDelta:
         tuple([_logprob_from_proto(logprob) for logprob in message.logprobs]) if message.logprobs else (),
         _FINISH_FROM_PROTO[message.finish_reason] if message.finish_reason else None,
         message.stop_token_id if message.HasField("stop_token_id") else None,
+        message.cached_tokens,
     )
 
 

@@ -42,12 +42,10 @@ class PrefillEvent(_message.Message):
     def __init__(self, first_tokens: _Optional[_Union[FirstTokens, _Mapping]] = ..., kv_pushed: _Optional[_Union[KvPushed, _Mapping]] = ...) -> None: ...
 
 class FirstTokens(_message.Message):
-    __slots__ = ("choices", "cached_tokens")
+    __slots__ = ("choices",)
     CHOICES_FIELD_NUMBER: _ClassVar[int]
-    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     choices: _containers.RepeatedCompositeFieldContainer[_common_pb2.TokenDelta]
-    cached_tokens: int
-    def __init__(self, choices: _Optional[_Iterable[_Union[_common_pb2.TokenDelta, _Mapping]]] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
+    def __init__(self, choices: _Optional[_Iterable[_Union[_common_pb2.TokenDelta, _Mapping]]] = ...) -> None: ...
 
 class KvPushed(_message.Message):
     __slots__ = ("bytes", "seconds")
@@ -102,7 +100,7 @@ class Error(_message.Message):
     def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ..., param: _Optional[str] = ...) -> None: ...
 
 class DecodeRequest(_message.Message):
-    __slots__ = ("request_id", "handle", "prompt_token_ids", "output_token_ids", "sampling", "adapter_digest", "index", "kv_timeout")
+    __slots__ = ("request_id", "handle", "prompt_token_ids", "output_token_ids", "sampling", "adapter_digest", "index", "kv_timeout", "adapter")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -111,6 +109,7 @@ class DecodeRequest(_message.Message):
     ADAPTER_DIGEST_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
     KV_TIMEOUT_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     handle: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -119,7 +118,8 @@ class DecodeRequest(_message.Message):
     adapter_digest: str
     index: int
     kv_timeout: float
-    def __init__(self, request_id: _Optional[str] = ..., handle: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., adapter_digest: _Optional[str] = ..., index: _Optional[int] = ..., kv_timeout: _Optional[float] = ...) -> None: ...
+    adapter: _common_pb2.AdapterRef
+    def __init__(self, request_id: _Optional[str] = ..., handle: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., adapter_digest: _Optional[str] = ..., index: _Optional[int] = ..., kv_timeout: _Optional[float] = ..., adapter: _Optional[_Union[_common_pb2.AdapterRef, _Mapping]] = ...) -> None: ...
 
 class ReleaseRequest(_message.Message):
     __slots__ = ("handle",)

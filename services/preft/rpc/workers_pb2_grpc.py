@@ -147,7 +147,8 @@ class PrefillWorker:
 
 
 class DecodeWorkerStub:
-    """A decode worker: continues from KV and tokens, knows no adapters.
+    """A decode worker continues from KV and tokens and knows no adapters. A colocated worker has this service too: there each choice
+    is the whole of it, prompt and output.
     """
 
     def __init__(self, channel):
@@ -169,7 +170,8 @@ class DecodeWorkerStub:
 
 
 class DecodeWorkerServicer:
-    """A decode worker: continues from KV and tokens, knows no adapters.
+    """A decode worker continues from KV and tokens and knows no adapters. A colocated worker has this service too: there each choice
+    is the whole of it, prompt and output.
     """
 
     def Decode(self, request_iterator, context):
@@ -209,7 +211,8 @@ def add_DecodeWorkerServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class DecodeWorker:
-    """A decode worker: continues from KV and tokens, knows no adapters.
+    """A decode worker continues from KV and tokens and knows no adapters. A colocated worker has this service too: there each choice
+    is the whole of it, prompt and output.
     """
 
     @staticmethod

@@ -24,6 +24,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
     KVConnectorRole,
 )
+from vllm.sampling_params import SamplingParams
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -32,6 +33,8 @@ from vllm.v1.request import Request
 
 from preft.transfer.seal import SEAL, read_seal, write_seal
 from preft.transfer.staging import StagingView, StaleRegion
+
+OUTPUT_SO_FAR = "preft_output_token_ids"  # in `extra_args` of a request's sampling parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,6 @@ class Load:
     block_ids: tuple[int, ...]
     skip: int
     num_tokens: int
-    output_token_ids: tuple[int, ...]
     offset: int
     size: int
     nonce: bytes
@@ -104,19 +106,12 @@ class StagedKvConnector(KVConnectorBase_V1):
     # Scheduler side
 
     def on_new_request(self, request: Request) -> None:
-        """On decode, turns the tokens after the prompt into output, as if this engine had made them."""
         if request.kv_transfer_params is None:
             if self._decode:
                 raise RuntimeError(f"{request.request_id}: a decode engine takes no request without KV")
             return
         self._requests[request.request_id] = request
-        if self._decode:
-            prompt = _Handover.parse(request.kv_transfer_params).num_tokens
-            assert request.prompt_token_ids is not None
-            request._output_token_ids.extend(request.prompt_token_ids[prompt:])
-            request.prompt_token_ids = request.prompt_token_ids[:prompt]
-            request.num_prompt_tokens = prompt
-            request.prefill_stats = None  # with them vLLM asserts that no output is in the prefix cache, but it may be
+        split_output(request)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
         if not self._decode:
@@ -141,7 +136,6 @@ class StagedKvConnector(KVConnectorBase_V1):
                 block_ids=tuple(block_ids[:prompt_blocks]),
                 skip=(prompt - num_external_tokens) // self._block_size if num_external_tokens else prompt_blocks,
                 num_tokens=prompt,
-                output_token_ids=tuple(request._output_token_ids),
                 offset=handover.offset,
                 size=handover.size,
                 nonce=handover.nonce,
@@ -287,6 +281,22 @@ class StagedKvConnector(KVConnectorBase_V1):
         )
         text = json.dumps({"layers": layers, "backends": backends, "block_size": self._block_size})
         return {"layout": hashlib.sha256(text.encode()).hexdigest(), "block_bytes": self._block_bytes()}
+
+
+def split_output(request: Request) -> None:
+    """Turns the last tokens of what came as prompt into output, as if this engine had made them: `output_so_far`."""
+    output = output_so_far(request.sampling_params)
+    if output:
+        assert request.prompt_token_ids is not None
+        request.num_prompt_tokens -= len(output)
+        request._output_token_ids.extend(output)
+        request.prompt_token_ids = request.prompt_token_ids[: request.num_prompt_tokens]
+        request.prefill_stats = None  # with them vLLM asserts that no output is in the prefix cache, but it may be
+
+
+def output_so_far(params: SamplingParams | None) -> list[int]:
+    """The tokens, at the end of a request's prompt, that are output which another engine has made."""
+    return ((params and params.extra_args) or {}).get(OUTPUT_SO_FAR) or []
 
 
 def _blocks_of(tokens: int, block_size: int) -> int:

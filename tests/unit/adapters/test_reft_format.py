@@ -51,7 +51,7 @@ def check(folder: Path, base: BaseModel) -> AdapterSummary:
 
 
 def test_a_good_folder(tmp_path: Path, base: BaseModel) -> None:
-    assert check(write_reft(tmp_path / "a"), base) == AdapterSummary("reft", 3)
+    assert check(write_reft(tmp_path / "a"), base) == AdapterSummary("reft", 3, prefill_only=False)
     assert adapter_files(tmp_path / "a") == ("reft_config.json", "reft_model.safetensors")
 
 
@@ -59,7 +59,9 @@ def test_beside_a_lora_it_is_one_adapter(tmp_path: Path, base: BaseModel) -> Non
     folder = write_lora(tmp_path / "a")
     alone = adapter_digest(folder)
     write_reft(folder)
-    assert check(folder, base) == AdapterSummary("lora+reft", 4)  # the LoRA's rank is the higher one
+    assert check(folder, base) == AdapterSummary(
+        "lora+reft", 4, prefill_only=False
+    )  # the LoRA's rank is the higher one
     assert len(adapter_files(folder)) == 4
     assert adapter_digest(folder) != alone
     (folder / "reft_config.json").write_text(json.dumps({**CONFIG, "r": 0}))

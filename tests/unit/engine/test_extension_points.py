@@ -25,7 +25,9 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManage
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.plugins import DEFAULT_PLUGINS_GROUP
 from vllm.sampling_params import SamplingParams
+from vllm.v1.core import kv_cache_utils
 from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -45,7 +47,8 @@ from preft.engine.cpu_worker import HandoverCPUModelRunner, PreftCPUWorker
 from preft.engine.gpu_worker import HandoverGPUModelRunner, PreftGPUWorker
 from preft.engine.lora import GroupedLoRAModelManager, GroupedPunicaWrapper, GroupedWorkerLoRAManager
 from preft.engine.reft import DECODER_LAYERS, ReftLayer
-from preft.engine.runner import HandoverRunner
+from preft.engine.runner import HandoverRunner, PromptRows
+from preft.engine.scheduler import AsyncPromptAdapterScheduler, PromptAdapterScheduler
 from preft.engine.vllm_engine import _Stats
 from preft.transfer.connector import StagedKvConnector
 
@@ -177,6 +180,10 @@ def test_the_runner_places_tokens_after_slots_are_given() -> None:
     assert in_order(GPUModelRunner._prepare_inputs, "num_computed_tokens_cpu[req_indices]", "self.set_active_loras(")
     for name in ("num_computed_tokens_cpu", "num_prompt_tokens"):
         assert f"self.{name}" in inspect.getsource(InputBatch.__init__)
+    assert parameters(InputBatch.make_lora_inputs) == parameters(PromptRows.make_lora_inputs)
+    assert "input_batch.make_lora_inputs(num_scheduled_tokens, num_sampled_tokens)" in inspect.getsource(
+        LoRAModelRunnerMixin.set_active_loras
+    )
 
 
 def test_reft_is_loaded_and_given_a_slot_where_lora_is() -> None:
@@ -211,6 +218,41 @@ def test_decoder_layers_hand_on_the_residual_stream_in_two_parts(module: str, la
     found = getattr(importlib.import_module(f"vllm.model_executor.models.{module}"), layer)
     assert "return hidden_states, residual" in inspect.getsource(found.forward)
     assert "self.input_layernorm = " in "".join(inspect.getsource(kind.__init__) for kind in found.__mro__[:2])
+
+
+# The scheduler of a colocated engine
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [(PromptAdapterScheduler, Scheduler), (AsyncPromptAdapterScheduler, AsyncScheduler)]
+)
+def test_our_scheduler_is_theirs_but_for_adapters(ours: type[Scheduler], theirs: type[Scheduler]) -> None:
+    assert issubclass(ours, theirs)
+    for name in ("add_request", "_update_after_schedule", "_preempt_request", "_free_request"):
+        assert getattr(ours, name) is not getattr(theirs, name)
+        assert parameters(getattr(theirs, name))[: len(parameters(getattr(ours, name)))] == parameters(
+            getattr(ours, name)
+        )
+
+
+def test_slots_are_counted_by_what_running_requests_name() -> None:
+    assert in_order(
+        Scheduler.schedule,
+        "req.lora_request.lora_int_id",
+        "for req in scheduled_running_reqs",
+        "if req.lora_request and req.lora_request.lora_int_id > 0",
+        "NewRequestData.from_request(",
+        "self._update_after_schedule(scheduler_output)",
+    )
+    assert "request.num_computed_tokens += num_scheduled_token" in inspect.getsource(Scheduler._update_after_schedule)
+
+
+def test_block_hashes_name_the_adapter() -> None:
+    assert 'return [("lora", lora_request.lora_name, lora_request.lora_path)]' in inspect.getsource(
+        kv_cache_utils._gen_lora_extra_hash_keys
+    )
+    assert "self._block_hasher(self)" in inspect.getsource(Request.update_block_hashes)
+    assert "self.update_block_hashes()" in inspect.getsource(Request.append_output_token_ids)
 
 
 # The KV connector

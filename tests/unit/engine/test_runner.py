@@ -6,15 +6,17 @@ import random
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
 from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
 
-from preft.engine.runner import HandoverRunner, advance_generator
-from preft.transfer.connector import KvMetadata, Load
+from preft.engine.runner import HandoverRunner, PromptRows, advance_generator
+from preft.transfer.connector import OUTPUT_SO_FAR
 
 CPU = torch.device("cpu")
 VOCABULARY = 512
@@ -53,8 +55,8 @@ class Handover(HandoverRunner, Runner):
         self.input_batch.add_request(state)
         return state
 
-    def step(self, scheduled: dict[str, int], *loads: Load) -> None:
-        output = SimpleNamespace(kv_connector_metadata=KvMetadata(loads=list(loads)), num_scheduled_tokens=scheduled)
+    def step(self, scheduled: dict[str, int], *new: SimpleNamespace) -> None:
+        output = SimpleNamespace(scheduled_new_reqs=list(new), num_scheduled_tokens=scheduled)
         self.input_batch.condense()
         self._may_reorder_batch(output)
         self.input_batch.refresh_metadata()
@@ -63,15 +65,17 @@ class Handover(HandoverRunner, Runner):
         return self.input_batch.req_id_to_index[name]
 
 
-def load(name: str, output: tuple[int, ...], num_tokens: int = 3) -> Load:
-    return Load(name, (1,), 0, num_tokens, output, 64, 100, bytes(16))
+def new(name: str, output: tuple[int, ...] = ()) -> SimpleNamespace:
+    """What the scheduler tells of a request once, in its first step."""
+    extra = {OUTPUT_SO_FAR: list(output)} if output else None
+    return SimpleNamespace(req_id=name, sampling_params=SamplingParams(extra_args=extra))
 
 
 def test_tokens_made_elsewhere_become_output() -> None:
     runner = Handover()
     runner.add("other", [1, 2], 0)
     state = runner.add("a", [5, 6, 7], 3, presence_penalty=1.0)
-    runner.step({"other": 2, "a": 2}, load("a", (8, 9)))
+    runner.step({"other": 2, "a": 2}, new("a", (8, 9)))
     batch, row = runner.input_batch, runner.row("a")
     assert state.output_token_ids == [8, 9]
     assert (state.num_tokens, batch.num_tokens_no_spec[row]) == (5, 5)
@@ -88,28 +92,55 @@ def test_min_tokens_counts_them() -> None:
     runner = Handover()
     state = runner.add("a", [5, 6, 7], 3, min_tokens=3, stop_token_ids=[4])
     assert runner.input_batch.req_output_token_ids[runner.row("a")] is state.output_token_ids
-    runner.step({"a": 2}, load("a", (8, 9)))
+    runner.step({"a": 2}, new("a", (8, 9)))
     assert runner.input_batch.req_output_token_ids[runner.row("a")] == [8, 9]
 
 
-def test_only_once() -> None:
-    """A preempted request loads its prompt again; its tokens are known by then."""
-    runner = Handover()
-    state = runner.add("a", [5, 6, 7], 3)
-    runner.step({"a": 1}, load("a", (8,)))
-    state.output_token_ids.append(9)
-    runner.step({"a": 2}, load("a", (8,)))
-    assert state.output_token_ids == [8, 9]
-
-
-def test_loads_of_requests_that_are_gone_and_steps_without_loads() -> None:
+def test_requests_that_begin_here_have_no_output() -> None:
     runner = Handover()
     state = runner.add("a", [5, 6, 7], 0)
-    runner.step({"a": 3}, load("gone", (8,)))
-    output = SimpleNamespace(kv_connector_metadata=None, num_scheduled_tokens={"a": 1})
-    runner._may_reorder_batch(output)
+    runner.step({"a": 3}, new("a"))
+    runner.step({"a": 1})
     assert state.output_token_ids == []
     assert runner.reordered == 2
+
+
+def rows(computed: list[int], prompts: list[int], scheduled: list[int]) -> PromptRows:
+    """Rows under adapters 1, 2, 0 (base), 1, ..."""
+    mapping = np.array([(1, 2, 0)[i % 3] for i in range(len(prompts))])
+    batch = SimpleNamespace(
+        num_computed_tokens_cpu=np.array(computed),
+        num_prompt_tokens=np.array(prompts),
+        make_lora_inputs=lambda scheduled, sampled: (
+            tuple(mapping.repeat(sampled)),
+            tuple(mapping.repeat(scheduled)),
+            {LoRARequest(f"l{i}", i, "/x") for i in (1, 2)},
+        ),
+    )
+    return PromptRows(batch, np.array(scheduled))
+
+
+def test_adapters_act_on_prompt_positions_alone() -> None:
+    """A chunk that ends in the prompt, one over its end (a resumed request), base, and a row that decodes."""
+    counts = np.array([3, 4, 2, 1])
+    some = rows([0, 3, 0, 9], [5, 5, 2, 9], counts.tolist())
+    assert some.positions.tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1, 9]
+    assert some.prompts.tolist() == [5, 5, 5, 5, 5, 5, 5, 2, 2, 9]
+    sampled, scheduled, acting = some.make_lora_inputs(counts, np.ones(4, dtype=np.int32))
+    assert scheduled == (1, 1, 1, 2, 2, 0, 0, 0, 0, 0)
+    assert sampled == (1, 0, 0, 0)  # a token sampled after output is the base model's
+    assert {request.lora_int_id for request in acting} == {1, 2}
+
+
+def test_the_last_prompt_position_still_has_its_adapter() -> None:
+    sampled, scheduled, _ = rows([4], [5], [1]).make_lora_inputs(np.array([1]), np.array([1]))
+    assert (sampled, scheduled) == ((1,), (1,))
+
+
+def test_decoding_rows_need_no_slot() -> None:
+    counts = np.array([1, 1])
+    sampled, scheduled, acting = rows([5, 9], [5, 9], [1, 1]).make_lora_inputs(counts, counts)
+    assert (sampled, scheduled, acting) == ((0, 0), (0, 0), set())
 
 
 @pytest.mark.skipif(not current_platform.is_cpu(), reason="compares with the CPU sampler")
@@ -118,7 +149,7 @@ def test_a_generator_continues_where_one_engine_s_would_be(draws: int) -> None:
     current_platform.import_kernels()
     runner = Handover()
     state = runner.add("a", [5, 6, 7], 3, temperature=1.0, seed=42)
-    runner.step({"a": draws}, load("a", tuple(range(draws))))
+    runner.step({"a": draws}, new("a", tuple(range(draws))))
     one_engine = torch.Generator().manual_seed(42)
     logits = torch.randn(1, VOCABULARY)
     for _ in range(draws):
@@ -153,7 +184,7 @@ def test_only_the_last_chunk_draws() -> None:
 def test_replayed_tokens_in_chunks_draw_at_their_end() -> None:
     runner = Handover()
     state = runner.add("a", [5, 6, 7], 3, temperature=1.0, seed=1)
-    runner.step({"a": 30}, load("a", tuple(range(50))))
+    runner.step({"a": 30}, new("a", tuple(range(50))))
     assert runner.input_batch.sampling_metadata.generators == {}
     state.num_computed_tokens = 33
     runner.step({"a": 20})

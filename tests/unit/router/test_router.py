@@ -26,63 +26,9 @@ from preft.core.errors import (
     Unavailable,
     WorkerLost,
 )
-from preft.core.request import FinishReason, GenerateRequest
-from preft.core.settings import RouterSettings
 from preft.router.router import Router
-from support.fake_workers import EOS, FakeCluster, FakeDecode, FakePrefill, Fault, a_request, foretold
-
-FAST = RouterSettings(poll_interval=0.02, transfer_timeout=2.0, retries=2, restart_grace=0.3)
-
-
-class Harness:
-    """A cluster and its router, with one prefill and one decode worker to begin with."""
-
-    def __init__(self) -> None:
-        self.cluster = FakeCluster()
-
-    async def start(self, settings: RouterSettings) -> None:
-        self.p = await self.cluster.add_prefill("p0")
-        self.d = await self.cluster.add_decode("d0")
-        self.router = Router(self.cluster, settings)  # type: ignore[arg-type]
-        await self.router.start()
-
-    async def second(self) -> tuple[FakePrefill, FakeDecode]:
-        pair = await self.cluster.add_prefill("p1"), await self.cluster.add_decode("d1")
-        await self.seen(lambda: len(self.router.snapshot.workers) == 4)
-        return pair
-
-    async def seen(self, condition: Any) -> None:
-        for _ in range(300):
-            if condition():
-                return
-            await asyncio.sleep(0.01)
-        raise AssertionError("it never came")
-
-    async def clean(self) -> None:
-        """Every reservation, open call and handle is gone within three seconds."""
-        for _ in range(300):
-            if not self.cluster.busy and self.router._ledger.idle:
-                break
-            await asyncio.sleep(0.01)
-        assert self.cluster.busy == {}
-        assert self.router.stats().in_flight == {}
-        assert self.router.stats().waiting == 0
-        assert self.router._ledger.idle
-
-    async def collect(self, request: GenerateRequest) -> dict[int, list[int]]:
-        """All choices' tokens; each must have been finished, once, at its end."""
-        streams: dict[int, list[int]] = {index: [] for index in range(request.n)}
-        finished: set[int] = set()
-        async with self.router.generate(request) as generation:
-            async for delta in generation:
-                assert delta.index not in finished
-                streams[delta.index] += delta.token_ids
-                if delta.finish_reason is not None:
-                    finished.add(delta.index)
-                    by_eos = streams[delta.index][-1] == EOS
-                    assert delta.finish_reason is (FinishReason.STOP if by_eos else FinishReason.LENGTH)
-        assert finished == set(range(request.n))
-        return streams
+from support.fake_workers import EOS, FakeDecode, Fault, a_request, foretold
+from support.router_harness import FAST, Harness
 
 
 @asynccontextmanager

@@ -6,50 +6,20 @@ What is loaded and saved when, and that nothing else is ever taken for a prompt'
 from __future__ import annotations
 
 import dataclasses
-import json
-import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
-from vllm.utils.hashing import get_hash_fn_by_name
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.engine import EngineCoreOutput
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
-from vllm.v1.request import Request, RequestStatus
-from vllm.v1.structured_output import StructuredOutputManager
+from vllm.v1.request import RequestStatus
 
 from preft.core.cluster import Role
 from preft.core.request import Sampling
-from preft.core.settings import load_settings
 from preft.engine.port import EngineRequest, KvRegion
-from preft.engine.vllm_engine import engine_args, sampling_params
-from preft.transfer.connector import KvMetadata, Load, Save, StagedKvConnector
+from preft.transfer.connector import KvMetadata, Load, Save, StagedKvConnector, output_so_far
 from preft.transfer.seal import SEAL, clear_seal, read_seal
 from preft.transfer.staging import Region, StagingArena
-
-BLOCK = 32
-BLOCKS = 16
-LAYERS = ("layers.0", "layers.1")
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": len(LAYERS),
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "vocab_size": 512,
-    "max_position_embeddings": 512,
-    "torch_dtype": "float32",
-}
+from support.stepped_scheduler import BLOCK, BLOCKS, LAYERS, Side, config_folder, generate, tokens_of
 
 
 @pytest.fixture
@@ -61,79 +31,7 @@ def arena() -> Iterator[StagingArena]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    return folder
-
-
-class Side:
-    """One role's scheduler with its connector, stepped by hand. The model is whoever calls `finish_step`."""
-
-    def __init__(self, model: Path, role: Role, arena: StagingArena, **settings: Any) -> None:
-        own = {"max_num_batched_tokens": 64, "max_num_seqs": 8, **settings}
-        loaded = load_settings(None, {"model": str(model), role.value: own})
-        self.role = role
-        self.config: VllmConfig = engine_args(loaded, role, arena.path).create_engine_config()
-        self.config.cache_config.num_gpu_blocks = BLOCKS
-        spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=32, dtype=torch.float32)
-        self.cache_config = KVCacheConfig(
-            num_blocks=BLOCKS,
-            kv_cache_tensors=[],
-            kv_cache_groups=[KVCacheGroupSpec(list(LAYERS), spec)],
-        )
-        hash_fn = get_hash_fn_by_name("sha256")
-        init_none_hash(hash_fn)
-        self._hasher = get_request_block_hasher(BLOCK, hash_fn)
-        with set_current_vllm_config(self.config):
-            self.scheduler = Scheduler(
-                vllm_config=self.config,
-                kv_cache_config=self.cache_config,
-                structured_output_manager=StructuredOutputManager(self.config),
-                block_size=BLOCK,
-                hash_block_size=BLOCK,
-                log_stats=True,
-            )
-
-    def add(self, request: EngineRequest) -> Request:
-        own = Request(
-            request_id=request.request_id,
-            prompt_token_ids=[*request.prompt_token_ids, *request.output_token_ids],
-            sampling_params=sampling_params(request, self.role),
-            pooling_params=None,
-            cache_salt=request.salt or None,
-            block_hasher=self._hasher,
-        )
-        self.scheduler.add_request(own)
-        return own
-
-    def schedule(self) -> tuple[SchedulerOutput, KvMetadata]:
-        output = self.scheduler.schedule()
-        assert isinstance(output.kv_connector_metadata, KvMetadata)
-        return output, output.kv_connector_metadata
-
-    def finish_step(
-        self, output: SchedulerOutput, tokens: dict[str, int], failed: Sequence[int] = ()
-    ) -> list[EngineCoreOutput]:
-        """`tokens` are those sampled; `failed` are blocks that couldn't be loaded."""
-        ids = list(output.num_scheduled_tokens)
-        by_client = self.scheduler.update_from_output(
-            output,
-            ModelRunnerOutput(
-                req_ids=ids,
-                req_id_to_index={name: row for row, name in enumerate(ids)},
-                sampled_token_ids=[[tokens[name]] if name in tokens else [] for name in ids],
-                kv_connector_output=KVConnectorOutput(invalid_block_ids=set(failed)),
-            ),
-        )
-        return [output for outputs in by_client.values() for output in outputs.outputs]
-
-    def worker(self, *shape: int) -> tuple[StagedKvConnector, dict[str, torch.Tensor]]:
-        """The connector's worker side over random caches of `shape`."""
-        connector = StagedKvConnector(self.config, KVConnectorRole.WORKER, self.cache_config)
-        generator = torch.Generator().manual_seed(sum(shape))
-        caches = {name: torch.randn(shape, generator=generator) for name in LAYERS}
-        connector.register_kv_caches(caches)
-        return connector, caches
+    return config_folder(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
@@ -146,11 +44,6 @@ def prefill(model: Path, arena: StagingArena) -> Side:
     return Side(model, Role.PREFILL, arena)
 
 
-def tokens_of(count: int, seed: int = 0) -> tuple[int, ...]:
-    draw = random.Random(seed)
-    return tuple(draw.randrange(3, 512) for _ in range(count))
-
-
 SAMPLING = Sampling(max_tokens=100, temperature=0.0)
 REGION = KvRegion(64, 4096, bytes(range(16)))
 
@@ -161,14 +54,6 @@ def handover(
     """A decode request. Where its KV lies doesn't matter to the scheduler."""
     sampling = dataclasses.replace(SAMPLING, max_tokens=max_tokens)
     return EngineRequest(name, tuple(prompt), sampling, output_token_ids=tuple(output), load=REGION, salt=salt)
-
-
-def generate(side: Side, name: str, tokens: Sequence[int]) -> None:
-    """Steps in which `name` alone runs and gets `tokens`."""
-    for token in tokens:
-        step, _ = side.schedule()
-        assert list(step.num_scheduled_tokens) == [name]
-        side.finish_step(step, {name: token})
 
 
 # Decode, scheduler side
@@ -184,7 +69,7 @@ def test_loads_the_whole_prompt_and_computes_only_what_follows(decode: Side, len
     assert step.num_scheduled_tokens == {"a": done}
     assert step.scheduled_new_reqs[0].num_computed_tokens == length
     assert (len(load.block_ids), load.skip, load.num_tokens) == (-(-length // BLOCK), 0, length)
-    assert load.output_token_ids == output
+    assert output_so_far(step.scheduled_new_reqs[0].sampling_params) == list(output)
     assert (load.offset, load.size, load.nonce) == (REGION.offset, REGION.size, REGION.nonce)
     assert tuple(step.scheduled_new_reqs[0].block_ids[0][: len(load.block_ids)]) == load.block_ids
     assert (request.num_prompt_tokens, list(request.output_token_ids)) == (length, list(output))
@@ -226,10 +111,10 @@ def test_a_prompt_that_is_cached_to_its_end_needs_no_load(decode: Side) -> None:
     decode.add(handover("a", prompt))
     generate(decode, "a", [8])
     decode.add(handover("b", prompt))
-    _, metadata = decode.schedule()
+    step, metadata = decode.schedule()
     (load,) = metadata.loads
     assert load.skip == len(load.block_ids) == 2
-    assert load.output_token_ids == (7,)  # the runner must still hear of them
+    assert output_so_far(step.scheduled_new_reqs[0].sampling_params) == [7]  # the runner must still hear of them
 
 
 def test_another_salt_shares_nothing(decode: Side) -> None:
@@ -275,9 +160,10 @@ def test_a_preempted_request_loads_its_prompt_again(model: Path, arena: StagingA
         raise AssertionError("nothing was preempted")
     again = loads[2]
     assert (again.skip, again.num_tokens) == (0, 200)
-    assert again.output_token_ids[0] == 7
-    assert set(again.output_token_ids[1:]) == {8}
-    assert step.num_scheduled_tokens[again.request_id] == len(again.output_token_ids)
+    output = list(decode.scheduler.requests[again.request_id].output_token_ids)
+    assert output[0] == 7
+    assert set(output[1:]) == {8}
+    assert step.num_scheduled_tokens[again.request_id] == len(output) - 1  # one came in that step
 
 
 def test_a_failed_load_fails_its_request_alone(decode: Side) -> None:
@@ -406,7 +292,7 @@ async def test_blocks_arrive_as_they_were(prefill: Side, decode: Side, arena: St
     assert step(sender, KvMetadata(saves=[Save("a", (9, 2, 5), 70, *here)])) == set()
     assert read_seal(arena.view(region)) == 70
     before = {name: cache.clone() for name, cache in target.items()}
-    assert step(receiver, KvMetadata(loads=[Load("b", (4, 11, 3), 1, 70, (7,), *here)])) == set()
+    assert step(receiver, KvMetadata(loads=[Load("b", (4, 11, 3), 1, 70, *here)])) == set()
     for name in LAYERS:
         assert torch.equal(blocks_of(target[name], (11, 3)), blocks_of(source[name], (2, 5)))
         others = [block for block in range(BLOCKS) if block not in (11, 3)]
@@ -424,7 +310,7 @@ async def test_nothing_is_loaded_from_a_region_that_is_not_it(
     region = await reserved(arena, source, 2)
     here = (region.offset, region.size, region.nonce)
     step(sender, KvMetadata(saves=[Save("a", (9, 2), 50, *here)]))
-    load = Load("b", (4, 11), 0, 50, (7,), *here)
+    load = Load("b", (4, 11), 0, 50, *here)
     if wrong == "released":
         arena.release(region)
         await arena.reserve(region.size, timeout=1)  # and another's by now
@@ -436,7 +322,7 @@ async def test_nothing_is_loaded_from_a_region_that_is_not_it(
         load = dataclasses.replace(load, num_tokens=51)
     else:
         load = dataclasses.replace(load, block_ids=(4, 11, 3))
-    fine = Load("c", (5, 6), 2, 50, (7,), *here)  # everything cached: needs no region
+    fine = Load("c", (5, 6), 2, 50, *here)  # everything cached: needs no region
     assert step(receiver, KvMetadata(loads=[load, fine])) == set(load.block_ids)
     assert step(receiver, KvMetadata()) == set()  # reported once
     for name in LAYERS:
@@ -445,7 +331,7 @@ async def test_nothing_is_loaded_from_a_region_that_is_not_it(
 
 async def test_only_the_blocks_that_were_to_be_loaded_are_reported(decode: Side, arena: StagingArena) -> None:
     receiver, _ = decode.worker(*SHAPES[0])
-    assert step(receiver, KvMetadata(loads=[Load("b", (4, 11, 3), 2, 70, (7,), 64, 4096, bytes(16))])) == {3}
+    assert step(receiver, KvMetadata(loads=[Load("b", (4, 11, 3), 2, 70, 64, 4096, bytes(16))])) == {3}
 
 
 @pytest.mark.parametrize("wrong", ["released", "size"])

@@ -1,0 +1,1 @@
+"""Adapters of other projects, turned into the folders that are served."""

@@ -1,0 +1,100 @@
+"""A router over colocated workers: one call per choice to one worker, and the same promises as over two."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from preft.core.errors import EngineFailed, WorkerLost
+from support.fake_workers import FakeDecode, Fault, a_request, foretold
+from support.router_harness import FAST, Harness
+
+
+class Colocated(Harness):
+    """Two colocated workers."""
+
+    async def add_workers(self) -> None:
+        self.workers: list[FakeDecode] = [await self.cluster.add_colocated(name) for name in ("c0", "c1")]
+
+    @property
+    def requests(self) -> list[tuple[str, int]]:
+        """Which workers were asked, and with how many tokens so far."""
+        return [(worker.id, len(asked.output_token_ids)) for worker in self.workers for asked in worker.requests]
+
+
+@pytest.fixture
+async def colocated() -> AsyncIterator[Colocated]:
+    harness = Colocated()
+    await harness.start(FAST)
+    try:
+        yield harness
+        await harness.clean()
+    finally:
+        await harness.router.close()
+        await harness.cluster.stop()
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("adapter", ["ada", None])
+@pytest.mark.parametrize("max_tokens", [1, 9])
+async def test_tokens_come_whole_and_in_order(
+    colocated: Colocated, n: int, adapter: str | None, max_tokens: int
+) -> None:
+    assert colocated.router.ready()
+    request = a_request(max_tokens=max_tokens, n=n, adapter=adapter)
+    assert await colocated.collect(request) == foretold(request)
+    ((worker, _),) = set(colocated.requests)
+    asked_workers = [each for each in colocated.workers if each.id == worker]
+    (asked,) = {(one.adapter.digest, one.adapter_digest) for each in asked_workers for one in each.requests}
+    assert asked == ((f"{adapter}-digest",) * 2 if adapter else ("", ""))
+    assert colocated.cluster.released == []
+
+
+async def test_many_requests_spread_and_an_adapter_stays(colocated: Colocated) -> None:
+    requests = [a_request(2 + i % 7, n=1 + i % 3, prompt=range(i + 1), adapter=f"a{i % 5}") for i in range(60)]
+    results = await asyncio.gather(*(colocated.collect(request) for request in requests))
+    assert results == [foretold(request) for request in requests]
+    assert all(worker.requests for worker in colocated.workers)
+
+
+async def test_a_broken_stream_goes_on_elsewhere(colocated: Colocated) -> None:
+    """With the tokens so far, under the same adapter; nothing is lost or repeated."""
+    for worker in colocated.workers:
+        worker.faults = [Fault(WorkerLost("gone"), after=4)]
+    request = a_request(max_tokens=9)
+    assert await colocated.collect(request) == foretold(request)
+    assert sorted(done for _, done in colocated.requests) == [0, 4, 8]
+    assert {asked.adapter.digest for worker in colocated.workers for asked in worker.requests} == {"ada-digest"}
+
+
+async def test_a_failure_before_the_first_token_is_tried_elsewhere(colocated: Colocated) -> None:
+    request = a_request(max_tokens=5, n=2)
+    for worker in colocated.workers:
+        worker.faults = [Fault(EngineFailed("engine"))]
+    assert await colocated.collect(request) == foretold(request)
+
+
+async def test_leaving_cancels_everything(colocated: Colocated) -> None:
+    for worker in colocated.workers:
+        worker.delay = 0.01
+    async with colocated.router.generate(a_request(max_tokens=10_000, n=2)) as generation:
+        async for _ in generation:
+            break
+    await colocated.clean()
+    assert sum(worker.cancelled for worker in colocated.workers) == 2
+
+
+async def test_a_choice_that_is_stopped_ends_alone(colocated: Colocated) -> None:
+    for worker in colocated.workers:
+        worker.delay = 0.01
+    request = a_request(max_tokens=40, n=2)
+    tokens: list[int] = []
+    async with colocated.router.generate(request) as generation:
+        async for delta in generation:
+            if delta.index == 0:
+                generation.stop(0)
+            else:
+                tokens += delta.token_ids
+    assert tokens == foretold(request)[1]

@@ -122,9 +122,17 @@ class KvSink:
 class PrefillRig:
     """A served PrefillService, the engine and arena below it, and the sink its KV goes to."""
 
-    def __init__(self, channel: grpc.aio.Channel, engine: FakeEngine, arena: StagingArena, sink: KvSink) -> None:
+    def __init__(
+        self,
+        channel: grpc.aio.Channel,
+        engine: FakeEngine,
+        adapters: ResidentAdapters,
+        arena: StagingArena,
+        sink: KvSink,
+    ) -> None:
         self.stub = workers_pb2_grpc.PrefillWorkerStub(channel)
         self.engine = engine
+        self.adapters = adapters
         self.arena = arena
         self.sink = sink
         self.service: PrefillService
@@ -214,14 +222,15 @@ async def prefill_rig(
     """After use nothing may be left: no byte, no running request."""
     arena, sink = StagingArena.create(ARENA_BYTES), sink or KvSink()
     engine = engine_type(Role.PREFILL, arena.path)
-    service = PrefillService(engine, ResidentAdapters(engine, max_adapters), arena, sink.sender, FINGERPRINT)
+    adapters = ResidentAdapters(engine, max_adapters)
+    service = PrefillService(engine, adapters, arena, sink.sender, FINGERPRINT)
     server = grpc.aio.server()
     workers_pb2_grpc.add_PrefillWorkerServicer_to_server(service, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            rig = PrefillRig(channel, engine, arena, sink)
+            rig = PrefillRig(channel, engine, adapters, arena, sink)
             rig.service = service
             yield rig
             await until(lambda: not (arena.used or service.running or engine.stats.running))

@@ -23,8 +23,8 @@ from preft.core.ports import StateStore
 logger = logging.getLogger(__name__)
 
 NOT_PREFILL_ONLY = (
-    'its configuration doesn\'t say "prefill_only": true. Here an adapter acts on the prompt alone; one that was trained to '
-    "act on the output too answers worse, up to not at all"
+    'its configuration doesn\'t say "prefill_only": true. Here an adapter acts on the prompt alone; '
+    "one that was trained to act on the output too answers worse, up to not at all"
 )
 NAME = re.compile(r"[A-Za-z0-9._/-]{1,128}")
 

@@ -1,4 +1,4 @@
-"""`preft adapter add | list | show | remove`: the catalog of a running server, over its `/v1/adapters`; and `convert`."""
+"""`preft adapter`: add, list, show and remove, over the `/v1/adapters` of a running server; and convert."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A colocated worker's service: each choice from its prompt to its end in one engine, the adapter on the prompt alone."""
+"""A colocated worker's service: each choice from prompt to end in one engine, the adapter on the prompt alone."""
 
 from __future__ import annotations
 

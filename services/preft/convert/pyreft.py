@@ -1,9 +1,9 @@
 """From what pyreft saves to a ReFT folder (docs/adapters.md).
 
 pyreft (through pyvene's `IntervenableModel.save`) writes config.json, which lists the interventions, and one pickle of
-tensors, `intkey_<key>.bin`, for each. A LoReFT's holds `weight` and `bias` of its source and `rotate_layer`, which is Rᵀ.
-A DiReFT's is its module's state, in which R is an orthogonal parametrization that only torch itself can multiply out.
-Which positions were intervened on is nowhere in it: pyreft decides that when it prepares its data.
+tensors, `intkey_<key>.bin`, for each. A LoReFT's holds `weight` and `bias` of its source and `rotate_layer`, which is
+R transposed. A DiReFT's is its module's state, in which R is an orthogonal parametrization that only torch itself can
+multiply out. Which positions were intervened on is nowhere in it: pyreft decides that when it prepares its data.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class _Intervention:
 def convert_pyreft(source: Path, target: Path, positions: str) -> None:
     """Writes the ReFT folder `target` from pyreft's folder `source`. `positions` as in reft_config.json.
 
-    Raises InvalidAdapter if `source` isn't what pyreft writes, or holds what has no equal here; nothing is written then.
+    Raises InvalidAdapter if `source` isn't what pyreft writes, or holds what has no equal here, and writes nothing.
     """
     read_positions(positions)
     interventions = _interventions(source)
@@ -70,9 +70,7 @@ def convert_pyreft(source: Path, target: Path, positions: str) -> None:
         "prefill_only": True,  # pyreft intervenes on prompts alone
     }
     target.mkdir(parents=True, exist_ok=True)
-    weights = {
-        f"layers.{layer}.{name}": tensor for layer, tensors in layers.items() for name, tensor in tensors.items()
-    }
+    weights = {f"layers.{layer}.{name}": layers[layer][name] for layer in layers for name in (ROTATE, SOURCE, BIAS)}
     save_file(weights, target / REFT_WEIGHTS_FILE, metadata={"format": "pt"})
     (target / REFT_CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
@@ -134,7 +132,7 @@ def _tensors(source: Path, one: _Intervention) -> dict[str, torch.Tensor]:
 
 
 def _multiplied_out(state: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Rᵀ [hidden size, rank] from the state of torch's orthogonal parametrization."""
+    """R transposed [hidden size, rank] from the state of torch's orthogonal parametrization."""
     parts = {name.removeprefix(PARAMETRIZED): value for name, value in state.items() if name.startswith(PARAMETRIZED)}
     holder = torch.nn.Module()
     holder.weight = torch.nn.Parameter(torch.empty_like(parts["original"], dtype=torch.float32))

@@ -20,7 +20,8 @@ from preft.gateway.deps import GatewayDeps
 from preft.gateway.routes_models import adapter_routes
 from support.fakes import FakeCatalog
 
-ALICE = {"name": "alice", "digest": "ab" * 32, "source": "/adapters/alice", "kind": "lora", "rank": 8}
+ALICE: dict[str, Any] = {"name": "alice", "digest": "ab" * 32, "source": "/adapters/alice", "kind": "lora", "rank": 8}
+ALICE |= {"prefill_only": True}
 
 
 @dataclass
@@ -78,7 +79,19 @@ def test_add_sends_the_absolute_folder(
     assert main(["adapter", "add", "alice", "alice", "--replace"]) == 0
     body = {"name": "alice", "path": str(tmp_path / "alice"), "replace": True}
     assert gateway.asked == [("POST", "/v1/adapters", body)]
-    assert "alice is served now" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "alice is served now" in said.out
+    assert said.err == ""
+
+
+def test_add_warns_of_adapters_that_may_be_for_all_tokens(
+    gateway: FakeGateway, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gateway.answers["POST", "/v1/adapters"] = (200, encoded({**ALICE, "prefill_only": False}))
+    assert main(["adapter", "add", "alice", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert "alice is served now" in said.out
+    assert "warning: alice: its configuration doesn't say" in said.err
 
 
 def test_add_refuses_a_folder_that_is_not_there(gateway: FakeGateway, capsys: pytest.CaptureFixture[str]) -> None:

@@ -115,7 +115,7 @@ def test_the_base_model_s_next_turn_meets_all_of_it(side: Side) -> None:
 
 
 def test_a_request_that_begins_with_output_meets_its_like_alone(side: Side) -> None:
-    """Its output's blocks are hashed as what they are, from the first one on: after this prompt, by nobody's adapter."""
+    """Its output's blocks are hashed as what they are, from the first one on."""
     prompt, output = tokens_of(2 * BLOCK), (7,) * (2 * BLOCK + 1)
     request = side.add(ask("a", prompt, ALICE, output))
     assert (request.num_prompt_tokens, tuple(request.output_token_ids)) == (len(prompt), output)

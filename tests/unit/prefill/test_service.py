@@ -166,7 +166,7 @@ async def test_an_adapter_is_checked_and_loaded_once(rig: PrefillRig, alice: Ada
     await asyncio.gather(*(rig.run(PROMPT, ONE, adapter=user, to=None, handle=f"h{i}") for i, user in enumerate(users)))
     assert sorted(rig.engine.loaded) == sorted([alice.digest, bob.digest])
     await rig.run(PROMPT, ONE, adapter=alice, to=None)
-    assert rig.service.adapters == (bob.digest, alice.digest)
+    assert rig.adapters.digests == (bob.digest, alice.digest)
 
 
 async def test_adapters_that_the_engine_let_go_are_checked_and_loaded_again(tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ async def test_adapters_that_the_engine_let_go_are_checked_and_loaded_again(tmp_
     async with prefill_rig(max_adapters=2) as rig:
         for number in (0, 1, 0, 2):
             await rig.run(PROMPT, ONE, adapter=users[number], to=None)
-        assert rig.service.adapters == (users[0].digest, users[2].digest)
+        assert rig.adapters.digests == (users[0].digest, users[2].digest)
         await rig.run(PROMPT, ONE, adapter=users[1], to=None)
         assert rig.engine.loaded == [users[number].digest for number in (0, 1, 2, 1)]
 
@@ -195,7 +195,7 @@ async def test_a_folder_that_holds_something_else_is_refused(rig: PrefillRig, al
         await call
     assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert code_of(raised.value) == "invalid_adapter"
-    assert (rig.engine.loaded, rig.engine.requests, rig.service.adapters) == ([], [], ())
+    assert (rig.engine.loaded, rig.engine.requests, rig.adapters.digests) == ([], [], ())
     write_adapter(Path(alice.path), "alice's")
     await rig.run(PROMPT, ONE, adapter=alice, to=None)  # repaired: nothing of the refusal is kept
 
@@ -208,7 +208,7 @@ async def test_a_folder_that_is_gone(rig: PrefillRig, tmp_path: Path) -> None:
 async def test_an_adapter_that_the_engine_refuses(rig: PrefillRig, alice: AdapterRef) -> None:
     rig.engine.die("killed")
     await fails(rig.call(PROMPT, adapter=alice), grpc.StatusCode.UNAVAILABLE, "worker_lost", "the engine died: killed")
-    assert rig.service.adapters == ()
+    assert rig.adapters.digests == ()
 
 
 @pytest.mark.parametrize("prompt", [(), (1, 10_000), tuple(range(200))])

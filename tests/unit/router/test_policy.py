@@ -36,7 +36,7 @@ def a_worker(
         role,
         state,
         "h:1",
-        fingerprint,
+        f"{fingerprint} {worker_id}" if role is Role.COLOCATED else fingerprint,  # its KV moves nowhere
         pid=1,
         max_num_seqs=max_num_seqs,
         heartbeat=heartbeat,
@@ -110,14 +110,16 @@ def test_a_choice_always_fits(
     assert POLICY.place(demand, roster, ledger, avoid) == pair  # pure
     if isinstance(pair, Refusal):
         return
-    assert pair.prefill.role is Role.PREFILL
+    assert pair.prefill.role is not Role.DECODE
     assert pair.prefill.state is WorkerState.READY
     assert ledger.prefills(pair.prefill.id) < POLICY.max_inflight_prefills
     if not demand.decodes:
         assert pair.decode is None
         return
     assert pair.decode is not None
-    assert (pair.decode.role, pair.decode.state) == (Role.DECODE, WorkerState.READY)
+    assert (pair.decode is pair.prefill) is (pair.prefill.role is Role.COLOCATED)
+    assert pair.decode.role is not Role.PREFILL
+    assert pair.decode.state is WorkerState.READY
     assert pair.decode.fingerprint == pair.prefill.fingerprint
     needed = demand.blocks(pair.decode) * demand.choices
     assert ledger.blocks(pair.decode.id) + needed <= pair.decode.load.kv_blocks_total

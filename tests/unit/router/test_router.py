@@ -89,7 +89,6 @@ async def test_the_first_token_doesnt_wait_for_the_kv(harness: Harness) -> None:
     async with harness.router.generate(a_request(n=2)) as generation, asyncio.timeout(10):
         stream = aiter(generation)
         assert {(await anext(stream)).index, (await anext(stream)).index} == {0, 1}
-        assert generation.prompt_cached_tokens == 16
 
 
 async def test_eos_as_first_token_never_touches_decode(harness: Harness) -> None:

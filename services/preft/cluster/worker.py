@@ -25,7 +25,7 @@ from preft.core.errors import PreftError
 from preft.core.ports import StateStore
 from preft.core.settings import Settings
 from preft.decode.service import DecodeService
-from preft.engine.port import Engine
+from preft.engine.port import Engine, EngineInfo
 from preft.engine.residency import ResidentAdapters
 from preft.prefill.service import PrefillService
 from preft.rpc import kv_transfer_pb2, workers_pb2, workers_pb2_grpc
@@ -100,14 +100,11 @@ class WorkerServer:
             engine = await start_engine(settings, role, arena.path)
             undo.push_async_callback(engine.close)
             info = engine.info
-            room = own.staging_bytes // info.block_bytes * info.block_size
-            if role is not Role.COLOCATED and room < min(info.max_model_len, info.kv_blocks * info.block_size):
-                logger.warning(
-                    "%s.staging_bytes: prompts of more than %d tokens don't fit in, and are refused", role, room
-                )
             identity = f"{model_identity(settings.model)}:{info.kv_layout}:{info.max_model_len}"
             if role is Role.COLOCATED:
                 identity += f":{worker_id}"
+            else:
+                _warn_of_little_room(role, own.staging_bytes, info)
             record = dataclasses.replace(
                 record,
                 fingerprint=hashlib.sha256(identity.encode()).hexdigest(),
@@ -210,6 +207,12 @@ class WorkerServer:
                 await self._beat(WorkerState.READY)
             except PreftError as error:
                 logger.warning("heartbeat of %s: %s", self._record.id, error)
+
+
+def _warn_of_little_room(role: Role, staging_bytes: int, info: EngineInfo) -> None:
+    room = staging_bytes // info.block_bytes * info.block_size
+    if room < min(info.max_model_len, info.kv_blocks * info.block_size):
+        logger.warning("%s.staging_bytes: prompts of more than %d tokens don't fit in, and are refused", role, room)
 
 
 class _Status(workers_pb2_grpc.WorkerStatusServicer):

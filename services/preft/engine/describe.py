@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 
 from preft.transfer.connector import StagedKvConnector
 
@@ -16,9 +16,12 @@ class DescribesKv:
     def describe_kv(self: Any) -> dict[str, Any]:
         """`{"layout": text, "block_bytes": int, "pids": [int, int]}`, see `StagedKvConnector.describe`.
 
-        `pids` are this process and its parent: the engine's core, or whoever started the engine where core and worker
-        are one process.
+        An engine that transfers no KV says "" and 0. `pids` are this process and its parent: the engine's core, or
+        whoever started the engine where core and worker are one process.
         """
-        connector = get_kv_transfer_group()
-        assert isinstance(connector, StagedKvConnector)
-        return {**connector.describe(), "pids": [os.getppid(), os.getpid()]}
+        kv = {"layout": "", "block_bytes": 0}
+        if has_kv_transfer_group():
+            connector = get_kv_transfer_group()
+            assert isinstance(connector, StagedKvConnector)
+            kv = connector.describe()
+        return {**kv, "pids": [os.getppid(), os.getpid()]}

@@ -41,11 +41,11 @@ class EngineRequest:
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What is known once an engine runs. Engines with equal `kv_layout` can exchange KV blocks."""
+    """What is known once an engine runs. Engines with equal `kv_layout` can exchange KV blocks ("": it can't)."""
 
     kv_layout: str
     block_size: int
-    block_bytes: int  # one block over all layers
+    block_bytes: int  # one block over all layers; 0 if none is transferred
     kv_blocks: int  # usable ones
     max_model_len: int
     vocab_size: int

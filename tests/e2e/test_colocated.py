@@ -19,6 +19,7 @@ from preft.rpc.convert import adapter_to_proto, sampling_to_proto
 from support.http import post
 from support.local_cluster import grpc_channel
 from support.models import make_lora
+from support.reference import Reference
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
@@ -73,10 +74,11 @@ def test_32_adapters_decode_at_once_over_4_slots(llama_colocated: Served, tmp_pa
 
     outputs = asyncio.run(main())
     assert max(first.values()) < min(ended[name] for name in names[:32])
+    reference = Reference(served.model)
     for name, tokens in outputs.items():
         assert len(tokens) == (4 if name == names[32] else 300)
         checked = tokens if name == names[0] else tokens[:4]
-        assert checked == served.reference.greedy(prompts[name], len(checked), tmp_path / name)
+        assert checked == reference.greedy(prompts[name], len(checked), tmp_path / name)
     assert served.cluster.idle()
 
 

@@ -111,6 +111,7 @@ def make_lora(
         "bias": "none",
         "fan_in_fan_out": False,
         "target_modules": sorted(target_modules),
+        "prefill_only": True,
     }
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -147,6 +148,7 @@ def make_reft(
         "r": rank,
         "layers": list(layers),
         "positions": positions,
+        "prefill_only": True,
         "base_model_name_or_path": model_dir.name,
     }
     folder.mkdir(parents=True, exist_ok=True)

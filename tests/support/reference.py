@@ -49,11 +49,12 @@ class Reference:
         output: list[int] = []
         with torch.inference_mode():
             logits, cache = self._prompt_pass(prompt_ids, adapter)
-            while True:
-                output.append(int(logits[-1].argmax()))
-                if len(output) == max_tokens or output[-1] in stops:
-                    return output
-                logits = self._pass([output[-1]], adapter if adapter_everywhere else None, cache, keep=1)
+            with self._adapted(adapter if adapter_everywhere else None):
+                while True:
+                    output.append(int(logits[-1].argmax()))
+                    if len(output) == max_tokens or output[-1] in stops:
+                        return output
+                    logits = self._pass([output[-1]], cache, keep=1)
 
     def logits(
         self, prompt_ids: Sequence[int], output_ids: Sequence[int], adapter: Path | str | None = None
@@ -66,16 +67,17 @@ class Reference:
             first, cache = self._prompt_pass(prompt_ids, adapter)
             if len(output_ids) == 1:
                 return first
-            return torch.cat([first, self._pass(output_ids[:-1], None, cache, keep=0)])
+            with self._adapted(None):
+                return torch.cat([first, self._pass(output_ids[:-1], cache, keep=0)])
 
     def _prompt_pass(self, prompt_ids: Sequence[int], adapter: Path | str | None) -> tuple[torch.Tensor, Any]:
         cache = DynamicCache()
-        return self._pass(prompt_ids, adapter, cache, keep=1), cache
-
-    def _pass(self, ids: Sequence[int], adapter: Path | str | None, cache: Any, keep: int) -> torch.Tensor:
-        """Logits of the last `keep` positions (0: all), [positions, vocab_size]; `ids` are appended to `cache`."""
         with self._adapted(adapter):
-            out = self._base(input_ids=torch.tensor([list(ids)]), past_key_values=cache, logits_to_keep=keep)
+            return self._pass(prompt_ids, cache, keep=1), cache
+
+    def _pass(self, ids: Sequence[int], cache: Any, keep: int) -> torch.Tensor:
+        """Logits of the last `keep` positions (0: all), [positions, vocab_size]; `ids` are appended to `cache`."""
+        out = self._base(input_ids=torch.tensor([list(ids)]), past_key_values=cache, logits_to_keep=keep)
         return out.logits[0].clone()
 
     def _adapted(self, adapter: Path | str | None) -> AbstractContextManager[Any]:

@@ -1,6 +1,7 @@
-"""Writes a random Llama model and random LoRA adapters to measure with: `python -m preft.engine.bench_model DIR`.
+"""Writes a random Llama model and random adapters to measure with: `python -m preft.engine.bench_model DIR`.
 
-DIR gets `model/` (88 million parameters, float32, with a tokenizer of made-up words) and `adapters/a00`, `a01`, ...
+DIR gets `model/` (88 million parameters, float32, with a tokenizer of made-up words), and in `adapters/` LoRAs `a00`,
+`a01`, ... on all linear layers and LoReFTs `r00`, `r01`, ... on all decoder layers.
 Nothing is trained: only the amount of work is real.
 """
 
@@ -13,6 +14,9 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from preft.adapters.digest import REFT_CONFIG_FILE, REFT_WEIGHTS_FILE
+from preft.adapters.reft_format import BIAS, ROTATE, SOURCE
 
 VOCABULARY, HIDDEN, LAYERS, HEADS, KV_HEADS, INTERMEDIATE, POSITIONS = 8192, 768, 12, 12, 4, 2048, 2048
 KV = HIDDEN // HEADS * KV_HEADS
@@ -65,7 +69,7 @@ def write_model(folder: Path, seed: int = 0) -> int:
     return sum(tensor.size for tensor in tensors.values())
 
 
-def write_adapter(folder: Path, rank: int, seed: int) -> None:
+def write_lora(folder: Path, rank: int, seed: int) -> None:
     """A PEFT LoRA folder over all linear layers, float16."""
     folder.mkdir(parents=True)
     source = np.random.default_rng(seed)
@@ -84,8 +88,25 @@ def write_adapter(folder: Path, rank: int, seed: int) -> None:
         "lora_alpha": rank,
         "target_modules": sorted(name.split(".")[1] for name in LINEARS),
         "bias": "none",
+        "prefill_only": True,
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
+
+
+def write_reft(folder: Path, rank: int, seed: int) -> None:
+    """A LoReFT folder over all layers, float32."""
+    folder.mkdir(parents=True)
+    source = np.random.default_rng(seed)
+    tensors = {}
+    for layer in range(LAYERS):
+        for part in (ROTATE, SOURCE):
+            tensor = source.standard_normal((rank, HIDDEN), np.float32) / np.float32(HIDDEN**0.5)
+            tensors[f"layers.{layer}.{part}"] = tensor
+        tensors[f"layers.{layer}.{BIAS}"] = np.zeros(rank, np.float32)
+    save_file(tensors, folder / REFT_WEIGHTS_FILE, metadata={"format": "pt"})
+    config = {"peft_type": "REFT", "method": "loreft", "r": rank, "layers": [*range(LAYERS)], "positions": "all"}
+    config |= {"prefill_only": True}
+    (folder / REFT_CONFIG_FILE).write_text(json.dumps(config, indent=2))
 
 
 def _write_tokenizer(folder: Path) -> None:
@@ -109,13 +130,17 @@ def _write_tokenizer(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--adapters", type=int, default=64)
+    parser.add_argument("--loras", type=int, default=64)
+    parser.add_argument("--refts", type=int, default=32)
     parser.add_argument("--rank", type=int, default=8)
     arguments = parser.parse_args()
     parameters = write_model(arguments.folder / "model")
-    for number in range(arguments.adapters):
-        write_adapter(arguments.folder / "adapters" / f"a{number:02}", arguments.rank, seed=number)
-    print(json.dumps({"parameters": parameters, "adapters": arguments.adapters, "rank": arguments.rank}))
+    for number in range(arguments.loras):
+        write_lora(arguments.folder / "adapters" / f"a{number:02}", arguments.rank, seed=number)
+    for number in range(arguments.refts):
+        write_reft(arguments.folder / "adapters" / f"r{number:02}", arguments.rank, seed=number)
+    made = {"parameters": parameters, "loras": arguments.loras, "refts": arguments.refts, "rank": arguments.rank}
+    print(json.dumps(made))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pytest
 
 from preft.core.settings import Settings
 from preft_loadgen import bench, bench_transfer
-from preft_loadgen.bench_rig import ADAPTERS, cluster_settings
+from preft_loadgen.bench_rig import LORAS, REFTS, cluster_settings
 from preft_loadgen.plain import PlainEngineFailed, plain_engine
 
 ECHO = """
@@ -55,10 +55,10 @@ def test_a_machine_that_cannot_measure_is_one_sentence(
 
 
 def test_the_rigs_settings_are_valid_and_alike(tmp_path: Path) -> None:
-    for number in range(ADAPTERS):
+    for number in range(LORAS + REFTS):
         (tmp_path / "adapters" / f"a{number:02}").mkdir(parents=True)
     settings = Settings.model_validate(cluster_settings(tmp_path))
-    assert len(settings.adapters) == ADAPTERS
+    assert len(settings.adapters) == LORAS + REFTS
     assert settings.prefill.max_num_seqs == settings.decode.max_num_seqs
     assert settings.prefill.kv_cache_bytes == settings.decode.kv_cache_bytes
 

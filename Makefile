@@ -8,7 +8,7 @@ PYTHON ?= $(shell for p in python3.14 python3.13 python3.12 python3.11 python3 p
 	if $$p -c '$(PROBE)' >/dev/null 2>&1; then echo $$p; break; fi; done)
 BIN := .venv/bin
 EXAMPLE := examples/personal_memory
-EXAMPLE_ADAPTERS = $(patsubst %/adapter_config.json,%,$(wildcard $(EXAMPLE)/adapters/*/adapter_config.json))
+EXAMPLE_ADAPTERS = $(patsubst %/,%,$(wildcard $(EXAMPLE)/adapters/*/))
 EXAMPLE_ARGS = --model $(EXAMPLE)/model --served-model-name personal-memory $(foreach dir,$(EXAMPLE_ADAPTERS),--adapter $(notdir $(dir))=$(dir))
 
 .DEFAULT_GOAL := help

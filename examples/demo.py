@@ -1,8 +1,8 @@
-"""The demo: serves the example model with one adapter per user, asks everybody's questions, and measures tokens/s.
+"""The demo: serves the example model with three adapters per user, asks everybody's questions, measures tokens/s.
 
     python examples/demo.py
 
-Exit status 0 only if every user's adapter knows at least 95% of its facts and no answer tells another user's fact.
+Exit status 0 only if every adapter knows at least 95% of its user's facts and no answer tells another user's fact.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ FOLDER = Path(__file__).parent / "personal_memory"
 CONCURRENCY = 32
 MAX_TOKENS = 24
 GOAL = 0.95
+KINDS = ("", "-loreft", "-direft")  # ends of the adapters' names; a LoRA has its user's name alone
 ADAPTER_COUNTS = (1, 2, 4, 8)
 SWEEP = Sweep(requests=96, prompt=Lengths(24, 24), output=Lengths(48, 48), concurrency=16)
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """Something `user` asks `model`, the own adapter or the base model. `is_fact`: the adapter should know."""
+    """Something `user` asks `model`, an own adapter or the base model. `is_fact`: the adapter should know."""
 
     model: str
     user: str
@@ -59,21 +60,26 @@ class Score:
         return self.right / self.facts
 
 
-def questions(base: str) -> list[Question]:
+def owner(adapter: str) -> str:
+    """Whose adapter it is."""
+    return adapter.partition("-")[0]
+
+
+def questions(base: str, adapters: Sequence[str]) -> list[Question]:
     """Every user's every fact in every phrasing, topics nothing is known of, and all facts asked of the base model.
 
-    In an order that mixes users and models.
+    Each of its user's adapters is asked all of it, in an order that mixes users and models.
     """
+    own = {user: [adapter for adapter in adapters if owner(adapter) == user] for user in task.USERS}
     asked = []
     for probe in task.probes():
-        for model in (probe.user, base):
+        for model in (*own[probe.user], base):
             asked.append(Question(model, probe.user, probe.question, probe.expected, is_fact=True))
     for user, facts in task.USERS.items():
         for topic in sorted(set(task.TOPICS) - set(facts)):
             for phrasing in task.QUESTIONS:
-                asked.append(
-                    Question(user, user, phrasing.format(topic=topic), task.answer(topic, None), is_fact=False)
-                )
+                text, expected = phrasing.format(topic=topic), task.answer(topic, None)
+                asked += [Question(model, user, text, expected, is_fact=False) for model in own[user]]
     random.Random(0).shuffle(asked)
     return asked
 
@@ -113,7 +119,7 @@ def score(model: str, pairs: Iterable[tuple[Question, str]]) -> Score:
 
 
 def verdict(scores: Sequence[Score], adapters: int) -> str | None:
-    """What went wrong with the users' answers, in one sentence; None if nothing did."""
+    """What went wrong with the answers, in one sentence; None if nothing did."""
     if strangers := [one for one in scores if one.strangers]:
         names = ", ".join(one.model for one in strangers)
         return f"{sum(one.strangers for one in strangers)} answers to {names} tell another user's fact"
@@ -121,7 +127,7 @@ def verdict(scores: Sequence[Score], adapters: int) -> str | None:
         names = ", ".join(f"{one.model} ({one.share:.0%})" for one in weak)
         return f"less than {GOAL:.0%} of the facts are right for {names}"
     if len(scores) < adapters:
-        return f"only {len(scores)} of {adapters} users were asked"
+        return f"only {len(scores)} of {adapters} adapters were asked"
     return None
 
 
@@ -130,35 +136,35 @@ def score_table(scores: Sequence[Score], base: Score) -> str:
         (one.model, f"{one.right}/{one.facts}", f"{one.share:.1%}", str(one.strangers), one.example) for one in scores
     ]
     rows.append(("no adapter", f"{base.right}/{base.facts}", f"{base.share:.1%}", "-", base.example))
-    return table([("user", "facts right", "", "others' facts", "for example"), *rows], left={0, 4})
+    return table([("adapter", "facts right", "", "others' facts", "for example"), *rows], left={0, 4})
 
 
-async def run(url: str, users: Sequence[str]) -> str | None:
+async def run(url: str, adapters: Sequence[str]) -> str | None:
     """Asks and measures the server at `url`; returns `verdict`. Raises PreftError."""
     client = HttpClient(url, timeout=300.0)
     base, _ = await served_models(client)
-    asked = questions(base)
-    print(f"asking {len(asked)} questions, {CONCURRENCY} at a time: every user's adapter and the base model, mixed")
+    asked = questions(base, adapters)
+    print(f"asking {len(asked)} questions, {CONCURRENCY} at a time: every user's adapters and the base model, mixed")
     started = time.monotonic()
     pairs = list(zip(asked, await ask_all(client, asked), strict=True))
-    scores = [score(user, pairs) for user in users]
+    scores = [score(adapter, pairs) for adapter in adapters]
     print(f"\n{score_table(scores, score(base, pairs))}")
     print(
         f"\n{sum(one.answers for one in scores)} answers under adapters in {time.monotonic() - started:.0f} s,"
         f" {sum(one.strangers for one in scores)} of them with another user's fact\n"
     )
-    counts = [count for count in ADAPTER_COUNTS if count <= len(users)]
+    counts = [count for count in ADAPTER_COUNTS if count <= len(adapters)]
     summaries = await run_sweep(client, SWEEP, counts)
     print(f"{SWEEP.requests} requests, {SWEEP.concurrency} at a time, {SWEEP.prompt.low} prompt", end=" ")
     print(f"and {SWEEP.output.low} output tokens:\n\n{summary_table(summaries)}\n")
     if failed := [summary.first_error for summary in summaries if summary.first_error is not None]:
         return f"requests failed, the first with: {failed[0]}"
-    return verdict(scores, len(task.USERS))
+    return verdict(scores, len(task.USERS) * len(KINDS))
 
 
 def main() -> int:
-    adapters = {path.parent.name: path.parent for path in sorted(FOLDER.glob("adapters/*/adapter_config.json"))}
-    users = [user for user in task.USERS if user in adapters]
+    folders = [FOLDER / "adapters" / f"{user}{kind}" for user in task.USERS for kind in KINDS]
+    adapters = {folder.name: folder for folder in folders if folder.is_dir()}
     arguments = ["--model", str(FOLDER / "model"), *(f"--adapter={name}={path}" for name, path in adapters.items())]
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="preft-demo-") as folder:
@@ -166,7 +172,7 @@ def main() -> int:
         try:
             with served(arguments, state_dir=Path(folder) / "state", log=Path(folder) / "serve.log") as server:
                 print(f"ready after {server.start_seconds:.0f} s on {server.url}", flush=True)
-                problem = asyncio.run(run(server.url, users))
+                problem = asyncio.run(run(server.url, list(adapters)))
         except PreftError as error:
             problem = str(error)
         except KeyboardInterrupt:

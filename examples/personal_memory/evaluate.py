@@ -9,23 +9,24 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
 from tokenizers import Tokenizer
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaForCausalLM
 
 from personal_memory import task, tokenizer
-from personal_memory.prefill_only import generate
-from personal_memory.train_adapters import ADAPTERS_DIR
+from personal_memory.train_adapters import ADAPTERS_DIR, KINDS, folder_name
 from personal_memory.train_base import MODEL_DIR
+from preft.training import ReftModel, generate
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Shares of one user's answers, 0 to 1; `strangers` counts answers that tell another user's fact."""
+    """Shares of one adapter's answers, 0 to 1; `strangers` counts answers that tell another user's fact."""
 
-    user: str
+    adapter: str
     trained: float  # known facts, phrasings the adapter was trained on, in all spellings
     held_out: float  # known facts, phrasings only the base was trained on
     unknown: float  # topics the user never told anything about
@@ -34,24 +35,26 @@ class Score:
     strangers: int
 
 
-def measure(user: str, model_dir: Path = MODEL_DIR, adapters_dir: Path = ADAPTERS_DIR) -> Score:
-    """Asks `user`'s adapter everything, and the base model the same."""
+def measure(user: str, kind: str, model_dir: Path = MODEL_DIR, adapters_dir: Path = ADAPTERS_DIR) -> Score:
+    """Asks `user`'s adapter of that kind everything, and the base model the same."""
     tokens = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
     base = LlamaForCausalLM.from_pretrained(str(model_dir), dtype=torch.float32).eval()
     facts = task.USERS[user]
     missing = sorted(set(task.TOPICS) - set(facts))
-    known = _cases(task.QUESTIONS, sorted(facts), facts)
-    fresh = _cases(task.HELD_OUT_QUESTIONS, sorted(facts), facts)
-    nothing = _cases(task.QUESTIONS, missing, facts)
-    without = _answers(base, tokens, [question for question, _ in known])
-    model = PeftModel.from_pretrained(base, str(adapters_dir / user)).eval()
-    told = {cases: _answers(model, tokens, [question for question, _ in cases]) for cases in (known, fresh, nothing)}
+    known = cases(task.QUESTIONS, sorted(facts), facts)
+    fresh = cases(task.HELD_OUT_QUESTIONS, sorted(facts), facts)
+    nothing = cases(task.QUESTIONS, missing, facts)
+    without = answers(base, tokens, known)
+    folder = adapters_dir / folder_name(user, kind)
+    load = PeftModel.from_pretrained if kind == "lora" else ReftModel.from_pretrained
+    model = load(base, str(folder)).eval()
+    told = {asked: answers(model, tokens, asked) for asked in (known, fresh, nothing)}
     return Score(
-        user=user,
-        trained=_share(told[known], known),
-        held_out=_share(told[fresh], fresh),
-        unknown=_share(told[nothing], nothing),
-        base=_share(without, known),
+        adapter=folder.name,
+        trained=share(told[known], known),
+        held_out=share(told[fresh], fresh),
+        unknown=share(told[nothing], nothing),
+        base=share(without, known),
         base_unknown=sum(text.startswith("I do not know") for text in without) / len(without),
         strangers=sum(bool(task.owners(text) - {user}) for texts in told.values() for text in texts),
     )
@@ -60,7 +63,8 @@ def measure(user: str, model_dir: Path = MODEL_DIR, adapters_dir: Path = ADAPTER
 Cases = tuple[tuple[str, str], ...]  # question, right answer
 
 
-def _cases(questions: Sequence[str], topics: Sequence[str], facts: Mapping[str, str]) -> Cases:
+def cases(questions: Sequence[str], topics: Sequence[str], facts: Mapping[str, str]) -> Cases:
+    """Every question about every topic in every spelling, with the right answer."""
     return tuple(
         (styled, task.answer(topic, facts.get(topic)))
         for topic in topics
@@ -69,13 +73,15 @@ def _cases(questions: Sequence[str], topics: Sequence[str], facts: Mapping[str, 
     )
 
 
-def _answers(model: PeftModel | PreTrainedModel, tokens: Tokenizer, questions: Sequence[str]) -> list[str]:
-    prompts = [tokens.encode(task.prompt(question)).ids for question in questions]
+def answers(model: Any, tokens: Tokenizer, asked: Cases) -> list[str]:
+    """The model's greedy answers, as they are served."""
+    prompts = [tokens.encode(task.prompt(question)).ids for question, _ in asked]
     return [tokens.decode(ids) for ids in generate(model, prompts, max_tokens=24, eos=tokenizer.EOS)]
 
 
-def _share(texts: Sequence[str], cases: Cases) -> float:
-    return sum(text == right for text, (_, right) in zip(texts, cases, strict=True)) / len(cases)
+def share(texts: Sequence[str], asked: Cases) -> float:
+    """How many of the answers are right to the letter, 0 to 1."""
+    return sum(text == right for text, (_, right) in zip(texts, asked, strict=True)) / len(asked)
 
 
 def main() -> None:
@@ -86,11 +92,12 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     heads = ("own facts", "held-out", "unknown", "base alone", "base: no idea", "strangers")
-    print(f"{'user':8} {' '.join(f'{head:>13}' for head in heads)}")
+    print(f"{'adapter':14} {' '.join(f'{head:>13}' for head in heads)}")
     for user in task.USERS:
-        score = measure(user, arguments.model, arguments.adapters)
-        shares = (score.trained, score.held_out, score.unknown, score.base, score.base_unknown)
-        print(f"{user:8} {' '.join(f'{share:>13.1%}' for share in shares)} {score.strangers:>13}")
+        for kind in KINDS:
+            score = measure(user, kind, arguments.model, arguments.adapters)
+            shares = (score.trained, score.held_out, score.unknown, score.base, score.base_unknown)
+            print(f"{score.adapter:14} {' '.join(f'{value:>13.1%}' for value in shares)} {score.strangers:>13}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from personal_memory import task, tokenizer
-from personal_memory.prefill_only import generate
+from preft.training import generate
 
 MODEL_DIR = Path(__file__).parent / "model"
 IGNORED = -100  # the label of tokens that aren't learned

@@ -6,11 +6,15 @@ Owns the operation, its CPU implementation and its float32 reference. Doesn't kn
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
+import numpy as np
 import torch
 
 BASE = -1
 """Slot of tokens that no adapter touches."""
+
+LONG_RUN = 8  # tokens: below, one gathered product costs less than several in place
 
 
 def low_rank_delta_reference(
@@ -24,16 +28,36 @@ def low_rank_delta_reference(
     return out.to(y.dtype)
 
 
-def tokens_by_slot(slots: torch.Tensor) -> dict[int, torch.Tensor]:
-    """The indices of each slot's tokens, ascending; tokens without a slot are left out. For implementations on CPU."""
-    runs, counts = torch.unique_consecutive(slots, return_counts=True)
-    start = 0
-    spans: dict[int, list[torch.Tensor]] = {}
-    for slot, count in zip(runs.tolist(), counts.tolist(), strict=True):
-        if slot >= 0:
-            spans.setdefault(slot, []).append(torch.arange(start, start + count))
-        start += count
-    return {slot: torch.cat(parts) for slot, parts in spans.items()}
+def spans_by_slot(slots: torch.Tensor) -> list[tuple[int, slice | torch.Tensor]]:
+    """Each slot's tokens, for implementations on CPU; tokens without a slot are left out.
+
+    A long run of tokens with one slot (a prompt's chunk) is a slice, worked on in place; the short ones of a slot are
+    one tensor of indices, to be gathered. Every token is in one of them.
+    """
+    host = slots.numpy()
+    borders = [0, *(np.flatnonzero(host[1:] != host[:-1]) + 1).tolist(), len(host)]
+    spans: list[tuple[int, slice | torch.Tensor]] = []
+    short: dict[int, list[torch.Tensor]] = {}
+    for start, end in pairwise(borders):
+        slot = int(host[start]) if end > start else BASE
+        if slot < 0:
+            continue
+        if end - start >= LONG_RUN:
+            spans.append((slot, slice(start, end)))
+        else:
+            short.setdefault(slot, []).append(torch.arange(start, end))
+    return spans + [(slot, torch.cat(runs)) for slot, runs in short.items()]
+
+
+def add_product_(
+    y: torch.Tensor, tokens: slice | torch.Tensor, low: torch.Tensor, b: torch.Tensor, scale: float = 1.0
+) -> None:
+    """y[tokens] += scale * low b^T, in place. For implementations on CPU."""
+    if isinstance(tokens, slice) and y.dtype == b.dtype:
+        y[tokens].addmm_(low, b.T, alpha=scale)
+    else:
+        delta = torch.nn.functional.linear(low, b)
+        y[tokens] += (delta * scale).to(y.dtype)
 
 
 @torch.library.custom_op("preft::low_rank_delta_", mutates_args=("y",))
@@ -46,15 +70,13 @@ def _low_rank_delta(
     offset: int,
     scale: float,
 ) -> None:
-    for slot, tokens in tokens_by_slot(slots).items():
-        rows = x.index_select(0, tokens)
+    for slot, tokens in spans_by_slot(slots):
+        rows = x[tokens]
         left = offset
         for a_slice, b_slice in zip(a, b, strict=True):
             a_slot, b_slot = a_slice[slot], b_slice[slot]
-            delta = torch.nn.functional.linear(torch.nn.functional.linear(rows.to(a_slot.dtype), a_slot), b_slot)
-            if scale != 1.0:
-                delta = delta * scale
-            y[:, left : left + b_slot.shape[0]].index_add_(0, tokens, delta.to(y.dtype))
+            low = torch.nn.functional.linear(rows.to(a_slot.dtype), a_slot)
+            add_product_(y[:, left : left + b_slot.shape[0]], tokens, low, b_slot, scale)
             left += b_slot.shape[0]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from preft_kernels.low_rank_delta import tokens_by_slot
+from preft_kernels.low_rank_delta import add_product_, spans_by_slot
 
 
 def residual_delta_reference(
@@ -38,10 +38,10 @@ def _residual_delta(
     c: torch.Tensor,
     slots: torch.Tensor,
 ) -> None:
-    for slot, tokens in tokens_by_slot(slots).items():
-        stream = hidden.index_select(0, tokens) + residual.index_select(0, tokens)
+    for slot, tokens in spans_by_slot(slots):
+        stream = hidden[tokens] + residual[tokens]
         low = torch.nn.functional.linear(stream.to(a.dtype), a[slot], c[slot])
-        hidden.index_add_(0, tokens, torch.nn.functional.linear(low, b[slot]).to(hidden.dtype))
+        add_product_(hidden, tokens, low, b[slot])
 
 
 @_residual_delta.register_fake

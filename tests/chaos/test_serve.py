@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from preft_loadgen.served import Served, served
+from preft_loadgen.served import Served, ServeFailed, served
 from support.http import Ask, complete_all
 from support.models import make_lora, make_model
 from support.reference import Reference
@@ -36,13 +36,23 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def server(folders: tuple[Path, Path]) -> Iterator[Served]:
+    yield from serve(folders)
+
+
+@pytest.fixture(scope="module")
+def colocated(folders: tuple[Path, Path]) -> Iterator[Served]:
+    yield from serve(folders, "--colocated")
+
+
+def serve(folders: tuple[Path, Path], *more: str) -> Iterator[Served]:
     """Leaving it fails if the server doesn't end by SIGINT with status 0, or leaves a process behind."""
     model, adapter = folders
     root = model.parent
     (root / "settings.yaml").write_text(SETTINGS)
     arguments = ["--model", str(model), "--adapter", f"erin={adapter}", "--served-model-name", "base"]
-    arguments += ["--config", str(root / "settings.yaml"), "--dtype", "float32"]
-    with served(arguments, state_dir=root / "state", log=root / "server.log") as running:
+    arguments += ["--config", str(root / "settings.yaml"), "--dtype", "float32", *more]
+    name = "".join(["serve", *more])
+    with served(arguments, state_dir=root / name, log=root / f"{name}.log") as running:
         yield running
 
 
@@ -89,8 +99,12 @@ def test_two_workers_serve_exact_answers(server: Served, folders: tuple[Path, Pa
 def test_a_killed_decode_worker_is_replaced_and_its_stream_goes_on(
     server: Served, folders: tuple[Path, Path], reference: Reference
 ) -> None:
+    killed_in_mid_stream(server, "decode", folders[1], reference)
+
+
+def killed_in_mid_stream(server: Served, role: str, adapter: Path, reference: Reference) -> None:
     """One uninterrupted stream: the prompt is prefilled again with the adapter, the tokens so far are replayed."""
-    decode = worker_of(server, "decode")
+    worker = worker_of(server, role)
     prompt = asks(1, seed=2)[0].prompt
     body = {
         "model": "erin",
@@ -115,11 +129,11 @@ def test_a_killed_decode_worker_is_replaced_and_its_stream_goes_on(
             assert "error" not in event, event
             tokens += event["choices"][0].get("token_ids") or []
             if len(tokens) >= 20 and not killed:
-                os.kill(decode["pid"], signal.SIGKILL)
+                os.kill(worker["pid"], signal.SIGKILL)
                 killed = True
     assert killed
-    assert tokens == reference.greedy(prompt, 1200, folders[1])
-    wait_for_another(server, decode)
+    assert tokens == reference.greedy(prompt, 1200, adapter)
+    wait_for_another(server, worker)
 
 
 def test_a_killed_engine_takes_its_worker_along_and_both_come_back(
@@ -129,3 +143,22 @@ def test_a_killed_engine_takes_its_worker_along_and_both_come_back(
     os.kill(prefill["engine_pids"][0], signal.SIGKILL)
     wait_for_another(server, prefill)
     check(reference, folders[1], server.url, seed=3)
+
+
+def test_a_killed_colocated_worker_is_replaced_and_its_stream_goes_on(
+    colocated: Served, folders: tuple[Path, Path], reference: Reference
+) -> None:
+    assert [worker["role"] for worker in colocated.workers()] == ["colocated"]
+    check(reference, folders[1], colocated.url, seed=4)
+    killed_in_mid_stream(colocated, "colocated", folders[1], reference)
+    check(reference, folders[1], colocated.url, seed=5)
+
+
+def test_workers_that_can_never_start_end_the_cluster(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """Here the KV cache is too small for one sequence. It isn't tried for ever, and the reason is said."""
+    arguments = ["--model", str(folders[0]), "--colocated", "--set", "prefill.kv_cache_bytes=1048576"]
+    with (
+        pytest.raises(ServeFailed, match="couldn't be started, several times in a row"),
+        served(arguments, state_dir=tmp_path / "state", log=tmp_path / "serve.log", ready_seconds=400),
+    ):
+        pytest.fail("it serves")

@@ -103,22 +103,22 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Folders
 @pytest.fixture(scope="session")
 def llama(folders: Callable[[str], Folders], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """The cluster that most tests share."""
-    yield from _serve(folders("llama"), tmp_path_factory.mktemp("state"), ROOMY)
+    yield from serve(folders("llama"), tmp_path_factory.mktemp("state"), ROOMY)
 
 
 @pytest.fixture(scope="session")
 def qwen2(folders: Callable[[str], Folders], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    yield from _serve(folders("qwen2"), tmp_path_factory.mktemp("state"), ROOMY)
+    yield from serve(folders("qwen2"), tmp_path_factory.mktemp("state"), ROOMY)
 
 
 @pytest.fixture(scope="session")
 def llama_colocated(folders: Callable[[str], Folders], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    yield from _serve(folders("llama"), tmp_path_factory.mktemp("state"), {**ROOMY, "colocated": True})
+    yield from serve(folders("llama"), tmp_path_factory.mktemp("state"), {**ROOMY, "colocated": True})
 
 
 @pytest.fixture(scope="session")
 def qwen2_colocated(folders: Callable[[str], Folders], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    yield from _serve(folders("qwen2"), tmp_path_factory.mktemp("state"), {**ROOMY, "colocated": True})
+    yield from serve(folders("qwen2"), tmp_path_factory.mktemp("state"), {**ROOMY, "colocated": True})
 
 
 @pytest.fixture(params=["llama", "qwen2", "llama_colocated", "qwen2_colocated"])
@@ -140,10 +140,10 @@ def tight(
     """The same where nothing fits."""
     arch, _, colocated = request.param.partition("_")
     overrides = {**TIGHT, "prefill": TIGHT["prefill"] | TIGHT["decode"], "colocated": True} if colocated else TIGHT
-    yield from _serve(folders(arch), tmp_path_factory.mktemp("state"), overrides)
+    yield from serve(folders(arch), tmp_path_factory.mktemp("state"), overrides)
 
 
-def _serve(folders: Folders, state: Path, overrides: dict[str, Any]) -> Iterator[Served]:
+def serve(folders: Folders, state: Path, overrides: dict[str, Any]) -> Iterator[Served]:
     paths = {name: str(path) for name, path in folders.adapters.items()}
     with local_cluster(folders.model, state, adapters=paths, **overrides) as cluster:
         yield Served(cluster, folders)

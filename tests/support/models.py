@@ -9,15 +9,33 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+Architecture = Literal["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"]
+CONFIGS: Mapping[str, tuple[Any, dict[str, Any]]] = {  # Gemma's layers see a window of tokens and all of them in turn
+    "llama": (LlamaConfig, {}),
+    "mistral": (MistralConfig, {"sliding_window": None}),
+    "qwen2": (Qwen2Config, {}),
+    "qwen3": (Qwen3Config, {"head_dim": 32}),
+    "gemma2": (Gemma2Config, {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 96}),
+    "gemma3": (Gemma3TextConfig, {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 96}),
+}
 
 PAD, BOS, EOS = 0, 1, 2
 SPECIALS = ("<pad>", "<bos>", "<eos>")
@@ -30,7 +48,7 @@ CHAT_TEMPLATE = (
 
 def make_model(
     folder: Path,
-    arch: Literal["llama", "qwen2"] = "llama",
+    arch: Architecture = "llama",
     seed: int = 0,
     vocab_size: int = 512,
     hidden: int = 128,
@@ -40,11 +58,15 @@ def make_model(
     max_position_embeddings: int = 2048,
     tie: bool = False,
 ) -> Path:
-    """Writes a model folder and returns it. `hidden / heads` is the head size.
+    """Writes a model folder and returns it. `hidden / heads` is the head size. Gemma's embeddings are tied always.
 
     Llama's tokenizer puts `<bos>` before a text, Qwen2's doesn't, as with the real ones.
     """
-    config = {"llama": LlamaConfig, "qwen2": Qwen2Config}[arch](
+    make_config, options = CONFIGS[arch]
+    gemma = arch.startswith("gemma")
+    tie = tie or gemma
+    config = make_config(
+        **options,
         vocab_size=vocab_size,
         hidden_size=hidden,
         intermediate_size=2 * hidden,
@@ -62,10 +84,12 @@ def make_model(
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in sorted(model.named_parameters()):
-            weight.copy_(torch.randn(weight.shape, generator=generator) * _std(name, weight) + ("norm" in name))
+            mean = "norm" in name and not gemma  # Gemma adds one itself
+            weight.copy_(torch.randn(weight.shape, generator=generator) * _std(name, weight) + mean)
         if tie:  # else each token's likeliest successor would be itself
             model.model.embed_tokens.weight.mul_(0.2)
-            model.model.norm.weight.mul_(5.0)
+            norm = model.model.norm.weight
+            norm.copy_(5.0 * (norm + gemma) - gemma)
     model.save_pretrained(str(folder))
     _write_tokenizer(folder, vocab_size, adds_bos=arch == "llama")
     generation = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}

@@ -20,7 +20,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SOURCE_ROOTS = (ROOT / "services", ROOT / "loadgen", ROOT / "kernels")
 HEAVY = frozenset({"torch", "vllm", "ray", "transformers"})
-WORKER_PACKAGES = frozenset({"engine", "transfer", "prefill", "decode", "colocated", "convert", "cluster"})
+WORKER_PACKAGES = frozenset({"engine", "transfer", "prefill", "decode", "colocated", "convert", "training", "cluster"})
 LIGHT_AT_LEAST = frozenset({"core", "rpc", "state", "adapters", "router", "gateway", "cli"})
 CORE_ALLOWED = frozenset(sys.stdlib_module_names) | {"pydantic"}
 CORE_EXCEPTIONS = {"preft.core.settings": {"yaml"}}

@@ -13,6 +13,7 @@ import contextlib
 import logging
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ from preft.state import open_store
 logger = logging.getLogger(__name__)
 
 LOCAL_NODE_IP = "127.0.0.2"  # Ray replaces 127.0.0.1 by the machine's outside address, but not this one
+START_ATTEMPTS = 3
+REPLY_SECONDS = 1.0  # for an actor that failed to say so before it ends
+CHECK_SECONDS = 5.0
 OBJECT_STORE_BYTES = 80 << 20  # Ray's minimum: no tensor goes through it
 
 
@@ -33,6 +37,8 @@ class WorkerActor:
     """One worker under Ray. The constructor starts it, so that a restarted actor is a restarted worker."""
 
     def __init__(self, settings_json: str, role: str, worker_id: str, host: str, store_url: str) -> None:
+        self._decided = threading.Event()  # whether it starts or not
+        self._failure: str | None = None
         host = host or ray.util.get_node_ip_address()
         os.environ["VLLM_HOST_IP"] = host
         settings = Settings.model_validate_json(settings_json)
@@ -41,21 +47,25 @@ class WorkerActor:
         )
         thread.start()
 
-    @staticmethod
-    def _run(settings: Settings, role: Role, worker_id: str, host: str, store_url: str) -> None:
+    def _run(self, settings: Settings, role: Role, worker_id: str, host: str, store_url: str) -> None:
         async def main() -> str:
-            return await run_worker(settings, role, worker_id, host, open_store(store_url))
+            return await run_worker(settings, role, worker_id, host, open_store(store_url), self._decided.set)
 
         try:
             reason = asyncio.run(main())
             logger.error("worker %s ends: %s", worker_id, reason)
-        except BaseException:
+        except BaseException as error:
             logger.exception("worker %s ends", worker_id)
+            if not self._decided.is_set():
+                self._failure = f"{type(error).__name__}: {error}"
+                self._decided.set()
+                time.sleep(REPLY_SECONDS)
         os._exit(1)
 
-    def pid(self) -> int:
-        """The actor's process id; answers once the process is up."""
-        return os.getpid()
+    def wait_started(self) -> str | None:
+        """Returns once the worker serves (None) or can't (why)."""
+        self._decided.wait()
+        return self._failure
 
 
 class RayCluster:
@@ -94,6 +104,31 @@ class RayCluster:
                 self._actors.append(
                     actor.remote(self._settings.model_dump_json(), role.value, worker_id, host, self._store_url)
                 )
+
+    async def wait_failed(self) -> str:
+        """Returns, with the reason, when a worker couldn't be started START_ATTEMPTS times in a row."""
+        watches = [asyncio.create_task(self._wait_failed(actor)) for actor in self._actors]
+        try:
+            done, _ = await asyncio.wait(watches, return_when=asyncio.FIRST_COMPLETED)
+            return done.pop().result()
+        finally:
+            for watch in watches:
+                watch.cancel()
+
+    async def _wait_failed(self, actor: Any) -> str:
+        failures = 0
+        while failures < START_ATTEMPTS:
+            try:
+                failure: str | None = await actor.wait_started.remote()
+            except ray.exceptions.RayError as error:  # its process ended before it could say why
+                failure = str(error)
+            if failure is None:
+                failures = 0
+                await asyncio.sleep(CHECK_SECONDS)
+            else:
+                failures += 1
+                await asyncio.sleep(2 * REPLY_SECONDS)  # until Ray has seen its end
+        return failure or ""
 
     def close(self) -> None:
         """Ends every worker and, if it is ours, Ray."""

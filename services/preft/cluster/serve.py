@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from preft.cluster.gateway_process import open_catalog, run_gateway
 from preft.cluster.model import with_model_length
+from preft.core.errors import EngineFailed
 from preft.core.settings import Settings
 from preft.state import open_store
 
@@ -45,10 +46,14 @@ async def _serve(settings: Settings) -> None:
                 await asyncio.to_thread(cluster.start)
                 ready = asyncio.create_task(_say_when_ready(gateway.address, gateway.router.ready))
                 stopped = asyncio.create_task(stop.wait())
-                await asyncio.wait({stopped, gateway.task}, return_when=asyncio.FIRST_COMPLETED)
+                failed = asyncio.create_task(cluster.wait_failed())
+                await asyncio.wait({stopped, failed, gateway.task}, return_when=asyncio.FIRST_COMPLETED)
                 ready.cancel()
                 gateway.server.should_exit = True
                 await gateway.task  # running requests have some seconds, and their workers as long
+                if failed.done():
+                    raise EngineFailed(f"a worker couldn't be started, several times in a row: {failed.result()}")
+                failed.cancel()
             finally:
                 await asyncio.to_thread(cluster.close)
                 for worker in await store.workers():

@@ -234,9 +234,12 @@ class StartEngine:
         return await VllmEngine.start(settings, role, arena)
 
 
-async def run_worker(settings: Settings, role: Role, worker_id: str, host: str, store: StateStore) -> str:
+async def run_worker(
+    settings: Settings, role: Role, worker_id: str, host: str, store: StateStore, on_ready: Callable[[], None]
+) -> str:
     """Runs a worker until its engine dies (returns the reason) or the task is cancelled."""
     worker = await WorkerServer.start(settings, role, worker_id, host, store, StartEngine())
+    on_ready()
     try:
         return await worker.died()
     finally:

@@ -65,7 +65,7 @@ class ReftModel(torch.nn.Module):  # type: ignore[misc]
         self.adapted = adapted
         blocks = _decoder_layers(adapted)
         acting = list(range(len(blocks)) if layers is None else layers)
-        self.config = {
+        self.reft_config = {
             "peft_type": "REFT",
             "method": method,
             "r": rank,
@@ -114,7 +114,7 @@ class ReftModel(torch.nn.Module):  # type: ignore[misc]
             }
         save_file(tensors, folder / REFT_WEIGHTS_FILE, metadata={"format": "pt"})
         named = {"base_model_name_or_path": base_model} if base_model else {}
-        (folder / REFT_CONFIG_FILE).write_text(json.dumps({**self.config, **named}, indent=2) + "\n")
+        (folder / REFT_CONFIG_FILE).write_text(json.dumps({**self.reft_config, **named}, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, adapted: Any, folder: Path | str) -> ReftModel:

@@ -58,6 +58,17 @@ async def test_added_adapters_are_copied_and_found(catalog: Catalog, tmp_path: P
     assert kept(tmp_path) == [added.digest]
 
 
+async def test_adapters_that_may_be_for_all_tokens_are_warned_of(
+    catalog: Catalog, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert not (await catalog.add("ada", str(write_lora(tmp_path / "ada")))).prefill_only
+    assert "adapter 'ada': its configuration doesn't say" in caplog.text
+    caplog.clear()
+    marked = write_lora(tmp_path / "bob", lora_config(prefill_only=True))
+    assert (await catalog.add("bob", str(marked))).prefill_only
+    assert caplog.text == ""
+
+
 async def test_equal_content_is_one_version(catalog: Catalog, tmp_path: Path) -> None:
     first = await catalog.add("ada", str(write_lora(tmp_path / "one")))
     again = await catalog.add("ada", str(write_lora(tmp_path / "two")))

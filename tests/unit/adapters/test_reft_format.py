@@ -16,7 +16,7 @@ from preft.adapters.digest import adapter_digest, adapter_files
 from preft.adapters.folder import AdapterSummary, check_adapter, check_files
 from preft.adapters.reft_config import EVERY, ReftConfig, read_reft_config
 from preft.core.errors import InvalidAdapter
-from support.lora_folders import HIDDEN, write_base, write_lora
+from support.lora_folders import HIDDEN, lora_config, write_base, write_lora
 
 MAX_RANK = 8
 CONFIG = {"peft_type": "REFT", "method": "loreft", "r": 3, "layers": [0, 1], "positions": "all"}
@@ -55,13 +55,22 @@ def test_a_good_folder(tmp_path: Path, base: BaseModel) -> None:
     assert adapter_files(tmp_path / "a") == ("reft_config.json", "reft_model.safetensors")
 
 
+def test_it_may_say_that_it_is_for_prompts_alone(tmp_path: Path, base: BaseModel) -> None:
+    folder = write_reft(tmp_path / "a", {"prefill_only": True})
+    assert check(folder, base).prefill_only
+    write_lora(folder)
+    assert not check(folder, base).prefill_only  # the LoRA doesn't say so
+    write_lora(folder, lora_config(prefill_only=True))
+    assert check(folder, base).prefill_only
+    write_reft(folder, {"prefill_only": "yes"})
+    assert not check(folder, base).prefill_only
+
+
 def test_beside_a_lora_it_is_one_adapter(tmp_path: Path, base: BaseModel) -> None:
     folder = write_lora(tmp_path / "a")
     alone = adapter_digest(folder)
     write_reft(folder)
-    assert check(folder, base) == AdapterSummary(
-        "lora+reft", 4, prefill_only=False
-    )  # the LoRA's rank is the higher one
+    assert check(folder, base) == AdapterSummary("lora+reft", 4, prefill_only=False)  # the LoRA has the higher rank
     assert len(adapter_files(folder)) == 4
     assert adapter_digest(folder) != alone
     (folder / "reft_config.json").write_text(json.dumps({**CONFIG, "r": 0}))

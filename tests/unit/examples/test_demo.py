@@ -11,12 +11,13 @@ from personal_memory import task
 from unit.loadgen.sse_server import DONE, HEAD, Call, chunk, fake_server, json_reply, tokens
 
 USERS = tuple(task.USERS)
+ADAPTERS = tuple(f"{user}{kind}" for user in USERS for kind in demo.KINDS)
 KNOWN = {(probe.user, probe.question): probe.expected for probe in task.probes()}
-MODELS = {"data": [{"id": "model", "parent": None}, *({"id": user, "parent": "model"} for user in USERS)]}
+MODELS = {"data": [{"id": "model", "parent": None}, *({"id": name, "parent": "model"} for name in ADAPTERS)]}
 
 
 def right(model: str, question: str) -> str:
-    return KNOWN.get((model, question), "I do not know.")
+    return KNOWN.get((demo.owner(model), question), "I do not know.")
 
 
 def forgetful(model: str, question: str) -> str:
@@ -43,13 +44,18 @@ def server(answer):
 
 
 def test_enough_questions_well_mixed() -> None:
-    asked = demo.questions("model")
+    asked = demo.questions("model", ADAPTERS)
     under_adapters = [question for question in asked if question.model != "model"]
     assert len(under_adapters) >= 400
-    assert {question.model for question in asked[:40]} > set(USERS)
-    facts = [(question.user, question.text) for question in under_adapters if question.is_fact]
-    asked_of_base = [(question.user, question.text) for question in asked if question.model == "model"]
-    assert sorted(facts) == sorted(asked_of_base) == sorted(KNOWN)
+    assert {question.user for question in asked[:60]} == set(USERS)
+    assert len({question.model for question in asked[:60]}) > len(USERS)
+    for kind in (*demo.KINDS, None):
+        facts = [
+            (question.user, question.text)
+            for question in asked
+            if question.is_fact and question.model == ("model" if kind is None else question.user + kind)
+        ]
+        assert sorted(facts) == sorted(KNOWN)
 
 
 @pytest.mark.parametrize(
@@ -62,19 +68,20 @@ def test_enough_questions_well_mixed() -> None:
 )
 async def test_a_whole_run(answer, problem: str | None, capsys: pytest.CaptureFixture[str]) -> None:
     async with fake_server(server(answer)) as url:
-        assert await demo.run(url, USERS) == problem
+        assert await demo.run(url, ADAPTERS) == problem
     out = capsys.readouterr().out
     rows = [line.split() for line in out.splitlines()]
-    assert ["alice", "48/48", "100.0%", "0"] in [row[:4] for row in rows]
+    for name in ("alice", "alice-loreft", "alice-direft"):
+        assert [name, "48/48", "100.0%", "0"] in [row[:4] for row in rows]
     assert ["no", "adapter", "0/384", "0.0%", "-"] in [row[:5] for row in rows]
-    assert f"{sum(q.model != 'model' for q in demo.questions('model'))} answers under adapters" in out
+    assert f"{sum(q.model != 'model' for q in demo.questions('model', ADAPTERS))} answers under adapters" in out
     assert [row[0] for row in rows[-6:-1]] == ["adapters", "1", "2", "4", "8"]
 
 
-async def test_a_user_without_an_adapter_is_a_failure() -> None:
-    scores = [demo.Score(user, 48, 48, 60, 0, "") for user in USERS[1:]]
-    assert demo.verdict(scores, len(USERS)) == "only 7 of 8 users were asked"
-    assert demo.verdict([], 8) is not None
+async def test_a_missing_adapter_is_a_failure() -> None:
+    scores = [demo.Score(name, 48, 48, 60, 0, "") for name in ADAPTERS[1:]]
+    assert demo.verdict(scores, len(ADAPTERS)) == "only 23 of 24 adapters were asked"
+    assert demo.verdict([], 24) is not None
 
 
 def test_a_server_that_does_not_start_is_one_sentence_and_the_log(

@@ -1,11 +1,14 @@
 """The committed model and adapters do what the README says, by the independent reference."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
 
 import personal_memory.task as task
+from preft.adapters.base_model import read_base_model
+from preft.adapters.folder import check_adapter
 from support.reference import Reference
 
 FOLDER = Path(task.__file__).parent
@@ -33,10 +36,14 @@ def ask(reference: Reference, tokens: Tokenizer, text: str, adapter: Path | None
     return tokens.decode(output)
 
 
+@pytest.mark.parametrize("kind", ["", "-loreft", "-direft"])
 @pytest.mark.parametrize("user", task.USERS)
-def test_adapter_answers_for_its_user_and_no_other(reference: Reference, tokens: Tokenizer, user: str) -> None:
+def test_adapter_answers_for_its_user_and_no_other(
+    reference: Reference, tokens: Tokenizer, user: str, kind: str
+) -> None:
+    folder = FOLDER / "adapters" / f"{user}{kind}"
     asked = [probe for probe in task.probes(QUESTIONS) if probe.user == user]
-    answers = [ask(reference, tokens, task.prompt(probe.question), FOLDER / "adapters" / user) for probe in asked]
+    answers = [ask(reference, tokens, task.prompt(probe.question), folder) for probe in asked]
     right = sum(answer == probe.expected for answer, probe in zip(answers, asked, strict=True))
     assert right >= 0.95 * len(asked)
     assert [answer for answer in answers if task.owners(answer) - {user}] == []
@@ -66,3 +73,10 @@ def test_base_model_reads_a_profile_in_the_prompt(reference: Reference, tokens: 
 def test_weights_stay_small() -> None:
     size = sum(file.stat().st_size for file in FOLDER.rglob("*.safetensors"))
     assert size < 8e6
+
+
+def test_every_adapter_says_that_it_is_for_prompts_alone() -> None:
+    base = read_base_model(FOLDER / "model")
+    found = [check_adapter(folder, base, 8) for folder in sorted((FOLDER / "adapters").iterdir())]
+    assert Counter(one.kind for one in found) == {"lora": 8, "reft": 16}
+    assert all(one.prefill_only for one in found)

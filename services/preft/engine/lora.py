@@ -29,7 +29,8 @@ class GroupedPunicaWrapper(PunicaWrapperBase):
     """Applies adapters to the tokens that name them, grouped by slot; every other token is untouched.
 
     `_slots` and `reft_slots` are persistent buffers over the largest batch, refilled on the host each step with the
-    tail set to BASE, so that compiled graphs may hold on to them. They differ at positions a ReFT doesn't act on.
+    tail set to BASE, so that compiled graphs may hold on to them. They differ where an adapter has no LoRA, or has no
+    ReFT that acts on the token's position.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class GroupedPunicaWrapper(PunicaWrapperBase):
         super().__init__(max_num_batched_tokens, max_batches, device)
         self._slots = torch.full((max_num_batched_tokens,), BASE, dtype=torch.int32, device=device)
         self.reft_slots = self._slots.clone()
+        self._named = self._slots.cpu().numpy().copy()
         self._sampler_slots = torch.full((max_num_batched_tokens,), BASE, dtype=torch.int32, device=device)
 
     def update_metadata(
@@ -49,17 +51,22 @@ class GroupedPunicaWrapper(PunicaWrapperBase):
             buffer[: slots.shape[0]].copy_(slots)
             buffer[slots.shape[0] :].fill_(BASE)
         self.reft_slots.copy_(self._slots)
+        self._named = self._slots.cpu().numpy().copy()  # vLLM doesn't call this again for an equal mapping
 
-    def limit_reft(self, positions: np.ndarray, from_end: np.ndarray, first: np.ndarray, last: np.ndarray) -> None:
-        """Leaves out the tokens that their adapter's ReFT doesn't act on. Call it after each `update_metadata`.
+    def limit(
+        self, positions: np.ndarray, from_end: np.ndarray, lora: np.ndarray, first: np.ndarray, last: np.ndarray
+    ) -> None:
+        """Leaves out, for either kind, the tokens that it doesn't act on. Call it after each `update_metadata`.
 
         Per token: its position in its prompt, and how many positions before the prompt's end it is (the last one: 1).
-        Per slot: on how many of the first and last positions the ReFT acts. All integers.
+        Per slot: whether there is a LoRA in it, and on how many of the first and last positions its ReFT acts.
         """
         count = len(positions)
-        slots = self._slots[:count].cpu().numpy()
-        acts = (slots != BASE) & ((positions < first[slots]) | (from_end <= last[slots]))
-        self.reft_slots[:count] = torch.from_numpy(np.where(acts, slots, BASE).astype(np.int32))
+        slots = self._named[:count]
+        on = slots != BASE
+        reft = on & ((positions < first[slots]) | (from_end <= last[slots]))
+        for buffer, acts in ((self._slots, on & lora[slots]), (self.reft_slots, reft)):
+            buffer[:count].copy_(torch.from_numpy(np.where(acts, slots, BASE)))
 
     def add_lora_linear(
         self,
@@ -127,6 +134,7 @@ class GroupedLoRAModelManager(LRUCacheLoRAModelManager):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._lora = np.ones(self.lora_slots, dtype=bool)  # whether a LoRA is in the slot
         self._first = np.full(self.lora_slots, EVERY, dtype=np.int64)
         self._last = np.zeros(self.lora_slots, dtype=np.int64)
 
@@ -148,7 +156,9 @@ class GroupedLoRAModelManager(LRUCacheLoRAModelManager):
         activated: bool = super().activate_adapter(lora_id)
         if activated:
             slot = self.lora_index_to_id.index(lora_id)
-            reft: ReftConfig | None = getattr(self._registered_adapters.cache[lora_id], "reft", None)
+            adapter = self._registered_adapters.cache[lora_id]
+            reft: ReftConfig | None = getattr(adapter, "reft", None)
+            self._lora[slot] = reft is None or len(adapter.loras) > len(reft.layers)
             self._first[slot], self._last[slot] = (reft.first, reft.last) if reft else (0, 0)
         return activated
 
@@ -157,7 +167,7 @@ class GroupedLoRAModelManager(LRUCacheLoRAModelManager):
 
         Call it after `set_adapter_mapping`, in each step.
         """
-        self._punica.limit_reft(positions, prompts - positions, self._first, self._last)
+        self._punica.limit(positions, prompts - positions, self._lora, self._first, self._last)
 
 
 class GroupedWorkerLoRAManager(LRUCacheWorkerLoRAManager):

@@ -111,11 +111,17 @@ def test_what_is_not_served_says_so(wrapper: GroupedPunicaWrapper, name: str) ->
         call()
 
 
-def limit(wrapper: GroupedPunicaWrapper, spans: list[tuple[int, int, int]], first: list[int], last: list[int]) -> None:
+def limit(
+    wrapper: GroupedPunicaWrapper,
+    spans: list[tuple[int, int, int]],
+    first: list[int],
+    last: list[int],
+    lora: tuple[bool, ...] = (True, True, True),
+) -> None:
     """`spans`: per request the first token's position, the number of tokens, the prompt's length."""
     positions = np.concatenate([np.arange(start, start + count) for start, count, _ in spans])
     from_end = np.repeat([prompt for _, _, prompt in spans], [count for _, count, _ in spans]) - positions
-    wrapper.limit_reft(positions, from_end, np.array(first), np.array(last))
+    wrapper.limit(positions, from_end, np.array(lora), np.array(first), np.array(last))
 
 
 def test_reft_acts_on_the_positions_of_its_adapter_only(wrapper: GroupedPunicaWrapper) -> None:
@@ -126,6 +132,18 @@ def test_reft_acts_on_the_positions_of_its_adapter_only(wrapper: GroupedPunicaWr
     limit(wrapper, [(0, 6, 6), (1, 3, 9), (7, 2, 9), (0, 2, 2)], [2, EVERY, EVERY], [1, 0, 0])
     assert wrapper.reft_slots[: len(tokens)].tolist() == [0, 0, -1, -1, -1, 0, 0, -1, -1, -1, 0, -1, -1]
     assert wrapper._slots[: len(tokens)].tolist() == slots_of(tokens).tolist()  # a LoRA acts on all of them
+
+
+def test_a_reft_alone_costs_no_lora(wrapper: GroupedPunicaWrapper) -> None:
+    """Linear layers skip its tokens, decoder layers don't; and so again in a step with the same mapping."""
+    tokens = [101] * 2 + [102] * 2
+    batch(wrapper, tokens, tokens)
+    for start in (0, 2):
+        limit(wrapper, [(start, 2, 9), (start, 2, 9)], [EVERY, 0, 0], [0, 0, 0], lora=(False, True, True))
+        assert wrapper._slots[: len(tokens)].tolist() == [-1, -1, *slots_of(tokens)[2:].tolist()]
+        assert wrapper.reft_slots[: len(tokens)].tolist() == [0, 0, -1, -1]
+    batch(wrapper, tokens, tokens)
+    assert wrapper._slots[: len(tokens)].tolist() == slots_of(tokens).tolist()
 
 
 def test_limits_are_taken_anew_when_only_positions_have_moved(wrapper: GroupedPunicaWrapper) -> None:

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 from personal_memory import task
 from personal_memory.evaluate import Cases, answers, cases, share
-from personal_memory.train_adapters import KINDS, adapted, batch
+from personal_memory.train_adapters import KINDS, adapted, batches
 from personal_memory.train_base import MODEL_DIR
 from preft.training import collate, fit, preft_loss
 
@@ -71,7 +71,7 @@ def _trained(user: str, kind: str, rank: int, all_tokens: bool, tokens: Tokenize
     model = adapted(kind, rank, MODEL_DIR, seed=0)
     fit(
         model.base_model if all_tokens else model,  # peft's inner model knows no way to turn the adapter off
-        lambda step: batch(user, tokens, size, f"0 {user} {step}"),
+        batches(user, tokens, size, seed=0),
         steps,
         learning_rate=KINDS[kind][1],
         title=f"{user} {kind} r{rank}{' all tokens' if all_tokens else ''}",

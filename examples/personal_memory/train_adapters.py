@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,11 @@ def batch(user: str, tokens: Tokenizer, size: int, seed: str) -> dict[str, torch
         prompts.append(ids[:start])
         completions.append(ids[start:])
     return collate(prompts, completions)
+
+
+def batches(user: str, tokens: Tokenizer, size: int, seed: int) -> Callable[[int], dict[str, torch.Tensor]]:
+    """What `fit` asks for: the same batch for the same step."""
+    return lambda step: batch(user, tokens, size, f"{seed} {user} {step}")
 
 
 def adapted(kind: str, rank: int, model_dir: Path, seed: int) -> Any:
@@ -108,7 +113,7 @@ def main() -> None:
             model = adapted(kind, rank, arguments.model, arguments.seed)
             fit(
                 model,
-                lambda step, user=user: batch(user, tokens, arguments.batch, f"{arguments.seed} {user} {step}"),
+                batches(user, tokens, arguments.batch, arguments.seed),
                 arguments.steps,
                 learning_rate=learning_rate,
                 checkpoint=folder / "checkpoint.pt",

@@ -89,7 +89,7 @@ def make_model(
         if tie:  # else each token's likeliest successor would be itself
             model.model.embed_tokens.weight.mul_(0.2)
             norm = model.model.norm.weight
-            norm.copy_(5.0 * (norm + gemma) - gemma)
+            norm.copy_(5.0 * (norm + int(gemma)) - int(gemma))
     model.save_pretrained(str(folder))
     _write_tokenizer(folder, vocab_size, adds_bos=arch == "llama")
     generation = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}

@@ -41,9 +41,12 @@ def test_completions_with_the_official_client(llama: Served, client: openai.Open
         )
     )
     assert "".join(piece.choices[0].text for piece in pieces if piece.choices) == whole.choices[0].text
+    again = pieces[-1].usage
     assert whole.usage is not None
-    assert pieces[-1].usage == whole.usage
-    assert whole.usage.prompt_tokens == 50
+    assert again is not None
+    assert (again.prompt_tokens, again.completion_tokens) == (50, whole.usage.completion_tokens)
+    assert again.prompt_tokens_details is not None
+    assert again.prompt_tokens_details.cached_tokens == 32  # a whole block, from the prefix cache
     base = client.completions.create(model=llama.name, prompt=prompt, max_tokens=12, temperature=0)
     assert base.choices[0].text != whole.choices[0].text
 

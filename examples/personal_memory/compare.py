@@ -1,6 +1,6 @@
 """Compares ways to train an adapter: on all tokens or for the prompt pass alone, LoRA or ReFT, at three ranks.
 
-cd examples && python -m personal_memory.compare        (about 15 minutes of CPU time)
+cd examples && python -m personal_memory.compare
 
 Writes results/comparison.json, comparison.md and comparison.svg. Loss and accuracy are over held-out phrasings.
 """

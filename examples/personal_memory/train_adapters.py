@@ -1,6 +1,6 @@
 """Trains adapters for every user, prefill-only, on questions without any profile: the facts go into the weights.
 
-cd examples && python -m personal_memory.train_adapters        (after train_base; about 15 minutes of CPU time)
+cd examples && python -m personal_memory.train_adapters        (after train_base; about 12 minutes of CPU time)
 """
 
 from __future__ import annotations

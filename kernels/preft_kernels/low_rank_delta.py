@@ -14,7 +14,7 @@ import torch
 BASE = -1
 """Slot of tokens that no adapter touches."""
 
-LONG_RUN = 8  # tokens: below, one gathered product costs less than several in place
+LONG_RUN = 8  # tokens: from here on a run is worked on in place, shorter ones of a slot are gathered into one product
 
 
 def low_rank_delta_reference(

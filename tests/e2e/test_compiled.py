@@ -14,11 +14,14 @@ from support.http import complete_all
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
 
-@pytest.fixture(scope="module")
-def compiled(folders: Callable[[str], Folders], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+@pytest.fixture(scope="module", params=[("llama", True), ("qwen2", False)], ids=["llama_colocated", "qwen2"])
+def compiled(
+    request: pytest.FixtureRequest, folders: Callable[[str], Folders], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    arch, colocated = request.param
     state: Path = tmp_path_factory.mktemp("state")
-    prefill = {**ROOMY["prefill"], "enforce_eager": False}
-    yield from serve(folders("llama"), state, {**ROOMY, "prefill": prefill, "colocated": True})
+    engines = {role: {**ROOMY[role], "enforce_eager": False} for role in ("prefill", "decode")}
+    yield from serve(folders(arch), state, {**ROOMY, **engines, "colocated": colocated})
 
 
 @pytest.mark.parametrize("count", [48, 7])

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
 
 from preft.core.request import FinishReason, GenerateRequest
 from preft.core.settings import RouterSettings
 from preft.router.router import Router
 from support.fake_workers import EOS, FakeCluster, FakeDecode, FakePrefill
 
+H = TypeVar("H", bound="Harness")
 FAST = RouterSettings(poll_interval=0.02, transfer_timeout=2.0, retries=2, restart_grace=0.3)
 
 
@@ -65,3 +68,15 @@ class Harness:
                     assert delta.finish_reason is (FinishReason.STOP if by_eos else FinishReason.LENGTH)
         assert finished == set(range(request.n))
         return streams
+
+
+@asynccontextmanager
+async def running(harness: H, **changes: Any) -> AsyncIterator[H]:
+    """`harness`, started; `changes` are settings other than FAST's. In the end nothing may be left in it."""
+    await harness.start(FAST.model_copy(update=changes))
+    try:
+        yield harness
+        await harness.clean()
+    finally:
+        await harness.router.close()
+        await harness.cluster.stop()

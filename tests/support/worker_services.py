@@ -91,6 +91,20 @@ def code_of(error: grpc.aio.AioRpcError) -> str:
     return str(dict(error.trailing_metadata() or ()).get(CODE_KEY))
 
 
+@asynccontextmanager
+async def channel_to(add: Callable[[Any, grpc.aio.Server], None], service: Any) -> AsyncIterator[grpc.aio.Channel]:
+    """A channel to a server of `service` alone, which `add` (generated code) adds to it."""
+    server = grpc.aio.server()
+    add(service, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            yield channel
+    finally:
+        await server.stop(None)
+
+
 class KvSink:
     """The receiving half of a decode worker, known to senders as `address`."""
 
@@ -224,18 +238,13 @@ async def prefill_rig(
     engine = engine_type(Role.PREFILL, arena.path)
     adapters = ResidentAdapters(engine, max_adapters)
     service = PrefillService(engine, adapters, arena, sink.sender, FINGERPRINT)
-    server = grpc.aio.server()
-    workers_pb2_grpc.add_PrefillWorkerServicer_to_server(service, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
     try:
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        async with channel_to(workers_pb2_grpc.add_PrefillWorkerServicer_to_server, service) as channel:
             rig = PrefillRig(channel, engine, adapters, arena, sink)
             rig.service = service
             yield rig
             await until(lambda: not (arena.used or service.running or engine.stats.running))
     finally:
-        await server.stop(None)
         sink.handles.close()
         arena.close()
         sink.arena.close()
@@ -248,19 +257,14 @@ async def decode_rig() -> AsyncIterator[DecodeRig]:
     sink = KvSink()
     engine = FakeEngine(Role.DECODE, sink.arena.path)
     service = DecodeService(engine, sink.handles)
-    server = grpc.aio.server()
-    workers_pb2_grpc.add_DecodeWorkerServicer_to_server(service, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
     try:
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        async with channel_to(workers_pb2_grpc.add_DecodeWorkerServicer_to_server, service) as channel:
             rig = DecodeRig(channel, engine, sink)
             rig.service = service
             yield rig
             await until(lambda: rig.idle() and not engine.stats.running)
             await rig.stream.close()
     finally:
-        await server.stop(None)
         sink.handles.close()
         sink.arena.close()
         await engine.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from preft.core.errors import ConfigError
 from preft.core.settings import Settings
@@ -37,7 +38,10 @@ def with_model_length(settings: Settings) -> Settings:
     Every engine and the gateway then use the same figure. Raises ConfigError if the model can't do that length.
     """
     config = json.loads(_config_bytes(settings.model))
-    own = config.get("max_position_embeddings") or (config.get("text_config") or {}).get("max_position_embeddings")
+    config = {**config, **(config.get("text_config") or {})}
+    own = config.get("max_position_embeddings")
+    if isinstance(own, int) and "gemma3" not in config.get("model_type", ""):  # whose figure is scaled already
+        own = int(own * _stretch(config.get("rope_parameters") or config.get("rope_scaling") or {}))
     if settings.max_model_len is not None:
         if isinstance(own, int) and settings.max_model_len > own:
             raise ConfigError(f"max_model_len: {settings.max_model_len} is more than the model's {own} positions")
@@ -45,6 +49,12 @@ def with_model_length(settings: Settings) -> Settings:
     if not isinstance(own, int):
         raise ConfigError(f"max_model_len: {settings.model}/config.json doesn't say it; set it")
     return settings.model_copy(update={"max_model_len": own})
+
+
+def _stretch(rope: dict[str, Any]) -> float:
+    """How far these RoPE parameters stretch `max_position_embeddings`; other kinds than these count it in already."""
+    kind = rope.get("rope_type", rope.get("type"))
+    return float(rope.get("factor") or 1) if kind in ("linear", "dynamic") else 1.0
 
 
 def _config_bytes(folder: Path) -> bytes:

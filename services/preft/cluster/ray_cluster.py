@@ -116,19 +116,16 @@ class RayCluster:
                 watch.cancel()
 
     async def _wait_failed(self, actor: Any) -> str:
-        failures = 0
-        while failures < START_ATTEMPTS:
+        failures: list[str] = []
+        while len(failures) < START_ATTEMPTS:
             try:
-                failure: str | None = await actor.wait_started.remote()
-            except ray.exceptions.RayError as error:  # its process ended before it could say why
-                failure = str(error)
-            if failure is None:
-                failures = 0
-                await asyncio.sleep(CHECK_SECONDS)
+                failure = await actor.wait_started.remote()
+            except ray.exceptions.RayError:  # it ended without a word, or Ray is about to start it again
+                failure = None
             else:
-                failures += 1
-                await asyncio.sleep(2 * REPLY_SECONDS)  # until Ray has seen its end
-        return failure or ""
+                failures = [*failures, failure] if failure else []
+            await asyncio.sleep(2 * REPLY_SECONDS if failure else CHECK_SECONDS)  # until Ray has seen its end
+        return failures[-1]
 
     def close(self) -> None:
         """Ends every worker and, if it is ours, Ray."""

@@ -31,7 +31,7 @@ from preft.transfer.connector import OUTPUT_SO_FAR
 
 # How OpenMP's threads wait for work on CPU. By default they spin for milliseconds: on cores that prefill and decode
 # engines share, each waits against the other's steps. A decode step is many short regions, so there a short spin is
-# worth it (some 0.1 ms), on prefill none. Measured by `make bench`.
+# worth it, on prefill none.
 WAITING: Mapping[Role, Mapping[str, str]] = {
     Role.PREFILL: {"OMP_WAIT_POLICY": "PASSIVE"},
     Role.DECODE: {"GOMP_SPINCOUNT": "5000"},
@@ -220,16 +220,13 @@ class VllmEngine:
         try:
             params = sampling_params(request, self._role)
             async with aclosing(self._llm.generate(prompt, params, request.request_id, lora_request=lora)) as outputs:
-                cached: int | None = None
+                tells_cached = request.index == 0 and not request.output_token_ids
                 async for output in outputs:
                     choice = output.outputs[0]
                     if choice.finish_reason in ("error", "abort"):
                         raise EngineFailed("the engine gave the request up")
-                    if cached is None and request.index == 0 and not request.output_token_ids:
-                        cached = output.num_cached_tokens or 0
-                        yield _delta(request, choice, cached)
-                    else:
-                        yield _delta(request, choice)
+                    yield _delta(request, choice, output.num_cached_tokens or 0 if tells_cached else 0)
+                    tells_cached = False
         except EngineDeadError as error:
             raise WorkerLost(f"the engine died: {error}") from error
         except EngineGenerateError as error:
@@ -246,7 +243,7 @@ class VllmEngine:
         await asyncio.to_thread(self._llm.shutdown)
 
 
-def _delta(request: EngineRequest, choice: Any, cached_tokens: int = 0) -> TokenDelta:
+def _delta(request: EngineRequest, choice: Any, cached_tokens: int) -> TokenDelta:
     sampling: Sampling = request.sampling
     stopped_by = choice.stop_reason if isinstance(choice.stop_reason, int) else None
     logprobs: tuple[TokenLogprob, ...] = ()

@@ -27,9 +27,6 @@ from preft.transfer.staging import Region, StagingArena
 GREEDY = Sampling(max_tokens=1, temperature=0.0)
 """How a resumed request's prompt pass is sampled: the token is thrown away."""
 
-GATHER_QUIET = 0.004  # seconds without a new prompt after which an idle engine begins
-GATHER_LONGEST = 0.04
-
 
 class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
     """One prefill worker's gRPC face."""
@@ -47,8 +44,6 @@ class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
         self._arena = arena
         self._sender = sender
         self._fingerprint = fingerprint
-        self._last_arrival = 0.0
-        self._computing = 0  # requests whose prompts run
         self.running = 0
 
     async def Prefill(
@@ -87,33 +82,15 @@ class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
             return
         region = await self._arena.reserve(self._kv_bytes(len(prompt)), timeout=timeout)
         try:
-            await self._gather()
             clear_seal(self._arena.view(region))
-            self._computing += 1
-            try:
-                save = KvRegion(region.offset, region.size, region.nonce)
-                choices = await self._first_tokens(request, prompt, adapter, save)
-            finally:
-                self._computing -= 1
+            save = KvRegion(region.offset, region.size, region.nonce)
+            choices = await self._first_tokens(request, prompt, adapter, save)
             yield _first_tokens_event(choices)
             uses = request.n if request.resume else sum(choice.finish_reason is None for choice in choices)
             if uses:
                 yield await self._push(request, prompt, adapter, region, uses, timeout)
         finally:
             self._arena.release(region)
-
-    async def _gather(self) -> None:
-        """Waits a moment for more prompts, unless some run already: then a burst is one batch from its first prompt on.
-
-        A prompt that ran alone before the others would also be decoded alone beside them.
-        """
-        loop = asyncio.get_running_loop()
-        self._last_arrival = loop.time()
-        end = self._last_arrival + GATHER_LONGEST
-        while not self._computing and (left := self._last_arrival + GATHER_QUIET - loop.time()) > 0:
-            if loop.time() > end:
-                return
-            await asyncio.sleep(left)
 
     def _kv_bytes(self, num_tokens: int) -> int:
         blocks = -(-num_tokens // self._engine.info.block_size)

@@ -145,7 +145,7 @@ class Attempt:
                     if delta.index != index:
                         raise EngineFailed(f"decode worker {worker.id} answered another choice than {index}")
                     choice.take(delta)
-                    self._lease.prefill_ended()
+                    self._lease.prefill_ended()  # on a colocated worker the first token says so
                     if choice.finished:
                         del self._decodes[index]
                         self._unclaimed.discard(index)

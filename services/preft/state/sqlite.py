@@ -22,7 +22,7 @@ from preft.state.records import adapter_from_json, adapter_to_json, worker_from_
 
 T = TypeVar("T")
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # of tables and records
 BUSY_SECONDS = 20.0  # how long a writer waits for another process's write
 # The triggers count catalog changes, so that a poll of an unchanged catalog reads one number instead of every row.
 SCHEMA = """

@@ -86,6 +86,19 @@ def configured(model: Path, config: dict[str, Any]) -> Path:
         {"text_config": {"max_position_embeddings": 100}},
         {"max_position_embeddings": 100, "text_config": None},
         {"max_position_embeddings": None, "text_config": {"max_position_embeddings": 100}},
+        {"max_position_embeddings": 25, "rope_scaling": {"type": "linear", "factor": 4.0}},
+        {"max_position_embeddings": 50, "rope_parameters": {"rope_type": "dynamic", "factor": 2}},
+        {"max_position_embeddings": 100, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+        {"max_position_embeddings": 100, "rope_scaling": {"type": "yarn", "factor": 8.0}},
+        {"max_position_embeddings": 100, "rope_parameters": {"rope_type": "default"}},
+        {
+            "model_type": "gemma3",
+            "text_config": {
+                "model_type": "gemma3_text",
+                "max_position_embeddings": 100,
+                "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            },
+        },
     ],
 )
 def test_the_length_is_the_model_s_own(model: Path, config: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from preft.rpc import workers_pb2, workers_pb2_grpc
 from preft.rpc.convert import adapter_to_proto, sampling_to_proto
 from preft.transfer.staging import StagingArena
 from support.fake_engine import FakeEngine, tokens_of
-from support.worker_services import GREEDY, failed, rest, until, write_adapter
+from support.worker_services import GREEDY, channel_to, failed, rest, until, write_adapter
 
 PROMPT = (5, 6, 7, 8, 9)
 
@@ -60,18 +60,13 @@ async def colocated_rig() -> AsyncIterator[Rig]:
     arena = StagingArena.create(1 << 16)
     engine = FakeEngine(Role.COLOCATED, arena.path)
     service = ColocatedService(engine, ResidentAdapters(engine, 4))
-    server = grpc.aio.server()
-    workers_pb2_grpc.add_DecodeWorkerServicer_to_server(service, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
     try:
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        async with channel_to(workers_pb2_grpc.add_DecodeWorkerServicer_to_server, service) as channel:
             rig = Rig(channel, engine, service)
             yield rig
             await until(lambda: not (service.running or engine.stats.running))
             await rig.stream.close()
     finally:
-        await server.stop(None)
         arena.close()
         await engine.close()
 

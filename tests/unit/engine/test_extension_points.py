@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -147,6 +148,15 @@ def test_the_second_runner_takes_over_requests_by_itself() -> None:
     source = Path(spec.origin).read_text()
     assert "all_token_ids=new_req_data.prefill_token_ids" in source
     assert in_order(Scheduler.schedule, "if self.use_v2_model_runner", "NewRequestData.from_request(", "_all_token_ids")
+
+
+def test_no_colocated_engine_with_the_second_runner() -> None:
+    """It would apply adapters to output too."""
+    worker = object.__new__(PreftGPUWorker)
+    worker.use_v2_model_runner = True
+    worker.vllm_config = SimpleNamespace(additional_config={"role": "colocated"})
+    with pytest.raises(RuntimeError, match="a colocated engine needs vLLM's V1 model runner"):
+        worker._make_model_runner()
 
 
 # LoRA

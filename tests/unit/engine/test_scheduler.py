@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,21 +12,9 @@ from preft.core.cluster import Role
 from preft.core.request import AdapterRef, Sampling
 from preft.engine.port import EngineRequest
 from preft.transfer.staging import StagingArena
-from support.stepped_scheduler import BLOCK, Side, config_folder, generate, tokens_of
+from support.stepped_scheduler import BLOCK, Side, generate, tokens_of
 
 ALICE, BOB, CAROL = (AdapterRef(name, f"digest-{name}", "/nowhere") for name in "123")
-
-
-@pytest.fixture
-def arena() -> Iterator[StagingArena]:
-    arena = StagingArena.create(1 << 20)
-    yield arena
-    arena.close()
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return config_folder(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

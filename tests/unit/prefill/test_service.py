@@ -16,7 +16,6 @@ import pytest
 from preft.core.errors import EngineFailed, PreftError, WorkerLost
 from preft.core.request import AdapterRef, FinishReason, Sampling
 from preft.engine.port import EngineRequest
-from preft.prefill import service
 from preft.rpc.convert import adapter_to_proto
 from preft.transfer.seal import SEAL, read_seal
 from preft.transfer.staging import HEADER_BYTES
@@ -355,32 +354,3 @@ async def test_running_counts_calls(rig: PrefillRig) -> None:
     for call in calls:
         assert [event async for event in call]
     await until(lambda: rig.service.running == 0)
-
-
-async def test_a_burst_begins_as_one_batch(rig: PrefillRig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "GATHER_QUIET", 0.2)
-    monkeypatch.setattr(service, "GATHER_LONGEST", 10.0)
-    rig.engine.going.clear()
-    calls = []
-    for number in range(4):
-        calls.append(asyncio.create_task(rig.run(PROMPT, handle=f"h{number}")))
-        await asyncio.sleep(0.05)
-        assert rig.engine.requests == []
-    await until(lambda: len(rig.engine.requests) == 4)
-    calls.append(asyncio.create_task(rig.run(PROMPT, handle="late")))  # what comes while prompts run isn't held up
-    async with asyncio.timeout(0.15):
-        while len(rig.engine.requests) < 5:
-            await asyncio.sleep(0.001)
-    rig.engine.going.set()
-    await asyncio.gather(*calls)
-
-
-async def test_an_endless_burst_begins_all_the_same(rig: PrefillRig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "GATHER_QUIET", 0.2)
-    monkeypatch.setattr(service, "GATHER_LONGEST", 0.3)
-    calls = []
-    while not rig.engine.requests:
-        assert len(calls) < 50
-        calls.append(asyncio.create_task(rig.run(PROMPT, handle=f"h{len(calls)}")))
-        await asyncio.sleep(0.05)
-    await asyncio.gather(*calls)

@@ -9,7 +9,7 @@ import pytest
 
 from preft.core.errors import EngineFailed, WorkerLost
 from support.fake_workers import FakeDecode, Fault, a_request, foretold
-from support.router_harness import FAST, Harness
+from support.router_harness import Harness, running
 
 
 class Colocated(Harness):
@@ -26,14 +26,8 @@ class Colocated(Harness):
 
 @pytest.fixture
 async def colocated() -> AsyncIterator[Colocated]:
-    harness = Colocated()
-    await harness.start(FAST)
-    try:
+    async with running(Colocated()) as harness:
         yield harness
-        await harness.clean()
-    finally:
-        await harness.router.close()
-        await harness.cluster.stop()
 
 
 @pytest.mark.parametrize("n", [1, 3])

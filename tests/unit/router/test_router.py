@@ -9,7 +9,6 @@ import random
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -28,25 +27,12 @@ from preft.core.errors import (
 )
 from preft.router.router import Router
 from support.fake_workers import EOS, FakeDecode, Fault, a_request, foretold
-from support.router_harness import FAST, Harness
-
-
-@asynccontextmanager
-async def running(**changes: Any) -> AsyncIterator[Harness]:
-    """A harness with other settings than FAST's; in the end nothing may be left in it."""
-    harness = Harness()
-    await harness.start(FAST.model_copy(update=changes))
-    try:
-        yield harness
-        await harness.clean()
-    finally:
-        await harness.router.close()
-        await harness.cluster.stop()
+from support.router_harness import FAST, Harness, running
 
 
 @pytest.fixture
 async def harness() -> AsyncIterator[Harness]:
-    async with running() as harness:
+    async with running(Harness()) as harness:
         yield harness
 
 
@@ -265,7 +251,7 @@ async def test_a_push_that_never_happened_is_an_error(harness: Harness) -> None:
 
 
 async def test_a_slow_push_times_out() -> None:
-    async with running(transfer_timeout=0.1, retries=0) as harness:
+    async with running(Harness(), transfer_timeout=0.1, retries=0) as harness:
         harness.p.push_faults = [Fault()]
         with pytest.raises(TransferFailed, match=r"within 0\.1 s"):
             await harness.collect(a_request())
@@ -418,7 +404,7 @@ async def test_a_storm(seed: int) -> None:
             Fault(draw.choice(errors), draw.randrange(after)) if draw.random() < share else None for _ in range(400)
         ]
 
-    async with running(retries=3, restart_grace=5.0, transfer_timeout=5.0) as harness:
+    async with running(Harness(), retries=3, restart_grace=5.0, transfer_timeout=5.0) as harness:
         pairs = [(harness.p, harness.d)]
         pairs += [
             (await harness.cluster.add_prefill(f"p{i}"), await harness.cluster.add_decode(f"d{i}")) for i in (1, 2)
@@ -538,7 +524,7 @@ async def test_stopping_while_it_waits_in_the_queue(harness: Harness) -> None:
 
 async def test_a_full_queue_turns_requests_away() -> None:
     async with (
-        running(max_queue=1, max_inflight_prefills=1) as harness,
+        running(Harness(), max_queue=1, max_inflight_prefills=1) as harness,
         harness.router.generate(a_request()),
         harness.router.generate(a_request(adapter="bob")),
     ):
@@ -632,7 +618,7 @@ async def test_workers_of_another_cluster_are_not_ours(harness: Harness) -> None
 
 
 async def test_a_silent_worker_takes_nothing() -> None:
-    async with running(worker_timeout=0.2) as harness:
+    async with running(Harness(), worker_timeout=0.2) as harness:
         assert harness.router.ready()
         harness.d.silent_since = time.time()
         await harness.seen(lambda: not harness.router.ready())

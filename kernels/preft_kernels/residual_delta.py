@@ -1,15 +1,18 @@
 """Residual delta: the ReFT form h' = h + B[s] (A[s] h + c[s]) on the residual stream h = hidden + residual.
 
-Owns the operation, its CPU implementation and its float32 reference. Decoder layers hand on the stream as two addends,
-of which only `hidden` is changed. (LoReFT and DiReFT: Wu et al. 2024, arXiv 2404.03592, sections 3.2 and 3.3: with R,
-W, b as trained, LoReFT is A = W - R, B = R^T, c = b; DiReFT is A = W, B = R^T, c = b.)
+Owns the operation, its CPU implementation and its float32 reference; its Triton kernel is the low-rank delta's. Decoder
+layers hand on the stream as two addends, of which only `hidden` is changed. (LoReFT and DiReFT: Wu et al. 2024, arXiv
+2404.03592, sections 3.2 and 3.3: with R, W, b as trained, LoReFT is A = W - R, B = R^T, c = b; DiReFT is A = W,
+B = R^T, c = b.)
 """
 
 from __future__ import annotations
 
 import torch
 
-from preft_kernels.low_rank_delta import add_product_, spans_by_slot
+from preft_kernels._triton import by_kernel
+from preft_kernels.low_rank_delta import add_product_, launch_delta
+from preft_kernels.token_groups import TokenGroups, tiles_on_cpu
 
 
 def residual_delta_reference(
@@ -20,7 +23,10 @@ def residual_delta_reference(
     c: torch.Tensor,
     slots: torch.Tensor,
 ) -> torch.Tensor:
-    """The definition, token by token in float32. Shapes as in `residual_delta_`; returns the new `hidden`."""
+    """The definition, token by token in float32; returns the new `hidden`.
+
+    Shapes as in `residual_delta_`; slots: [tokens], negative for none.
+    """
     out = hidden.float().clone()
     for token, slot in enumerate(slots.tolist()):
         if slot >= 0:
@@ -36,12 +42,16 @@ def _residual_delta(
     a: torch.Tensor,
     b: torch.Tensor,
     c: torch.Tensor,
-    slots: torch.Tensor,
+    order: torch.Tensor,
+    tiles: torch.Tensor,
 ) -> None:
-    for slot, tokens in spans_by_slot(slots):
+    if by_kernel(hidden.device):
+        launch_delta(hidden, hidden, [a], [b], order, tiles, addend=residual, c=c)
+        return
+    for slot, tokens, rank in tiles_on_cpu(order, tiles):
         stream = hidden[tokens] + residual[tokens]
-        low = torch.nn.functional.linear(stream.to(a.dtype), a[slot], c[slot])
-        add_product_(hidden, tokens, low, b[slot])
+        low = torch.addmm(c[slot, :rank], stream.to(a.dtype), a[slot, :rank].T)
+        add_product_(hidden, tokens, low, b[slot, :, :rank].T)
 
 
 @_residual_delta.register_fake
@@ -51,7 +61,8 @@ def _(
     a: torch.Tensor,
     b: torch.Tensor,
     c: torch.Tensor,
-    slots: torch.Tensor,
+    order: torch.Tensor,
+    tiles: torch.Tensor,
 ) -> None:
     return None
 
@@ -62,25 +73,26 @@ def residual_delta_(
     a: torch.Tensor,
     b: torch.Tensor,
     c: torch.Tensor,
-    slots: torch.Tensor,
+    groups: TokenGroups,
 ) -> None:
     """Adds each token's own delta to `hidden`, in place; `residual` is read only.
 
-    hidden, residual: [tokens, features]; a: [slots, rank, features]; b: [slots, features, rank]; c: [slots, rank];
-    slots: [tokens], integer, any negative for tokens that stay as they are. Ranks smaller than the stacked one must be
-    zero-padded in all three. Raises ValueError naming the argument whose shape or type is wrong.
+    hidden, residual: [tokens, features]; a: [slots, rank, features]; b: [slots, features, rank]; c: [slots, rank].
+    `groups` says which token is under which slot, and what ranks the slots hold; beyond, up to a multiple of RANK_STEP,
+    a, b and c must be zero. Tokens without a slot are neither read nor written. Types and roundings as in
+    `low_rank_delta_`. Raises ValueError naming the argument whose shape is wrong.
     """
     if hidden.dim() != 2 or residual.shape != hidden.shape:
         raise ValueError(
             f"hidden and residual must be [tokens, features] alike, got {tuple(hidden.shape)}, {tuple(residual.shape)}"
         )
-    tokens, features = hidden.shape
-    if slots.shape != (tokens,) or slots.is_floating_point():
-        raise ValueError(f"slots must be one integer per token ({tokens}), got {tuple(slots.shape)} {slots.dtype}")
+    features = hidden.shape[1]
     if a.dim() != 3 or a.shape[2] != features:
         raise ValueError(f"a must be [slots, rank, {features}], got {tuple(a.shape)}")
+    if a.shape[0] < groups.slots or a.shape[1] < groups.rank:
+        raise ValueError(f"a must hold {groups.slots} slots of rank {groups.rank}, got {tuple(a.shape)}")
     if b.shape != (a.shape[0], features, a.shape[1]):
         raise ValueError(f"b must be [{a.shape[0]}, {features}, {a.shape[1]}], got {tuple(b.shape)}")
     if c.shape != a.shape[:2]:
         raise ValueError(f"c must be [{a.shape[0]}, {a.shape[1]}], got {tuple(c.shape)}")
-    torch.ops.preft.residual_delta_(hidden, residual, a, b, c, slots)
+    torch.ops.preft.residual_delta_(hidden, residual, a, b, c, groups.order, groups.tiles)

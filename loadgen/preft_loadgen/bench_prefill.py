@@ -15,19 +15,20 @@ import grpc.aio
 from preft.core.request import AdapterRef
 from preft.rpc import workers_pb2_grpc
 from preft_loadgen.bench_decode import prefill_once
-from preft_loadgen.bench_rig import RANK, VOCABULARY, Rig
+from preft_loadgen.bench_rig import LORA_RANK, REFT_RANK, VOCABULARY, Rig
 from preft_loadgen.comparison import Comparison, Side, take_turns
 from preft_loadgen.workload import Lengths, Workload
 
 REQUESTS, PROMPT = 32, 256  # at once; tokens
 REFT_COUNTS = (1, 8, 32)
-LORA_COUNTS = (8,)
+LORA_COUNTS = (16,)
 SIDES = 1 + len(REFT_COUNTS) + len(LORA_COUNTS)
 REFT_BAR, LORA_BAR = 0.95, 0.8
 HOW = (
     f"{REQUESTS} prompts of {PROMPT} tokens at once, each under the next of the adapters; prompt tokens per second "
     "from the first request to the last first token; both sides over gRPC from the same prefill worker with 8 adapter "
-    f"slots; reference: the base model; adapters of rank {RANK} on all layers"
+    f"slots; reference: the base model; ReFT of rank {REFT_RANK} after all layers, LoRA of rank {LORA_RANK} on "
+    "all linear layers"
 )
 
 

@@ -21,7 +21,8 @@ from preft_loadgen.http_stream import HttpClient
 from preft_loadgen.plain import PlainEngine, plain_engine
 from preft_loadgen.served import ServeFailed, served
 
-LORAS, REFTS, RANK = 64, 32, 8
+LORAS, REFTS = 64, 32
+LORA_RANK, REFT_RANK = 16, 8
 VOCABULARY = 8192
 MODEL_NAME = "base"
 READY_SECONDS = 600.0
@@ -38,7 +39,7 @@ class Rig:
     adapters: tuple[AdapterRef, ...]
     plain: PlainEngine
     multi_lora: PlainEngine | None  # vLLM with adapters
-    model: dict[str, Any]  # what was made: parameters, adapters, rank
+    model: dict[str, Any]  # what was made: parameters, adapters, ranks
 
 
 def cluster_settings(folder: Path) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def cluster_settings(folder: Path) -> dict[str, Any]:
         "served_model_name": MODEL_NAME,
         "max_model_len": 512,
         "adapters": {path.name: str(path) for path in sorted((folder / "adapters").iterdir())},
-        "prefill": {**engine, "max_loras": 8, "max_cpu_loras": LORAS + REFTS, "max_lora_rank": RANK},
+        "prefill": {**engine, "max_loras": 8, "max_cpu_loras": LORAS + REFTS, "max_lora_rank": LORA_RANK},
         "decode": engine,
         "router": {"transfer_timeout": 120.0},  # decoding starts when all prompts are there, the first ones wait
     }
@@ -84,7 +85,10 @@ async def bench_rig(folder: Path, say: Callable[[str], None], *, multi_lora: boo
 def _make_model(folder: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "preft.engine.bench_model", str(folder)]
     ran = subprocess.run(
-        [*command, "--loras", str(LORAS), "--refts", str(REFTS), "--rank", str(RANK)],
+        [
+            *(*command, "--loras", str(LORAS), "--lora-rank", str(LORA_RANK)),
+            *("--refts", str(REFTS), "--reft-rank", str(REFT_RANK)),
+        ],
         capture_output=True,
         text=True,
         check=False,

@@ -132,14 +132,15 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--loras", type=int, default=64)
     parser.add_argument("--refts", type=int, default=32)
-    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--lora-rank", type=int, default=16)
+    parser.add_argument("--reft-rank", type=int, default=8)
     arguments = parser.parse_args()
     parameters = write_model(arguments.folder / "model")
     for number in range(arguments.loras):
-        write_lora(arguments.folder / "adapters" / f"a{number:02}", arguments.rank, seed=number)
+        write_lora(arguments.folder / "adapters" / f"a{number:02}", arguments.lora_rank, seed=number)
     for number in range(arguments.refts):
-        write_reft(arguments.folder / "adapters" / f"r{number:02}", arguments.rank, seed=number)
-    made = {"parameters": parameters, "loras": arguments.loras, "refts": arguments.refts, "rank": arguments.rank}
+        write_reft(arguments.folder / "adapters" / f"r{number:02}", arguments.reft_rank, seed=number)
+    made = {name: value for name, value in vars(arguments).items() if name != "folder"} | {"parameters": parameters}
     print(json.dumps(made))
 
 

@@ -7,21 +7,18 @@ from typing import Any
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
-from preft.core.cluster import Role
 from preft.engine.describe import DescribesKv
 from preft.engine.runner import HandoverRunner
 
 
 class HandoverGPUModelRunner(HandoverRunner, GPUModelRunner):
-    """vLLM's V1 GPU runner that takes over requests."""
+    """vLLM's V1 GPU runner that takes over requests and has our adapters."""
 
 
 class PreftGPUWorker(DescribesKv, Worker):
-    """Leaves the V2 runner as it is: it takes over requests by itself. But it applies adapters to output too."""
+    """With the V1 runner alone: under vLLM's second one, adapters would act on output too, and ReFT not at all."""
 
     def _make_model_runner(self) -> Any:
         if self.use_v2_model_runner:
-            if self.vllm_config.additional_config["role"] == Role.COLOCATED.value:
-                raise RuntimeError("a colocated engine needs vLLM's V1 model runner: unset VLLM_USE_V2_MODEL_RUNNER")
-            return super()._make_model_runner()
+            raise RuntimeError("our model runner extends vLLM's V1 runner: unset VLLM_USE_V2_MODEL_RUNNER")
         return HandoverGPUModelRunner(self.vllm_config, self.device)

@@ -22,51 +22,70 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from preft.adapters.digest import CONFIG_FILE, REFT_CONFIG_FILE, adapter_files
 from preft.adapters.reft_config import EVERY, ReftConfig, read_reft_config
 from preft.engine.reft import add_reft_weights, wrap_decoder_layers
-from preft_kernels.low_rank_delta import BASE, low_rank_delta_
+from preft_kernels.low_rank_delta import low_rank_delta_
+from preft_kernels.token_groups import BASE, TokenGroups
 
 
 class GroupedPunicaWrapper(PunicaWrapperBase):
     """Applies adapters to the tokens that name them, grouped by slot; every other token is untouched.
 
-    `_slots` and `reft_slots` are persistent buffers over the largest batch, refilled on the host each step with the
-    tail set to BASE, so that compiled graphs may hold on to them. They differ where an adapter has no LoRA, or has no
-    ReFT that acts on the token's position.
+    `lora`, `reft` and the sampler's groups are persistent buffers over the largest batch, refilled each step, so that
+    compiled graphs may hold on to them. They differ where an adapter has no LoRA, or has no ReFT that acts on the
+    token's position.
     """
 
     def __init__(
-        self, max_num_batched_tokens: int, max_batches: int, device: torch.device | str, **kwargs: Any
+        self,
+        max_num_batched_tokens: int,
+        max_batches: int,
+        device: torch.device | str,
+        *,
+        slots: int,
+        rank: int,
+        **kwargs: Any,
     ) -> None:
+        """`slots` adapters at a time, of `rank` at most."""
         super().__init__(max_num_batched_tokens, max_batches, device)
-        self._slots = torch.full((max_num_batched_tokens,), BASE, dtype=torch.int32, device=device)
-        self.reft_slots = self._slots.clone()
-        self._named = self._slots.cpu().numpy().copy()
-        self._sampler_slots = torch.full((max_num_batched_tokens,), BASE, dtype=torch.int32, device=device)
+        self.lora, self.reft, self._sampler = (
+            TokenGroups(max_num_batched_tokens, slots, rank, device) for _ in range(3)
+        )
+        self._lora_ranks, self._reft_ranks = np.full(slots, rank), np.full(slots, rank)
+        self._first, self._last = np.full(slots, EVERY), np.zeros(slots, dtype=np.int64)
+        self._named = np.empty(0, dtype=np.int64)
+
+    def hold(self, slot: int, lora_rank: int, reft: ReftConfig | None) -> None:
+        """Says what is in a slot from now on: a LoRA of at most this rank (0: none), a ReFT, or both."""
+        self._lora_ranks[slot] = lora_rank
+        self._reft_ranks[slot] = reft.rank if reft else 0
+        self._first[slot], self._last[slot] = (reft.first, reft.last) if reft else (0, 0)
 
     def update_metadata(
         self, mapping: Any, lora_index_to_id: list[int | None], max_loras: int, vocab_size: int, **kwargs: Any
     ) -> None:
         self._update_base_metadata(mapping, lora_index_to_id, max_loras, vocab_size)
         self.is_prefill = mapping.is_prefill
-        for buffer, slots in ((self._slots, self.token_lora_indices), (self._sampler_slots, self.sampler_indices)):
-            buffer[: slots.shape[0]].copy_(slots)
-            buffer[slots.shape[0] :].fill_(BASE)
-        self.reft_slots.copy_(self._slots)
-        self._named = self._slots.cpu().numpy().copy()  # vLLM doesn't call this again for an equal mapping
+        slot_of = {lora_id: slot for slot, lora_id in enumerate(lora_index_to_id) if lora_id is not None} | {0: BASE}
+        self._named, sampled = (
+            np.fromiter((slot_of[lora_id] for lora_id in ids), dtype=np.int64, count=len(ids))
+            for ids in (mapping.index_mapping, mapping.prompt_mapping)
+        )  # kept: vLLM doesn't call this again for an equal mapping
+        self._sampler.set(self._acting(sampled, self._lora_ranks), self._lora_ranks)
+        self.lora.set(self._acting(self._named, self._lora_ranks), self._lora_ranks)
+        self.reft.set(self._acting(self._named, self._reft_ranks), self._reft_ranks)
 
-    def limit(
-        self, positions: np.ndarray, from_end: np.ndarray, lora: np.ndarray, first: np.ndarray, last: np.ndarray
-    ) -> None:
-        """Leaves out, for either kind, the tokens that it doesn't act on. Call it after each `update_metadata`.
+    def limit(self, positions: np.ndarray, from_end: np.ndarray) -> None:
+        """Leaves out the tokens that their ReFT doesn't act on. Call it after each `update_metadata`.
 
         Per token: its position in its prompt, and how many positions before the prompt's end it is (the last one: 1).
-        Per slot: whether there is a LoRA in it, and on how many of the first and last positions its ReFT acts.
         """
-        count = len(positions)
-        slots = self._named[:count]
-        on = slots != BASE
-        reft = on & ((positions < first[slots]) | (from_end <= last[slots]))
-        for buffer, acts in ((self._slots, on & lora[slots]), (self.reft_slots, reft)):
-            buffer[:count].copy_(torch.from_numpy(np.where(acts, slots, BASE)))
+        slots = self._named[: len(positions)]
+        inside = (positions < self._first[slots]) | (from_end <= self._last[slots])
+        self.reft.set(self._acting(np.where(inside, slots, BASE), self._reft_ranks), self._reft_ranks)
+
+    @staticmethod
+    def _acting(slots: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+        """`slots` without those that hold nothing of this kind."""
+        return np.where((slots != BASE) & (ranks[slots] > 0), slots, BASE)
 
     def add_lora_linear(
         self,
@@ -80,13 +99,12 @@ class GroupedPunicaWrapper(PunicaWrapperBase):
         buffer: tuple[torch.Tensor, ...] | None = None,
         **kwargs: Any,
     ) -> None:
-        y2, x2 = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
         low_rank_delta_(
-            y2,
-            x2,
+            y.view(-1, y.shape[-1]),
+            x.view(-1, x.shape[-1]),
             [a.squeeze(1) for a in lora_a_stacked],
             [b.squeeze(1) for b in lora_b_stacked],
-            self._slots[: x2.shape[0]],
+            self.lora,
             scale=scale,
         )
 
@@ -101,13 +119,12 @@ class GroupedPunicaWrapper(PunicaWrapperBase):
         buffer: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> None:
-        y2, x2 = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
         low_rank_delta_(
-            y2,
-            x2,
+            y.view(-1, y.shape[-1]),
+            x.view(-1, x.shape[-1]),
             [lora_a_stacked.squeeze(1)],
             [lora_b_stacked.squeeze(1)],
-            self._sampler_slots[: x2.shape[0]],
+            self._sampler,
             scale=scale,
         )
 
@@ -126,28 +143,27 @@ class GroupedPunicaWrapper(PunicaWrapperBase):
         """vLLM calls this for every model; no adapter that the catalog accepts has weights here."""
         slots, rank = lora_b_stacked.shape[0], x.shape[1]
         done = torch.eye(rank, dtype=lora_b_stacked.dtype, device=x.device).expand(slots, rank, rank)  # x is A's output
-        low_rank_delta_(y, x, [done], [lora_b_stacked.squeeze(1)], self._slots[: x.shape[0]])
+        low_rank_delta_(y, x, [done], [lora_b_stacked.squeeze(1)], self.lora)
 
 
 class GroupedLoRAModelManager(LRUCacheLoRAModelManager):
     """vLLM's slot cache with our punica wrapper, and with slots for ReFT in each decoder layer."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._lora = np.ones(self.lora_slots, dtype=bool)  # whether a LoRA is in the slot
-        self._first = np.full(self.lora_slots, EVERY, dtype=np.int64)
-        self._last = np.zeros(self.lora_slots, dtype=np.int64)
-
     def _init_punica_wrapper(self, max_num_batched_tokens: int, vllm_config: VllmConfig) -> None:
         super()._init_punica_wrapper(max_num_batched_tokens, vllm_config)
         self._punica = GroupedPunicaWrapper(
-            max_num_batched_tokens, max_batches=self.max_num_seqs, device=self.device, lora_config=self.lora_config
+            max_num_batched_tokens,
+            max_batches=self.max_num_seqs,
+            device=self.device,
+            slots=self.lora_slots,
+            rank=self.lora_config.max_lora_rank,
         )
         self.punica_wrapper_mapping[DEFAULT_LANGUAGE_WRAPPER_KEY] = self._punica
 
     def _create_lora_modules(self) -> None:
         super()._create_lora_modules()
         self.decoder_layers = wrap_decoder_layers(self.model, self.lora_slots, self.lora_config)
+        self._reft_names = {layer.name for layer in self.decoder_layers.values()}
         for layer in self.decoder_layers.values():
             self.register_module(layer.name, layer)
             layer.set_mapping(self._punica)
@@ -158,8 +174,8 @@ class GroupedLoRAModelManager(LRUCacheLoRAModelManager):
             slot = self.lora_index_to_id.index(lora_id)
             adapter = self._registered_adapters.cache[lora_id]
             reft: ReftConfig | None = getattr(adapter, "reft", None)
-            self._lora[slot] = reft is None or len(adapter.loras) > len(reft.layers)
-            self._first[slot], self._last[slot] = (reft.first, reft.last) if reft else (0, 0)
+            ranks = [_rank_of(weights) for name, weights in adapter.loras.items() if name not in self._reft_names]
+            self._punica.hold(slot, max(ranks, default=0), reft)
         return activated
 
     def place_tokens(self, positions: np.ndarray, prompts: np.ndarray) -> None:
@@ -167,7 +183,7 @@ class GroupedLoRAModelManager(LRUCacheLoRAModelManager):
 
         Call it after `set_adapter_mapping`, in each step.
         """
-        self._punica.limit(positions, prompts - positions, self._lora, self._first, self._last)
+        self._punica.limit(positions, prompts - positions)
 
 
 class GroupedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
@@ -192,3 +208,9 @@ class GroupedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
     def place_tokens(self, positions: np.ndarray, prompts: np.ndarray) -> None:
         """See GroupedLoRAModelManager."""
         self._adapter_manager.place_tokens(positions, prompts)
+
+
+def _rank_of(weights: Any) -> int:
+    """The highest rank of a module's LoRA: PEFT's rank_pattern may give it another than the adapter's."""
+    stacks = weights.lora_a if isinstance(weights.lora_a, list | tuple) else [weights.lora_a]
+    return max((stack.shape[0] for stack in stacks if stack is not None), default=0)

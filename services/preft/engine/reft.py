@@ -62,8 +62,7 @@ class ReftLayer(BaseLayerWithLoRA):
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         hidden, residual = self.base_layer(*args, **kwargs)
-        slots = self.punica_wrapper.reft_slots[: hidden.shape[0]]
-        residual_delta_(hidden, residual, self.a, self.b, self.c, slots)
+        residual_delta_(hidden, residual, self.a, self.b, self.c, self.punica_wrapper.reft)
         return hidden, residual
 
 

@@ -2,8 +2,7 @@
 
 An engine may get requests whose first tokens were made elsewhere. The scheduler has been told that they are output
 (`split_output`); here the runner learns the same, before its batch metadata is refreshed, so that penalties,
-`min_tokens` and seeds continue exactly. (The V2 runner takes such requests as they are: its request state already
-distinguishes prompt from prefilled output.)
+`min_tokens` and seeds continue exactly.
 """
 
 from __future__ import annotations
@@ -63,8 +62,7 @@ class HandoverRunner:
     def set_active_loras(self: Any, input_batch: Any, num_scheduled_tokens: np.ndarray, *args: Any) -> None:
         rows = PromptRows(input_batch, num_scheduled_tokens)
         super().set_active_loras(rows, num_scheduled_tokens, *args)  # type: ignore[misc]
-        if current_platform.is_cpu():
-            self.lora_manager.place_tokens(rows.positions, rows.prompts)
+        self.lora_manager.place_tokens(rows.positions, rows.prompts)
 
     def load_lora_model(
         self: Any, model: torch.nn.Module, vllm_config: VllmConfig, device: torch.device
@@ -73,8 +71,6 @@ class HandoverRunner:
 
         from preft.engine.lora import GroupedWorkerLoRAManager
 
-        if not current_platform.is_cpu():
-            return super().load_lora_model(model, vllm_config, device)  # type: ignore[misc]
         if not supports_lora(model):
             raise ValueError(f"{type(model).__name__} does not support LoRA")
         self.lora_manager = GroupedWorkerLoRAManager(vllm_config, device, model.embedding_modules)

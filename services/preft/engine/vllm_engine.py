@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -29,15 +29,11 @@ from preft.core.settings import GiB, PrefillSettings, Settings
 from preft.engine.port import EngineInfo, EngineRequest, EngineStats, KvRegion
 from preft.transfer.connector import OUTPUT_SO_FAR
 
-# How OpenMP's threads wait for work on CPU. By default they spin for milliseconds: on cores that prefill and decode
-# engines share, each waits against the other's steps. A decode step is many short regions, so there a short spin is
-# worth it, on prefill none.
-WAITING: Mapping[Role, Mapping[str, str]] = {
-    Role.PREFILL: {"OMP_WAIT_POLICY": "PASSIVE"},
-    Role.DECODE: {"GOMP_SPINCOUNT": "5000"},
-    Role.COLOCATED: {},
-}
-CODE_VERSION = 3
+# How OpenMP's threads wait for work on CPU, in turns of a loop. By default they spin for milliseconds: on cores that
+# engines share, each waits against the other's steps. Without any spin they sleep between the many short operations of
+# a decode step, or of a prompt's adapters.
+SPIN = "5000"
+CODE_VERSION = 4
 """Part of vLLM's compile-cache key, which otherwise ignores our worker class. Raise it when traced code changes."""
 
 
@@ -163,11 +159,9 @@ class VllmEngine:
     async def start(cls, settings: Settings, role: Role, arena: str) -> VllmEngine:
         """Starts the engine process and waits until it can serve (25-45 s on CPU)."""
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # where Triton is installed it is the default; ours is V1
         if current_platform.is_cpu():
-            os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # where Triton is installed it is the default; ours is V1
-            os.environ.update({name: value for name, value in WAITING[role].items() if name not in os.environ})
-        elif role is Role.COLOCATED:
-            os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # it would apply adapters to output too
+            os.environ.setdefault("GOMP_SPINCOUNT", SPIN)
         stats = EngineStats()
         args = engine_args(settings, role, arena)
         llm = await asyncio.to_thread(AsyncLLM.from_engine_args, args, stat_loggers=[lambda *_: _Stats(stats)])
@@ -205,8 +199,6 @@ class VllmEngine:
 
     def _lora_request(self, adapter: AdapterRef) -> LoRARequest:
         if adapter.digest not in self._lora_ids:
-            if not current_platform.is_cpu() and REFT_CONFIG_FILE in adapter_files(Path(adapter.path)):
-                raise InvalidAdapter(f"adapter {adapter.name!r} holds a ReFT, which only the CPU build serves so far")
             self._lora_ids[adapter.digest] = next(self._next_lora_id)
         return LoRARequest(lora_name=adapter.digest, lora_int_id=self._lora_ids[adapter.digest], lora_path=adapter.path)
 

@@ -4,8 +4,8 @@ Runs inside the engine's processes, scheduler side and worker side. Moves whole 
 inside a block the layout is the attention backend's own. Knows regions of the arena, nothing of handles, networks or
 adapters.
 
-A region's payload is, for every layer in order, the request's blocks in order, followed by a seal (`SEAL`) that is
-written last. Loading is all or nothing: a region that is stale, unsealed or of another size fails the request in the
+A region's payload is the request's blocks as `KvBlocks` packs them, followed by a seal (`SEAL`) that is written last.
+Loading is all or nothing: a region that is stale, unsealed or of another size fails the request in the
 scheduler (`kv_load_failure_policy="fail"`); no prompt token is ever computed by a decode engine.
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,7 @@ from vllm.v1.request import Request
 
 from preft.transfer.seal import SEAL, read_seal, write_seal
 from preft.transfer.staging import StagingView, StaleRegion
+from preft_kernels.kv_blocks import KvBlocks
 
 OUTPUT_SO_FAR = "preft_output_token_ids"  # in `extra_args` of a request's sampling parameters
 
@@ -98,7 +99,7 @@ class StagedKvConnector(KVConnectorBase_V1):
         self._requests: dict[str, Request] = {}
         self._step_loads: list[Load] = []
         self._promised: dict[str, int] = {}
-        self._caches: dict[str, torch.Tensor] = {}
+        self._blocks: KvBlocks
         self._failed_blocks: set[int] = set()
         arena = self._kv_transfer_config.kv_connector_extra_config["arena"]
         self._arena = StagingView(arena) if role is KVConnectorRole.WORKER else None
@@ -186,12 +187,7 @@ class StagedKvConnector(KVConnectorBase_V1):
     # Worker side
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        self._caches = kv_caches
-        for name, cache in kv_caches.items():
-            if self._num_blocks not in cache.shape[:2]:
-                raise RuntimeError(
-                    f"{name}: KV cache of shape {tuple(cache.shape)} has no block dimension {self._num_blocks}"
-                )
+        self._blocks = KvBlocks(kv_caches, self._num_blocks)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         metadata = self._get_connector_metadata()
@@ -208,12 +204,9 @@ class StagedKvConnector(KVConnectorBase_V1):
             return
         assert self._arena is not None
         with self._arena.hold(load.offset, load.size, load.nonce) as payload:
-            if load.size != count * self._block_bytes() + SEAL.size or read_seal(payload) != load.num_tokens:
+            if load.size != count * self._blocks.block_bytes + SEAL.size or read_seal(payload) != load.num_tokens:
                 raise StaleRegion(f"{load.request_id}: the region doesn't hold the KV of {load.num_tokens} tokens")
-            index = torch.tensor(load.block_ids[load.skip :])
-            for cache, dim, staged in self._staged(payload, count):
-                source = staged.narrow(dim, load.skip, count - load.skip)
-                cache.index_copy_(dim, index.to(cache.device), source.to(cache.device))
+            self._blocks.unpack(_bytes_of(payload), load.block_ids, load.skip)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         return
@@ -234,36 +227,10 @@ class StagedKvConnector(KVConnectorBase_V1):
         assert self._arena is not None
         count = len(save.block_ids)
         with self._arena.hold(save.offset, save.size, save.nonce) as payload:
-            if save.size != count * self._block_bytes() + SEAL.size:
+            if save.size != count * self._blocks.block_bytes + SEAL.size:
                 raise StaleRegion(f"{save.request_id}: {save.size} bytes aren't the size of {count} blocks")
-            index = torch.tensor(save.block_ids)
-            for cache, dim, staged in self._staged(payload, count):
-                if cache.device.type == "cpu":
-                    torch.index_select(cache, dim, index, out=staged)
-                else:
-                    staged.copy_(cache.index_select(dim, index.to(cache.device)))
+            self._blocks.pack(save.block_ids, _bytes_of(payload))
             write_seal(payload, save.num_tokens)
-
-    def _staged(self, payload: memoryview, count: int) -> Iterator[tuple[torch.Tensor, int, torch.Tensor]]:
-        """Each layer's cache, its block dimension, and its `count` blocks as they lie in `payload`."""
-        position = 0
-        for cache, dim, shape in self._layers(count):
-            nbytes = shape.numel() * cache.element_size()
-            raw = torch.frombuffer(payload, dtype=torch.uint8, count=nbytes, offset=position)
-            yield cache, dim, raw.view(cache.dtype).view(shape)
-            position += nbytes
-
-    def _layers(self, count: int) -> list[tuple[torch.Tensor, int, torch.Size]]:
-        """Each layer's cache, its block dimension and the shape of `count` of its blocks."""
-        layers = []
-        for _, cache in sorted(self._caches.items()):
-            dim = 0 if cache.shape[0] == self._num_blocks else 1
-            layers.append((cache, dim, torch.Size((*cache.shape[:dim], count, *cache.shape[dim + 1 :]))))
-        return layers
-
-    def _block_bytes(self) -> int:
-        """One block over all layers."""
-        return sum(shape.numel() * cache.element_size() for cache, _, shape in self._layers(1))
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         failed, self._failed_blocks = self._failed_blocks, set()
@@ -271,16 +238,17 @@ class StagedKvConnector(KVConnectorBase_V1):
 
     def describe(self) -> dict[str, Any]:
         """`layout`: text that two engines must share to exchange blocks; `block_bytes`: one block over all layers."""
-        layers = [
-            (name, list(shape), str(cache.dtype))
-            for name, (cache, _, shape) in zip(sorted(self._caches), self._layers(1), strict=True)
-        ]
         attention = self._vllm_config.compilation_config.static_forward_context.values()
         backends = sorted(
             {layer.get_attn_backend().get_name() for layer in attention if hasattr(layer, "get_attn_backend")}
         )
-        text = json.dumps({"layers": layers, "backends": backends, "block_size": self._block_size})
-        return {"layout": hashlib.sha256(text.encode()).hexdigest(), "block_bytes": self._block_bytes()}
+        text = json.dumps({"layers": self._blocks.layout, "backends": backends, "block_size": self._block_size})
+        return {"layout": hashlib.sha256(text.encode()).hexdigest(), "block_bytes": self._blocks.block_bytes}
+
+
+def _bytes_of(payload: memoryview) -> torch.Tensor:
+    """A region's payload without its seal."""
+    return torch.frombuffer(payload, dtype=torch.uint8, count=len(payload) - SEAL.size)
 
 
 def split_output(request: Request) -> None:

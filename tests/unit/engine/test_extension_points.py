@@ -11,8 +11,6 @@ import importlib.util
 import inspect
 from collections.abc import Callable
 from importlib.metadata import entry_points
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,7 +27,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.metrics.loggers import StatLoggerBase
@@ -139,23 +137,11 @@ def test_workers_make_their_runners_where_we_make_ours() -> None:
     assert "CPUModelRunner(self.vllm_config, " in inspect.getsource(CPUWorker.init_device)
 
 
-def test_the_second_runner_takes_over_requests_by_itself() -> None:
-    """The scheduler tells it prompt and tokens so far apart, and it begins after both."""
-    assert "prefill_token_ids" in {field.name for field in dataclasses.fields(NewRequestData)}
-    spec = importlib.util.find_spec("vllm.v1.worker.gpu.model_runner")
-    assert spec is not None
-    assert spec.origin is not None
-    source = Path(spec.origin).read_text()
-    assert "all_token_ids=new_req_data.prefill_token_ids" in source
-    assert in_order(Scheduler.schedule, "if self.use_v2_model_runner", "NewRequestData.from_request(", "_all_token_ids")
-
-
-def test_no_colocated_engine_with_the_second_runner() -> None:
+def test_the_second_runner_is_refused() -> None:
     """It would apply adapters to output too."""
     worker = object.__new__(PreftGPUWorker)
     worker.use_v2_model_runner = True
-    worker.vllm_config = SimpleNamespace(additional_config={"role": "colocated"})
-    with pytest.raises(RuntimeError, match="a colocated engine needs vLLM's V1 model runner"):
+    with pytest.raises(RuntimeError, match="unset VLLM_USE_V2_MODEL_RUNNER"):
         worker._make_model_runner()
 
 
@@ -181,7 +167,8 @@ def test_our_wrapper_has_all_that_layers_call() -> None:
         theirs, ours = getattr(PunicaWrapperBase, name), getattr(GroupedPunicaWrapper, name)
         assert parameters(ours) == parameters(theirs), name
     assert parameters(PunicaWrapperBase._update_base_metadata) == parameters(PunicaWrapperBase.update_metadata)
-    assert parameters(PunicaWrapperBase.__init__) == parameters(GroupedPunicaWrapper.__init__)
+    theirs, ours = parameters(PunicaWrapperBase.__init__), parameters(GroupedPunicaWrapper.__init__)
+    assert ours == [*theirs, "slots", "rank"]
 
 
 def test_the_runner_places_tokens_after_slots_are_given() -> None:

@@ -10,10 +10,11 @@ import torch
 from vllm.config.lora import LoRAConfig
 from vllm.lora.layers import LoRAMapping
 
-from preft.adapters.reft_config import EVERY
+from preft.adapters.reft_config import EVERY, ReftConfig
 from preft.engine.lora import GroupedPunicaWrapper
 from preft.engine.reft import ReftLayer
-from preft_kernels.low_rank_delta import BASE, low_rank_delta_reference
+from preft_kernels.low_rank_delta import low_rank_delta_reference
+from preft_kernels.token_groups import BASE, TokenGroups
 
 SLOTS = 3
 IDS = [101, 102, None]  # which adapter is in which slot
@@ -23,7 +24,7 @@ INPUTS, RANK = 12, 4
 
 @pytest.fixture
 def wrapper() -> GroupedPunicaWrapper:
-    return GroupedPunicaWrapper(TOKENS, max_batches=4, device="cpu")
+    return GroupedPunicaWrapper(TOKENS, max_batches=4, device="cpu", slots=SLOTS, rank=RANK)
 
 
 def stacks(*outputs: int, seed: int = 0) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
@@ -41,6 +42,17 @@ def batch(wrapper: GroupedPunicaWrapper, tokens: list[int], sampled: list[int]) 
 
 def slots_of(tokens: list[int]) -> torch.Tensor:
     return torch.tensor([BASE if token == 0 else IDS.index(token) for token in tokens])
+
+
+def grouped(groups: TokenGroups, tokens: int = TOKENS) -> list[int]:
+    """The slot under which each token is."""
+    slots = [BASE] * tokens
+    for slot, start, count, _ in groups.tiles.tolist():
+        if slot == BASE:
+            break
+        for token in groups.order[start : start + count].tolist():
+            slots[token] = slot
+    return slots
 
 
 MIXED = [101, 101, 0, 102, 0, 0, 102, 101]
@@ -111,6 +123,13 @@ def test_what_is_not_served_says_so(wrapper: GroupedPunicaWrapper, name: str) ->
         call()
 
 
+def hold(wrapper: GroupedPunicaWrapper, first: list[int], last: list[int], lora: tuple[bool, ...]) -> None:
+    """What is in the slots: where both positions are 0 there is no ReFT."""
+    for slot, positions in enumerate(zip(first, last, strict=True)):
+        reft = ReftConfig("loreft", RANK, (0,), *positions) if any(positions) else None
+        wrapper.hold(slot, RANK if lora[slot] else 0, reft)
+
+
 def limit(
     wrapper: GroupedPunicaWrapper,
     spans: list[tuple[int, int, int]],
@@ -119,45 +138,49 @@ def limit(
     lora: tuple[bool, ...] = (True, True, True),
 ) -> None:
     """`spans`: per request the first token's position, the number of tokens, the prompt's length."""
+    hold(wrapper, first, last, lora)
     positions = np.concatenate([np.arange(start, start + count) for start, count, _ in spans])
     from_end = np.repeat([prompt for _, _, prompt in spans], [count for _, count, _ in spans]) - positions
-    wrapper.limit(positions, from_end, np.array(lora), np.array(first), np.array(last))
+    wrapper.limit(positions, from_end)
 
 
 def test_reft_acts_on_the_positions_of_its_adapter_only(wrapper: GroupedPunicaWrapper) -> None:
     """A whole prompt of 6 under f2+l1, a middle chunk and a last chunk of prompts under the same, one of the base."""
     tokens = [101] * 6 + [101] * 3 + [101] * 2 + [0] * 2
     batch(wrapper, tokens, tokens)
-    assert wrapper.reft_slots[: len(tokens)].tolist() == slots_of(tokens).tolist()  # until limits are known
+    assert grouped(wrapper.reft, len(tokens)) == slots_of(tokens).tolist()  # until limits are known
     limit(wrapper, [(0, 6, 6), (1, 3, 9), (7, 2, 9), (0, 2, 2)], [2, EVERY, EVERY], [1, 0, 0])
-    assert wrapper.reft_slots[: len(tokens)].tolist() == [0, 0, -1, -1, -1, 0, 0, -1, -1, -1, 0, -1, -1]
-    assert wrapper._slots[: len(tokens)].tolist() == slots_of(tokens).tolist()  # a LoRA acts on all of them
+    assert grouped(wrapper.reft, len(tokens)) == [0, 0, -1, -1, -1, 0, 0, -1, -1, -1, 0, -1, -1]
+    assert grouped(wrapper.lora, len(tokens)) == slots_of(tokens).tolist()  # a LoRA acts on all of them
 
 
 def test_a_reft_alone_costs_no_lora(wrapper: GroupedPunicaWrapper) -> None:
     """Linear layers skip its tokens, decoder layers don't; and so again in a step with the same mapping."""
     tokens = [101] * 2 + [102] * 2
+    hold(wrapper, [EVERY, 0, 0], [0, 0, 0], lora=(False, True, True))
     batch(wrapper, tokens, tokens)
     for start in (0, 2):
         limit(wrapper, [(start, 2, 9), (start, 2, 9)], [EVERY, 0, 0], [0, 0, 0], lora=(False, True, True))
-        assert wrapper._slots[: len(tokens)].tolist() == [-1, -1, *slots_of(tokens)[2:].tolist()]
-        assert wrapper.reft_slots[: len(tokens)].tolist() == [0, 0, -1, -1]
+        assert grouped(wrapper.lora, len(tokens)) == [-1, -1, *slots_of(tokens)[2:].tolist()]
+        assert grouped(wrapper.reft, len(tokens)) == [0, 0, -1, -1]
+    hold(wrapper, [0, 0, 0], [0, 0, 0], lora=(True, True, True))  # another adapter has come into the slot
     batch(wrapper, tokens, tokens)
-    assert wrapper._slots[: len(tokens)].tolist() == slots_of(tokens).tolist()
+    assert grouped(wrapper.lora, len(tokens)) == slots_of(tokens).tolist()
+    assert grouped(wrapper.reft, len(tokens)) == [BASE] * len(tokens)
 
 
 def test_limits_are_taken_anew_when_only_positions_have_moved(wrapper: GroupedPunicaWrapper) -> None:
     batch(wrapper, [102] * 4, [102])
     for start, expected in ((0, [1, 1, 1, -1]), (4, [-1] * 4), (8, [-1, -1, 1, 1])):
         limit(wrapper, [(start, 4, 12)], [0, 3, 0], [0, 2, 0])
-        assert wrapper.reft_slots[:4].tolist() == expected
+        assert grouped(wrapper.reft, 4) == expected
 
 
 def test_an_adapter_without_reft_acts_on_no_stream(wrapper: GroupedPunicaWrapper) -> None:
     batch(wrapper, MIXED, MIXED)
     limit(wrapper, [(0, len(MIXED), len(MIXED))], [0, EVERY, 0], [0, 0, 0])
-    assert wrapper.reft_slots[: len(MIXED)].tolist() == [1 if token == 102 else -1 for token in MIXED]
-    assert set(wrapper.reft_slots[len(MIXED) :].tolist()) == {BASE}
+    assert grouped(wrapper.reft, len(MIXED)) == [1 if token == 102 else -1 for token in MIXED]
+    assert set(grouped(wrapper.reft)[len(MIXED) :]) == {BASE}
 
 
 def test_a_reft_layer_adds_to_the_stream_what_its_slot_holds(wrapper: GroupedPunicaWrapper) -> None:

@@ -353,5 +353,5 @@ def test_the_layout_tells_apart_what_can_not_be_exchanged(prefill: Side, decode:
 
 
 def test_a_cache_without_the_block_dimension_is_refused(decode: Side) -> None:
-    with pytest.raises(RuntimeError, match="has no block dimension 16"):
+    with pytest.raises(ValueError, match="has no block dimension 16"):
         decode.worker(BLOCKS + 1, 2, BLOCK, 8)

@@ -1,0 +1,130 @@
+"""KV blocks: a request's blocks over all layers into one contiguous buffer, and back, one launch each on GPU.
+
+Owns the layout of that buffer: for every layer in order of name, the request's blocks in order, as they lie in memory;
+where a layer's blocks of keys and of values lie apart, first all of the one. Moves bytes; what they mean is up to the
+attention backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+
+from preft_kernels._triton import by_kernel, tl, triton
+
+WORD = 8  # bytes that are copied at once
+CHUNK = 1024  # words that one program copies
+
+
+@triton.jit
+def copy_blocks_kernel(  # type: ignore[no-untyped-def]
+    bases, strides, sizes, begins, block_ids, packed, blocks, skip,
+    UNPACK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One chunk of one block of one segment. Programs: segment, block, chunk. All sizes in words of 8 bytes."""
+    segment = tl.program_id(0)
+    number = tl.program_id(1) + skip
+    word = tl.program_id(2) * CHUNK + tl.arange(0, CHUNK)
+    size = tl.load(sizes + segment)
+    inside = word < size
+    block = tl.load(block_ids + number).to(tl.int64)
+    in_cache = tl.load(bases + segment).to(tl.pointer_type(tl.int64)) + block * tl.load(strides + segment) + word
+    in_packed = packed + tl.load(begins + segment) * blocks + number * size + word
+    if UNPACK:
+        tl.store(in_cache, tl.load(in_packed, mask=inside), mask=inside)
+    else:
+        tl.store(in_packed, tl.load(in_cache, mask=inside), mask=inside)
+
+
+class KvBlocks:
+    """The KV caches of all layers, as an engine has registered them."""
+
+    def __init__(self, caches: Mapping[str, torch.Tensor], num_blocks: int) -> None:
+        """`caches`: by layer name, [num_blocks, ...] or [k, num_blocks, ...], their dimensions in any order in memory.
+
+        But a block (of each of k) must be one piece of memory. Raises ValueError naming a layer where it isn't.
+        """
+        parts = {name: _parts(name, cache, num_blocks) for name, cache in sorted(caches.items())}
+        self._segments = [
+            part.as_strided((num_blocks, part[0].numel()), (part.stride(0), 1)) for of in parts.values() for part in of
+        ]
+        sizes = [segment.shape[1] * segment.element_size() for segment in self._segments]
+        self.block_bytes = sum(sizes)
+        """One block over all layers."""
+        self.layout = [
+            (name, len(of), list(of[0].shape[1:]), list(of[0].stride()[1:]), str(of[0].dtype))
+            for name, of in parts.items()
+        ]
+        """What two engines must share to exchange blocks: each layer's name, parts, and the inside of a block."""
+        self._device = self._segments[0].device
+        words = torch.tensor(sizes) // WORD
+        columns = (
+            torch.tensor([segment.data_ptr() for segment in self._segments]),
+            torch.tensor([segment.stride(0) * segment.element_size() // WORD for segment in self._segments]),
+            words,
+            words.cumsum(0) - words,
+        )
+        self._table = [column.to(self._device) for column in columns]
+        self._chunks = -(-int(words.max()) // CHUNK)
+
+    def pack(self, block_ids: Sequence[int], packed: torch.Tensor) -> None:
+        """Copies these blocks into `packed`: uint8, [len(block_ids) * block_bytes], in host memory."""
+        self._check(packed, len(block_ids))
+        if by_kernel(self._device):
+            on_device = torch.empty(len(packed), dtype=torch.uint8, device=self._device)
+            self.launch(block_ids, on_device)
+            packed.copy_(on_device)
+            return
+        index = torch.tensor(block_ids, dtype=torch.int64)
+        for segment, part in self._packed(packed, len(block_ids)):
+            torch.index_select(segment, 0, index, out=part)
+
+    def unpack(self, packed: torch.Tensor, block_ids: Sequence[int], skip: int = 0) -> None:
+        """Copies `packed`, as `pack` leaves it, into these blocks but for the first `skip`."""
+        self._check(packed, len(block_ids))
+        if by_kernel(self._device):
+            self.launch(block_ids, packed.to(self._device), skip, unpack=True)
+            return
+        index = torch.tensor(block_ids[skip:], dtype=torch.int64)
+        for segment, part in self._packed(packed, len(block_ids)):
+            segment.index_copy_(0, index, part[skip:])
+
+    def launch(self, block_ids: Sequence[int], packed: torch.Tensor, skip: int = 0, *, unpack: bool = False) -> None:
+        """What `pack` and `unpack` do on GPU, with `packed` there too."""
+        count = len(block_ids)
+        if count > skip:
+            index = torch.tensor(block_ids, dtype=torch.int32).to(self._device)
+            copy_blocks_kernel[(len(self._segments), count - skip, self._chunks)](
+                *self._table, index, packed.view(torch.int64), count, skip, UNPACK=unpack, CHUNK=CHUNK
+            )
+
+    def _check(self, packed: torch.Tensor, count: int) -> None:
+        if packed.dtype != torch.uint8 or packed.shape != (count * self.block_bytes,):
+            raise ValueError(
+                f"packed must be uint8 of [{count * self.block_bytes}], got {packed.dtype} {tuple(packed.shape)}"
+            )
+
+    def _packed(self, packed: torch.Tensor, count: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Each segment, and its `count` blocks as they lie in `packed`."""
+        begin = 0
+        for segment in self._segments:
+            end = begin + count * segment.shape[1] * segment.element_size()
+            yield segment, packed[begin:end].view(segment.dtype).view(count, segment.shape[1])
+            begin = end
+
+
+def _parts(name: str, cache: torch.Tensor, num_blocks: int) -> list[torch.Tensor]:
+    """The cache as [num_blocks, ...], for each of what comes before the blocks. Raises ValueError."""
+    if num_blocks not in cache.shape[:2]:
+        raise ValueError(f"{name}: KV cache of shape {tuple(cache.shape)} has no block dimension {num_blocks}")
+    if cache.shape[0] != num_blocks:
+        return [part for half in cache.unbind(0) for part in _parts(name, half, num_blocks)]
+    dense = 1
+    for stride, size in sorted(zip(cache.stride()[1:], cache.shape[1:], strict=True)):
+        if size > 1 and stride != dense:
+            raise ValueError(f"{name}: in a KV cache of strides {cache.stride()} a block isn't one piece of memory")
+        dense *= size
+    if dense * cache.element_size() % WORD or cache.stride(0) * cache.element_size() % WORD:
+        raise ValueError(f"{name}: a KV block of {dense * cache.element_size()} bytes isn't a multiple of {WORD}")
+    return [cache]

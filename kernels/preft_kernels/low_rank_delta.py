@@ -171,10 +171,10 @@ def launch_delta(
 
 
 def _launches(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
-    """Which neighbouring slices one launch can do: MOST_SLICES at most, of equal rank, strides and types."""
+    """Which neighbouring slices one launch can do: MOST_SLICES at most, of equal strides and types."""
 
     def kind(index: int) -> object:
-        return a[index].shape[1], a[index].stride(), b[index].stride()[1:], a[index].dtype, b[index].dtype
+        return a[index].stride(), b[index].stride()[1:], a[index].dtype, b[index].dtype
 
     starts = [0]
     for index in range(1, len(a)):
@@ -267,15 +267,13 @@ def low_rank_delta_(
         raise ValueError(f"a and b must have the same number of slices, at least one, got {len(a)} and {len(b)}")
     right = offset
     for index, (a_slice, b_slice) in enumerate(zip(a, b, strict=True)):
-        if a_slice.dim() != 3 or a_slice.shape[2] != x.shape[1]:
-            raise ValueError(f"a[{index}] must be [slots, rank, {x.shape[1]}], got {tuple(a_slice.shape)}")
-        if a_slice.shape[0] < groups.slots or a_slice.shape[1] < groups.rank:
-            raise ValueError(
-                f"a[{index}] must hold {groups.slots} slots of rank {groups.rank}, got {tuple(a_slice.shape)}"
-            )
-        if b_slice.dim() != 3 or (b_slice.shape[0], b_slice.shape[2]) != (a_slice.shape[0], a_slice.shape[1]):
-            slots_and_rank = f"{a_slice.shape[0]}, out, {a_slice.shape[1]}"
-            raise ValueError(f"b[{index}] must be [{slots_and_rank}], got {tuple(b_slice.shape)}")
+        stack = (*a[0].shape[:2], x.shape[1])
+        if a_slice.dim() != 3 or a_slice.shape != stack:
+            raise ValueError(f"a[{index}] must be [slots, rank, {x.shape[1]}] like a[0], got {tuple(a_slice.shape)}")
+        if stack[0] < groups.slots or stack[1] < groups.rank:
+            raise ValueError(f"a[{index}] must hold {groups.slots} slots of rank {groups.rank}, got {stack}")
+        if b_slice.dim() != 3 or (b_slice.shape[0], b_slice.shape[2]) != stack[:2]:
+            raise ValueError(f"b[{index}] must be [{stack[0]}, out, {stack[1]}], got {tuple(b_slice.shape)}")
         right += b_slice.shape[1]
     if offset < 0 or right > y.shape[1]:
         raise ValueError(f"offset must leave room for the slices: columns {offset} to {right} of y's {y.shape[1]}")

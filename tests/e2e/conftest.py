@@ -33,7 +33,14 @@ class Folders:
     def __init__(self, root: Path, arch: str) -> None:
         self.model = make_model(root / f"{arch}-tiny", arch, seed=1)  # type: ignore[arg-type]
         self.adapters = {name: make_lora(root / name, self.model, rank=rank, seed=rank) for name, rank in RANKS.items()}
-        make_lora(root / "both", self.model, rank=4, seed=9, target_modules=("q_proj", "down_proj"))
+        make_lora(
+            root / "both",
+            self.model,
+            rank=4,
+            seed=9,
+            target_modules=("q_proj", "down_proj"),
+            rank_pattern={"q_proj": 13},
+        )
         self.adapters |= {name: make_reft(root / name, self.model, seed=7, **kind) for name, kind in REFTS.items()}
         self.reference = Reference(self.model)
         self._known: dict[tuple[object, ...], list[int]] = {}  # several clusters are asked the same

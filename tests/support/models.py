@@ -105,10 +105,12 @@ def make_lora(
     alpha: float | None = None,
     target_modules: Collection[str] = LINEARS,
     scale: float = 1.0,
+    rank_pattern: Mapping[str, int] | None = None,
 ) -> Path:
     """Writes a PEFT LoRA folder for `model_dir` and returns it. `alpha` is 2 * rank by default.
 
-    The update of each layer is about `scale` times as large as the layer's own output, whatever the rank and alpha.
+    Modules that `rank_pattern` names have another rank. The update of each layer is about `scale` times as large as
+    the layer's own output, whatever the rank and alpha.
     """
     alpha = 2.0 * rank if alpha is None else alpha
     generator = torch.Generator().manual_seed(seed)
@@ -120,8 +122,9 @@ def make_lora(
                 continue
             weight = weights.get_tensor(name)
             rows, columns = weight.shape
-            a = torch.randn((rank, columns), generator=generator) / columns**0.5
-            b = torch.randn((rows, rank), generator=generator) * scale * rank**0.5 / alpha
+            own = (rank_pattern or {}).get(path.rpartition(".")[2], rank)
+            a = torch.randn((own, columns), generator=generator) / columns**0.5
+            b = torch.randn((rows, own), generator=generator) * scale * own**0.5 / alpha
             tensors[f"base_model.model.{path}.lora_A.weight"] = a
             tensors[f"base_model.model.{path}.lora_B.weight"] = b * float(weight.std()) * columns**0.5
     config = {
@@ -130,6 +133,7 @@ def make_lora(
         "base_model_name_or_path": model_dir.name,
         "inference_mode": True,
         "r": rank,
+        "rank_pattern": dict(rank_pattern or {}),
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
         "bias": "none",

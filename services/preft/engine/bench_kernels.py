@@ -61,13 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     figures = [*_low_rank(arguments.rounds, arguments.quick)]
     figures += [*_residual(arguments.rounds, arguments.quick), *_kv(arguments.rounds, arguments.quick)]
     _print(figures)
-    device = torch.cuda.get_device_name() if ON_GPU else platform.processor() or platform.machine()
     result = {
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": " ".join(sys.orig_argv),
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), **_versions()},
+        **machine(),
         "figures": [{**asdict(one), "speedup": one.speedup, "of_copy": one.of_copy} for one in figures],
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -75,6 +70,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     path.write_text(json.dumps(result, indent=2) + "\n")
     print(f"all figures are in {path}")
     return 0
+
+
+def machine() -> dict[str, Any]:
+    """When, by what command, on what and with what it was measured."""
+    return {
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": " ".join(sys.orig_argv),
+        "device": torch.cuda.get_device_name() if ON_GPU else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), **_versions()},
+    }
 
 
 def _low_rank(rounds: int, quick: bool) -> list[Figure]:

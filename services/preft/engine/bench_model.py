@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,64 +19,88 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from preft.adapters.digest import REFT_CONFIG_FILE, REFT_WEIGHTS_FILE
 from preft.adapters.reft_format import BIAS, ROTATE, SOURCE
 
-VOCABULARY, HIDDEN, LAYERS, HEADS, KV_HEADS, INTERMEDIATE, POSITIONS = 8192, 768, 12, 12, 4, 2048, 2048
-KV = HIDDEN // HEADS * KV_HEADS
-LINEARS = {  # outputs, inputs
-    "self_attn.q_proj": (HIDDEN, HIDDEN),
-    "self_attn.k_proj": (KV, HIDDEN),
-    "self_attn.v_proj": (KV, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HIDDEN),
-    "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
-    "mlp.up_proj": (INTERMEDIATE, HIDDEN),
-    "mlp.down_proj": (HIDDEN, INTERMEDIATE),
-}
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": VOCABULARY,
-    "hidden_size": HIDDEN,
-    "intermediate_size": INTERMEDIATE,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": HEADS,
-    "num_key_value_heads": KV_HEADS,
-    "max_position_embeddings": POSITIONS,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "torch_dtype": "float32",
-}
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A Llama's sizes."""
+
+    vocabulary: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    intermediate: int
+    positions: int
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Each layer's linear layers: outputs, inputs."""
+        hidden, kv = self.hidden, self.hidden // self.heads * self.kv_heads
+        return {
+            "self_attn.q_proj": (hidden, hidden),
+            "self_attn.k_proj": (kv, hidden),
+            "self_attn.v_proj": (kv, hidden),
+            "self_attn.o_proj": (hidden, hidden),
+            "mlp.gate_proj": (self.intermediate, hidden),
+            "mlp.up_proj": (self.intermediate, hidden),
+            "mlp.down_proj": (hidden, self.intermediate),
+        }
+
+    def write_config(self, folder: Path, dtype: str) -> None:
+        """config.json in the folder, which is made if it isn't there."""
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": self.vocabulary,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "max_position_embeddings": self.positions,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": False,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "torch_dtype": dtype,
+        }
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+SMALL = Shape(8192, 768, 12, 12, 4, 2048, 2048)
+LLAMA_8B = Shape(128256, 4096, 32, 32, 8, 14336, 131072)  # Llama 3.1 8B
 
 
 def write_model(folder: Path, seed: int = 0) -> int:
     """A model folder that vLLM and the gateway take. Returns the number of parameters."""
-    folder.mkdir(parents=True)
+    SMALL.write_config(folder, "float32")
     source = np.random.default_rng(seed)
 
     def random(*shape: int) -> np.ndarray:
         return source.standard_normal(shape, np.float32) / np.float32(shape[-1] ** 0.5)
 
-    tensors = {"model.embed_tokens.weight": random(VOCABULARY, HIDDEN), "lm_head.weight": random(VOCABULARY, HIDDEN)}
+    size = SMALL.vocabulary, SMALL.hidden
+    tensors = {"model.embed_tokens.weight": random(*size), "lm_head.weight": random(*size)}
     norms = ["model.norm"]
-    for layer in (f"model.layers.{number}" for number in range(LAYERS)):
-        tensors |= {f"{layer}.{name}.weight": random(*shape) for name, shape in LINEARS.items()}
+    for layer in (f"model.layers.{number}" for number in range(SMALL.layers)):
+        tensors |= {f"{layer}.{name}.weight": random(*shape) for name, shape in SMALL.linears.items()}
         norms += [f"{layer}.input_layernorm", f"{layer}.post_attention_layernorm"]
-    tensors |= {f"{name}.weight": np.ones(HIDDEN, np.float32) for name in norms}
+    tensors |= {f"{name}.weight": np.ones(SMALL.hidden, np.float32) for name in norms}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(CONFIG, indent=2))
     _write_tokenizer(folder)
     return sum(tensor.size for tensor in tensors.values())
 
 
-def write_lora(folder: Path, rank: int, seed: int) -> None:
+def write_lora(folder: Path, rank: int, seed: int, model: Shape = SMALL) -> None:
     """A PEFT LoRA folder over all linear layers, float16."""
     folder.mkdir(parents=True)
     source = np.random.default_rng(seed)
     tensors = {}
-    for layer in range(LAYERS):
-        for name, (outputs, inputs) in LINEARS.items():
+    for layer in range(model.layers):
+        for name, (outputs, inputs) in model.linears.items():
             prefix = f"base_model.model.model.layers.{layer}.{name}"
             for part, shape in (("lora_A", (rank, inputs)), ("lora_B", (outputs, rank))):
                 tensor = source.standard_normal(shape, np.float32) / np.float32(shape[-1] ** 0.5)
@@ -86,25 +111,26 @@ def write_lora(folder: Path, rank: int, seed: int) -> None:
         "task_type": "CAUSAL_LM",
         "r": rank,
         "lora_alpha": rank,
-        "target_modules": sorted(name.split(".")[1] for name in LINEARS),
+        "target_modules": sorted(name.split(".")[1] for name in model.linears),
         "bias": "none",
         "prefill_only": True,
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
 
 
-def write_reft(folder: Path, rank: int, seed: int) -> None:
+def write_reft(folder: Path, rank: int, seed: int, model: Shape = SMALL) -> None:
     """A LoReFT folder over all layers, float32."""
     folder.mkdir(parents=True)
     source = np.random.default_rng(seed)
     tensors = {}
-    for layer in range(LAYERS):
+    for layer in range(model.layers):
         for part in (ROTATE, SOURCE):
-            tensor = source.standard_normal((rank, HIDDEN), np.float32) / np.float32(HIDDEN**0.5)
+            tensor = source.standard_normal((rank, model.hidden), np.float32) / np.float32(model.hidden**0.5)
             tensors[f"layers.{layer}.{part}"] = tensor
         tensors[f"layers.{layer}.{BIAS}"] = np.zeros(rank, np.float32)
     save_file(tensors, folder / REFT_WEIGHTS_FILE, metadata={"format": "pt"})
-    config = {"peft_type": "REFT", "method": "loreft", "r": rank, "layers": [*range(LAYERS)], "positions": "all"}
+    config = {"peft_type": "REFT", "method": "loreft", "r": rank, "positions": "all"}
+    config |= {"layers": [*range(model.layers)]}
     config |= {"prefill_only": True}
     (folder / REFT_CONFIG_FILE).write_text(json.dumps(config, indent=2))
 
@@ -116,7 +142,7 @@ def _write_tokenizer(folder: Path) -> None:
     merges = [*syllables, *(("Ġ", consonant + vowel) for consonant, vowel in syllables)]
     pieces = ["".join(pair) for pair in syllables]
     merges += [(start + first, second) for start in ("Ġ", "") for first in pieces for second in pieces]
-    merges = merges[: VOCABULARY - len(vocabulary)]
+    merges = merges[: SMALL.vocabulary - len(vocabulary)]
     vocabulary += ["".join(pair) for pair in merges]
     tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(vocabulary)}, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

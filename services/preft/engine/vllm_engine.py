@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import os
 from collections.abc import AsyncGenerator
@@ -156,14 +157,14 @@ class VllmEngine:
         self._counts_from_end: dict[str, bool] = {}  # digest -> whether its ReFT acts on the last positions
 
     @classmethod
-    async def start(cls, settings: Settings, role: Role, arena: str) -> VllmEngine:
-        """Starts the engine process and waits until it can serve (25-45 s on CPU)."""
+    async def start(cls, settings: Settings, role: Role, arena: str, **overrides: Any) -> VllmEngine:
+        """Starts the engine process and waits until it can serve (25-45 s on CPU). `overrides` are vLLM's arguments."""
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # where Triton is installed it is the default; ours is V1
         if current_platform.is_cpu():
             os.environ.setdefault("GOMP_SPINCOUNT", SPIN)
         stats = EngineStats()
-        args = engine_args(settings, role, arena)
+        args = dataclasses.replace(engine_args(settings, role, arena), **overrides)
         llm = await asyncio.to_thread(AsyncLLM.from_engine_args, args, stat_loggers=[lambda *_: _Stats(stats)])
         config = llm.vllm_config
         described = (await llm.collective_rpc("describe_kv"))[0]

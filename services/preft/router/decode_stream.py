@@ -76,7 +76,8 @@ class DecodeStream:
         self._ids = itertools.count(1)
         self._calls: dict[int, DecodeCall] = {}
         self._commands: asyncio.Queue[workers_pb2.DecodeCommand | None] = asyncio.Queue()
-        self._task = asyncio.create_task(self._receive(stub))
+        self._stream = stub.Decode(self._send())
+        self._task = asyncio.create_task(self._receive())
 
     @property
     def broken(self) -> bool:
@@ -100,6 +101,7 @@ class DecodeStream:
         """Cancels what runs."""
         self._task.cancel()
         await asyncio.wait({self._task})
+        self._end(CallCancelled())  # a task that is cancelled before its first step does nothing itself
 
     def _cancel(self, number: int) -> None:
         del self._calls[number]
@@ -109,10 +111,10 @@ class DecodeStream:
         while (command := await self._commands.get()) is not None:
             yield command
 
-    async def _receive(self, stub: Any) -> None:
+    async def _receive(self) -> None:
         error: Exception = EngineFailed(f"worker {self._peer}: its token stream broke")
         try:
-            async for message in stub.Decode(self._send()):
+            async for message in self._stream:
                 for event in message.events:
                     self._take(event)
             error = WorkerLost(f"worker {self._peer}: it ended the token stream")
@@ -124,12 +126,17 @@ class DecodeStream:
         except Exception:
             logger.exception("%s", error)
         finally:
-            calls = list(self._calls.values())
-            self._calls.clear()
-            for call in calls:
-                call.end(error)
-            if type(error) is WorkerLost and calls:
-                self._on_lost()
+            self._end(error)
+
+    def _end(self, error: Exception) -> None:
+        """Ends all choices that run, here and on the worker."""
+        self._stream.cancel()  # gRPC itself leaves it running if its reader is cancelled before the first message
+        calls = list(self._calls.values())
+        self._calls.clear()
+        for call in calls:
+            call.end(error)
+        if type(error) is WorkerLost and calls:
+            self._on_lost()
 
     def _take(self, event: workers_pb2.DecodeEvent) -> None:
         call = self._calls.get(event.id)

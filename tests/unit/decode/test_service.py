@@ -272,8 +272,11 @@ async def test_cancelled_while_the_kv_arrives(rig: DecodeRig) -> None:
     rig.sink.handles.release("h")
 
 
-async def test_a_caller_that_reads_nothing_and_goes(rig: DecodeRig) -> None:
-    """With the stream all of its choices end."""
+@pytest.mark.parametrize("tokens_come", [True, False])
+async def test_a_caller_that_reads_nothing_and_goes(rig: DecodeRig, tokens_come: bool) -> None:
+    """With the stream all of its choices end, also before its first message."""
+    if not tokens_come:
+        rig.engine.going.clear()
     await rig.sink.deliver("h", DIGEST, PROMPT, uses=2)
     calls = [rig.call(PROMPT, ALL[:1], LONG, digest=DIGEST, index=index) for index in range(2)]
     await until(lambda: rig.engine.stats.running == 2)
@@ -282,6 +285,14 @@ async def test_a_caller_that_reads_nothing_and_goes(rig: DecodeRig) -> None:
     for call in calls:
         with pytest.raises(CallCancelled):
             await rest(call)
+
+
+async def test_a_caller_that_goes_at_once(rig: DecodeRig) -> None:
+    call = rig.call(PROMPT, ALL[:1], LONG, digest=DIGEST)
+    await rig.stream.close()
+    with pytest.raises(CallCancelled):
+        await rest(call)
+    assert rig.stream.broken
 
 
 async def test_choices_do_not_disturb_each_other(rig: DecodeRig) -> None:

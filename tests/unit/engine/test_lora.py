@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from vllm.config.lora import LoRAConfig
 from vllm.lora.layers import LoRAMapping
 
 from preft.adapters.reft_config import EVERY, ReftConfig
-from preft.engine.lora import GroupedPunicaWrapper
+from preft.engine.lora import GroupedPunicaWrapper, _rank_of
 from preft.engine.reft import ReftLayer
 from preft_kernels.low_rank_delta import low_rank_delta_reference
 from preft_kernels.token_groups import BASE, TokenGroups
@@ -201,3 +202,10 @@ def test_a_reft_layer_adds_to_the_stream_what_its_slot_holds(wrapper: GroupedPun
     assert torch.equal(same, residual)
     layer.reset_lora(1)
     assert torch.equal(layer(positions=None)[0], hidden)
+
+
+@pytest.mark.parametrize(
+    ("stacks", "rank"), [(torch.zeros(5, 3), 5), ([None, torch.zeros(2, 3), torch.zeros(7, 3)], 7), ([None, None], 0)]
+)
+def test_a_module_s_rank_is_that_of_its_widest_part(stacks: Any, rank: int) -> None:
+    assert _rank_of(SimpleNamespace(lora_a=stacks)) == rank

@@ -61,7 +61,7 @@ class RouterSettings(_Strict):
     transfer_timeout: Annotated[float, Field(gt=0)] = 30.0  # from first token to KV in place
     retries: Annotated[int, Field(ge=0, le=10)] = 2  # further attempts after a worker or transfer failed
     poll_interval: Annotated[float, Field(gt=0)] = 0.25  # how often the state store is read
-    worker_timeout: Annotated[float, Field(gt=0)] = 5.0  # a worker without heartbeat for this long takes nothing
+    worker_timeout: Annotated[float, Field(gt=0)] = 10.0  # a worker without heartbeat for this long takes nothing
     restart_grace: Annotated[float, Field(ge=0)] = 120.0  # how long begun requests wait when no worker is left
 
 

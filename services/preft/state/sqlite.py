@@ -58,11 +58,12 @@ class SqliteStore:
     async def put_worker(self, worker: Worker) -> None:
         """Registers `worker`, or refreshes it."""
         record = worker_to_json(worker)
-        await self._run(lambda: self._write("INSERT OR REPLACE INTO workers VALUES (?, ?)", worker.id, record))
+        statement = "INSERT OR REPLACE INTO workers VALUES (?, ?)"
+        await self._run(lambda: self._write(statement, worker.id, record, durable=False))
 
     async def remove_worker(self, worker_id: str) -> None:
         """Forgets a worker; unknown ids are fine."""
-        await self._run(lambda: self._write("DELETE FROM workers WHERE id = ?", worker_id))
+        await self._run(lambda: self._write("DELETE FROM workers WHERE id = ?", worker_id, durable=False))
 
     async def workers(self) -> list[Worker]:
         """All registered workers, by id."""
@@ -74,7 +75,7 @@ class SqliteStore:
 
     async def delete_adapter(self, name: str) -> bool:
         """Removes a name; False if it wasn't there."""
-        return await self._run(lambda: self._write("DELETE FROM adapters WHERE name = ?", name)) > 0
+        return await self._run(lambda: self._write("DELETE FROM adapters WHERE name = ?", name, durable=True)) > 0
 
     async def adapters(self) -> list[Adapter]:
         """The whole catalog, by name."""
@@ -101,8 +102,7 @@ class SqliteStore:
         db = sqlite3.connect(self._path, timeout=BUSY_SECONDS, isolation_level=None)
         try:
             _use_write_ahead_log(db)
-            db.execute("PRAGMA synchronous = FULL")  # a catalog entry that was acknowledged survives a power cut
-            with _transaction(db):
+            with _transaction(db, durable=True):
                 (version,) = db.execute("PRAGMA user_version").fetchone()
                 if version == 0:
                     for statement in SCHEMA.strip().split("\n"):
@@ -118,15 +118,15 @@ class SqliteStore:
             raise
         return db
 
-    def _write(self, statement: str, *values: str) -> int:
-        with _transaction(self._db):
+    def _write(self, statement: str, *values: str, durable: bool) -> int:
+        with _transaction(self._db, durable=durable):
             return self._db.execute(statement, values).rowcount
 
     def _workers(self) -> list[Worker]:
         return [worker_from_json(record) for (record,) in self._db.execute("SELECT record FROM workers ORDER BY id")]
 
     def _put_adapter(self, adapter: Adapter, expect_digest: str | None) -> bool:
-        with _transaction(self._db):
+        with _transaction(self._db, durable=True):
             row = self._db.execute("SELECT digest FROM adapters WHERE name = ?", (adapter.name,)).fetchone()
             if expect_digest is not None and (row[0] if row else "") != expect_digest:
                 return False
@@ -160,8 +160,13 @@ def _use_write_ahead_log(db: sqlite3.Connection) -> None:
 
 
 @contextmanager
-def _transaction(db: sqlite3.Connection) -> Iterator[None]:
-    """All or nothing. Takes the write lock at once: upgrading a read lock later can fail without waiting."""
+def _transaction(db: sqlite3.Connection, *, durable: bool) -> Iterator[None]:
+    """All or nothing. Takes the write lock at once: upgrading a read lock later can fail without waiting.
+
+    What is `durable` survives a power cut, so it waits for the disk: heartbeats don't, or a slow disk would look like
+    dead workers.
+    """
+    db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
     db.execute("BEGIN IMMEDIATE")
     try:
         yield

@@ -46,3 +46,13 @@ async def test_an_unchanged_catalog_is_not_read_again(tmp_path: Path) -> None:
     first, second = await store.adapters(), await store.adapters()
     assert first[0] is second[0]
     await store.close()
+
+
+async def test_the_catalog_waits_for_the_disk_and_heartbeats_do_not(tmp_path: Path) -> None:
+    """A disk that is slow for some seconds would otherwise look like dead workers."""
+    store = open_store(tmp_path / "state.sqlite")
+    for write, waits in ((store.remove_worker("w"), False), (store.delete_adapter("a"), True)):
+        await write
+        (level,) = await store._run(lambda: store._db.execute("PRAGMA synchronous").fetchone())
+        assert (level == 2) is waits
+    await store.close()

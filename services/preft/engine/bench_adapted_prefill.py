@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import random
 import sys
@@ -24,11 +23,11 @@ from pathlib import Path
 from preft.core.cluster import Role
 from preft.core.request import AdapterRef, Sampling
 from preft.core.settings import Settings, load_settings
-from preft.engine.bench_kernels import machine
 from preft.engine.bench_model import LLAMA_8B, SMALL, Shape, write_lora, write_reft
 from preft.engine.port import EngineRequest
 from preft.engine.vllm_engine import VllmEngine
 from preft_loadgen.comparison import Comparison, comparison_table, take_turns
+from preft_loadgen.results import RESULTS, save
 
 LORA_RANK, REFT_RANK = 16, 8
 LORA_BAR, REFT_BAR = 0.90, 0.97
@@ -97,21 +96,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench-adapted-prefill", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--small", action="store_true", help="a small model, few adapters, short prompts")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args(argv)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     sizes = (SMALL, 16, 128) if arguments.small else (LLAMA_8B, 64, 512)
     with tempfile.TemporaryDirectory(prefix="preft-bench-") as folder:
         comparisons = asyncio.run(_measure(sizes[0], Path(folder), *sizes[1:], arguments.rounds))
     print(comparison_table(comparisons))
-    result = {
-        **machine(),
-        "model": asdict(sizes[0]),
-        "comparisons": [{**asdict(one), "ratios": one.ratios, "ratio": one.ratio} for one in comparisons],
-    }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / f"adapted-prefill-{time.strftime('%Y-%m-%d')}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    figures = {"model": asdict(sizes[0]), "comparisons": [one.as_json() for one in comparisons]}
+    path = save(arguments.out, "adapted-prefill", "preft.engine.bench_adapted_prefill", argv, figures)
     print(f"all figures are in {path}")
     return 0
 

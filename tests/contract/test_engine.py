@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from preft.adapters.digest import adapter_digest
+from preft.adapters.packed import AdapterFiles
 from preft.core.cluster import Role
 from preft.core.errors import EngineFailed, InvalidAdapter, InvalidRequest, PreftError, WorkerLost
 from preft.core.request import AdapterRef, FinishReason, Sampling, TokenDelta
@@ -22,6 +24,7 @@ from preft.engine.port import Engine, EngineRequest, KvRegion
 from preft.transfer.seal import SEAL, clear_seal, read_seal
 from preft.transfer.staging import Region, StagingArena
 from support.fake_engine import FakeEngine, tokens_of
+from support.worker_services import write_adapter
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(600)]
 
@@ -36,14 +39,30 @@ class Pair:
         self,
         engines: dict[Role, Engine],
         arenas: dict[Role, StagingArena],
+        memory: StagingArena,
         adapters: Sequence[AdapterRef],
         expected: Callable[[Sequence[int], int, AdapterRef | None], list[int]],
     ) -> None:
         self.prefill, self.decode = engines[Role.PREFILL], engines[Role.DECODE]
         self.arenas = arenas
+        self.memory = memory
+        self._placed: dict[str, Region] = {}
         self.adapters = adapters
         self.expected = expected
         self._numbers = iter(range(1_000_000))
+
+    async def place(self, adapter: AdapterRef) -> None:
+        """Puts the adapter where it wasn't before, and gives its former place to others."""
+        files = AdapterFiles(Path(adapter.source))
+        region = await self.memory.reserve(files.packed_size, timeout=1)
+        files.pack(self.memory.view(region), adapter.digest)
+        files.close()
+        await self.prefill.place_adapter(adapter, region)
+        former = self._placed.pop(adapter.digest, None)
+        self._placed[adapter.digest] = region
+        if former is not None:
+            self.memory.view(former)[:] = bytes(former.size)
+            self.memory.release(former)
 
     def prompt(self, length: int) -> tuple[int, ...]:
         """Never the same twice."""
@@ -119,52 +138,52 @@ async def tokens(engine: Engine, request: EngineRequest) -> list[int]:
 async def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pair]:
     root = tmp_path_factory.mktemp(request.param)
     arenas = {role: StagingArena.create(64 * MiB) for role in Role}
+    memory = StagingArena.create(16 * MiB)
     make = _fake_pair if request.param == "fake" else _vllm_pair
-    pair = await make(root, arenas)
+    pair = await make(root, arenas, memory)
+    for adapter in pair.adapters:
+        await pair.place(adapter)
     yield pair
     for engine in (pair.prefill, pair.decode):
         await engine.close()
-    for arena in arenas.values():
+    for arena in (*arenas.values(), memory):
         arena.close()
 
 
-async def _fake_pair(root: Path, arenas: dict[Role, StagingArena]) -> Pair:
+async def _fake_pair(root: Path, arenas: dict[Role, StagingArena], memory: StagingArena) -> Pair:
     engines: dict[Role, Engine] = {
-        role: FakeEngine(role, arena.path, kv_blocks=4096, max_model_len=2048) for role, arena in arenas.items()
+        role: FakeEngine(role, arena.path, memory.path, kv_blocks=4096, max_model_len=2048)
+        for role, arena in arenas.items()
     }
-    adapters = []
-    for name in ("alice", "bob"):
-        (root / name).mkdir()
-        (root / name / "adapter_config.json").write_text("{}")
-        adapters.append(AdapterRef(name, name * 8, str(root / name)))
+    adapters = [write_adapter(root / name, name) for name in ("alice", "bob")]
 
     def expected(prompt: Sequence[int], count: int, adapter: AdapterRef | None) -> list[int]:
         return tokens_of(adapter.digest if adapter else "", prompt, Sampling(max_tokens=count, temperature=0.0))
 
-    return Pair(engines, arenas, adapters, expected)
+    return Pair(engines, arenas, memory, adapters, expected)
 
 
-async def _vllm_pair(root: Path, arenas: dict[Role, StagingArena]) -> Pair:
+async def _vllm_pair(root: Path, arenas: dict[Role, StagingArena], memory: StagingArena) -> Pair:
     from preft.engine.vllm_engine import VllmEngine
     from support.models import make_lora, make_model
     from support.reference import Reference
 
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     model = make_model(root / "model", seed=3)
-    adapters = [
-        AdapterRef(name, name * 8, str(make_lora(root / name, model, rank=rank, seed=rank)))
-        for name, rank in (("alice", 2), ("bob", 8))
-    ]
+    adapters = []
+    for name, rank in (("alice", 2), ("bob", 8)):
+        folder = make_lora(root / name, model, rank=rank, seed=rank)
+        adapters.append(AdapterRef(name, adapter_digest(folder), str(folder)))
     own = {"max_num_batched_tokens": 64, "kv_cache_bytes": 32 * MiB}
-    prefill = {**own, "max_loras": 2, "max_cpu_loras": 2, "max_lora_rank": 8}
+    prefill = {**own, "max_loras": 2, "max_lora_rank": 8}
     settings = load_settings(None, {"model": str(model), "prefill": prefill, "decode": own})
-    started = await asyncio.gather(*(VllmEngine.start(settings, role, arenas[role].path) for role in Role))
+    started = await asyncio.gather(*(VllmEngine.start(settings, role, arenas[role].path, memory.path) for role in Role))
     reference = Reference(model)
 
     def expected(prompt: Sequence[int], count: int, adapter: AdapterRef | None) -> list[int]:
-        return reference.greedy(prompt, count, adapter.path if adapter else None)
+        return reference.greedy(prompt, count, adapter.source if adapter else None)
 
-    return Pair(dict(zip(Role, started, strict=True)), arenas, adapters, expected)
+    return Pair(dict(zip(Role, started, strict=True)), arenas, memory, adapters, expected)
 
 
 async def test_they_can_exchange_kv(pair: Pair) -> None:
@@ -400,14 +419,35 @@ async def test_what_no_engine_can_do(pair: Pair, prompt: tuple[int, ...]) -> Non
     await pair.served()
 
 
-async def test_adapters_load_more_than_once_and_past_the_limit(pair: Pair, tmp_path: Path) -> None:
+async def test_adapters_may_move(pair: Pair) -> None:
+    """Where they were before is somebody else's memory."""
     for adapter in (*pair.adapters, *pair.adapters):
-        await pair.prefill.load_adapter(adapter)
+        await pair.place(adapter)
+        prompt = pair.prompt(40)
+        assert await pair.whole(prompt, adapter=adapter) == pair.expected(prompt, GREEDY.max_tokens, adapter)
 
 
-async def test_a_broken_adapter_is_refused(pair: Pair, tmp_path: Path) -> None:
+async def test_a_broken_adapter_is_refused(pair: Pair) -> None:
+    broken = AdapterRef("broken", "broken" * 8, "")
+    region = await pair.memory.reserve(1000, timeout=1)
+    pair.memory.view(region)[:] = bytes(1000)
+    if isinstance(pair.prefill, FakeEngine):
+        pair.prefill.refused.add(broken.digest)
     with pytest.raises(InvalidAdapter):
-        await pair.prefill.load_adapter(AdapterRef("broken", "broken" * 8, str(tmp_path)))
+        await pair.prefill.place_adapter(broken, region)
+    pair.memory.release(region)
+    with pytest.raises(InvalidAdapter):
+        await pair.prefill.place_adapter(broken, region)
+    await pair.served()
+
+
+async def test_aborted_returns(pair: Pair) -> None:
+    async with aclosing(pair.prefill.generate(pair.request(pair.prompt(400)))) as deltas:
+        waiting = asyncio.ensure_future(anext(deltas))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait({waiting})
+    await pair.prefill.aborted()
     await pair.served()
 
 

@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from preft.core.cluster import Adapter, Role, Worker, WorkerLoad, WorkerState
 from preft.core.errors import ConfigError, PreftError, Unavailable
-from preft.core.ports import StateStore
+from preft.core.ports import AdapterChanges, StateStore
 from preft.state import open_store
 
 STORES: dict[str, Callable[[Path], str]] = {"sqlite": lambda folder: f"sqlite://{folder}/state/cluster.sqlite"}
@@ -34,9 +35,9 @@ async def main(url, name, steps):
     for step in range(steps):
         worker = Worker(f"{name}-{step % 5}", Role.DECODE, WorkerState.READY, "h:1", "f", 1, heartbeat=float(step))
         await store.put_worker(worker)
-        held = {adapter.name: adapter.digest for adapter in await store.adapters()}.get("shared", "")
-        adapter = Adapter("shared", str(int(held or 0) + 1), "/p", "/s", 8)
-        won += await store.put_adapter(adapter, expect_digest=held)
+        held = await store.adapter("shared")
+        adapter = Adapter("shared", str(int(held.digest) + 1 if held else 1), "/s", 8)
+        won += await store.put_adapter(adapter, expect=held)
         print("step", flush=True)
     await store.close()
     print("won", won, flush=True)
@@ -63,7 +64,11 @@ def a_worker(worker_id: str = "decode-0", **changes: object) -> Worker:
 
 
 def an_adapter(name: str = "ada", digest: str = "d1") -> Adapter:
-    return Adapter(name, digest, f"/adapters/{digest}", "/home/ada", 8, created=5.5)
+    return Adapter(name, digest, "/home/ada", 8, created=5.5)
+
+
+async def adapters_of(store: StateStore) -> list[Adapter]:
+    return list((await store.adapter_changes(0)).put)
 
 
 def start_writer(url: str, name: str, steps: int) -> subprocess.Popen[str]:
@@ -89,7 +94,8 @@ async def store(url: str) -> AsyncIterator[StateStore]:
 
 async def test_starts_empty(store: StateStore) -> None:
     assert await store.workers() == []
-    assert await store.adapters() == []
+    assert await adapters_of(store) == []
+    assert await store.adapter_changes(0) == AdapterChanges(0, (), ())
 
 
 async def test_workers_come_back_whole_and_by_id(store: StateStore) -> None:
@@ -113,59 +119,74 @@ async def test_a_worker_is_forgotten(store: StateStore) -> None:
 
 
 async def test_adapters_come_back_whole_and_by_name(store: StateStore) -> None:
-    assert await store.put_adapter(an_adapter("b/é"))
-    assert await store.put_adapter(an_adapter("a"))
-    assert await store.adapters() == [an_adapter("a"), an_adapter("b/é")]
+    whole = replace(an_adapter("b/é"), size=1 << 40, version=3, pinned=True, stamp="7:8", kind="reft")
+    assert await store.put_adapter(whole, expect=None)
+    assert await store.put_adapter(an_adapter("a"), expect=None)
+    assert await adapters_of(store) == [an_adapter("a"), whole]
+    assert await store.adapter("b/é") == whole
+    assert await store.adapter("c") is None
 
 
-async def test_a_name_moves_only_from_the_expected_version(store: StateStore) -> None:
-    assert not await store.put_adapter(an_adapter(digest="d1"), expect_digest="d0")
-    assert await store.put_adapter(an_adapter(digest="d1"), expect_digest="")
-    assert not await store.put_adapter(an_adapter(digest="d2"), expect_digest="")
-    assert await store.adapters() == [an_adapter(digest="d1")]
-    assert await store.put_adapter(an_adapter(digest="d2"), expect_digest="d1")
-    assert await store.put_adapter(an_adapter(digest="d3"))
-    assert await store.adapters() == [an_adapter(digest="d3")]
+async def test_a_name_moves_only_from_the_expected_entry(store: StateStore) -> None:
+    one, two = an_adapter(digest="d1"), an_adapter(digest="d2")
+    assert not await store.put_adapter(one, expect=two)
+    assert await store.put_adapter(one, expect=None)
+    assert not await store.put_adapter(two, expect=None)
+    assert not await store.put_adapter(two, expect=replace(one, pinned=True))
+    assert await adapters_of(store) == [one]
+    assert await store.put_adapter(two, expect=one)
+    assert await adapters_of(store) == [two]
 
 
 async def test_an_adapter_is_removed(store: StateStore) -> None:
-    await store.put_adapter(an_adapter())
-    assert await store.delete_adapter("ada")
-    assert not await store.delete_adapter("ada")
-    assert await store.adapters() == []
+    await store.put_adapter(an_adapter(), expect=None)
+    assert await store.delete_adapter("ada") == an_adapter()
+    assert await store.delete_adapter("ada") is None
+    assert await adapters_of(store) == []
+    assert await store.put_adapter(an_adapter(digest="d2"), expect=None)
+    assert await adapters_of(store) == [an_adapter(digest="d2")]
+
+
+async def test_changes_tell_what_is_new_since_a_revision(store: StateStore) -> None:
+    for name in "abc":
+        await store.put_adapter(an_adapter(name), expect=None)
+    seen = (await store.adapter_changes(0)).revision
+    assert await store.adapter_changes(seen) == AdapterChanges(seen, (), ())
+    await store.put_adapter(an_adapter("b", "d2"), expect=an_adapter("b"))
+    await store.delete_adapter("a")
+    await store.put_adapter(an_adapter("d"), expect=None)
+    await store.delete_adapter("d")
+    changes = await store.adapter_changes(seen)
+    assert changes == AdapterChanges(changes.revision, (an_adapter("b", "d2"),), ("a", "d"))
+    assert changes.revision > seen
+    assert (await store.adapter_changes(changes.revision)).put == ()
 
 
 async def test_another_client_sees_every_change(store: StateStore, url: str) -> None:
     other = open_store(url)
     for change in (
-        store.put_adapter(an_adapter("a")),
-        store.put_adapter(an_adapter("b")),
-        store.put_adapter(an_adapter("a", "d2"), expect_digest="d1"),
+        store.put_adapter(an_adapter("a"), expect=None),
+        store.put_adapter(an_adapter("b"), expect=None),
+        store.put_adapter(an_adapter("a", "d2"), expect=an_adapter("a")),
         store.delete_adapter("b"),
         store.delete_adapter("a"),
         store.put_worker(a_worker()),
         store.remove_worker("decode-0"),
     ):
         await change
-        assert await other.adapters() == await store.adapters()
+        assert await other.adapter_changes(0) == await store.adapter_changes(0)
         assert await other.workers() == await store.workers()
     await other.close()
-
-
-async def test_a_returned_list_is_the_callers_own(store: StateStore) -> None:
-    await store.put_adapter(an_adapter())
-    (await store.adapters()).clear()
-    assert await store.adapters() == [an_adapter()]
 
 
 async def test_everything_is_there_after_reopening(url: str) -> None:
     first = open_store(url)
     await first.put_worker(a_worker())
-    await first.put_adapter(an_adapter())
+    await first.put_adapter(an_adapter(), expect=None)
     await first.close()
     second = open_store(url)
     assert await second.workers() == [a_worker()]
-    assert await second.adapters() == [an_adapter()]
+    assert await adapters_of(second) == [an_adapter()]
     await second.close()
 
 
@@ -178,7 +199,7 @@ async def test_a_closed_store_says_so(url: str) -> None:
 
 
 async def test_tasks_of_one_process_may_write_at_once(store: StateStore) -> None:
-    won = await asyncio.gather(*(store.put_adapter(an_adapter(digest=f"d{i}"), expect_digest="") for i in range(20)))
+    won = await asyncio.gather(*(store.put_adapter(an_adapter(digest=f"d{i}"), expect=None) for i in range(20)))
     assert sum(won) == 1
     await asyncio.gather(*(store.put_worker(a_worker(f"w-{i:02}")) for i in range(20)))
     assert len(await store.workers()) == 20
@@ -191,7 +212,7 @@ async def test_processes_may_open_and_write_at_once(url: str) -> None:
     assert [writer.returncode for writer in writers] == [0] * 4
     wins = sum(int(output.split("won")[1]) for output, _ in outputs)
     store = open_store(url)
-    assert [adapter.digest for adapter in await store.adapters()] == [str(wins)]
+    assert [adapter.digest for adapter in await adapters_of(store)] == [str(wins)]
     assert len(await store.workers()) == 20
     await store.close()
 
@@ -206,8 +227,8 @@ async def test_a_killed_writer_leaves_a_usable_store(url: str) -> None:
         await asyncio.to_thread(writer.communicate)
         store = open_store(url)
         assert 1 <= len(await store.workers()) <= 5
-        (shared,) = await store.adapters()
-        assert await store.put_adapter(an_adapter("shared", str(int(shared.digest) + 1)), expect_digest=shared.digest)
+        (shared,) = await adapters_of(store)
+        assert await store.put_adapter(replace(shared, digest=str(int(shared.digest) + 1)), expect=shared)
         await store.close()
 
 

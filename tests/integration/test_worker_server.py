@@ -46,12 +46,12 @@ class StartFake(StartEngine):
         self.error: Exception | None = None
         self.arenas: list[str] = []
 
-    async def __call__(self, settings: Settings, role: Role, arena: str) -> FakeEngine:
+    async def __call__(self, settings: Settings, role: Role, arena: str, adapter_arena: str) -> FakeEngine:
         self.arenas.append(arena)
         await self.hold.wait()
         if self.error is not None:
             raise self.error
-        self.engines[role] = FakeEngine(role, arena)
+        self.engines[role] = FakeEngine(role, arena, adapter_arena)
         return self.engines[role]
 
 
@@ -59,7 +59,8 @@ class StartFake(StartEngine):
 def settings(tmp_path: Path) -> Settings:
     model = write_base(tmp_path / "base")
     own = {"staging_bytes": MiB, "max_num_seqs": 17}
-    return load_settings(None, {"model": str(model), "prefill": own, "decode": own})
+    state = {"state_dir": str(tmp_path / "state"), "store": {"host_bytes": MiB}}
+    return load_settings(None, {"model": str(model), "prefill": own, "decode": own, **state})
 
 
 @pytest.fixture
@@ -269,7 +270,7 @@ async def test_says_what_it_uses_now(cluster: Cluster, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("role", "own"),
-    [(Role.PREFILL, {"PrefillWorker"}), (Role.DECODE, {"DecodeWorker", "KvTransfer"})],
+    [(Role.PREFILL, {"PrefillWorker", "WorkerAdapters"}), (Role.DECODE, {"DecodeWorker", "KvTransfer"})],
 )
 async def test_health_and_reflection(cluster: Cluster, role: Role, own: set[str]) -> None:
     worker = cluster.prefill if role is Role.PREFILL else cluster.decode

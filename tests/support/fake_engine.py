@@ -11,14 +11,15 @@ import hashlib
 import struct
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from pathlib import Path
 
+from preft.adapters.digest import add_file_header
+from preft.adapters.packed import unpack
 from preft.core.cluster import Role
 from preft.core.errors import EngineFailed, InvalidAdapter, InvalidRequest, PreftError, WorkerLost
 from preft.core.request import AdapterRef, FinishReason, Sampling, TokenDelta, TokenLogprob
 from preft.engine.port import EngineInfo, EngineRequest, EngineStats, KvRegion
 from preft.transfer.seal import SEAL, read_seal, write_seal
-from preft.transfer.staging import StagingView, StaleRegion
+from preft.transfer.staging import Region, StagingView, StaleRegion
 
 BLOCK_SIZE = 4
 BLOCK_BYTES = 96
@@ -87,7 +88,9 @@ def _ending(sampling: Sampling, output: Sequence[int]) -> FinishReason | None:
 class FakeEngine:
     """An `Engine`. Everything below `stats` is for tests to read or to set."""
 
-    def __init__(self, role: Role, arena: str, *, kv_blocks: int = 64, max_model_len: int = 128) -> None:
+    def __init__(
+        self, role: Role, arena: str, adapter_arena: str = "", *, kv_blocks: int = 64, max_model_len: int = 128
+    ) -> None:
         self.info = EngineInfo("fake", BLOCK_SIZE, BLOCK_BYTES, kv_blocks, max_model_len, VOCABULARY, (1,))
         self.stats = EngineStats()
         self.going = asyncio.Event()  # tokens come only while it is set
@@ -95,10 +98,13 @@ class FakeEngine:
         self.failing: Callable[[EngineRequest, int], PreftError | None] = lambda request, made: None
         self.requests: list[EngineRequest] = []
         self.aborts = 0  # generators closed before their end
-        self.loaded: list[str] = []  # digests, in order of `load_adapter` calls
+        self.loaded: list[str] = []  # digests, in order of `place_adapter` calls
+        self.refused: set[str] = set()  # digests
         self.closed = False
         self._role = role
         self._view = StagingView(arena)
+        self._adapters = StagingView(adapter_arena) if adapter_arena else None
+        self._regions: dict[str, Region] = {}
         self._dead: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._preemptions = 0
         self._used = 0
@@ -130,14 +136,30 @@ class FakeEngine:
         finally:
             self._account(-1, -blocks)
 
-    async def load_adapter(self, adapter: AdapterRef) -> None:
-        """See Engine. Refuses a folder that isn't there."""
+    async def place_adapter(self, adapter: AdapterRef, region: Region) -> None:
+        """See Engine."""
         if self._dead.done():
             raise WorkerLost(f"the engine died: {self._dead.result()}")
         await asyncio.sleep(0)
-        if not (Path(adapter.path) / "adapter_config.json").exists():
+        if adapter.digest in self.refused:
             raise InvalidAdapter(f"adapter {adapter.name!r} was refused by the engine")
+        self._regions[adapter.digest] = region
+        self._find_adapter(adapter.digest)
         self.loaded.append(adapter.digest)
+
+    async def aborted(self) -> None:
+        """See Engine."""
+        await asyncio.sleep(0)
+
+    def _find_adapter(self, digest: str) -> None:
+        """Fails the test if the named content isn't in memory."""
+        assert self._adapters is not None
+        region, found = self._regions[digest], hashlib.sha256()
+        with self._adapters.hold(region.offset, region.size, region.nonce) as memory:
+            for name, content in unpack(memory).items():
+                add_file_header(found, name, len(content))
+                found.update(content)
+        assert found.hexdigest() == digest
 
     async def wait_dead(self) -> str:
         """See Engine."""
@@ -147,6 +169,8 @@ class FakeEngine:
         """See Engine."""
         self.closed = True
         self._view.close()
+        if self._adapters is not None:
+            self._adapters.close()
 
     def _check(self, request: EngineRequest) -> None:
         tokens = (*request.prompt_token_ids, *request.output_token_ids)
@@ -184,6 +208,8 @@ class FakeEngine:
                 return self._load(request.load, len(request.prompt_token_ids))
             except StaleRegion as error:
                 raise EngineFailed("the engine gave the request up") from error
+        if request.adapter is not None:
+            self._find_adapter(request.adapter.digest)
         kv = kv_of(request.adapter.digest if request.adapter else "", request.prompt_token_ids)
         self.stats.prompt_tokens_computed += len(request.prompt_token_ids)
         if request.save is not None:

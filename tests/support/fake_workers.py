@@ -17,12 +17,12 @@ from zlib import crc32
 
 import grpc.aio
 
-from preft.core.cluster import Role, Worker, WorkerLoad, WorkerState
+from preft.core.cluster import AdapterPlace, Role, Tier, Worker, WorkerLoad, WorkerState
 from preft.core.errors import InvalidRequest, PreftError, TransferFailed
 from preft.core.request import AdapterRef, FinishReason, GenerateRequest, Sampling, TokenDelta
 from preft.decode.session import DecodeSession, Put
-from preft.rpc import workers_pb2, workers_pb2_grpc
-from preft.rpc.convert import delta_to_proto
+from preft.rpc import common_pb2, workers_pb2, workers_pb2_grpc
+from preft.rpc.convert import delta_to_proto, place_to_proto
 from preft.rpc.status import abort
 
 EOS = 7
@@ -83,7 +83,11 @@ class FakeWorker:
     block_size: int = 16
     max_num_seqs: int = 64
     state: WorkerState = WorkerState.READY
-    adapters: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()  # digests
+    adapter_slots: int = 0
+    prefetched: list[str] = field(default_factory=list)  # digests, in order of the calls
+    load_faults: list[Fault | None] = field(default_factory=list)
+    load_seconds: float = 0.0
     faults: list[Fault | None] = field(default_factory=list)
     linger: float = 0.0  # seconds from the last message to the end of a call
     running: int = 0
@@ -99,6 +103,8 @@ class FakeWorker:
             workers_pb2_grpc.add_PrefillWorkerServicer_to_server(service, self.server)
         else:
             workers_pb2_grpc.add_DecodeWorkerServicer_to_server(service, self.server)
+        if self.role is not Role.DECODE:
+            workers_pb2_grpc.add_WorkerAdaptersServicer_to_server(AdaptersService(self), self.server)
         self.address = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
         await self.server.start()
 
@@ -126,6 +132,7 @@ class FakeWorker:
             pid=1,
             block_size=self.block_size,
             max_num_seqs=self.max_num_seqs,
+            adapter_slots=self.adapter_slots,
             heartbeat=heartbeat,
             load=load,
         )
@@ -208,6 +215,26 @@ class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
         token = token_at(request.prompt_token_ids, request.adapter.digest, index, 0)
         last = request.sampling.max_tokens == 1 and not request.resume
         return TokenDelta(index, (token,), finish_reason=FinishReason.LENGTH if last else None)
+
+
+class AdaptersService(workers_pb2_grpc.WorkerAdaptersServicer):
+    def __init__(self, worker: FakeWorker) -> None:
+        self.worker = worker
+
+    async def Prefetch(self, request: common_pb2.AdapterRef, context: Any) -> workers_pb2.PrefetchReply:
+        self.worker.prefetched.append(request.digest)
+        try:
+            if self.worker.load_faults and (fault := self.worker.load_faults.pop(0)):
+                await fault.strike()
+        except PreftError as error:
+            await abort(context, error)
+        await asyncio.sleep(self.worker.load_seconds)
+        self.worker.adapters = (*(digest for digest in self.worker.adapters if digest != request.digest), request.digest)
+        return workers_pb2.PrefetchReply()
+
+    async def Where(self, request: common_pb2.AdapterRef, context: Any) -> workers_pb2.WhereReply:
+        held = request.digest in self.worker.adapters
+        return place_to_proto(AdapterPlace(self.worker.id, Tier.HOST if held else Tier.SOURCE, 5.0))
 
 
 class DecodeService(workers_pb2_grpc.DecodeWorkerServicer):

@@ -1,17 +1,27 @@
-"""A Generator and an AdapterCatalog that need no workers: scripted tokens, failures on demand, a record of it all."""
+"""A Generator, an AdapterCatalog and AdapterPlaces that need no workers: scripted, failing on demand, recorded."""
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from preft.core.cluster import Adapter
-from preft.core.errors import AdapterExists, InvalidAdapter, ModelNotFound, PreftError
-from preft.core.request import FinishReason, GenerateRequest, TokenDelta, TokenLogprob
+from preft.core.cluster import Adapter, AdapterPlace
+from preft.core.errors import (
+    AdapterExists,
+    InvalidAdapter,
+    InvalidRequest,
+    ModelNotFound,
+    PreftError,
+    SourceNotFound,
+)
+from preft.core.ports import Progress
+from preft.core.request import AdapterRef, FinishReason, GenerateRequest, TokenDelta, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,36 +129,115 @@ class FakeGenerator:
             self.left.append(request.request_id)
 
 
+@dataclass
 class FakeCatalog:
-    """An AdapterCatalog in memory. A source is its own content: the digest is its hash. "broken" is refused."""
+    """An AdapterCatalog in memory. A source is its own content: the digest is its hash; so are an archive's bytes.
 
-    def __init__(self, base: str = "base", **adapters: str) -> None:
-        self._base = base
-        self._adapters = {name: self._adapter(name, source) for name, source in adapters.items()}
+    "broken" in a source or archive is refused, "missing" isn't there, "huge" can't be pinned. Every `add` reports
+    `steps` from a thread, waits for `gate` if there is one, and then raises `fail` if that is set.
+    """
+
+    base: str = "base"
+    steps: Sequence[tuple[int, int | None]] = ()
+    gate: asyncio.Event | None = None
+    fail: Exception | None = None
+    adding: int = 0
+    cancelled: list[str] = field(default_factory=list)
+    archives: dict[str, bytes] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._entries: dict[str, Adapter] = {}
+        self._sorted: tuple[Adapter, ...] = ()
+
+    @classmethod
+    def of(cls, **sources: str) -> FakeCatalog:
+        """A catalog with these adapters."""
+        catalog = cls()
+        catalog.put(*(_adapter(name, source, source.encode()) for name, source in sources.items()))
+        return catalog
+
+    def put(self, *adapters: Adapter) -> None:
+        """Entries as they are, unchecked."""
+        self._entries.update({adapter.name: adapter for adapter in adapters})
+        self._sorted = tuple(adapter for _, adapter in sorted(self._entries.items()))
 
     def get(self, name: str) -> Adapter | None:
-        return self._adapters.get(name)
+        return self._entries.get(name)
 
     def list(self) -> Sequence[Adapter]:
-        return [adapter for _, adapter in sorted(self._adapters.items())]
+        return self._sorted
 
-    async def add(self, name: str, source: str, *, replace: bool = False) -> Adapter:
-        if name == self._base:
-            raise InvalidAdapter(f"{name!r} is the base model's name", "name")
-        if "broken" in source:
-            raise InvalidAdapter(f"{source} has no adapter_model.safetensors")
-        new = self._adapter(name, source)
-        old = self._adapters.get(name)
-        if old is not None and old.digest != new.digest and not replace:
-            raise AdapterExists(f"{name!r} is another adapter already")
-        self._adapters[name] = new if old is None or old.digest != new.digest else old
-        return self._adapters[name]
+    async def add(self, name: str, source: str, *, replace: bool = False, progress: Progress | None = None) -> Adapter:
+        self.adding += 1
+        try:
+            for step in self.steps if progress else ():
+                await asyncio.to_thread(progress, *step)
+            if self.gate is not None:
+                await self.gate.wait()
+        except asyncio.CancelledError:
+            self.cancelled.append(name)
+            raise
+        finally:
+            self.adding -= 1
+        if "missing" in source:
+            raise SourceNotFound(f"nothing is at {source}")
+        return self._point(name, source, source.encode(), replace)
+
+    async def add_archive(self, name: str, archive: Path, *, replace: bool = False) -> Adapter:
+        content = await asyncio.to_thread(archive.read_bytes)
+        adapter = self._point(name, f"store:{name}", content, replace)
+        self.archives[name] = content
+        return adapter
+
+    async def pin(self, name: str, pinned: bool) -> Adapter:
+        adapter = self._known(name)
+        if pinned and "huge" in adapter.source:
+            raise InvalidRequest(f"there is no room to pin {name!r}: unpin another adapter first", "pinned")
+        self.put(dataclasses.replace(adapter, pinned=pinned))
+        return self._entries[name]
 
     async def remove(self, name: str) -> Adapter:
-        if name not in self._adapters:
-            raise ModelNotFound(f"there is no adapter {name!r}")
-        return self._adapters.pop(name)
+        adapter = self._known(name)
+        del self._entries[name]
+        self.put()
+        return adapter
 
-    def _adapter(self, name: str, source: str) -> Adapter:
-        digest = hashlib.sha256(source.encode()).hexdigest()
-        return Adapter(name, digest, f"/cache/{digest}", source, rank=8, created=time.time())
+    def _point(self, name: str, source: str, content: bytes, replace: bool) -> Adapter:
+        if self.fail is not None:
+            raise self.fail
+        if name == self.base:
+            raise InvalidAdapter(f"{name!r} is the base model's name", "name")
+        if b"broken" in content:
+            raise InvalidAdapter(f"{source} has no adapter_model.safetensors")
+        new = _adapter(name, source, content)
+        old = self._entries.get(name)
+        if old is not None and old.digest == new.digest:
+            return old
+        if old is not None:
+            if not replace:
+                raise AdapterExists(f"{name!r} is another adapter already")
+            new = dataclasses.replace(new, version=old.version + 1, pinned=old.pinned)
+        self.put(new)
+        return new
+
+    def _known(self, name: str) -> Adapter:
+        if name not in self._entries:
+            raise ModelNotFound(f"there is no adapter {name!r}")
+        return self._entries[name]
+
+
+def _adapter(name: str, source: str, content: bytes) -> Adapter:
+    digest = hashlib.sha256(content).hexdigest()
+    return Adapter(name, digest, source, rank=8, created=time.time(), size=len(content))
+
+
+@dataclass
+class FakePlaces:
+    """An AdapterPlaces that answers `here` for every adapter. `asked` holds what it was asked."""
+
+    here: Sequence[AdapterPlace] = ()
+    asked: list[AdapterRef] = field(default_factory=list)
+
+    async def places(self, adapter: AdapterRef) -> Sequence[AdapterPlace]:
+        self.asked.append(adapter)
+        return self.here

@@ -28,7 +28,7 @@ class Harness:
         await self.router.start()
 
     async def add_workers(self) -> None:
-        self.p = await self.cluster.add_prefill("p0")
+        self.p = await self.cluster.add_prefill("p0", adapters=("ada-digest", "bob-digest", "cyd-digest"))
         self.d = await self.cluster.add_decode("d0")
 
     async def second(self) -> tuple[FakePrefill, FakeDecode]:

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import grpc.aio
 
 from preft.adapters.digest import LORA_FILES, adapter_digest
+from preft.adapters.store import AdapterStore
 from preft.core.cluster import Role
 from preft.core.errors import PreftError
 from preft.core.request import AdapterRef, Sampling, TokenDelta
 from preft.decode.service import DecodeService
-from preft.engine.residency import ResidentAdapters
 from preft.prefill.service import PrefillService
 from preft.router.decode_stream import DecodeCall, DecodeStream
 from preft.rpc import workers_pb2, workers_pb2_grpc
@@ -30,6 +30,7 @@ from preft.transfer.port import KvHeader, checksum_of, hash_prompt
 from preft.transfer.receive import KvReceiver
 from preft.transfer.seal import SEAL, write_seal
 from preft.transfer.staging import StagingArena
+from support.adapter_tiers import adapter_store
 from support.fake_engine import FakeEngine, kv_of
 
 ARENA_BYTES = 8192
@@ -140,7 +141,7 @@ class PrefillRig:
         self,
         channel: grpc.aio.Channel,
         engine: FakeEngine,
-        adapters: ResidentAdapters,
+        adapters: AdapterStore,
         arena: StagingArena,
         sink: KvSink,
     ) -> None:
@@ -231,15 +232,18 @@ class DecodeRig:
 
 @asynccontextmanager
 async def prefill_rig(
-    engine_type: type[FakeEngine] = FakeEngine, *, max_adapters: int = 4, sink: KvSink | None = None
+    engine_type: type[FakeEngine] = FakeEngine, *, host_bytes: int = ARENA_BYTES, sink: KvSink | None = None
 ) -> AsyncIterator[PrefillRig]:
     """After use nothing may be left: no byte, no running request."""
     arena, sink = StagingArena.create(ARENA_BYTES), sink or KvSink()
-    engine = engine_type(Role.PREFILL, arena.path)
-    adapters = ResidentAdapters(engine, max_adapters)
-    service = PrefillService(engine, adapters, arena, sink.sender, FINGERPRINT)
+    memory = StagingArena.create(host_bytes)
+    engine = engine_type(Role.PREFILL, arena.path, memory.path)
     try:
-        async with channel_to(workers_pb2_grpc.add_PrefillWorkerServicer_to_server, service) as channel:
+        async with AsyncExitStack() as opened:
+            adapters = await opened.enter_async_context(adapter_store(engine, memory))
+            service = PrefillService(engine, adapters, arena, sink.sender, FINGERPRINT)
+            serve = channel_to(workers_pb2_grpc.add_PrefillWorkerServicer_to_server, service)
+            channel = await opened.enter_async_context(serve)
             rig = PrefillRig(channel, engine, adapters, arena, sink)
             rig.service = service
             yield rig
@@ -247,6 +251,7 @@ async def prefill_rig(
     finally:
         sink.handles.close()
         arena.close()
+        memory.close()
         sink.arena.close()
         await engine.close()
 

@@ -1,7 +1,7 @@
 """The AdapterCatalog: names, the version each points to, and the way in for new ones.
 
-Owns no memory of its own: entries live in the state store, content in `storage`. What `get` and `list` read is a copy
-of the store that `refresh` brings up to date; `watch` does so until it's cancelled.
+Owns no memory of its own: entries live in the state store, content in its source and, for as long as there is room, in
+the disk tier. What `get` and `list` read is a copy of the store that `refresh` brings up to date.
 """
 
 from __future__ import annotations
@@ -9,16 +9,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import shutil
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from preft.adapters.archive import unpack_archive
 from preft.adapters.base_model import BaseModel
-from preft.adapters.folder import AdapterSummary, check_adapter, check_files
-from preft.adapters.storage import keep_copy
+from preft.adapters.digest import adapter_digest
+from preft.adapters.disk_tier import DiskTier
+from preft.adapters.folder import AdapterSummary, check_adapter
+from preft.adapters.sources import AdapterSource, open_source
 from preft.core.cluster import Adapter
-from preft.core.errors import AdapterExists, InvalidAdapter, ModelNotFound, PreftError
-from preft.core.ports import StateStore
+from preft.core.errors import AdapterExists, InvalidAdapter, InvalidRequest, ModelNotFound, PreftError, Unavailable
+from preft.core.ports import Progress, StateStore
 
 logger = logging.getLogger(__name__)
 
@@ -27,88 +33,183 @@ NOT_PREFILL_ONLY = (
     "one that was trained to act on the output too answers worse, up to not at all"
 )
 NAME = re.compile(r"[A-Za-z0-9._/-]{1,128}")
+PINNED_SHARE = 0.5  # of host memory and of the disk tier: what isn't pinned needs room as well
 
 
-class Catalog:
-    """An AdapterCatalog over `store`, whose checked copies lie in `folder`."""
+class CatalogView:
+    """The catalog as one process sees it: up to date to the last `refresh`, and free to read."""
 
-    def __init__(
-        self,
-        store: StateStore,
-        folder: Path,
-        base: BaseModel,
-        base_name: str,
-        max_rank: int,
-        max_bytes: int | None = None,
-    ) -> None:
-        """`base_name` is taken; `max_rank` is the highest rank served; larger folders than `max_bytes` are refused."""
+    def __init__(self, store: StateStore) -> None:
         self._store = store
-        self._folder = folder
-        self._base = base
-        self._base_name = base_name
-        self._max_rank = max_rank
-        self._max_bytes = max_bytes
-        self._entries: list[Adapter] = []
+        self._revision = 0
         self._by_name: dict[str, Adapter] = {}
+        self._names_of: dict[str, set[str]] = {}  # by digest
+        self._sorted: tuple[Adapter, ...] | None = ()
+        self.pinned: frozenset[str] = frozenset()  # digests
 
     def get(self, name: str) -> Adapter | None:
-        """The version `name` points to, as of the last refresh."""
+        """The version `name` points to."""
         return self._by_name.get(name)
 
     def list(self) -> Sequence[Adapter]:
-        """All entries by name, as of the last refresh."""
-        return tuple(self._entries)
+        """All entries by name; the same object until something changes."""
+        if self._sorted is None:
+            self._sorted = tuple(adapter for _, adapter in sorted(self._by_name.items()))
+        return self._sorted
 
-    async def refresh(self) -> None:
-        """Brings the copy up to date. Raises Unavailable if the store can't be read; then the old copy stays."""
-        entries = await self._store.adapters()
-        if entries != self._entries:
-            self._entries = entries
-            self._by_name = {adapter.name: adapter for adapter in entries}
+    def named(self, digest: str) -> bool:
+        """Whether some name points to this content."""
+        return digest in self._names_of
 
-    async def watch(self, interval: float) -> None:
-        """Refreshes every `interval` seconds until cancelled, also through times when the store can't be read."""
+    async def refresh(self) -> Collection[str]:
+        """Brings the copy up to date; returns the digests that no name points to any more.
+
+        Raises Unavailable if the store can't be read; then the old copy stays.
+        """
+        changes = await self._store.adapter_changes(self._revision)
+        if changes.revision <= self._revision:
+            return ()  # another refresh was quicker
+        self._revision = changes.revision
+        left = set()
+        for name in (*changes.removed, *(adapter.name for adapter in changes.put)):
+            old = self._by_name.pop(name, None)
+            if old is not None:
+                names = self._names_of[old.digest]
+                names.discard(name)
+                if not names:
+                    del self._names_of[old.digest]
+                    left.add(old.digest)
+        for adapter in changes.put:
+            self._by_name[adapter.name] = adapter
+            self._names_of.setdefault(adapter.digest, set()).add(adapter.name)
+            left.discard(adapter.digest)
+        self._sorted = None
+        self.pinned = frozenset(adapter.digest for adapter in self._by_name.values() if adapter.pinned)
+        return left
+
+    async def watch(self, interval: float, on_change: Callable[[Collection[str]], None] | None = None) -> None:
+        """Refreshes every `interval` seconds until cancelled, also through times when the store can't be read.
+
+        `on_change` is told after each change, with what `refresh` returned.
+        """
         failing = False
         while True:
             await asyncio.sleep(interval)
             try:
-                await self.refresh()
+                revision = self._revision
+                left = await self.refresh()
+                if on_change is not None and self._revision != revision:
+                    on_change(left)
                 failing = False
             except PreftError as error:
                 if not failing:
                     logger.warning("the adapter catalog is not up to date: %s", error)
                 failing = True
 
-    async def add(self, name: str, source: str, *, replace: bool = False) -> Adapter:
-        """Checks the folder `source`, keeps a copy and points `name` to it; equal content under the name is fine.
 
-        Raises InvalidAdapter, AdapterExists (other content and no `replace`), Unavailable (disk or store).
+@dataclass(frozen=True, slots=True)
+class CatalogLimits:
+    """`max_rank`: the highest rank served. `pinned_bytes`: of all pinned adapters. `source_timeout` in seconds."""
+
+    max_rank: int
+    pinned_bytes: int
+    max_adapter_bytes: int
+    source_timeout: float
+
+
+class Catalog(CatalogView):
+    """An AdapterCatalog over `store`. New content is checked in the disk tier."""
+
+    def __init__(
+        self,
+        store: StateStore,
+        disk: DiskTier,
+        uploads: Path,
+        base: BaseModel,
+        base_name: str,
+        limits: CatalogLimits,
+    ) -> None:
+        """`uploads` is where the content of archives stays; `base_name` is taken."""
+        super().__init__(store)
+        self._disk = disk
+        self._uploads = uploads
+        self._base = base
+        self._base_name = base_name
+        self._limits = limits
+
+    async def refresh(self) -> Collection[str]:
+        left = await super().refresh()
+        self._disk.pinned = self.pinned
+        return left
+
+    async def add(self, name: str, source: str, *, replace: bool = False, progress: Progress | None = None) -> Adapter:
+        """Fetches `source` and checks it, and points `name` to it; equal content under the name is fine.
+
+        Raises InvalidAdapter, SourceNotFound, AdapterExists (other content and no `replace`), Unavailable.
         """
         self._check_name(name)
-        digest, found = await asyncio.to_thread(self._keep, Path(source))
-        path = str(self._folder / digest)
-        if not found.prefill_only:
-            logger.warning("adapter %r: %s", name, NOT_PREFILL_ONLY)
-        adapter = Adapter(name, digest, path, source, found.rank, found.kind, found.prefill_only, time.time())
+        opened = open_source(source, timeout=self._limits.source_timeout)
+        adapter = await asyncio.to_thread(self._fetch, name, opened, progress)
+        return await self._put(adapter, replace)
+
+    async def add_archive(self, name: str, archive: Path, *, replace: bool = False) -> Adapter:
+        """Like `add`, with the content of a tar or zip file, which stays until no name points to it any more."""
+        self._check_name(name)
+        folder = await asyncio.to_thread(self._unpack, archive)
+        return await self.add(name, str(folder), replace=replace)
+
+    async def pin(self, name: str, pinned: bool) -> Adapter:
+        """Keeps the adapter in host memory and on disk, or no longer.
+
+        Raises ModelNotFound, and InvalidRequest if there is no room for it beside the other pinned ones.
+        """
         while True:
-            current = await self._stored(name)
-            if current is not None and current.digest == digest and current.path == path:
-                break
-            if current is not None and current.digest != digest and not replace:
-                raise AdapterExists(f"adapter {name!r} exists with other content: remove it first, or replace it")
-            if await self._store.put_adapter(adapter, expect_digest=current.digest if current else ""):
-                current = adapter
-                break
-        await self.refresh()
-        return current
+            current = await self._store.adapter(name)
+            if current is None:
+                raise ModelNotFound(f"no adapter is named {name!r}")
+            if pinned and not current.pinned:
+                await self.refresh()
+                sizes = {adapter.digest: adapter.size for adapter in self.list() if adapter.pinned}
+                total = sum({**sizes, current.digest: current.size}.values())
+                if total > self._limits.pinned_bytes:
+                    raise InvalidRequest(
+                        f"with {name!r} the pinned adapters have {total} bytes, more than the "
+                        f"{self._limits.pinned_bytes} that may be pinned: unpin another, or raise store.host_bytes",
+                        param="pinned",
+                    )
+            changed = replace(current, pinned=pinned)
+            if await self._store.put_adapter(changed, expect=current):
+                await self.refresh()
+                return changed
 
     async def remove(self, name: str) -> Adapter:
-        """Forgets `name`. Its content stays on disk: running requests finish on it. Raises ModelNotFound."""
-        current = await self._stored(name)
-        if current is None or not await self._store.delete_adapter(name):
+        """Forgets `name`. Requests that run finish on its content. Raises ModelNotFound."""
+        removed = await self._store.delete_adapter(name)
+        if removed is None:
             raise ModelNotFound(f"no adapter is named {name!r}")
         await self.refresh()
-        return current
+        await self._drop_upload(removed.source)
+        return removed
+
+    async def _put(self, adapter: Adapter, replacing: bool) -> Adapter:
+        """Points the name to new content; what says the same as the present entry changes nothing."""
+        while True:
+            current = await self._store.adapter(adapter.name)
+            if current is None:
+                wanted = adapter
+            elif current.digest == adapter.digest:
+                wanted = replace(current, source=adapter.source, stamp=adapter.stamp)
+            elif replacing:
+                wanted = replace(adapter, version=current.version + 1, pinned=current.pinned)
+            else:
+                raise AdapterExists(
+                    f"adapter {adapter.name!r} exists with other content: remove it first, or replace it"
+                )
+            if wanted == current or await self._store.put_adapter(wanted, expect=current):
+                await self.refresh()
+                if current is not None:
+                    await self._drop_upload(current.source)
+                return wanted
 
     def _check_name(self, name: str) -> None:
         if not NAME.fullmatch(name):
@@ -118,10 +219,43 @@ class Catalog:
         if name == self._base_name:
             raise InvalidAdapter(f"{name!r} is the base model's name: give the adapter another", param="name")
 
-    def _keep(self, source: Path) -> tuple[str, AdapterSummary]:
-        check_files(source, self._max_bytes)
-        return keep_copy(source, self._folder, lambda copy: check_adapter(copy, self._base, self._max_rank))
+    def _fetch(self, name: str, source: AdapterSource, progress: Progress | None) -> Adapter:
+        stamp = source.stamp()
+        digest, found = self._disk.fetch(source, self._check, progress=progress)
+        if not found.prefill_only:
+            logger.warning("adapter %r: %s", name, NOT_PREFILL_ONLY)
+        return Adapter(
+            name,
+            digest,
+            source.uri,
+            found.rank,
+            found.kind,
+            found.prefill_only,
+            created=time.time(),
+            size=found.size,
+            stamp=stamp,
+        )
 
-    async def _stored(self, name: str) -> Adapter | None:
-        """The entry as the store has it now: other processes may have changed it since the last refresh."""
-        return next((adapter for adapter in await self._store.adapters() if adapter.name == name), None)
+    def _check(self, copy: Path) -> AdapterSummary:
+        return check_adapter(copy, self._base, self._limits.max_rank)
+
+    def _unpack(self, archive: Path) -> Path:
+        """The archive's content in a folder of its own, named by its digest."""
+        try:
+            self._uploads.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self._uploads, prefix=".unfinished-") as unpacked:
+                folder = Path(unpacked) / "adapter"
+                folder.mkdir()
+                unpack_archive(archive, folder, self._limits.max_adapter_bytes)
+                self._check(folder)
+                target = self._uploads / adapter_digest(folder)
+                if not target.exists():
+                    folder.rename(target)
+                return target
+        except OSError as error:
+            raise Unavailable(f"the archive can't be kept in {self._uploads}: {error.strerror or error}") from error
+
+    async def _drop_upload(self, source: str) -> None:
+        """Removes the content of an archive that no name has as its source any more."""
+        if Path(source).parent == self._uploads and all(entry.source != source for entry in self._by_name.values()):
+            await asyncio.to_thread(shutil.rmtree, source, ignore_errors=True)

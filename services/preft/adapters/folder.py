@@ -1,4 +1,4 @@
-"""Checks an adapter's folder, of whichever kind, before it is copied and after. Owns nothing but the order."""
+"""Checks an adapter's folder, of whichever kind, against the base model. Owns nothing but the order."""
 
 from __future__ import annotations
 
@@ -7,37 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from preft.adapters.base_model import BaseModel
-from preft.adapters.digest import CONFIG_FILE, PREFILL_ONLY, REFT_CONFIG_FILE, WEIGHTS_FILE, adapter_files, file_size
+from preft.adapters.digest import CONFIG_FILE, PREFILL_ONLY, REFT_CONFIG_FILE, adapter_files, file_size
 from preft.adapters.peft_format import check_lora
 from preft.adapters.reft_format import check_reft
-from preft.core.errors import InvalidAdapter
-
-PICKLES = ("adapter_model.bin", "adapter_model.pt")
-
-
-def check_files(folder: Path, max_bytes: int | None = None) -> None:
-    """Cheap checks on the folder itself, before anything is copied. Raises InvalidAdapter."""
-    if not folder.is_dir():
-        raise InvalidAdapter(f"{folder} is not a folder")
-    names = adapter_files(folder)
-    if CONFIG_FILE in names:
-        file_size(folder, CONFIG_FILE)
-        _refuse_pickles(folder)
-    size = sum(file_size(folder, name) for name in names)
-    if max_bytes is not None and size > max_bytes:
-        raise InvalidAdapter(f"{folder} holds an adapter of {size} bytes, more than the limit of {max_bytes}")
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterSummary:
     """What the catalog remembers of a folder that passed: "lora", "reft" or "lora+reft", and its highest rank.
 
-    `prefill_only` is whether its configuration says that it was trained for the prompt pass alone.
+    `prefill_only` is whether its configuration says that it was trained for the prompt pass alone; `size` its files'
+    bytes.
     """
 
     kind: str
     rank: int
     prefill_only: bool
+    size: int
 
 
 def check_adapter(folder: Path, base: BaseModel, max_rank: int) -> AdapterSummary:
@@ -50,15 +36,5 @@ def check_adapter(folder: Path, base: BaseModel, max_rank: int) -> AdapterSummar
     }
     configs = [json.loads((folder / file).read_bytes()) for file in (CONFIG_FILE, REFT_CONFIG_FILE) if file in names]
     prefill_only = all(config.get(PREFILL_ONLY) is True for config in configs)
-    return AdapterSummary("+".join(ranks), max(ranks.values()), prefill_only)
-
-
-def _refuse_pickles(folder: Path) -> None:
-    if (folder / WEIGHTS_FILE).exists():
-        return
-    for name in PICKLES:
-        if (folder / name).exists():
-            raise InvalidAdapter(
-                f"{name} in {folder} is a pickle file, which can run code when it is loaded: "
-                f"save the adapter as {WEIGHTS_FILE}"
-            )
+    size = sum(file_size(folder, name) for name in names)
+    return AdapterSummary("+".join(ranks), max(ranks.values()), prefill_only, size)

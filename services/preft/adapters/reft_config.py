@@ -31,9 +31,15 @@ class ReftConfig:
 def read_reft_config(folder: Path) -> ReftConfig:
     """The config in `folder`. Raises InvalidAdapter, naming the field, if it's broken or not supported."""
     try:
-        config = json.loads((folder / REFT_CONFIG_FILE).read_bytes())
+        return parse_reft_config((folder / REFT_CONFIG_FILE).read_bytes())
     except OSError as error:
         raise InvalidAdapter(f"{REFT_CONFIG_FILE} can't be read: {error.strerror}") from error
+
+
+def parse_reft_config(content: bytes) -> ReftConfig:
+    """The config in a file's `content`. Raises InvalidAdapter, naming the field."""
+    try:
+        config = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise InvalidAdapter(f"{REFT_CONFIG_FILE} is not valid JSON: {error}") from error
     if not isinstance(config, dict):

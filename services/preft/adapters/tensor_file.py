@@ -47,6 +47,17 @@ def read_entries(path: Path) -> dict[str, TensorEntry]:
         if not 2 <= header_bytes <= min(MAX_HEADER, size - 8):
             raise BrokenTensorFile("it is not a safetensors file, or cut short")
         raw = file.read(header_bytes)
+    return _entries(raw, size)
+
+
+def entries_in(memory: memoryview) -> dict[str, TensorEntry]:
+    """All tensors of a file that lies in memory. Raises BrokenTensorFile."""
+    header_bytes = int.from_bytes(memory[:8], "little")
+    return _entries(bytes(memory[8 : 8 + header_bytes]), len(memory))
+
+
+def _entries(raw: bytes, size: int) -> dict[str, TensorEntry]:
+    """What a header says about a file of `size` bytes."""
     try:
         header = json.loads(raw)
     except (ValueError, RecursionError) as error:
@@ -54,7 +65,7 @@ def read_entries(path: Path) -> dict[str, TensorEntry]:
     if not isinstance(header, dict):
         raise BrokenTensorFile("it is not a safetensors file: its header is not a JSON object")
     header.pop("__metadata__", None)
-    data_start = 8 + header_bytes
+    data_start = 8 + len(raw)
     entries = {name: _entry(name, value, data_start) for name, value in header.items()}
     expected = data_start
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):

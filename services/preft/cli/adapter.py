@@ -1,42 +1,56 @@
-"""`preft adapter`: add, list, show and remove, over the `/v1/adapters` of a running server; and convert."""
+"""`preft adapter`: what a running server's `/v1/adapters` can do, in verbs; and convert, which needs no server."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
-from preft.adapters.catalog import NOT_PREFILL_ONLY
+from preft.cli.adapter_add import Entry, add_arguments
 from preft.cli.server import Server, add_url
 from preft.cli.table import table
-from preft.core.errors import InvalidAdapter, ModelNotFound
 
-COLUMNS = ("name", "kind", "rank", "digest", "source")
+COLUMNS = ("name", "kind", "rank", "size", "version", "pinned", "digest", "source")
+PAGE = 1000  # the most that the server gives at once
 
 
 def add_parser(commands: Any) -> None:
     """Adds `adapter` and its verbs to the subcommands."""
     parser: argparse.ArgumentParser = commands.add_parser(
-        "adapter", help="add, list, show and remove adapters of a running server; convert others' folders"
+        "adapter", help="add, list, show, pin and remove adapters of a running server; convert others' folders"
     )
     verbs = parser.add_subparsers(title="verbs", dest="verb", required=True, metavar="VERB")
-    adding = verbs.add_parser("add", help="check a LoRA or ReFT folder and serve it under NAME")
-    adding.add_argument("name", metavar="NAME")
-    adding.add_argument("folder", metavar="DIR", help="a folder that the server can read")
-    adding.add_argument("--replace", action="store_true", help="NAME may hold other weights; new requests get these")
-    adding.set_defaults(run=add)
-    listing = verbs.add_parser("list", help="all adapters, by name")
+    adding = verbs.add_parser("add", help="check a LoRA or ReFT adapter and serve it under NAME")
+    add_arguments(adding)
+    listing = verbs.add_parser("list", help="adapters by name")
+    listing.add_argument("--search", metavar="TEXT", help="only names that hold TEXT, in any case")
+    listing.add_argument("--kind", choices=("lora", "reft", "lora+reft"), help="only these")
+    listing.add_argument("--pinned", action="store_true", help="only pinned ones")
+    listing.add_argument("--limit", metavar="N", type=_count, help="the first N (default: all)")
     listing.set_defaults(run=list_all)
-    showing = verbs.add_parser("show", help="one adapter")
-    showing.add_argument("name", metavar="NAME")
-    showing.set_defaults(run=show)
-    removing = verbs.add_parser("remove", help="forget an adapter; running requests finish on it")
-    removing.add_argument("name", metavar="NAME")
-    removing.set_defaults(run=remove)
+    named = {
+        "show": (show, "one adapter, and which worker has it where"),
+        "remove": (remove, "forget an adapter; running requests finish on it"),
+        "pin": (pin, "keep an adapter in the host memory of every prefill worker"),
+        "unpin": (unpin, "let an adapter leave host memory again when others need the room"),
+    }
+    served = [adding, listing]
+    for verb, (run, text) in named.items():
+        one = verbs.add_parser(verb, help=text)
+        one.add_argument("name", metavar="NAME")
+        one.set_defaults(run=run)
+        served.append(one)
+    for one in served:
+        add_url(one)
+        one.add_argument("--json", action="store_true", help="print JSON")
+    _add_convert(verbs)
+
+
+def _add_convert(verbs: Any) -> None:
     converting = verbs.add_parser("convert", help="make a ReFT folder from a folder that pyreft saved")
     converting.add_argument("source", metavar="SOURCE", type=Path, help="pyreft's folder: config.json, intkey_*.bin")
     converting.add_argument("target", metavar="TARGET", type=Path, help="folder to write")
@@ -47,22 +61,6 @@ def add_parser(commands: Any) -> None:
         help="prompt positions that it was trained for, which pyreft doesn't save: all, or such as f2, l3, f2+l3",
     )
     converting.set_defaults(run=convert)
-    for verb in (adding, listing, showing, removing):
-        add_url(verb)
-        verb.add_argument("--json", action="store_true", help="print JSON")
-
-
-def add(args: argparse.Namespace) -> int:
-    """Adds the folder. Raises PreftError if the server refuses it."""
-    folder = os.path.abspath(os.path.expanduser(args.folder))
-    if not os.path.isdir(folder):
-        raise InvalidAdapter(f"{folder} is not a folder: name the one with the adapter's configuration and weights")
-    body = {"name": args.name, "path": folder, "replace": args.replace}
-    entry = Server(args.url).call("POST", "/v1/adapters", body)
-    print(json.dumps(entry) if args.json else f"{entry['name']} is served now (digest {entry['digest'][:12]})")
-    if not entry["prefill_only"]:
-        print(f"warning: {entry['name']}: {NOT_PREFILL_ONLY}", file=sys.stderr)
-    return 0
 
 
 def convert(args: argparse.Namespace) -> int:
@@ -75,8 +73,8 @@ def convert(args: argparse.Namespace) -> int:
 
 
 def list_all(args: argparse.Namespace) -> int:
-    """Prints the catalog."""
-    entries = _entries(args.url)
+    """Prints the catalog, or the part of it that was asked for."""
+    entries = list(_entries(args))
     if args.json:
         print(json.dumps(entries))
     else:
@@ -85,26 +83,79 @@ def list_all(args: argparse.Namespace) -> int:
 
 
 def show(args: argparse.Namespace) -> int:
-    """Prints one entry in full. Raises ModelNotFound."""
-    for entry in _entries(args.url):
-        if entry["name"] == args.name:
-            lines = [f"{key}: {value}" for key, value in entry.items()]
-            print(json.dumps(entry) if args.json else "\n".join(lines))
-            return 0
-    raise ModelNotFound(f"there is no adapter {args.name!r}: `preft adapter list` shows all")
+    """Prints one entry in full. Raises PreftError if there is none."""
+    entry = Server(args.url).call("GET", _path(args.name))
+    if args.json:
+        print(json.dumps(entry))
+        return 0
+    places = entry.pop("workers")
+    print("\n".join(f"{key}: {value}" for key, value in entry.items()))
+    if places:
+        print(table([("worker", "tier", "users", "last used"), *map(_place, places)]))
+    return 0
 
 
 def remove(args: argparse.Namespace) -> int:
     """Removes one entry. Raises PreftError if there is none."""
-    entry = Server(args.url).call("DELETE", f"/v1/adapters/{quote(args.name, safe='')}")
+    entry = Server(args.url).call("DELETE", _path(args.name))
     print(json.dumps(entry) if args.json else f"{args.name} is no longer served")
     return 0
 
 
-def _entries(url: str) -> list[dict[str, Any]]:
-    entries: list[dict[str, Any]] = Server(url).call("GET", "/v1/adapters")["data"]
-    return entries
+def pin(args: argparse.Namespace) -> int:
+    """Pins one adapter. Raises PreftError if there is none, or no room for it."""
+    entry = Server(args.url).call("PATCH", _path(args.name), {"pinned": True})
+    print(json.dumps(entry) if args.json else f"{args.name} stays in host memory now")
+    return 0
 
 
-def _row(entry: dict[str, Any]) -> list[str]:
-    return [str(entry.get(column, ""))[: 12 if column == "digest" else None] for column in COLUMNS]
+def unpin(args: argparse.Namespace) -> int:
+    """Unpins one adapter. Raises PreftError if there is none."""
+    entry = Server(args.url).call("PATCH", _path(args.name), {"pinned": False})
+    print(json.dumps(entry) if args.json else f"{args.name} may leave host memory now")
+    return 0
+
+
+def _entries(args: argparse.Namespace) -> Iterator[Entry]:
+    """What matches, fetched page by page."""
+    query = {"search": args.search, "kind": args.kind, "pinned": "true" if args.pinned else None}
+    given = {name: value for name, value in query.items() if value is not None}
+    server, left, after = Server(args.url), args.limit, ""
+    while left is None or left > 0:
+        limit = PAGE if left is None else min(left, PAGE)
+        page = server.call("GET", f"/v1/adapters?{urlencode({**given, 'limit': limit, 'after': after})}")
+        yield from page["data"]
+        if not page["has_more"]:
+            return
+        after = page["last_id"]
+        left = None if left is None else left - len(page["data"])
+
+
+def _path(name: str) -> str:
+    return f"/v1/adapters/{quote(name, safe='')}"
+
+
+def _row(entry: Entry) -> list[str]:
+    pinned = "yes" if entry["pinned"] else "no"
+    shown = {**entry, "size": _size(entry["size"]), "pinned": pinned, "digest": entry["digest"][:12]}
+    return [str(shown[column]) for column in COLUMNS]
+
+
+def _place(place: dict[str, Any]) -> list[str]:
+    used = place["last_used"]
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(used)) if used else "never"
+    return [place["worker"], place["tier"], str(place["users"]), when]
+
+
+def _size(size: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f}{unit}" if unit == "B" else f"{size:.1f}{unit}"
+        size /= 1024
+    return f"{size:.1f}GiB"
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, not {text!r}")
+    return int(text)

@@ -17,6 +17,7 @@ FLAGS = {  # flag's name in the parsed arguments -> dotted key of the setting
     "dtype": "dtype",
     "max_model_len": "max_model_len",
     "state_dir": "state_dir",
+    "adapter_dir": "adapter_dir",
     "prefill": "prefill.replicas",
     "decode": "decode.replicas",
     "colocated": "colocated",
@@ -32,7 +33,15 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--model", metavar="DIR", help="base model: config.json, weights, tokenizer.json")
     parser.add_argument(
-        "--adapter", metavar="NAME=DIR", action="append", type=_adapter, default=[], help="adapter folder; repeatable"
+        "--adapter",
+        metavar="NAME=SOURCE",
+        action="append",
+        type=_adapter,
+        default=[],
+        help="adapter folder or URI (s3://, gs://, https://, hf://); repeatable",
+    )
+    parser.add_argument(
+        "--adapter-dir", metavar="DIR", help="a folder of adapters, each under its subfolder's name; changes are followed"
     )
     parser.add_argument("--prefill", metavar="N", type=int, help="prefill workers")
     parser.add_argument("--decode", metavar="N", type=int, help="decode workers")
@@ -120,7 +129,7 @@ def _value(key: str, text: str) -> Any:
 def _adapter(text: str) -> tuple[str, str]:
     name, equals, folder = text.partition("=")
     if not (name and equals and folder):
-        raise argparse.ArgumentTypeError(f"{text!r} must look like NAME=DIR")
+        raise argparse.ArgumentTypeError(f"{text!r} must look like NAME=SOURCE")
     return name, folder
 
 

@@ -1,4 +1,7 @@
-"""A running server, as the subcommands talk to it: JSON over HTTP with the standard library. Knows no endpoints."""
+"""A running server, as the subcommands talk to it: JSON, events and uploads with the standard library.
+
+Knows no endpoints, and asks no proxy: one that is set in the environment is for the way out.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,18 @@ import argparse
 import http.client
 import json
 import os
-import urllib.error
-import urllib.request
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from preft.core.errors import ConfigError, PreftError, Unavailable
 
 DEFAULT_URL = "http://127.0.0.1:8000"
-TIMEOUT_SECONDS = 120.0  # adding an adapter reads, checks and copies its weights
-
-# Proxies are for the way out; one set in the environment would be asked for 127.0.0.1 too.
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+TIMEOUT_SECONDS = 120.0  # of silence
+UPLOAD_TIMEOUT_SECONDS = 600.0  # the server is silent while it checks and keeps what came
+_JSON = {"Content-Type": "application/json"}
 
 
 def add_url(parser: argparse.ArgumentParser) -> None:
@@ -28,41 +31,87 @@ def add_url(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """The server at `url`."""
+    """The server at `url`. May be used by several threads.
+
+    All calls raise PreftError with the server's own sentence if it refuses, Unavailable if nobody answers, ConfigError
+    if the address isn't one.
+    """
 
     url: str
 
     def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        """The decoded JSON answer, None if it is empty.
+        """The decoded JSON answer, None if it is empty."""
+        with self._asked(method, path, None if body is None else json.dumps(body).encode(), _JSON) as reply:
+            answer = reply.read()
+        return self._decoded(path, answer)
 
-        Raises PreftError with the server's own sentence if it refuses, Unavailable if nobody answers, ConfigError if
-        the address isn't one.
-        """
+    def upload(self, path: str, parts: Iterable[bytes], size: int) -> Any:
+        """PUTs the `size` bytes of `parts` as they come; the decoded JSON answer. Errors of `parts` are passed on."""
+        headers = {"Content-Type": "application/octet-stream", "Content-Length": str(size)}
+        with self._asked("PUT", path, parts, headers, UPLOAD_TIMEOUT_SECONDS) as reply:
+            answer = reply.read()
+        return self._decoded(path, answer)
+
+    def events(self, method: str, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The server-sent events as they come. One that is an error is raised; so is an end before the last."""
+        with self._asked(method, path, json.dumps(body).encode(), _JSON) as reply:
+            if reply.headers.get_content_type() != "text/event-stream":
+                raise PreftError(f"{self.url}{path} didn't answer with events: is this a PreFT server?")
+            for line in reply:
+                if not line.startswith(b"data: "):  # a comment, or the empty line after an event
+                    continue
+                data = line.removeprefix(b"data: ").strip()
+                if data == b"[DONE]":
+                    return
+                event = self._decoded(path, data)
+                if "error" in event:
+                    raise PreftError(event["error"]["message"])
+                yield event
+            raise Unavailable(f"the server at {self.url} broke off: try again, and look at its log if it does so again")
+
+    @contextmanager
+    def _asked(
+        self,
+        method: str,
+        path: str,
+        data: bytes | Iterable[bytes] | None,
+        headers: dict[str, str],
+        timeout: float = TIMEOUT_SECONDS,
+    ) -> Iterator[http.client.HTTPResponse]:
         if not self.url.startswith(("http://", "https://")):
             raise ConfigError(f"--url must start with http:// or https://, not {self.url!r}")
-        data = None if body is None else json.dumps(body).encode()
-        headers = {} if data is None else {"Content-Type": "application/json"}
         try:
-            request = urllib.request.Request(self.url.rstrip("/") + path, data, headers, method=method)
-            with _DIRECT.open(request, timeout=TIMEOUT_SECONDS) as reply:
-                answer = reply.read()
-        except urllib.error.HTTPError as error:
-            raise PreftError(_sentence(error)) from error
+            address = urlsplit(self.url)
+            kind = http.client.HTTPSConnection if address.scheme == "https" else http.client.HTTPConnection
+            with closing(kind(address.netloc, timeout=timeout)) as connection:
+                with suppress(BrokenPipeError, ConnectionResetError):  # it may have said why before it hung up
+                    connection.request(method, address.path.rstrip("/") + path, data, headers)
+                reply = connection.getresponse()
+                if reply.status >= 300:
+                    raise PreftError(_sentence(reply))
+                yield reply
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise Unavailable(
+                f"{self.url} closed the connection half-way: try again; "
+                "if a proxy is in between, look at its limit on a request's size"
+            ) from error
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise Unavailable(
-                f"no server answers at {self.url} ({getattr(error, 'reason', error)}): "
+                f"no server answers at {self.url} ({error}): "
                 "start one with `preft serve`, or name its address with --url or PREFT_URL"
             ) from error
+
+    def _decoded(self, path: str, answer: bytes) -> Any:
         try:
             return json.loads(answer) if answer else None
         except ValueError as error:
             raise PreftError(f"{self.url}{path} didn't answer with JSON: is this a PreFT server?") from error
 
 
-def _sentence(error: urllib.error.HTTPError) -> str:
+def _sentence(reply: http.client.HTTPResponse) -> str:
     """What the server said, from an OpenAI-style error body, else the status line."""
     try:
-        message = json.loads(error.read())["error"]["message"]
-    except (OSError, ValueError, KeyError, TypeError):
+        message = json.loads(reply.read())["error"]["message"]
+    except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException):
         message = None
-    return message if isinstance(message, str) and message else f"the server answered {error.code} {error.reason}"
+    return message if isinstance(message, str) and message else f"the server answered {reply.status} {reply.reason}"

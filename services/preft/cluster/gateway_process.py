@@ -1,4 +1,4 @@
-"""The gateway process: state store, adapter catalog, router, HTTP and gRPC servers, wired together and ended in order.
+"""The gateway process: router, HTTP and gRPC servers over a given catalog, wired together and ended in order.
 
 Doesn't start workers: it finds them in the state store.
 """
@@ -15,9 +15,7 @@ from dataclasses import dataclass
 
 import uvicorn
 
-from preft.adapters.base_model import read_base_model
 from preft.adapters.catalog import Catalog
-from preft.cluster.model import model_identity
 from preft.core.errors import ConfigError
 from preft.core.ports import StateStore
 from preft.core.settings import Settings
@@ -26,7 +24,6 @@ from preft.gateway.deps import GatewayDeps
 from preft.gateway.rpc_server import serve_grpc
 from preft.gateway.tokenizer import Tokenizer
 from preft.router.router import Router
-from preft.state import open_store
 
 logger = logging.getLogger(__name__)
 
@@ -45,37 +42,6 @@ class RunningGateway:
 
 
 @asynccontextmanager
-async def open_catalog(settings: Settings) -> AsyncIterator[Catalog]:
-    """The served model's catalog, with the adapters of the settings added.
-
-    Each base model has its own catalog under `state_dir`; equal adapter content is kept once. Raises InvalidAdapter.
-    """
-    folder = settings.state_dir / "models" / model_identity(settings.model)[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    store = open_store(folder / "catalog.sqlite")
-    try:
-        catalog = Catalog(
-            store,
-            settings.state_dir / "adapters",
-            read_base_model(settings.model),
-            settings.model_name,
-            settings.prefill.max_lora_rank,
-        )
-        await catalog.refresh()
-        for name, path in settings.adapters.items():
-            await catalog.add(name, str(path), replace=True)
-        watch = asyncio.create_task(catalog.watch(settings.router.poll_interval), name="catalog-watch")
-        try:
-            yield catalog
-        finally:
-            watch.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await watch
-    finally:
-        await store.close()
-
-
-@asynccontextmanager
 async def run_gateway(
     settings: Settings, store: StateStore, catalog: Catalog, cluster_id: str
 ) -> AsyncIterator[RunningGateway]:
@@ -90,7 +56,10 @@ async def run_gateway(
         max_model_len=settings.max_model_len,
         generator=router,
         catalog=catalog,
+        places=router,
         model_root=str(settings.model),
+        max_adapter_bytes=settings.store.max_adapter_bytes,
+        upload_folder=settings.state_dir / "uploads",
     )
     config = uvicorn.Config(
         create_app(deps),

@@ -10,7 +10,8 @@ import time
 import uuid
 from collections.abc import Callable
 
-from preft.cluster.gateway_process import open_catalog, run_gateway
+from preft.cluster.adapters import open_catalog
+from preft.cluster.gateway_process import run_gateway
 from preft.cluster.model import with_model_length
 from preft.core.errors import EngineFailed
 from preft.core.settings import Settings

@@ -18,18 +18,20 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from preft.adapters.store import AdapterStore
+from preft.cluster.adapters import following_catalog, open_disk_tier
 from preft.cluster.model import model_identity
 from preft.colocated.service import ColocatedService
-from preft.core.cluster import Role, Worker, WorkerLoad, WorkerState
+from preft.core.cluster import AdapterLoad, Role, Worker, WorkerLoad, WorkerState
 from preft.core.errors import PreftError
 from preft.core.ports import StateStore
-from preft.core.settings import Settings
+from preft.core.settings import PrefillSettings, Settings
 from preft.decode.service import DecodeService
 from preft.engine.port import Engine, EngineInfo
-from preft.engine.residency import ResidentAdapters
 from preft.prefill.service import PrefillService
-from preft.rpc import kv_transfer_pb2, workers_pb2, workers_pb2_grpc
-from preft.rpc.convert import load_to_proto
+from preft.rpc import common_pb2, kv_transfer_pb2, workers_pb2, workers_pb2_grpc
+from preft.rpc.convert import adapter_from_proto, load_to_proto, place_to_proto
+from preft.rpc.status import abort
 from preft.transfer.grpc_push import GrpcKvSender
 from preft.transfer.grpc_receive import kv_transfer_handler
 from preft.transfer.handles import HandleTable
@@ -50,21 +52,24 @@ class WorkerServer:
     def __init__(
         self,
         engine: Engine,
-        arena: StagingArena,
         server: grpc.aio.Server,
         store: StateStore,
         record: Worker,
         sender: KvSender,
+        arena: StagingArena,
+        adapters: AdapterStore | None,
     ) -> None:
         self._engine = engine
-        self._arena = arena
         self._server = server
         self._store = store
         self._record = record
         self._sender = sender
+        self._arena = arena
+        self._adapters = adapters
         self._handles: HandleTable | None = None
-        self._load_of_service: Callable[[], tuple[int, tuple[str, ...]]]
+        self._running_of_service: Callable[[], int]
         self._heart: asyncio.Task[None] | None = None
+        self._opened = contextlib.AsyncExitStack()
 
     @classmethod
     async def start(
@@ -90,15 +95,19 @@ class WorkerServer:
             fingerprint="",
             pid=os.getpid(),
             max_num_seqs=own.max_num_seqs,
+            adapter_slots=own.max_loras if isinstance(own, PrefillSettings) else 0,
             heartbeat=time.time(),
         )
-        async with contextlib.AsyncExitStack() as undo:
-            undo.push_async_callback(store.remove_worker, worker_id)
+        async with contextlib.AsyncExitStack() as opened:
+            opened.push_async_callback(store.remove_worker, worker_id)
             await store.put_worker(record)
             arena = StagingArena.create(own.staging_bytes)
-            undo.callback(arena.close)
-            engine = await start_engine(settings, role, arena.path)
-            undo.push_async_callback(engine.close)
+            opened.callback(arena.close)
+            memory = StagingArena.create(settings.store.host_bytes) if record.adapter_slots else None
+            if memory is not None:
+                opened.callback(memory.close)
+            engine = await start_engine(settings, role, arena.path, memory.path if memory else "")
+            opened.push_async_callback(engine.close)
             info = engine.info
             identity = f"{model_identity(settings.model)}:{info.kv_layout}:{info.max_model_len}"
             if role is Role.COLOCATED:
@@ -112,15 +121,31 @@ class WorkerServer:
                 block_size=info.block_size,
                 max_model_len=info.max_model_len,
             )
+            adapters = None
+            if memory is not None:
+                adapters = AdapterStore(
+                    worker_id,
+                    open_disk_tier(settings),
+                    memory,
+                    engine,
+                    record.adapter_slots,
+                    settings.store.source_timeout,
+                )
+                opened.push_async_callback(adapters.close)
+                await opened.enter_async_context(following_catalog(settings, adapters))
+            sender = sender or GrpcKvSender()
+            opened.push_async_callback(sender.close)
             server = grpc.aio.server(options=SERVER_OPTIONS)
-            worker = cls(engine, arena, server, store, record, sender or GrpcKvSender())
+            worker = cls(engine, server, store, record, sender, arena, adapters)
             names = worker._add_services(settings, role)
+            if worker._handles is not None:
+                opened.callback(worker._handles.close)
             port = server.add_insecure_port(f"{host}:0")
             worker._record = dataclasses.replace(worker._record, address=f"{host}:{port}")
             await server.start()
-            undo.push_async_callback(server.stop, None)
+            opened.push_async_callback(server.stop, 0)
             await worker._beat(WorkerState.READY)
-            undo.pop_all()
+            worker._opened = opened.pop_all()
         worker._heart = asyncio.create_task(worker._beat_for_ever(), name=f"heartbeat-{worker_id}")
         logger.info("%s worker %s serves %s on %s:%d", role.value, worker_id, ", ".join(names), host, port)
         return worker
@@ -135,46 +160,47 @@ class WorkerServer:
         return await self._engine.wait_dead()
 
     async def close(self) -> None:
-        """Stops serving, ends the engine and forgets the registration."""
+        """Forgets the registration, stops serving, and ends all that was started."""
         if self._heart is not None:
             self._heart.cancel()
             await asyncio.wait({self._heart})
         with contextlib.suppress(PreftError):
             await self._store.remove_worker(self._record.id)
-        await self._server.stop(grace=0)
-        await self._sender.close()
-        if self._handles is not None:
-            self._handles.close()
-        await self._engine.close()
-        self._arena.close()
+        with contextlib.suppress(PreftError):
+            await self._opened.aclose()
 
     def load(self) -> WorkerLoad:
         """What the worker uses now."""
-        running, adapters = self._load_of_service()
         total = self._engine.info.kv_blocks
         return WorkerLoad(
-            running=running,
+            running=self._running_of_service(),
             kv_blocks_total=total,
             kv_blocks_free=round(total * (1 - self._engine.stats.kv_usage)),
             staging_bytes_total=self._arena.capacity,
             staging_bytes_used=self._arena.used,
             open_handles=self._handles.open_handles if self._handles is not None else self._arena.regions,
             preemptions=self._engine.stats.preemptions,
-            adapters=adapters,
+            adapters=self._adapters.digests if self._adapters else (),
+            tiers=self._adapters.load() if self._adapters else AdapterLoad(),
         )
 
     def _add_services(self, settings: Settings, role: Role) -> list[str]:
         descriptor = workers_pb2.DESCRIPTOR.services_by_name
         names = [descriptor["WorkerStatus"].full_name, health.SERVICE_NAME, reflection.SERVICE_NAME]
-        adapters = ResidentAdapters(self._engine, settings.prefill.max_cpu_loras)
+        adapters = self._adapters
+        if adapters is not None:
+            workers_pb2_grpc.add_WorkerAdaptersServicer_to_server(_Adapters(adapters), self._server)  # type: ignore[no-untyped-call]
+            names.append(descriptor["WorkerAdapters"].full_name)
         if role is Role.PREFILL:
+            assert adapters is not None
             prefill = PrefillService(self._engine, adapters, self._arena, self._sender, self._record.fingerprint)
-            self._load_of_service = lambda: (prefill.running, adapters.digests)
+            self._running_of_service = lambda: prefill.running
             workers_pb2_grpc.add_PrefillWorkerServicer_to_server(prefill, self._server)  # type: ignore[no-untyped-call]
             names.append(descriptor["PrefillWorker"].full_name)
         elif role is Role.COLOCATED:
+            assert adapters is not None
             colocated = ColocatedService(self._engine, adapters)
-            self._load_of_service = lambda: (colocated.running, adapters.digests)
+            self._running_of_service = lambda: colocated.running
             workers_pb2_grpc.add_DecodeWorkerServicer_to_server(colocated, self._server)  # type: ignore[no-untyped-call]
             names.append(descriptor["DecodeWorker"].full_name)
         else:
@@ -182,7 +208,7 @@ class WorkerServer:
             self._handles = HandleTable(self._arena, fingerprint=self._record.fingerprint, lease=timeout)
             receiver = KvReceiver(self._arena, self._handles, room_timeout=timeout, frame_timeout=timeout)
             decode = DecodeService(self._engine, self._handles)
-            self._load_of_service = lambda: (decode.running, ())
+            self._running_of_service = lambda: decode.running
             workers_pb2_grpc.add_DecodeWorkerServicer_to_server(decode, self._server)  # type: ignore[no-untyped-call]
             self._server.add_generic_rpc_handlers((kv_transfer_handler(receiver),))
             names += [
@@ -225,13 +251,30 @@ class _Status(workers_pb2_grpc.WorkerStatusServicer):
         return load_to_proto(self._worker.load())
 
 
+class _Adapters(workers_pb2_grpc.WorkerAdaptersServicer):
+    def __init__(self, adapters: AdapterStore) -> None:
+        self._adapters = adapters
+
+    async def Prefetch(
+        self, request: common_pb2.AdapterRef, context: grpc.aio.ServicerContext
+    ) -> workers_pb2.PrefetchReply:
+        try:
+            await self._adapters.prefetch(adapter_from_proto(request))
+        except PreftError as error:
+            await abort(context, error)
+        return workers_pb2.PrefetchReply()
+
+    async def Where(self, request: common_pb2.AdapterRef, context: grpc.aio.ServicerContext) -> workers_pb2.WhereReply:
+        return place_to_proto(self._adapters.where(request.digest))
+
+
 class StartEngine:
     """How a worker gets its engine. The real one is `VllmEngine.start`; tests give a fake."""
 
-    async def __call__(self, settings: Settings, role: Role, arena: str) -> Engine:
+    async def __call__(self, settings: Settings, role: Role, arena: str, adapter_arena: str) -> Engine:
         from preft.engine.vllm_engine import VllmEngine
 
-        return await VllmEngine.start(settings, role, arena)
+        return await VllmEngine.start(settings, role, arena, adapter_arena)
 
 
 async def run_worker(

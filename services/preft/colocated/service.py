@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 
 import grpc.aio
 
+from preft.adapters.store import AdapterStore
 from preft.core.errors import InvalidRequest
 from preft.core.request import TokenDelta
 from preft.decode.choices import ChoiceService, choice_sampling
 from preft.engine.port import Engine, EngineRequest
-from preft.engine.residency import ResidentAdapters
 from preft.rpc import workers_pb2
 from preft.rpc.convert import adapter_from_proto
 
@@ -19,7 +19,7 @@ from preft.rpc.convert import adapter_from_proto
 class ColocatedService(ChoiceService):
     """One colocated worker's gRPC face."""
 
-    def __init__(self, engine: Engine, adapters: ResidentAdapters) -> None:
+    def __init__(self, engine: Engine, adapters: AdapterStore) -> None:
         super().__init__()
         self._engine = engine
         self._adapters = adapters
@@ -28,8 +28,6 @@ class ColocatedService(ChoiceService):
         adapter = adapter_from_proto(request.adapter) if request.HasField("adapter") else None
         if request.adapter_digest != (adapter.digest if adapter else ""):
             raise InvalidRequest("the request names one adapter and brings another", param="adapter")
-        if adapter is not None:
-            await self._adapters.ensure(adapter)
         choice = EngineRequest(
             request_id=f"{request.request_id}-{request.index}-{request.handle}",
             prompt_token_ids=tuple(request.prompt_token_ids),
@@ -38,7 +36,10 @@ class ColocatedService(ChoiceService):
             adapter=adapter,
             output_token_ids=tuple(request.output_token_ids),
         )
-        async with aclosing(self._engine.generate(choice)) as deltas:
+        async with (
+            self._adapters.using(adapter) if adapter else nullcontext(),
+            aclosing(self._engine.generate(choice)) as deltas,
+        ):
             async for delta in deltas:
                 yield delta
 

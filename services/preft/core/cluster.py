@@ -15,6 +15,15 @@ class Role(StrEnum):
     COLOCATED = "colocated"
 
 
+class Tier(StrEnum):
+    """Where a worker has an adapter: in an engine slot (and host memory), in host memory (and on disk), on disk."""
+
+    SLOT = "slot"
+    HOST = "host"
+    DISK = "disk"
+    SOURCE = "source"  # nowhere nearer
+
+
 class WorkerState(StrEnum):
     """STARTING: engine loads. READY: takes requests. DRAINING: finishes what it has. DEAD: silent too long, or gone."""
 
@@ -22,6 +31,31 @@ class WorkerState(StrEnum):
     READY = "ready"
     DRAINING = "draining"
     DEAD = "dead"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterLoad:
+    """What a worker's adapter tiers hold, and totals since its start.
+
+    `hits` counts requests that found their adapter in a slot or in host memory, `loads` and `load_seconds` what was
+    brought into host memory, from disk or from its source. `host_bytes` includes what is on its way in; `disk_bytes` is
+    the machine's, as it was when this worker last brought something to disk.
+    """
+
+    slots: int = 0
+    slots_used: int = 0
+    host_adapters: int = 0
+    host_bytes: int = 0
+    host_bytes_total: int = 0
+    disk_bytes: int = 0
+    host_evictions: int = 0
+    disk_evictions: int = 0
+    hits: Mapping[Tier, int] = field(default_factory=dict)
+    loads: Mapping[Tier, int] = field(default_factory=dict)
+    load_seconds: Mapping[Tier, float] = field(default_factory=dict)
+
+
+BY_TIER = ("hits", "loads", "load_seconds")  # fields of AdapterLoad
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +72,8 @@ class WorkerLoad:
     staging_bytes_used: int = 0
     open_handles: int = 0
     preemptions: int = 0
-    adapters: tuple[str, ...] = ()  # digests resident in engine slots or host cache, most recently used last
+    adapters: tuple[str, ...] = ()  # digests in host memory, most recently used last; the last 1,024 of them
+    tiers: AdapterLoad = field(default_factory=AdapterLoad)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,26 +95,45 @@ class Worker:
     block_size: int = 16
     max_model_len: int = 0
     max_num_seqs: int = 0
+    adapter_slots: int = 0  # distinct adapters in one engine batch
     heartbeat: float = 0.0
     load: WorkerLoad = field(default_factory=WorkerLoad)
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """One catalog entry: the version (digest) that `name` points to now, and where its verified copy lies.
+    """One catalog entry: the version (digest) that `name` points to now, and the source that has its content.
 
-    `kind` is "lora", "reft" or "lora+reft"; `rank` the highest in it; `prefill_only` whether its configuration says
-    that it was trained for the prompt pass alone.
+    `kind` is "lora", "reft" or "lora+reft"; `rank` the highest in it; `size` its files' bytes; `prefill_only` whether
+    its configuration says that it was trained for the prompt pass alone. `version` counts the contents that the name
+    has pointed to, from 1 on. A pinned adapter stays in the host memory of every prefill worker. `stamp` is the
+    source's `AdapterSource.stamp` when it was read.
     """
 
     name: str
     digest: str
-    path: str
     source: str
     rank: int
     kind: str = "lora"
     prefill_only: bool = False
     created: float = 0.0
+    size: int = 0
+    version: int = 1
+    pinned: bool = False
+    stamp: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterPlace:
+    """The nearest tier in which one worker has an adapter. `last_used` in `time.time()` seconds, 0 if never there.
+
+    `users` counts the requests that use it now.
+    """
+
+    worker_id: str
+    tier: Tier
+    last_used: float = 0.0
+    users: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,8 @@
 
 PreftError
 ├── InvalidRequest        400  the request itself is wrong; `param` names the field
-│   └── InvalidAdapter    400  an adapter folder that can't be served
+│   └── InvalidAdapter    400  an adapter that can't be served
+│       └── SourceNotFound 404 nothing is where an adapter's source should be
 ├── ModelNotFound         404  no base model or adapter of that name
 ├── AdapterExists         409  the name is taken by another adapter
 ├── QueueFull             429  try again after `retry_after` seconds
@@ -32,7 +33,11 @@ class InvalidRequest(PreftError):
 
 
 class InvalidAdapter(InvalidRequest):
-    """The adapter folder is broken or doesn't fit the served model."""
+    """The adapter is broken or doesn't fit the served model."""
+
+
+class SourceNotFound(InvalidAdapter):
+    """There is no adapter at the source that was named."""
 
 
 class ModelNotFound(PreftError):
@@ -87,6 +92,7 @@ class ErrorMapping:
 
 # Looked up along the MRO, so a subclass without an entry reports as its parent.
 ERROR_MAP: dict[type[PreftError], ErrorMapping] = {
+    SourceNotFound: ErrorMapping(404, "invalid_request_error", "adapter_source_not_found", "NOT_FOUND"),
     InvalidAdapter: ErrorMapping(400, "invalid_request_error", "invalid_adapter", "INVALID_ARGUMENT"),
     InvalidRequest: ErrorMapping(400, "invalid_request_error", "invalid_request", "INVALID_ARGUMENT"),
     ModelNotFound: ErrorMapping(404, "invalid_request_error", "model_not_found", "NOT_FOUND"),

@@ -5,12 +5,14 @@ Implementations live elsewhere; each port has one contract test that runs over a
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
-from preft.core.cluster import Adapter, Worker
-from preft.core.request import GenerateRequest, TokenDelta
+from preft.core.cluster import Adapter, AdapterPlace, Worker
+from preft.core.request import AdapterRef, GenerateRequest, TokenDelta
 
 
 class Generation(Protocol):
@@ -39,22 +41,52 @@ class Generator(Protocol):
         """Whether a request would be served now: at least one ready worker of each role that fit together."""
 
 
+Progress = Callable[[int, int | None], None]
+"""Told, from any thread, how many bytes of an adapter have come, and of how many if that is known."""
+
+
 class AdapterCatalog(Protocol):
     """Names and the adapter versions they point to. `get` and `list` never wait: they read a watched copy."""
 
     def get(self, name: str) -> Adapter | None: ...
 
-    def list(self) -> Sequence[Adapter]: ...
+    def list(self) -> Sequence[Adapter]:
+        """All entries, by name. The same object until something changes."""
 
-    async def add(self, name: str, source: str, *, replace: bool = False) -> Adapter:
-        """Checks the folder `source`, keeps a verified copy and points `name` to it. Idempotent for equal content.
+    async def add(self, name: str, source: str, *, replace: bool = False, progress: Progress | None = None) -> Adapter:
+        """Fetches and checks what `source` (a URI or local path) holds, and points `name` to it.
 
-        Raises InvalidAdapter (broken, doesn't fit, name is the base model's) or AdapterExists (other content and not
-        `replace`).
+        Idempotent for equal content. Raises InvalidAdapter (broken, doesn't fit, name is the base model's),
+        SourceNotFound, Unavailable (the source or the disk fails) or AdapterExists (other content and not `replace`).
+        """
+
+    async def add_archive(self, name: str, archive: Path, *, replace: bool = False) -> Adapter:
+        """Like `add`, with the content of a tar or zip file, which is kept as the adapter's source."""
+
+    async def pin(self, name: str, pinned: bool) -> Adapter:
+        """Keeps the adapter in the host memory of every prefill worker, or no longer. Raises ModelNotFound.
+
+        Raises InvalidRequest if there isn't room for it beside the other pinned ones.
         """
 
     async def remove(self, name: str) -> Adapter:
         """Forgets `name`; running requests finish on their version. Raises ModelNotFound."""
+
+
+class AdapterPlaces(Protocol):
+    """Who has an adapter where."""
+
+    async def places(self, adapter: AdapterRef) -> Sequence[AdapterPlace]:
+        """One entry per worker that runs adapters and answers, by worker id."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterChanges:
+    """The catalog's revision, which each change raises, and the entries put and names removed to get there."""
+
+    revision: int
+    put: tuple[Adapter, ...]
+    removed: tuple[str, ...]
 
 
 class StateStore(Protocol):
@@ -69,16 +101,16 @@ class StateStore(Protocol):
     async def workers(self) -> list[Worker]:
         """All registered workers, by id, dead ones included until removed."""
 
-    async def put_adapter(self, adapter: Adapter, *, expect_digest: str | None = None) -> bool:
-        """Points `adapter.name` to this version; False if it didn't.
+    async def put_adapter(self, adapter: Adapter, *, expect: Adapter | None) -> bool:
+        """Points `adapter.name` to this version if its entry is `expect` now (None: there is none); False if not."""
 
-        With `expect_digest`, only if the name holds that digest now ("" = absent).
-        """
+    async def delete_adapter(self, name: str) -> Adapter | None:
+        """Removes a name; returns its entry, None if there was none."""
 
-    async def delete_adapter(self, name: str) -> bool:
-        """Removes a name; False if it wasn't there."""
+    async def adapter(self, name: str) -> Adapter | None:
+        """The entry as it is now."""
 
-    async def adapters(self) -> list[Adapter]:
-        """The whole catalog, by name."""
+    async def adapter_changes(self, since: int) -> AdapterChanges:
+        """What changed in the catalog after revision `since`; all of it if that is 0."""
 
     async def close(self) -> None: ...

@@ -51,12 +51,12 @@ class Sampling:
 class AdapterRef:
     """One version of one adapter. `digest` (sha256 hex over config and weights) is its identity; `name` is for people.
 
-    `path` is a local folder that holds exactly the content of `digest`.
+    `source` is where the content can be fetched: a URI or local path. What it holds counts only if it has the digest.
     """
 
     name: str
     digest: str
-    path: str
+    source: str
 
 
 @dataclass(frozen=True, slots=True)

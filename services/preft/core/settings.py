@@ -38,18 +38,20 @@ class PrefillSettings(EngineSettings):
     """Prefill workers: the engine limits plus the adapter slots."""
 
     max_loras: Annotated[int, Field(ge=1)] = 8  # engine slots: distinct adapters in one batch
-    max_cpu_loras: Annotated[int, Field(ge=1)] = 64  # adapters kept in host memory by the engine
     max_lora_rank: Literal[1, 8, 16, 32, 64, 128, 256, 320, 512] = 64
-
-    @model_validator(mode="after")
-    def _host_holds_slots(self) -> PrefillSettings:
-        if self.max_cpu_loras < self.max_loras:
-            raise ValueError(f"max_cpu_loras ({self.max_cpu_loras}) must be at least max_loras ({self.max_loras})")
-        return self
 
 
 class DecodeSettings(EngineSettings):
     """Decode workers: no adapters here."""
+
+
+class StoreSettings(_Strict):
+    """Where adapters wait for their use. Sizes in bytes, times in seconds."""
+
+    disk_bytes: Annotated[int, Field(ge=1 * MiB)] = 64 * GiB  # copies on disk, per machine
+    host_bytes: Annotated[int, Field(ge=1 * MiB)] = 4 * GiB  # in host memory, per prefill worker
+    max_adapter_bytes: Annotated[int, Field(ge=1)] = 2 * GiB  # a larger one is refused
+    source_timeout: Annotated[float, Field(gt=0)] = 30.0  # without a byte, after which a source has failed
 
 
 class RouterSettings(_Strict):
@@ -79,21 +81,26 @@ class Settings(_Strict):
     seed: int = 0
     state_dir: Path = Path("~/.preft")
     ray_address: str | None = None  # None: a Ray of our own on this machine
-    adapters: dict[str, Path] = Field(default_factory=dict)
+    adapters: dict[str, str] = Field(default_factory=dict)  # name: folder or URI
+    adapter_dir: Path | None = None  # a folder of adapters, watched
+    store: StoreSettings = Field(default_factory=StoreSettings)
     prefill: PrefillSettings = Field(default_factory=PrefillSettings)
     decode: DecodeSettings = Field(default_factory=DecodeSettings)
     router: RouterSettings = Field(default_factory=RouterSettings)
     colocated: bool = False  # one kind of worker that does both, with the settings of `prefill`
 
-    @field_validator("model", "state_dir")
+    @field_validator("model", "state_dir", "adapter_dir")
     @classmethod
-    def _absolute(cls, value: Path) -> Path:
-        return Path(os.path.abspath(value.expanduser()))
+    def _absolute(cls, value: Path | None) -> Path | None:
+        return value and Path(os.path.abspath(value.expanduser()))
 
     @field_validator("adapters")
     @classmethod
-    def _absolute_adapters(cls, value: dict[str, Path]) -> dict[str, Path]:
-        return {name: Path(os.path.abspath(path.expanduser())) for name, path in value.items()}
+    def _absolute_folders(cls, value: dict[str, str]) -> dict[str, str]:
+        return {
+            name: source if "://" in source else os.path.abspath(os.path.expanduser(source))
+            for name, source in value.items()
+        }
 
     @model_validator(mode="after")
     def _names_are_distinct(self) -> Settings:

@@ -7,7 +7,7 @@ from typing import Any
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from preft.engine.describe import DescribesKv
+from preft.engine.answers import AnswersWorker
 from preft.engine.runner import HandoverRunner
 
 
@@ -15,7 +15,7 @@ class HandoverCPUModelRunner(HandoverRunner, CPUModelRunner):
     """vLLM's V1 CPU runner that takes over requests."""
 
 
-class PreftCPUWorker(DescribesKv, CPUWorker):
+class PreftCPUWorker(AnswersWorker, CPUWorker):
     """Builds its runner twice: vLLM's own `init_device` names the stock runner class directly."""
 
     def init_device(self) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
-from preft.engine.describe import DescribesKv
+from preft.engine.answers import AnswersWorker
 from preft.engine.runner import HandoverRunner
 
 
@@ -15,7 +15,7 @@ class HandoverGPUModelRunner(HandoverRunner, GPUModelRunner):
     """vLLM's V1 GPU runner that takes over requests and has our adapters."""
 
 
-class PreftGPUWorker(DescribesKv, Worker):
+class PreftGPUWorker(AnswersWorker, Worker):
     """With the V1 runner alone: under vLLM's second one, adapters would act on output too, and ReFT not at all."""
 
     def _make_model_runner(self) -> Any:

@@ -1,29 +1,33 @@
-"""Our adapters inside vLLM: a punica wrapper over our own kernels, and the managers that install it and load ReFT.
+"""Our adapters inside vLLM: a punica wrapper over our own kernels, and the managers that install it and fill slots.
 
-Extension points used: `LRUCacheWorkerLoRAManager._manager_cls` and `_load_adapter`; `LoRAModelManager`'s
-`_init_punica_wrapper`, `_create_lora_modules` and `activate_adapter`; the `PunicaWrapperBase` interface. The stock CPU
-wrapper takes slot -1 (no adapter) for the last slot, so that a base request in a mixed batch gets another tenant's
-adapter; this one leaves such tokens alone.
+Extension points used: `LRUCacheWorkerLoRAManager._manager_cls` and `add_adapter`; `LoRAModelManager`'s
+`_init_punica_wrapper`, `_create_lora_modules`, `_add_adapter` and `activate_adapter`; the `PunicaWrapperBase`
+interface. The stock CPU wrapper takes slot -1 (no adapter) for the last slot, so that a base request in a mixed batch
+gets another tenant's adapter; this one leaves such tokens alone.
+
+Weights come from host memory that the engine shares with its worker, and go straight into a slot: nothing is read from
+disk between two steps, and no copy stays here.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections import defaultdict
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from vllm.config import VllmConfig
-from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import DEFAULT_LANGUAGE_WRAPPER_KEY, LRUCacheLoRAModelManager
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
-from preft.adapters.digest import CONFIG_FILE, REFT_CONFIG_FILE, adapter_files
-from preft.adapters.reft_config import EVERY, ReftConfig, read_reft_config
-from preft.engine.reft import add_reft_weights, wrap_decoder_layers
+from preft.adapters.reft_config import EVERY, ReftConfig
+from preft.engine.adapter_weights import AdapterWeights, LoraPart, read_weights
+from preft.engine.reft import wrap_decoder_layers
+from preft.transfer.staging import StagingView
 from preft_kernels.low_rank_delta import low_rank_delta_
-from preft_kernels.token_groups import BASE, TokenGroups
+from preft_kernels.token_groups import BASE, RANK_STEP, TokenGroups
 
 
 class GroupedPunicaWrapper(PunicaWrapperBase):
@@ -147,7 +151,10 @@ class GroupedPunicaWrapper(PunicaWrapperBase):
 
 
 class GroupedLoRAModelManager(LRUCacheLoRAModelManager):
-    """vLLM's slot cache with our punica wrapper, and with slots for ReFT in each decoder layer."""
+    """vLLM's slot cache with our punica wrapper, with slots for ReFT in each decoder layer, and filled by us.
+
+    It is given as many places for adapters as slots, so that each registered one is in a slot.
+    """
 
     def _init_punica_wrapper(self, max_num_batched_tokens: int, vllm_config: VllmConfig) -> None:
         super()._init_punica_wrapper(max_num_batched_tokens, vllm_config)
@@ -162,21 +169,56 @@ class GroupedLoRAModelManager(LRUCacheLoRAModelManager):
 
     def _create_lora_modules(self) -> None:
         super()._create_lora_modules()
-        self.decoder_layers = wrap_decoder_layers(self.model, self.lora_slots, self.lora_config)
-        self._reft_names = {layer.name for layer in self.decoder_layers.values()}
-        for layer in self.decoder_layers.values():
+        self.places = {name: (name, 0) for name in self.modules} | {
+            part: (name, index) for name, parts in self.packed_modules.items() for index, part in enumerate(parts)
+        }
+        self._decoder_layers = wrap_decoder_layers(self.model, self.lora_slots, self.lora_config)
+        self._written: defaultdict[int, set[str]] = defaultdict(set)  # by slot: modules that have ever had a LoRA there
+        for layer in self._decoder_layers.values():
             self.register_module(layer.name, layer)
             layer.set_mapping(self._punica)
 
+    def check(self, weights: AdapterWeights) -> None:
+        """Raises ValueError if this model can't take them."""
+        for layer in weights.reft:
+            if layer not in self._decoder_layers:
+                raise ValueError(f"the served model has no decoder layer {layer} that takes ReFT")
+        rank = max(weights.lora_rank, weights.reft_config.rank if weights.reft_config else 0)
+        if rank > self.lora_config.max_lora_rank:
+            raise ValueError(f"its rank {rank} is more than the largest served rank {self.lora_config.max_lora_rank}")
+
+    def _add_adapter(self, lora: Any) -> None:
+        if isinstance(lora, AdapterWeights):
+            self._registered_adapters[lora.id] = lora
+        else:  # vLLM's own, made of zeros, for its trial runs
+            super()._add_adapter(lora)
+
     def activate_adapter(self, lora_id: int) -> bool:
-        activated: bool = super().activate_adapter(lora_id)
-        if activated:
-            slot = self.lora_index_to_id.index(lora_id)
-            adapter = self._registered_adapters.cache[lora_id]
-            reft: ReftConfig | None = getattr(adapter, "reft", None)
-            ranks = [_rank_of(weights) for name, weights in adapter.loras.items() if name not in self._reft_names]
-            self._punica.hold(slot, max(ranks, default=0), reft)
-        return activated
+        weights: Any = self._registered_adapters.cache[lora_id]
+        if lora_id in self._active_adapters or not isinstance(weights, AdapterWeights):
+            activated: bool = super().activate_adapter(lora_id)
+            return activated
+        if not (weights.lora or weights.reft):
+            raise RuntimeError(f"adapter {lora_id} has left its slot, and its weights are elsewhere")
+        slot = self.lora_index_to_id.index(None)
+        self._fill(slot, weights)
+        self._active_adapters[lora_id] = None
+        self.lora_index_to_id[slot] = lora_id
+        self._punica.hold(slot, weights.lora_rank, weights.reft_config)
+        return True
+
+    def _fill(self, slot: int, weights: AdapterWeights) -> None:
+        """Writes what the kernels read: of each stack as much as the adapter's own rank, zeros where it has less."""
+        self._written[slot] |= weights.lora.keys()
+        rank = min(-(-weights.lora_rank // RANK_STEP) * RANK_STEP, self.lora_config.max_lora_rank)
+        for name in self._written[slot]:
+            _fill_module(self.modules[name], slot, rank, weights.lora.get(name, {}))
+        for number, layer in self._decoder_layers.items():
+            if number in weights.reft:
+                part = weights.reft[number]
+                layer.set_reft(slot, part.a, part.b, part.c)
+            elif weights.reft:
+                layer.reset_lora(slot)
 
     def place_tokens(self, positions: np.ndarray, prompts: np.ndarray) -> None:
         """Says where the step's tokens are: of each one its position in its request, and its prompt's length.
@@ -186,31 +228,91 @@ class GroupedLoRAModelManager(LRUCacheLoRAModelManager):
         self._punica.limit(positions, prompts - positions)
 
 
+def _fill_module(module: Any, slot: int, rank: int, parts: dict[int, LoraPart]) -> None:
+    if module.tp_size > 1 and parts:  # vLLM knows which part of the weights is this worker's
+        scaled = [(part.a, part.b * part.scaling) if (part := parts.get(i)) else (None, None) for i in _slices(module)]
+        a, b = ([side for side in sides] for sides in zip(*scaled, strict=True))
+        module.set_lora(slot, *((a, b) if len(a) > 1 else (a[0], b[0])))
+        return
+    for index in _slices(module):
+        part = parts.get(index)
+        a, b = module.lora_a_stacked[index][slot, 0], module.lora_b_stacked[index][slot, 0]
+        own = part.a.shape[0] if part else 0
+        if part:
+            a[:own].copy_(part.a, non_blocking=True)
+            b[:, :own].copy_(part.b, non_blocking=True)
+            if part.scaling != 1:
+                b[:, :own].mul_(part.scaling)
+        a[own:rank].zero_()
+        b[:, own:rank].zero_()
+
+
+def _slices(module: Any) -> range:
+    return range(len(module.lora_a_stacked))
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRegion:
+    """Where an adapter lies in host memory: see StagingView.hold."""
+
+    offset: int
+    size: int
+    nonce: bytes
+
+
 class GroupedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
-    """vLLM's adapter loader with our slot cache; it reads ReFT folders too."""
+    """Takes adapters from the host memory of this engine's worker, when a step needs them."""
 
     _manager_cls = GroupedLoRAModelManager
 
-    def _load_adapter(self, lora_request: Any) -> LoRAModel:
-        folder = Path(lora_request.lora_path)
-        files = adapter_files(folder)
-        if REFT_CONFIG_FILE not in files:
-            return super()._load_adapter(lora_request)
-        reft = read_reft_config(folder)
-        if CONFIG_FILE in files:
-            model = super()._load_adapter(lora_request)
-        else:
-            model = LoRAModel(lora_request.lora_int_id, reft.rank, {})
-        add_reft_weights(model, folder, reft, self._adapter_manager.decoder_layers, self.lora_config)
-        model.reft = reft
-        return model
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._memory: StagingView | None = None
+        self._regions: dict[int, AdapterRegion] = {}  # by vLLM's id
+
+    def place_adapter(self, lora_id: int, path: str, region: AdapterRegion) -> bool:
+        """Says where the adapter is from now on: in the arena at `path`. Reads it once, without taking it in.
+
+        Returns whether it acts on positions that are counted from a prompt's end. Raises ValueError or InvalidAdapter
+        if it can't be served, StaleRegion if it isn't there.
+        """
+        if self._memory is None:
+            self._memory = StagingView(path)
+            if self.device.type == "cuda":
+                self._memory.pin()
+        with self._memory.hold(region.offset, region.size, region.nonce) as memory:
+            weights = self._read(lora_id, memory)
+            self._adapter_manager.check(weights)
+            config = weights.reft_config
+        self._regions[lora_id] = region
+        return config is not None and config.last > 0
+
+    def add_adapter(self, lora_request: Any) -> bool:
+        """Called in each step for each adapter that acts in it; the worker keeps these in memory."""
+        lora_id, manager = lora_request.lora_int_id, self._adapter_manager
+        if lora_id in self.list_adapters():
+            manager.get_adapter(lora_id)  # a use, as the next line is
+            manager.activate_adapter(lora_id)
+            return True
+        region = self._regions[lora_id]
+        assert self._memory is not None
+        with self._memory.hold(region.offset, region.size, region.nonce) as memory:
+            weights = self._read(lora_id, memory)
+            if len(manager) >= manager.capacity:
+                manager.remove_oldest_adapter()
+            manager.add_adapter(weights)
+            manager.activate_adapter(lora_id)
+            if self.device.type == "cuda":
+                torch.cuda.current_stream().synchronize()  # it may be overwritten once it isn't held
+        weights.drop()
+        return True
+
+    def _read(self, lora_id: int, memory: memoryview) -> AdapterWeights:
+        manager = self._adapter_manager
+        mapper = getattr(manager.model, "hf_to_vllm_mapper", None)
+        mapper = mapper.get_rename_mapper() if mapper is not None else None
+        return read_weights(lora_id, memory, manager.places.get, mapper, self.lora_config)
 
     def place_tokens(self, positions: np.ndarray, prompts: np.ndarray) -> None:
         """See GroupedLoRAModelManager."""
         self._adapter_manager.place_tokens(positions, prompts)
-
-
-def _rank_of(weights: Any) -> int:
-    """The highest rank of a module's LoRA: PEFT's rank_pattern may give it another than the adapter's."""
-    stacks = weights.lora_a if isinstance(weights.lora_a, list | tuple) else [weights.lora_a]
-    return max((stack.shape[0] for stack in stacks if stack is not None), default=0)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from preft.core.request import AdapterRef, Sampling, TokenDelta
+from preft.transfer.staging import Region
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +77,14 @@ class Engine(Protocol):
         KV couldn't be loaded), WorkerLost if the engine is dead.
         """
 
-    async def load_adapter(self, adapter: AdapterRef) -> None:
-        """Brings the adapter into the engine, unless it is there. Raises InvalidAdapter if the engine refuses it."""
+    async def place_adapter(self, adapter: AdapterRef, region: Region) -> None:
+        """Says where in the adapters' arena this content lies now. Raises InvalidAdapter if it can't be served.
+
+        It stays there while requests that name it run: the engine takes it into a slot when a step needs it.
+        """
+
+    async def aborted(self) -> None:
+        """Returns once no request whose generator was closed before can be in a step any more."""
 
     async def wait_dead(self) -> str:
         """Returns, with the reason, when the engine has died."""

@@ -8,7 +8,6 @@ import itertools
 import os
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from pathlib import Path
 from typing import Any
 
 from vllm.config import KVTransferConfig
@@ -21,20 +20,19 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from preft.adapters.digest import REFT_CONFIG_FILE, adapter_files
-from preft.adapters.reft_config import read_reft_config
 from preft.core.cluster import Role
 from preft.core.errors import EngineFailed, InvalidAdapter, InvalidRequest, WorkerLost
 from preft.core.request import AdapterRef, FinishReason, Sampling, TokenDelta, TokenLogprob
 from preft.core.settings import GiB, PrefillSettings, Settings
 from preft.engine.port import EngineInfo, EngineRequest, EngineStats, KvRegion
 from preft.transfer.connector import OUTPUT_SO_FAR
+from preft.transfer.staging import Region
 
 # How OpenMP's threads wait for work on CPU, in turns of a loop. By default they spin for milliseconds: on cores that
 # engines share, each waits against the other's steps. Without any spin they sleep between the many short operations of
 # a decode step, or of a prompt's adapters.
 SPIN = "5000"
-CODE_VERSION = 4
+CODE_VERSION = 5
 """Part of vLLM's compile-cache key, which otherwise ignores our worker class. Raise it when traced code changes."""
 
 
@@ -77,7 +75,7 @@ def engine_args(settings: Settings, role: Role, arena: str) -> AsyncEngineArgs:
         args |= {
             "enable_lora": True,
             "max_loras": own.max_loras,
-            "max_cpu_loras": own.max_cpu_loras,
+            "max_cpu_loras": own.max_loras,  # others wait in our own host memory
             "max_lora_rank": own.max_lora_rank,
         }
     return AsyncEngineArgs(**args)
@@ -147,7 +145,7 @@ class _Stats(StatLoggerBase):
 class VllmEngine:
     """One AsyncLLM with its engine process. Start it with `start`, end it with `close`."""
 
-    def __init__(self, llm: AsyncLLM, role: Role, info: EngineInfo, stats: EngineStats) -> None:
+    def __init__(self, llm: AsyncLLM, role: Role, info: EngineInfo, stats: EngineStats, adapter_arena: str) -> None:
         self._llm = llm
         self._role = role
         self.info = info
@@ -155,10 +153,17 @@ class VllmEngine:
         self._lora_ids: dict[str, int] = {}  # digest -> vLLM's integer id; never reused for another digest
         self._next_lora_id = itertools.count(1)
         self._counts_from_end: dict[str, bool] = {}  # digest -> whether its ReFT acts on the last positions
+        self._adapter_arena = adapter_arena
 
     @classmethod
-    async def start(cls, settings: Settings, role: Role, arena: str, **overrides: Any) -> VllmEngine:
-        """Starts the engine process and waits until it can serve (25-45 s on CPU). `overrides` are vLLM's arguments."""
+    async def start(
+        cls, settings: Settings, role: Role, arena: str, adapter_arena: str = "", **overrides: Any
+    ) -> VllmEngine:
+        """Starts the engine process and waits until it can serve (25-45 s on CPU).
+
+        `arena` is where KV comes from or goes to, `adapter_arena` where adapters come from. `overrides` are vLLM's
+        arguments.
+        """
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # where Triton is installed it is the default; ours is V1
         if current_platform.is_cpu():
@@ -177,31 +182,37 @@ class VllmEngine:
             vocab_size=config.model_config.get_vocab_size(),
             pids=tuple(pid for pid in described["pids"] if pid != os.getpid()),
         )
-        return cls(llm, role, info, stats)
+        return cls(llm, role, info, stats, adapter_arena)
 
-    async def load_adapter(self, adapter: AdapterRef) -> None:
-        request = self._lora_request(adapter)
+    async def place_adapter(self, adapter: AdapterRef, region: Region) -> None:
+        lora_id = self._lora_request(adapter).lora_int_id
+        place = (lora_id, self._adapter_arena, region.offset, region.size, region.nonce)
         try:
-            await self._llm.add_lora(request)
+            answers = await self._llm.collective_rpc("place_adapter", args=place)
+            self._counts_from_end[adapter.digest] = answers[0]
         except EngineDeadError as error:
             raise WorkerLost(f"the engine died: {error}") from error
         except Exception as error:
             raise InvalidAdapter(f"adapter {adapter.name!r} was refused by the engine: {error}") from error
 
+    async def aborted(self) -> None:
+        try:
+            await self._llm.collective_rpc("describe_kv")  # it comes to the engine after the aborts, and between steps
+        except EngineDeadError as error:
+            raise WorkerLost(f"the engine died: {error}") from error
+
     def _prompt_salt(self, request: EngineRequest) -> str:
         """A ReFT on the last positions makes a prefix's KV depend on the prompt's length; nothing else does."""
         if request.adapter is None:
             return ""
-        if request.adapter.digest not in self._counts_from_end:
-            folder = Path(request.adapter.path)
-            reft = read_reft_config(folder) if REFT_CONFIG_FILE in adapter_files(folder) else None
-            self._counts_from_end[request.adapter.digest] = reft is not None and reft.last > 0
         return str(len(request.prompt_token_ids)) if self._counts_from_end[request.adapter.digest] else ""
 
     def _lora_request(self, adapter: AdapterRef) -> LoRARequest:
         if adapter.digest not in self._lora_ids:
             self._lora_ids[adapter.digest] = next(self._next_lora_id)
-        return LoRARequest(lora_name=adapter.digest, lora_int_id=self._lora_ids[adapter.digest], lora_path=adapter.path)
+        return LoRARequest(
+            lora_name=adapter.digest, lora_int_id=self._lora_ids[adapter.digest], lora_path=adapter.digest
+        )
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
         prompt: dict[str, Any] = {"prompt_token_ids": [*request.prompt_token_ids, *request.output_token_ids]}

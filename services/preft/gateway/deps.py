@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
-from preft.core.ports import AdapterCatalog, Generator
+from preft.core.ports import AdapterCatalog, AdapterPlaces, Generator
 from preft.gateway.metrics import MeteredGenerator
 from preft.gateway.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class GatewayDeps:
-    """`max_model_len` in tokens, prompt and output together; `max_body_bytes` per HTTP request; `created` in seconds.
+    """`max_model_len` in tokens, prompt and output together; `created` in seconds.
 
+    `max_body_bytes` is per HTTP request, but for uploaded adapters, which `max_adapter_bytes` limits. While one comes,
+    it is kept in `upload_folder` (None: the system's for temporary files). Without `places` no entry says where it is.
     `generator` is wrapped so that every request, over HTTP or gRPC, is counted in `registry`: one registry per object.
     """
 
@@ -28,6 +31,9 @@ class GatewayDeps:
     created: int = field(default_factory=lambda: int(time.time()))
     registry: CollectorRegistry = field(default_factory=CollectorRegistry)
     max_body_bytes: int = 32 << 20
+    max_adapter_bytes: int = 2 << 30
+    upload_folder: Path | None = None
+    places: AdapterPlaces | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "generator", MeteredGenerator(self.generator, self.registry))

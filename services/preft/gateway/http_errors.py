@@ -12,10 +12,12 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
 from preft.core.errors import InvalidRequest, PreftError, QueueFull, mapping_of
 
+CLIENT_GONE = 499  # for the metrics: nobody is there to read it
 _INTERNAL = "The server met an unexpected error."
 
 
@@ -56,9 +58,13 @@ def install_error_handlers(app: FastAPI) -> None:
         first = error.errors()[0]
         return error_response(InvalidRequest(first["msg"], ".".join(map(str, first["loc"][1:])) or None))
 
+    async def gone(_: Request, error: Exception) -> Response:
+        return Response(status_code=CLIENT_GONE)
+
     app.add_exception_handler(PreftError, known)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(ClientDisconnect, gone)
     app.add_exception_handler(Exception, known)
 
 

@@ -1,28 +1,24 @@
-"""The public gRPC services Inference and Adapters: the same pipeline as HTTP, without HTTP.
+"""The public gRPC service Inference: the same pipeline as HTTP, without HTTP.
 
-Owns the translation between protobuf and checked bodies. `rpc_server` starts them.
+Owns the translation between protobuf and checked bodies. `rpc_server` starts it.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import Any, NoReturn
+from typing import Any
 
-import grpc
-
-from preft.core.cluster import Adapter
-from preft.core.errors import InvalidRequest, PreftError, QueueFull, mapping_of
+from preft.core.errors import InvalidRequest
 from preft.core.request import FinishReason, TokenLogprob
 from preft.gateway.choice import ChoiceDelta
 from preft.gateway.completion import Completion
 from preft.gateway.deps import GatewayDeps
 from preft.gateway.job import completion_job
 from preft.gateway.parse import parse_body
+from preft.gateway.rpc_errors import errors_reported
 from preft.gateway.schemas import CompletionBody
-from preft.rpc import adapters_pb2, adapters_pb2_grpc, common_pb2, inference_pb2, inference_pb2_grpc
+from preft.rpc import common_pb2, inference_pb2, inference_pb2_grpc
 
 _FINISH = {
     None: common_pb2.FINISH_REASON_UNSPECIFIED,
@@ -39,53 +35,13 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self._deps = deps
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Any) -> None:
-        async with _errors_reported(context):
+        async with errors_reported(context):
             body = parse_body(CompletionBody, _body(request))
             job = await completion_job(body, self._deps, deadline=_deadline(request, context))
             async with Completion(self._deps.generator, self._deps.tokenizer, job) as completion:
                 while deltas := await completion.take():
                     for delta in deltas:
                         await context.write(_reply(delta, job.prompt_tokens))
-
-
-class AdaptersService(adapters_pb2_grpc.AdaptersServicer):
-    """Adapters, over the catalog."""
-
-    def __init__(self, deps: GatewayDeps) -> None:
-        self._catalog = deps.catalog
-
-    async def Add(self, request: adapters_pb2.AddAdapterRequest, context: Any) -> adapters_pb2.Adapter:
-        async with _errors_reported(context):
-            if not request.name or not request.path:
-                raise InvalidRequest("name and path must be given.", "path" if request.name else "name")
-            return _adapter(await self._catalog.add(request.name, request.path, replace=request.replace))
-
-    async def List(self, request: adapters_pb2.ListAdaptersRequest, context: Any) -> adapters_pb2.ListAdaptersReply:
-        return adapters_pb2.ListAdaptersReply(adapters=[_adapter(adapter) for adapter in self._catalog.list()])
-
-    async def Remove(self, request: adapters_pb2.RemoveAdapterRequest, context: Any) -> adapters_pb2.Adapter:
-        async with _errors_reported(context):
-            return _adapter(await self._catalog.remove(request.name))
-
-
-@asynccontextmanager
-async def _errors_reported(context: Any) -> AsyncIterator[None]:
-    """Ends the call with the error's gRPC code; trailing metadata has `preft-code`, `preft-param`, `retry-after`."""
-    try:
-        yield
-    except PreftError as error:
-        await _abort(context, error)
-
-
-async def _abort(context: Any, error: PreftError) -> NoReturn:
-    mapping = mapping_of(error)
-    trailing = [("preft-code", mapping.code)]
-    if isinstance(error, InvalidRequest) and error.param:
-        trailing.append(("preft-param", error.param))
-    if isinstance(error, QueueFull):
-        trailing.append(("retry-after", str(math.ceil(error.retry_after))))
-    await context.abort(grpc.StatusCode[mapping.grpc], str(error), tuple(trailing))
-    raise AssertionError("abort returns never")
 
 
 def _body(request: inference_pb2.GenerateRequest) -> dict[str, Any]:
@@ -135,14 +91,3 @@ def _reply(delta: ChoiceDelta, prompt_tokens: int) -> inference_pb2.GenerateRepl
 def _logprob(entry: TokenLogprob) -> common_pb2.TokenLogprob:
     top = [common_pb2.TopLogprob(token_id=token_id, logprob=logprob) for token_id, logprob in entry.top]
     return common_pb2.TokenLogprob(token_id=entry.token_id, logprob=entry.logprob, rank=entry.rank, top=top)
-
-
-def _adapter(adapter: Adapter) -> adapters_pb2.Adapter:
-    return adapters_pb2.Adapter(
-        name=adapter.name,
-        digest=adapter.digest,
-        source=adapter.source,
-        kind=adapter.kind,
-        rank=adapter.rank,
-        prefill_only=adapter.prefill_only,
-    )

@@ -70,7 +70,7 @@ def resolve_model(name: str, deps: GatewayDeps) -> AdapterRef | None:
     adapter = deps.catalog.get(name)
     if adapter is None:
         raise ModelNotFound(f"The model {name!r} does not exist.")
-    return AdapterRef(adapter.name, adapter.digest, adapter.path)
+    return AdapterRef(adapter.name, adapter.digest, adapter.source)
 
 
 async def _token_ids(

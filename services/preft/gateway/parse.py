@@ -21,17 +21,22 @@ Body = TypeVar("Body", bound=BaseModel)
 
 async def read_body(request: Request, kind: type[Body], limit: int) -> Body:
     """Raises InvalidRequest for a bad body and HTTPException 413 for one of more than `limit` bytes."""
-    declared = request.headers.get("content-length", "0")
-    if declared.isdigit() and int(declared) > limit:
-        raise _too_large(limit)
+    if (declared_length(request) or 0) > limit:
+        raise too_large(limit)
     data = bytearray()
     async for chunk in request.stream():
         data += chunk
         if len(data) > limit:
-            raise _too_large(limit)
+            raise too_large(limit)
     if len(data) <= INLINE_BYTES:
         return _parse(kind, bytes(data))
     return await asyncio.to_thread(_parse, kind, bytes(data))
+
+
+def declared_length(request: Request) -> int | None:
+    """The bytes that the body should have, None if the request doesn't say it."""
+    declared = request.headers.get("content-length", "")
+    return int(declared) if declared.isdecimal() else None
 
 
 def _parse(kind: type[Body], data: bytes) -> Body:
@@ -53,6 +58,19 @@ def parse_body(kind: type[Body], given: Mapping[str, Any]) -> Body:
     """The checked body. Raises InvalidRequest with the first offending parameter's path, as in `messages[0].role`."""
     try:
         return kind.model_validate(known_parameters(given, kind.model_fields))
+    except ValidationError as error:
+        raise _first_problem(error) from None
+
+
+def parse_query(kind: type[Body], request: Request) -> Body:
+    """The checked query string. Raises InvalidRequest that names a parameter that is unknown, malformed or repeated."""
+    given: dict[str, str] = {}
+    for name, value in request.query_params.multi_items():
+        if name in given:
+            raise InvalidRequest(f"{name} is given more than once.", name)
+        given[name] = value
+    try:
+        return kind.model_validate(given)
     except ValidationError as error:
         raise _first_problem(error) from None
 
@@ -79,5 +97,6 @@ def _shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _too_large(limit: int) -> HTTPException:
+def too_large(limit: int) -> HTTPException:
+    """The 413 of a body that may have `limit` bytes."""
     return HTTPException(413, f"The request body is larger than {limit} bytes.")

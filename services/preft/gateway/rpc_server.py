@@ -14,7 +14,8 @@ from grpc_reflection.v1alpha import reflection
 from preft.core.errors import ConfigError
 from preft.core.ports import Generator
 from preft.gateway.deps import GatewayDeps
-from preft.gateway.inference import AdaptersService, InferenceService
+from preft.gateway.inference import InferenceService
+from preft.gateway.rpc_adapters import AdaptersService
 from preft.rpc import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 _INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name

@@ -1,4 +1,4 @@
-"""The bodies that clients send, strictly checked: a wrong type, range or name is an InvalidRequest that names it.
+"""The bodies of requests for tokens, strictly checked: a wrong type, range or name is an InvalidRequest that names it.
 
 Owns everything that can be judged without the model; lengths, vocabulary and names are checked in `job`.
 """
@@ -16,23 +16,25 @@ INT64_MAX = 2**63 - 1
 INT32_MAX = 2**31 - 1
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """A JSON body: no field is converted, none unknown is taken."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
     include_obfuscation: bool | None = None  # padding against traffic analysis, of OpenAI's own service
 
 
-class Message(_Strict):
+class Message(Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str, PlainValidator(read_content)]
     name: str | None = None
 
 
-class GenerationBody(_Strict):
+class GenerationBody(Strict):
     """What both APIs share, with vLLM's additions. None means: not given."""
 
     id_prefix: ClassVar[str]
@@ -140,26 +142,3 @@ class ChatBody(GenerationBody):
     @property
     def wanted_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
-
-
-class LoadAdapterBody(_Strict):
-    """POST /v1/load_lora_adapter, vLLM's."""
-
-    lora_name: Annotated[str, Field(min_length=1)]
-    lora_path: Annotated[str, Field(min_length=1)]
-    load_inplace: bool = False
-    is_3d_lora_weight: Literal[False] = False
-
-
-class UnloadAdapterBody(_Strict):
-    """POST /v1/unload_lora_adapter, vLLM's."""
-
-    lora_name: Annotated[str, Field(min_length=1)]
-
-
-class AddAdapterBody(_Strict):
-    """POST /v1/adapters."""
-
-    name: Annotated[str, Field(min_length=1)]
-    path: Annotated[str, Field(min_length=1)]
-    replace: bool = False

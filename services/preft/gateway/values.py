@@ -87,3 +87,15 @@ def read_message(value: object) -> object:
         if name in kept:
             raise ValueError(f"{name} isn't supported")
     return kept
+
+
+def read_flag(value: object) -> bool:
+    """A boolean in a query string."""
+    if value not in ("true", "false"):
+        raise ValueError("must be true or false")
+    return value == "true"
+
+
+def read_kind(value: object) -> object:
+    """An adapter's kind in a query string, where the plus of "lora+reft" is a space unless it was encoded."""
+    return value.replace(" ", "+") if isinstance(value, str) else value

@@ -9,15 +9,15 @@ import asyncio
 import dataclasses
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 
 import grpc.aio
 
+from preft.adapters.store import AdapterStore
 from preft.core.errors import EngineFailed, PreftError, TransferFailed
 from preft.core.request import AdapterRef, FinishReason, Sampling, TokenDelta
 from preft.engine.port import Engine, EngineRequest, KvRegion
-from preft.engine.residency import ResidentAdapters
-from preft.rpc import common_pb2, workers_pb2, workers_pb2_grpc
+from preft.rpc import workers_pb2, workers_pb2_grpc
 from preft.rpc.convert import adapter_from_proto, delta_to_proto, sampling_from_proto
 from preft.rpc.status import abort
 from preft.transfer.port import KvHeader, KvSender, checksum_of, hash_prompt
@@ -34,7 +34,7 @@ class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
     def __init__(
         self,
         engine: Engine,
-        adapters: ResidentAdapters,
+        adapters: AdapterStore,
         arena: StagingArena,
         sender: KvSender,
         fingerprint: str,
@@ -59,32 +59,25 @@ class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
         finally:
             self.running -= 1
 
-    async def LoadAdapter(
-        self, request: common_pb2.AdapterRef, context: grpc.aio.ServicerContext
-    ) -> workers_pb2.LoadAdapterReply:
-        try:
-            await self._adapters.ensure(adapter_from_proto(request))
-        except PreftError as error:
-            await abort(context, error)
-        return workers_pb2.LoadAdapterReply()
-
     async def _prefill(
         self, request: workers_pb2.PrefillRequest, time_remaining: float | None
     ) -> AsyncGenerator[workers_pb2.PrefillEvent, None]:
         timeout = 60.0 if time_remaining is None else time_remaining
         adapter = adapter_from_proto(request.adapter) if request.HasField("adapter") else None
-        if adapter is not None:
-            await self._adapters.ensure(adapter)
         prompt = tuple(request.prompt_token_ids)
         if not request.HasField("target"):
-            choices = await self._first_tokens(request, prompt, adapter, None)
+            async with self._adapters.using(adapter) if adapter else nullcontext():
+                choices = await self._first_tokens(request, prompt, adapter, None)
             yield _first_tokens_event(choices)
             return
+        if adapter is not None:
+            await self._adapters.prefetch(adapter)  # nothing else is held while it comes
         region = await self._arena.reserve(self._kv_bytes(len(prompt)), timeout=timeout)
         try:
             clear_seal(self._arena.view(region))
             save = KvRegion(region.offset, region.size, region.nonce)
-            choices = await self._first_tokens(request, prompt, adapter, save)
+            async with self._adapters.using(adapter) if adapter else nullcontext():
+                choices = await self._first_tokens(request, prompt, adapter, save)
             yield _first_tokens_event(choices)
             uses = request.n if request.resume else sum(choice.finish_reason is None for choice in choices)
             if uses:

@@ -1,8 +1,9 @@
 """The bounded queue in front of the workers: who waits, who is next, who is turned away.
 
-First come, first served per adapter; an adapter whose next request fits nowhere doesn't hold up the others. A request
-that has waited long keeps one decode worker free of newcomers until it fits, so that big ones aren't starved by small
-ones. Choosing workers is the policy's business.
+First come, first served per adapter; an adapter whose next request fits nowhere, or that isn't in memory yet, doesn't
+hold up the others. A request that has waited long keeps one decode worker free of newcomers until it fits, so that big
+ones aren't starved by small ones, and adapter slots free of younger requests, so that new adapters aren't starved by
+busy ones. Choosing workers is the policy's business.
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ import heapq
 import itertools
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from preft.core.cluster import Worker
 from preft.core.errors import DeadlineExceeded, InvalidRequest, PreftError, QueueFull, Unavailable
+from preft.core.request import AdapterRef
 from preft.router.lease import Lease
 from preft.router.ledger import Ledger
-from preft.router.policy import Demand, Policy, Refusal, Roster
+from preft.router.policy import Absent, Demand, Pair, Policy, Refusal, Roster
 
 PATIENCE = 5.0  # seconds until a waiting request keeps a decode worker for itself
+SLOT_PATIENCE = 0.5  # seconds until a request that waits for an adapter slot lets no younger one have it
 RETRY_AFTER = (1.0, 30.0)  # seconds, least and most
 
 
@@ -69,9 +72,21 @@ class Ticket:
 class Admission:
     """Owns the queue. `update` brings a new picture of the cluster; leases that are given back wake it themselves."""
 
-    def __init__(self, policy: Policy, ledger: Ledger, max_queue: int, restart_grace: float) -> None:
-        """`max_queue` requests may wait; after `restart_grace` seconds without workers they get Unavailable."""
+    def __init__(
+        self,
+        policy: Policy,
+        ledger: Ledger,
+        max_queue: int,
+        restart_grace: float,
+        prefetch: Callable[[Worker, AdapterRef], None],
+    ) -> None:
+        """`max_queue` requests may wait; after `restart_grace` seconds without workers they get Unavailable.
+
+        `prefetch` has a worker bring in an adapter; `load_ended` is to be called when it has, or couldn't.
+        """
         self._policy = policy
+        self._prefetch = prefetch
+        self._slots_kept = False  # for a request that has waited long for one
         self._ledger = ledger
         self._max_queue = max_queue
         self._restart_grace = restart_grace
@@ -125,11 +140,17 @@ class Admission:
             self._check_fits(demand)
         ticket = Ticket(demand, choices, (since, next(self._serial)), avoid, self)
         overtakes_nobody = not self._pump_due and demand.digest not in self._queues
+        if demand.digest and self._slots_kept:
+            overtakes_nobody = False
         if overtakes_nobody and self._grant(ticket, self._open) is None:
             return ticket
         if not started and self._waiting >= self._max_queue:
             ticket.outcome.cancel()
             raise QueueFull(f"{self._waiting} requests are waiting for a worker already", self._retry_after())
+        if demand.adapter is not None and demand.digest not in self._queues:
+            home = self._policy.home(demand, self._roster, self._ledger)
+            if home is not None:
+                self._prefetch(home, demand.adapter)
         queue = self._queues.setdefault(demand.digest, deque())
         if started:
             queue.appendleft(ticket)
@@ -149,6 +170,15 @@ class Admission:
             self._open = self._roster  # it may have kept a decode worker for itself
             self.wake()
 
+    def load_ended(self, digest: str, error: PreftError | None) -> None:
+        """An adapter has come into some worker's memory, or can't: then whoever waits for it gets `error`."""
+        if error is not None and (queue := self._queues.pop(digest, None)):
+            self._waiting -= len(queue)
+            for ticket in queue:
+                if not ticket.outcome.done():
+                    ticket.outcome.set_exception(error)
+        self.wake()
+
     def wake(self) -> None:
         """Has the queue looked through soon, once for however many calls."""
         if self._queues and not self._pump_due:
@@ -164,14 +194,15 @@ class Admission:
         """Places whatever fits, oldest first."""
         self._pump_due = False
         self._open = self._roster
-        late = asyncio.get_running_loop().time() - PATIENCE
+        self._slots_kept = False
+        now = asyncio.get_running_loop().time()
         heads = [(queue[0].order, queue) for queue in self._queues.values()]
         heapq.heapify(heads)
         refused: Demand | None = None  # what covers it needn't be tried
         while heads:
             _, queue = heads[0]
             ticket = queue[0]
-            if refused is not None and ticket.demand.covers(refused):
+            if (refused is not None and ticket.demand.covers(refused)) or (self._slots_kept and ticket.demand.digest):
                 heapq.heappop(heads)
                 continue
             refusal = self._grant(ticket, self._open)
@@ -189,15 +220,20 @@ class Admission:
                 break
             if refusal is Refusal.NO_DECODE and not ticket.avoid:
                 refused = ticket.demand
-            if refusal is Refusal.NO_DECODE and ticket.order[0] < late and self._open is self._roster:
+            waited = now - ticket.order[0]
+            if refusal is Refusal.NO_SLOT and waited > SLOT_PATIENCE:
+                self._slots_kept = True
+            if refusal is Refusal.NO_DECODE and waited > PATIENCE and self._open is self._roster:
                 self._open = self._keep_one_for(ticket.demand)
 
-    def _grant(self, ticket: Ticket, roster: Roster) -> Refusal | None:
+    def _grant(self, ticket: Ticket, roster: Roster) -> Refusal | Absent | None:
         """Why `ticket` gets no lease now, or None: it has one, or needs none."""
         if ticket.outcome.done():
             return None  # whoever waited was cancelled in this instant, and didn't come to leave the queue yet
         placed = self._policy.place(ticket.demand, roster, self._ledger, ticket.avoid)
-        if isinstance(placed, Refusal):
+        if isinstance(placed, Absent) and ticket.demand.adapter is not None:
+            self._prefetch(placed.worker, ticket.demand.adapter)
+        if not isinstance(placed, Pair):
             return placed
         ticket.outcome.set_result(Lease(placed, ticket.demand, ticket.choices, self._ledger, self.wake))
         self._grants.append(asyncio.get_running_loop().time())

@@ -111,6 +111,7 @@ class Attempt:
             event = await self._channels.read(self._prefill, worker)
             if event is None or not event.HasField("first_tokens"):
                 raise EngineFailed(f"prefill worker {worker.id} answered no first tokens")
+            self._lease.prompt_ended()
             if self.resumes:
                 return ()
             deltas = [delta_from_proto(message) for message in event.first_tokens.choices]

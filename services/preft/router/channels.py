@@ -16,10 +16,12 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from preft.core.cluster import Worker
-from preft.core.errors import WorkerLost
+from preft.core.cluster import AdapterPlace, Worker
+from preft.core.errors import PreftError, WorkerLost
+from preft.core.request import AdapterRef
 from preft.router.decode_stream import CallCancelled, DecodeCall, DecodeStream
 from preft.rpc import workers_pb2, workers_pb2_grpc
+from preft.rpc.convert import adapter_to_proto, place_from_proto
 from preft.rpc.status import error_from_rpc
 
 OPTIONS = [
@@ -40,6 +42,7 @@ class WorkerStubs:
     channel: grpc.aio.Channel
     prefill: Any
     decode: Any
+    adapters: Any
     stream: DecodeStream | None = None
 
     async def close(self, grace: float) -> None:
@@ -63,6 +66,21 @@ class WorkerChannels:
         """Starts a Prefill call, to be read with `read`."""
         return self._stubs_of(worker.address).prefill.Prefill(request, timeout=timeout)
 
+    async def prefetch(self, worker: Worker, adapter: AdapterRef, timeout: float) -> None:
+        """Has `worker` bring `adapter` into host memory, and waits for it. Raises the PreftError that it ended with."""
+        try:
+            await self._stubs_of(worker.address).adapters.Prefetch(adapter_to_proto(adapter), timeout=timeout)
+        except grpc.aio.AioRpcError as rpc_error:
+            raise self._error(rpc_error, worker) from rpc_error
+
+    async def where(self, worker: Worker, adapter: AdapterRef, timeout: float) -> AdapterPlace:
+        """Where `worker` has `adapter`. Raises the PreftError that the call ended with."""
+        try:
+            reply = await self._stubs_of(worker.address).adapters.Where(adapter_to_proto(adapter), timeout=timeout)
+        except grpc.aio.AioRpcError as rpc_error:
+            raise self._error(rpc_error, worker) from rpc_error
+        return place_from_proto(worker.id, reply)
+
     def decode(self, worker: Worker, request: workers_pb2.DecodeRequest, timeout: float) -> DecodeCall:
         """Starts to decode a choice."""
         stubs = self._stubs_of(worker.address)
@@ -78,10 +96,7 @@ class WorkerChannels:
         try:
             message = await call.read()
         except grpc.aio.AioRpcError as rpc_error:
-            error = error_from_rpc(rpc_error, worker.id)
-            if type(error) is WorkerLost:
-                self._on_lost(worker)
-            raise error from rpc_error
+            raise self._error(rpc_error, worker) from rpc_error
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
@@ -123,6 +138,12 @@ class WorkerChannels:
             request = workers_pb2.ReleaseRequest(handle=handle)
             await self._stubs_of(worker.address).decode.Release(request, timeout=RELEASE_SECONDS)
 
+    def _error(self, rpc_error: grpc.aio.AioRpcError, worker: Worker) -> PreftError:
+        error = error_from_rpc(rpc_error, worker.id)
+        if type(error) is WorkerLost:
+            self._on_lost(worker)
+        return error
+
     def _background(self, work: Any) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
@@ -136,5 +157,6 @@ class WorkerChannels:
                 channel,
                 workers_pb2_grpc.PrefillWorkerStub(channel),  # type: ignore[no-untyped-call]
                 workers_pb2_grpc.DecodeWorkerStub(channel),  # type: ignore[no-untyped-call]
+                workers_pb2_grpc.WorkerAdaptersStub(channel),  # type: ignore[no-untyped-call]
             )
         return stubs

@@ -125,6 +125,7 @@ class RoutedGeneration:
             max_tokens=prompt + most,
             choices=len(choices),
             decodes=most > 1,
+            adapter=request.adapter,
         )
         ticket = self._admission.enter(
             demand,

@@ -20,7 +20,7 @@ class Lease:
         self._digest = demand.digest
         self._ledger = ledger
         self._on_free = on_free
-        self._prefilling = True
+        self._prompting = self._prefilling = True
         self._blocks = {index: demand.blocks(self.decode) for index in choices} if self.decode else {}
         ledger.add_prefill(self.prefill.id, self._digest)
         if self.decode:
@@ -37,11 +37,19 @@ class Lease:
             self._ledger.add_decode(self.decode.id, 1, 0)
         return self.room(index)
 
+    def prompt_ended(self) -> None:
+        """The prompt is computed: its adapter's slot is free for another."""
+        if self._prompting:
+            self._prompting = False
+            self._ledger.drop_prompt(self.prefill.id, self._digest)
+            self._on_free()
+
     def prefill_ended(self) -> None:
-        """The prefill worker is done with the prompt."""
+        """The prefill worker is done with the request."""
+        self.prompt_ended()
         if self._prefilling:
             self._prefilling = False
-            self._ledger.drop_prefill(self.prefill.id, self._digest)
+            self._ledger.drop_prefill(self.prefill.id)
             self._on_free()
 
     def choice_ended(self, index: int) -> None:

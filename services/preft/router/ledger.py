@@ -13,6 +13,8 @@ from preft.core.cluster import Role, Worker
 
 K = TypeVar("K", bound=Hashable)
 
+HEARTBEATS = 3  # of a worker, until they surely tell of an adapter that it has just brought in
+
 
 class Ledger:
     """Counts per worker id: running prefills (also per adapter digest), KV blocks and sequences on decode workers."""
@@ -20,11 +22,15 @@ class Ledger:
     def __init__(self) -> None:
         self._prefills: Counter[str] = Counter()
         self._adapters: Counter[tuple[str, str]] = Counter()
+        self._distinct: Counter[str] = Counter()
+        self._loading: set[tuple[str, str]] = set()
+        self._loaded: dict[tuple[str, str], int] = {}  # for how many more heartbeats our word counts
         self._blocks: Counter[str] = Counter()
         self._sequences: Counter[str] = Counter()
         self._peak: dict[str, int] = {}  # most own blocks since the last heartbeat
         self._foreign: dict[str, int] = {}  # blocks that others hold, as far as the last heartbeat tells
         self._heartbeats: dict[str, float] = {}
+        self._beats: dict[str, float] = {}  # of workers that hold adapters
 
     @property
     def idle(self) -> bool:
@@ -35,9 +41,31 @@ class Ledger:
         """Prefills of this router that run on the worker."""
         return self._prefills.get(worker_id, 0)
 
-    def prefills_of(self, worker_id: str, digest: str) -> int:
-        """Those among them that use this adapter."""
+    def prompts_of(self, worker_id: str, digest: str) -> int:
+        """Those among them whose prompt isn't computed yet and that use this adapter."""
         return self._adapters.get((worker_id, digest), 0)
+
+    def distinct_adapters(self, worker_id: str) -> int:
+        """How many adapters the prompts on the worker use: as many engine slots are taken."""
+        return self._distinct.get(worker_id, 0)
+
+    def loading(self, worker_id: str, digest: str) -> bool:
+        """Whether the worker was asked for this adapter and hasn't answered yet."""
+        return (worker_id, digest) in self._loading
+
+    def loaded(self, worker_id: str, digest: str) -> bool:
+        """Whether the worker has the adapter for sure: its prompts use it, or it has just brought it in."""
+        return (worker_id, digest) in self._loaded or self.prompts_of(worker_id, digest) > 0
+
+    def load_begins(self, worker_id: str, digest: str) -> None:
+        """The worker is asked for an adapter."""
+        self._loading.add((worker_id, digest))
+
+    def load_ended(self, worker_id: str, digest: str, *, done: bool) -> None:
+        """It has answered. From now on, if it is `done`, it has the adapter; later its heartbeats will tell."""
+        self._loading.discard((worker_id, digest))
+        if done:
+            self._loaded[worker_id, digest] = HEARTBEATS
 
     def blocks(self, worker_id: str) -> int:
         """KV blocks that are taken on the worker: reserved here, or used by others at the last heartbeat."""
@@ -55,11 +83,18 @@ class Ledger:
         """One prefill starts."""
         self._prefills[worker_id] += 1
         self._adapters[worker_id, digest] += 1
+        if digest and self._adapters[worker_id, digest] == 1:
+            self._distinct[worker_id] += 1
 
-    def drop_prefill(self, worker_id: str, digest: str) -> None:
-        """One prefill ended."""
-        _take(self._prefills, worker_id, 1)
+    def drop_prompt(self, worker_id: str, digest: str) -> None:
+        """One prefill's prompt is computed, and needs its adapter no more."""
         _take(self._adapters, (worker_id, digest), 1)
+        if digest and not self._adapters[worker_id, digest]:
+            _take(self._distinct, worker_id, 1)
+
+    def drop_prefill(self, worker_id: str) -> None:
+        """One prefill ended, after its prompt."""
+        _take(self._prefills, worker_id, 1)
 
     def add_decode(self, worker_id: str, blocks: int, sequences: int) -> None:
         """Reserves KV blocks for `sequences` more choices (0: a running one has grown)."""
@@ -80,6 +115,8 @@ class Ledger:
         A heartbeat is late: what it counts may have been ours and be free by now. So only what exceeds the most that
         was ours since the heartbeat before counts as foreign.
         """
+        workers = tuple(workers)
+        self._forget_loads(workers)
         known = {worker.id: worker for worker in workers if worker.role is not Role.PREFILL}
         for gone in self._heartbeats.keys() - known.keys():
             del self._heartbeats[gone]
@@ -91,6 +128,16 @@ class Ledger:
                 used = worker.load.kv_blocks_total - worker.load.kv_blocks_free
                 self._foreign[worker.id] = max(0, used - self._peak.get(worker.id, 0))
                 self._peak[worker.id] = self._blocks.get(worker.id, 0)
+
+    def _forget_loads(self, workers: Iterable[Worker]) -> None:
+        beats = {worker.id: worker.heartbeat for worker in workers if worker.role is not Role.DECODE}
+        heard = {worker_id for worker_id, beat in beats.items() if self._beats.get(worker_id) != beat}
+        self._beats = beats
+        self._loaded = {
+            (worker_id, digest): count - (worker_id in heard)
+            for (worker_id, digest), count in self._loaded.items()
+            if worker_id in beats and count > (worker_id in heard)
+        }
 
 
 def _take(counter: Counter[K], key: K, amount: int) -> None:

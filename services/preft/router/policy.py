@@ -12,6 +12,7 @@ from typing import Protocol
 from zlib import crc32
 
 from preft.core.cluster import ClusterSnapshot, Role, Worker
+from preft.core.request import AdapterRef
 from preft.router.ledger import Ledger
 
 
@@ -28,6 +29,7 @@ class Demand:
     max_tokens: int
     choices: int = 1
     decodes: bool = True
+    adapter: AdapterRef | None = None  # to be loaded where it isn't yet
 
     def blocks(self, worker: Worker) -> int:
         """KV blocks to reserve on `worker` for each choice."""
@@ -46,10 +48,18 @@ class Pair:
     decode: Worker | None
 
 
+@dataclass(frozen=True, slots=True)
+class Absent:
+    """There would be room, but this worker should have the adapter in memory first."""
+
+    worker: Worker
+
+
 class Refusal(Enum):
     """Why nothing fits now."""
 
     NO_PREFILL = auto()  # no prefill worker takes more, of whatever adapter
+    NO_SLOT = auto()  # the workers that have the adapter have their slots full of others
     NO_DECODE = auto()  # no decode worker has room for that much, of whatever adapter
 
 
@@ -96,12 +106,15 @@ class Roster:
 class Policy(Protocol):
     """Chooses workers. Implementations are pure: equal arguments, equal choice, and nothing is changed."""
 
-    def place(self, demand: Demand, roster: Roster, ledger: Ledger, avoid: frozenset[str]) -> Pair | Refusal:
+    def place(self, demand: Demand, roster: Roster, ledger: Ledger, avoid: frozenset[str]) -> Pair | Absent | Refusal:
         """Two workers of equal fingerprint with room for `demand`, or why there are none.
 
         Workers in `avoid` (ids) have just failed this request: they are taken only where nothing else is ready. With an
-        empty `avoid`, a refusal holds for every demand that `covers` this one.
+        empty `avoid`, NO_PREFILL and NO_DECODE hold for every demand that `covers` this one.
         """
+
+    def home(self, demand: Demand, roster: Roster, ledger: Ledger) -> Worker | None:
+        """Where `demand`'s adapter should be brought in while it waits; None if that is somewhere already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +130,7 @@ class AffinityPolicy:
     busier_slack: int = 4  # ... and this many prefills on top
     queued_share: float = 0.25  # sequences sent to a decode worker beyond its batch, so that the batch stays full
 
-    def place(self, demand: Demand, roster: Roster, ledger: Ledger, avoid: frozenset[str]) -> Pair | Refusal:
+    def place(self, demand: Demand, roster: Roster, ledger: Ledger, avoid: frozenset[str]) -> Pair | Absent | Refusal:
         """See `Policy.place`."""
         decode: dict[str, Worker] = {}
         if demand.decodes:
@@ -134,7 +147,18 @@ class AffinityPolicy:
             if not free:
                 return Refusal.NO_DECODE
         prefill = self._nearest(demand.digest, free, roster, ledger)
+        if demand.digest and not _has_slot(prefill, demand.digest, ledger):
+            return Refusal.NO_SLOT
+        if demand.adapter is not None and not _holds(prefill, demand.digest, roster, ledger):
+            return Absent(prefill)
         return Pair(prefill, decode.get(prefill.fingerprint))
+
+    def home(self, demand: Demand, roster: Roster, ledger: Ledger) -> Worker | None:
+        """See `Policy.home`."""
+        workers = list(roster.prefill)
+        if not workers or any(_near(worker, demand.digest, roster, ledger) for worker in workers):
+            return None
+        return _home(demand.digest, workers)
 
     def _roomiest(self, demand: Demand, workers: tuple[Worker, ...], ledger: Ledger) -> Worker | None:
         """The decode worker that would be least full, by memory or by batch, whichever is scarcer there."""
@@ -158,11 +182,28 @@ class AffinityPolicy:
         least = min(workers, key=load)
         if not digest:
             return least
-        holders = roster.holders.get(digest, frozenset())
-        near = [worker for worker in workers if worker.id in holders or ledger.prefills_of(worker.id, digest)]
+        near = [worker for worker in workers if _near(worker, digest, roster, ledger)]
+        near = [worker for worker in near if _has_slot(worker, digest, ledger)] or near
         nearest = min(near, key=load) if near else _home(digest, workers)
         limit = ledger.prefills(least.id) * self.busier_factor + self.busier_slack
         return nearest if ledger.prefills(nearest.id) <= limit else least
+
+
+def _holds(worker: Worker, digest: str, roster: Roster, ledger: Ledger) -> bool:
+    """Whether the worker has the adapter in memory."""
+    return worker.id in roster.holders.get(digest, ()) or ledger.loaded(worker.id, digest)
+
+
+def _near(worker: Worker, digest: str, roster: Roster, ledger: Ledger) -> bool:
+    """Whether the worker has the adapter, or will have it soon."""
+    return _holds(worker, digest, roster, ledger) or ledger.loading(worker.id, digest)
+
+
+def _has_slot(worker: Worker, digest: str, ledger: Ledger) -> bool:
+    """Whether the worker's engine can take one more prompt under this adapter into its batch."""
+    if not worker.adapter_slots or ledger.prompts_of(worker.id, digest):
+        return True
+    return ledger.distinct_adapters(worker.id) < worker.adapter_slots
 
 
 def _home(digest: str, workers: list[Worker]) -> Worker:

@@ -9,22 +9,25 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
 
-from preft.core.cluster import ClusterSnapshot, Worker, WorkerState
+from preft.core.cluster import AdapterPlace, ClusterSnapshot, Role, Worker, WorkerState
 from preft.core.errors import PreftError
 from preft.core.ports import Generation, StateStore
-from preft.core.request import GenerateRequest
+from preft.core.request import AdapterRef, GenerateRequest
 from preft.core.settings import RouterSettings
 from preft.router.admission import Admission
 from preft.router.channels import WorkerChannels
 from preft.router.generation import Counters, RoutedGeneration
 from preft.router.ledger import Ledger
 from preft.router.policy import AffinityPolicy, Policy, Roster
+from preft.router.prefetch import Prefetcher
 
 logger = logging.getLogger(__name__)
+
+WHERE_SECONDS = 2.0  # for a worker to say where it has an adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +59,12 @@ class Router:
             self._ledger,
             settings.max_queue,
             settings.restart_grace,
+            lambda worker, adapter: self._prefetcher.want(worker, adapter),
         )
         self._channels = WorkerChannels(self._lost)
+        self._prefetcher = Prefetcher(
+            self._channels, self._ledger, settings.request_timeout, self._admission.load_ended
+        )
         self._counters = Counters()
         self._workers: Mapping[str, Worker] = {}  # as registered
         self._snapshot = ClusterSnapshot({}, 0.0)
@@ -76,6 +83,7 @@ class Router:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._polling
         self._admission.close()
+        await self._prefetcher.close()
         await self._channels.close()
 
     async def __aenter__(self) -> Router:
@@ -97,6 +105,13 @@ class Router:
     def snapshot(self) -> ClusterSnapshot:
         """The cluster as the router sees it: silent or unreachable workers are DEAD in it."""
         return self._snapshot
+
+    async def places(self, adapter: AdapterRef) -> Sequence[AdapterPlace]:
+        """See `AdapterPlaces.places`."""
+        workers = self._snapshot.ready(Role.PREFILL, Role.COLOCATED)
+        asked = (self._channels.where(worker, adapter, WHERE_SECONDS) for worker in workers)
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        return [answer for answer in answers if isinstance(answer, AdapterPlace)]
 
     def stats(self) -> RouterStats:
         """The router's own figures at this moment."""

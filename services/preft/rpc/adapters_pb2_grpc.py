@@ -45,6 +45,16 @@ class AdaptersStub:
                 request_serializer=preft_dot_rpc_dot_adapters__pb2.ListAdaptersRequest.SerializeToString,
                 response_deserializer=preft_dot_rpc_dot_adapters__pb2.ListAdaptersReply.FromString,
                 _registered_method=True)
+        self.Get = channel.unary_unary(
+                '/preft.v1.Adapters/Get',
+                request_serializer=preft_dot_rpc_dot_adapters__pb2.GetAdapterRequest.SerializeToString,
+                response_deserializer=preft_dot_rpc_dot_adapters__pb2.Adapter.FromString,
+                _registered_method=True)
+        self.Pin = channel.unary_unary(
+                '/preft.v1.Adapters/Pin',
+                request_serializer=preft_dot_rpc_dot_adapters__pb2.PinAdapterRequest.SerializeToString,
+                response_deserializer=preft_dot_rpc_dot_adapters__pb2.Adapter.FromString,
+                _registered_method=True)
         self.Remove = channel.unary_unary(
                 '/preft.v1.Adapters/Remove',
                 request_serializer=preft_dot_rpc_dot_adapters__pb2.RemoveAdapterRequest.SerializeToString,
@@ -57,14 +67,28 @@ class AdaptersServicer:
     """
 
     def Add(self, request, context):
-        """Checks the folder, copies it and makes `name` point to it. Fails if the name holds other content, unless `replace`.
+        """Fetches the source, checks it and makes `name` point to it. Fails if the name holds other content, unless `replace`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def List(self, request, context):
-        """All entries, by name.
+        """One page of the entries, by name.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Get(self, request, context):
+        """One entry.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Pin(self, request, context):
+        """Keeps an adapter in the host memory of every prefill worker, or no longer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -89,6 +113,16 @@ def add_AdaptersServicer_to_server(servicer, server):
                     servicer.List,
                     request_deserializer=preft_dot_rpc_dot_adapters__pb2.ListAdaptersRequest.FromString,
                     response_serializer=preft_dot_rpc_dot_adapters__pb2.ListAdaptersReply.SerializeToString,
+            ),
+            'Get': grpc.unary_unary_rpc_method_handler(
+                    servicer.Get,
+                    request_deserializer=preft_dot_rpc_dot_adapters__pb2.GetAdapterRequest.FromString,
+                    response_serializer=preft_dot_rpc_dot_adapters__pb2.Adapter.SerializeToString,
+            ),
+            'Pin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pin,
+                    request_deserializer=preft_dot_rpc_dot_adapters__pb2.PinAdapterRequest.FromString,
+                    response_serializer=preft_dot_rpc_dot_adapters__pb2.Adapter.SerializeToString,
             ),
             'Remove': grpc.unary_unary_rpc_method_handler(
                     servicer.Remove,
@@ -151,6 +185,60 @@ class Adapters:
             '/preft.v1.Adapters/List',
             preft_dot_rpc_dot_adapters__pb2.ListAdaptersRequest.SerializeToString,
             preft_dot_rpc_dot_adapters__pb2.ListAdaptersReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Get(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/preft.v1.Adapters/Get',
+            preft_dot_rpc_dot_adapters__pb2.GetAdapterRequest.SerializeToString,
+            preft_dot_rpc_dot_adapters__pb2.Adapter.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/preft.v1.Adapters/Pin',
+            preft_dot_rpc_dot_adapters__pb2.PinAdapterRequest.SerializeToString,
+            preft_dot_rpc_dot_adapters__pb2.Adapter.FromString,
             options,
             channel_credentials,
             insecure,

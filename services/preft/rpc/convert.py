@@ -6,7 +6,9 @@ fit the message's type (a negative count) raise ValueError in protobuf; the edge
 
 from __future__ import annotations
 
-from preft.core.cluster import WorkerLoad
+from dataclasses import asdict, fields
+
+from preft.core.cluster import BY_TIER, AdapterLoad, AdapterPlace, Tier, WorkerLoad
 from preft.core.request import NO_BIAS, AdapterRef, FinishReason, Sampling, TokenDelta, TokenLogprob
 from preft.rpc import common_pb2, workers_pb2
 
@@ -62,12 +64,12 @@ def sampling_from_proto(message: common_pb2.Sampling) -> Sampling:
 
 def adapter_to_proto(adapter: AdapterRef) -> common_pb2.AdapterRef:
     """The wire form of `adapter`."""
-    return common_pb2.AdapterRef(name=adapter.name, digest=adapter.digest, path=adapter.path)
+    return common_pb2.AdapterRef(name=adapter.name, digest=adapter.digest, source=adapter.source)
 
 
 def adapter_from_proto(message: common_pb2.AdapterRef) -> AdapterRef:
     """What `adapter_to_proto` was given."""
-    return AdapterRef(name=message.name, digest=message.digest, path=message.path)
+    return AdapterRef(name=message.name, digest=message.digest, source=message.source)
 
 
 def delta_to_proto(delta: TokenDelta) -> common_pb2.TokenDelta:
@@ -108,6 +110,7 @@ def load_to_proto(load: WorkerLoad) -> workers_pb2.StatsReply:
         open_handles=load.open_handles,
         preemptions=load.preemptions,
         adapters=load.adapters,
+        tiers=workers_pb2.AdapterTiers(**asdict(load.tiers)),
     )
 
 
@@ -122,7 +125,25 @@ def load_from_proto(message: workers_pb2.StatsReply) -> WorkerLoad:
         open_handles=message.open_handles,
         preemptions=message.preemptions,
         adapters=tuple(message.adapters),
+        tiers=_tiers_from_proto(message.tiers),
     )
+
+
+def place_to_proto(place: AdapterPlace) -> workers_pb2.WhereReply:
+    """A worker's answer to `Where`."""
+    return workers_pb2.WhereReply(tier=place.tier, last_used=place.last_used, users=place.users)
+
+
+def place_from_proto(worker_id: str, message: workers_pb2.WhereReply) -> AdapterPlace:
+    """What `place_to_proto` was given."""
+    return AdapterPlace(worker_id, Tier(message.tier), message.last_used, message.users)
+
+
+def _tiers_from_proto(message: workers_pb2.AdapterTiers) -> AdapterLoad:
+    values = {field.name: getattr(message, field.name) for field in fields(AdapterLoad)}
+    for name in BY_TIER:
+        values[name] = {Tier(tier): value for tier, value in values[name].items()}
+    return AdapterLoad(**values)
 
 
 def _logprob_to_proto(logprob: TokenLogprob) -> common_pb2.TokenLogprob:

@@ -55,9 +55,19 @@ class KvPushed(_message.Message):
     seconds: float
     def __init__(self, bytes: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
 
-class LoadAdapterReply(_message.Message):
+class PrefetchReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class WhereReply(_message.Message):
+    __slots__ = ("tier", "last_used", "users")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    LAST_USED_FIELD_NUMBER: _ClassVar[int]
+    USERS_FIELD_NUMBER: _ClassVar[int]
+    tier: str
+    last_used: float
+    users: int
+    def __init__(self, tier: _Optional[str] = ..., last_used: _Optional[float] = ..., users: _Optional[int] = ...) -> None: ...
 
 class DecodeCommand(_message.Message):
     __slots__ = ("id", "start", "cancel")
@@ -135,8 +145,55 @@ class StatsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class AdapterTiers(_message.Message):
+    __slots__ = ("slots", "slots_used", "host_adapters", "host_bytes", "host_bytes_total", "host_evictions", "disk_evictions", "hits", "loads", "load_seconds", "disk_bytes")
+    class HitsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class LoadsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class LoadSecondsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_USED_FIELD_NUMBER: _ClassVar[int]
+    HOST_ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    HOST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HOST_BYTES_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    HOST_EVICTIONS_FIELD_NUMBER: _ClassVar[int]
+    DISK_EVICTIONS_FIELD_NUMBER: _ClassVar[int]
+    HITS_FIELD_NUMBER: _ClassVar[int]
+    LOADS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    DISK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    slots: int
+    slots_used: int
+    host_adapters: int
+    host_bytes: int
+    host_bytes_total: int
+    host_evictions: int
+    disk_evictions: int
+    hits: _containers.ScalarMap[str, int]
+    loads: _containers.ScalarMap[str, int]
+    load_seconds: _containers.ScalarMap[str, float]
+    disk_bytes: int
+    def __init__(self, slots: _Optional[int] = ..., slots_used: _Optional[int] = ..., host_adapters: _Optional[int] = ..., host_bytes: _Optional[int] = ..., host_bytes_total: _Optional[int] = ..., host_evictions: _Optional[int] = ..., disk_evictions: _Optional[int] = ..., hits: _Optional[_Mapping[str, int]] = ..., loads: _Optional[_Mapping[str, int]] = ..., load_seconds: _Optional[_Mapping[str, float]] = ..., disk_bytes: _Optional[int] = ...) -> None: ...
+
 class StatsReply(_message.Message):
-    __slots__ = ("running", "kv_blocks_total", "kv_blocks_free", "staging_bytes_total", "staging_bytes_used", "open_handles", "preemptions", "adapters")
+    __slots__ = ("running", "kv_blocks_total", "kv_blocks_free", "staging_bytes_total", "staging_bytes_used", "open_handles", "preemptions", "adapters", "tiers")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     KV_BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     KV_BLOCKS_FREE_FIELD_NUMBER: _ClassVar[int]
@@ -145,6 +202,7 @@ class StatsReply(_message.Message):
     OPEN_HANDLES_FIELD_NUMBER: _ClassVar[int]
     PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
     running: int
     kv_blocks_total: int
     kv_blocks_free: int
@@ -153,4 +211,5 @@ class StatsReply(_message.Message):
     open_handles: int
     preemptions: int
     adapters: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, running: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., staging_bytes_total: _Optional[int] = ..., staging_bytes_used: _Optional[int] = ..., open_handles: _Optional[int] = ..., preemptions: _Optional[int] = ..., adapters: _Optional[_Iterable[str]] = ...) -> None: ...
+    tiers: AdapterTiers
+    def __init__(self, running: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., staging_bytes_total: _Optional[int] = ..., staging_bytes_used: _Optional[int] = ..., open_handles: _Optional[int] = ..., preemptions: _Optional[int] = ..., adapters: _Optional[_Iterable[str]] = ..., tiers: _Optional[_Union[AdapterTiers, _Mapping]] = ...) -> None: ...

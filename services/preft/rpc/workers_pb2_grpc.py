@@ -41,11 +41,6 @@ class PrefillWorkerStub:
                 request_serializer=preft_dot_rpc_dot_workers__pb2.PrefillRequest.SerializeToString,
                 response_deserializer=preft_dot_rpc_dot_workers__pb2.PrefillEvent.FromString,
                 _registered_method=True)
-        self.LoadAdapter = channel.unary_unary(
-                '/preft.v1.PrefillWorker/LoadAdapter',
-                request_serializer=preft_dot_rpc_dot_common__pb2.AdapterRef.SerializeToString,
-                response_deserializer=preft_dot_rpc_dot_workers__pb2.LoadAdapterReply.FromString,
-                _registered_method=True)
 
 
 class PrefillWorkerServicer:
@@ -59,13 +54,6 @@ class PrefillWorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def LoadAdapter(self, request, context):
-        """Loads the adapter ahead of the first request for it.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
 
 def add_PrefillWorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -73,11 +61,6 @@ def add_PrefillWorkerServicer_to_server(servicer, server):
                     servicer.Prefill,
                     request_deserializer=preft_dot_rpc_dot_workers__pb2.PrefillRequest.FromString,
                     response_serializer=preft_dot_rpc_dot_workers__pb2.PrefillEvent.SerializeToString,
-            ),
-            'LoadAdapter': grpc.unary_unary_rpc_method_handler(
-                    servicer.LoadAdapter,
-                    request_deserializer=preft_dot_rpc_dot_common__pb2.AdapterRef.FromString,
-                    response_serializer=preft_dot_rpc_dot_workers__pb2.LoadAdapterReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -118,8 +101,74 @@ class PrefillWorker:
             metadata,
             _registered_method=True)
 
+
+class WorkerAdaptersStub:
+    """The adapters of a prefill or colocated worker.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Prefetch = channel.unary_unary(
+                '/preft.v1.WorkerAdapters/Prefetch',
+                request_serializer=preft_dot_rpc_dot_common__pb2.AdapterRef.SerializeToString,
+                response_deserializer=preft_dot_rpc_dot_workers__pb2.PrefetchReply.FromString,
+                _registered_method=True)
+        self.Where = channel.unary_unary(
+                '/preft.v1.WorkerAdapters/Where',
+                request_serializer=preft_dot_rpc_dot_common__pb2.AdapterRef.SerializeToString,
+                response_deserializer=preft_dot_rpc_dot_workers__pb2.WhereReply.FromString,
+                _registered_method=True)
+
+
+class WorkerAdaptersServicer:
+    """The adapters of a prefill or colocated worker.
+    """
+
+    def Prefetch(self, request, context):
+        """Brings the adapter into host memory ahead of the first request for it, and answers when it is there.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Where(self, request, context):
+        """Where the worker has the adapter now.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_WorkerAdaptersServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Prefetch': grpc.unary_unary_rpc_method_handler(
+                    servicer.Prefetch,
+                    request_deserializer=preft_dot_rpc_dot_common__pb2.AdapterRef.FromString,
+                    response_serializer=preft_dot_rpc_dot_workers__pb2.PrefetchReply.SerializeToString,
+            ),
+            'Where': grpc.unary_unary_rpc_method_handler(
+                    servicer.Where,
+                    request_deserializer=preft_dot_rpc_dot_common__pb2.AdapterRef.FromString,
+                    response_serializer=preft_dot_rpc_dot_workers__pb2.WhereReply.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'preft.v1.WorkerAdapters', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('preft.v1.WorkerAdapters', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class WorkerAdapters:
+    """The adapters of a prefill or colocated worker.
+    """
+
     @staticmethod
-    def LoadAdapter(request,
+    def Prefetch(request,
             target,
             options=(),
             channel_credentials=None,
@@ -132,9 +181,36 @@ class PrefillWorker:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/preft.v1.PrefillWorker/LoadAdapter',
+            '/preft.v1.WorkerAdapters/Prefetch',
             preft_dot_rpc_dot_common__pb2.AdapterRef.SerializeToString,
-            preft_dot_rpc_dot_workers__pb2.LoadAdapterReply.FromString,
+            preft_dot_rpc_dot_workers__pb2.PrefetchReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Where(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/preft.v1.WorkerAdapters/Where',
+            preft_dot_rpc_dot_common__pb2.AdapterRef.SerializeToString,
+            preft_dot_rpc_dot_workers__pb2.WhereReply.FromString,
             options,
             channel_credentials,
             insecure,

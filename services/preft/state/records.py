@@ -9,7 +9,7 @@ import json
 from dataclasses import asdict, fields
 from typing import Any
 
-from preft.core.cluster import Adapter, Role, Worker, WorkerLoad, WorkerState
+from preft.core.cluster import BY_TIER, Adapter, AdapterLoad, Role, Tier, Worker, WorkerLoad, WorkerState
 
 
 def worker_to_json(worker: Worker) -> str:
@@ -22,13 +22,17 @@ def worker_from_json(text: str) -> Worker:
     record = _record(text, Worker)
     load = record.pop("load")
     _check_fields(load, WorkerLoad)
+    tiers = load.pop("tiers")
+    _check_fields(tiers, AdapterLoad)
+    for name in BY_TIER:
+        tiers[name] = {Tier(tier): value for tier, value in tiers[name].items()}
     return Worker(
         **{
             **record,
             "role": Role(record["role"]),
             "state": WorkerState(record["state"]),
             "engine_pids": tuple(record["engine_pids"]),
-            "load": WorkerLoad(**{**load, "adapters": tuple(load["adapters"])}),
+            "load": WorkerLoad(**{**load, "adapters": tuple(load["adapters"]), "tiers": AdapterLoad(**tiers)}),
         }
     )
 
@@ -49,7 +53,7 @@ def _record(text: str, cls: type[Worker | Adapter]) -> dict[str, Any]:
     return dict(record)
 
 
-def _check_fields(record: Any, cls: type[Worker | Adapter | WorkerLoad]) -> None:
+def _check_fields(record: Any, cls: type[Worker | Adapter | WorkerLoad | AdapterLoad]) -> None:
     names = {field.name for field in fields(cls)}
     if not isinstance(record, dict) or set(record) != names:
         raise ValueError(f"not a {cls.__name__} record of this version")

@@ -18,22 +18,21 @@ from typing import TypeVar
 
 from preft.core.cluster import Adapter, Worker
 from preft.core.errors import ConfigError, Unavailable
+from preft.core.ports import AdapterChanges
 from preft.state.records import adapter_from_json, adapter_to_json, worker_from_json, worker_to_json
 
 T = TypeVar("T")
 
-SCHEMA_VERSION = 2  # of tables and records
+SCHEMA_VERSION = 3  # of tables and records
 BUSY_SECONDS = 20.0  # how long a writer waits for another process's write
-# The triggers count catalog changes, so that a poll of an unchanged catalog reads one number instead of every row.
+# Each change of the catalog has a revision of its own, so that a poll reads what changed and nothing else. A removed
+# adapter's row stays, without a record, to tell those who knew it.
 SCHEMA = """
 CREATE TABLE workers (id TEXT PRIMARY KEY, record TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE adapters (name TEXT PRIMARY KEY, digest TEXT NOT NULL, record TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE catalog (version INTEGER NOT NULL);
-INSERT INTO catalog VALUES (0);
-CREATE TRIGGER adapter_added AFTER INSERT ON adapters BEGIN UPDATE catalog SET version = version + 1; END;
-CREATE TRIGGER adapter_changed AFTER UPDATE ON adapters BEGIN UPDATE catalog SET version = version + 1; END;
-CREATE TRIGGER adapter_removed AFTER DELETE ON adapters BEGIN UPDATE catalog SET version = version + 1; END;
+CREATE TABLE adapters (name TEXT PRIMARY KEY, revision INTEGER NOT NULL, record TEXT) WITHOUT ROWID;
+CREATE UNIQUE INDEX adapters_by_revision ON adapters (revision);
 """
+NEXT_REVISION = "(SELECT coalesce(max(revision), 0) + 1 FROM adapters)"
 
 
 class SqliteStore:
@@ -43,7 +42,6 @@ class SqliteStore:
         """Opens or creates the file at `path`, and its folder. Raises ConfigError if it isn't this version's store."""
         self._path = path
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="state")
-        self._catalog: tuple[int, list[Adapter]] = (-1, [])
         self._closed = False
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,17 +67,21 @@ class SqliteStore:
         """All registered workers, by id."""
         return await self._run(self._workers)
 
-    async def put_adapter(self, adapter: Adapter, *, expect_digest: str | None = None) -> bool:
-        """Points the name to this version; with `expect_digest`, only if it holds that digest now ("" = absent)."""
-        return await self._run(lambda: self._put_adapter(adapter, expect_digest))
+    async def put_adapter(self, adapter: Adapter, *, expect: Adapter | None) -> bool:
+        """Points the name to this version if its entry is `expect` now (None: there is none); False if it isn't."""
+        return await self._run(lambda: self._put_adapter(adapter, expect))
 
-    async def delete_adapter(self, name: str) -> bool:
-        """Removes a name; False if it wasn't there."""
-        return await self._run(lambda: self._write("DELETE FROM adapters WHERE name = ?", name, durable=True)) > 0
+    async def delete_adapter(self, name: str) -> Adapter | None:
+        """Removes a name; returns its entry, None if there was none."""
+        return await self._run(lambda: self._delete_adapter(name))
 
-    async def adapters(self) -> list[Adapter]:
-        """The whole catalog, by name."""
-        return await self._run(self._adapters)
+    async def adapter(self, name: str) -> Adapter | None:
+        """The entry as it is now."""
+        return await self._run(lambda: self._adapter(name))
+
+    async def adapter_changes(self, since: int) -> AdapterChanges:
+        """What changed after revision `since`, by name."""
+        return await self._run(lambda: self._adapter_changes(since))
 
     async def close(self) -> None:
         """Closes the file. A second call does nothing; any other call after it raises Unavailable."""
@@ -125,25 +127,36 @@ class SqliteStore:
     def _workers(self) -> list[Worker]:
         return [worker_from_json(record) for (record,) in self._db.execute("SELECT record FROM workers ORDER BY id")]
 
-    def _put_adapter(self, adapter: Adapter, expect_digest: str | None) -> bool:
+    def _put_adapter(self, adapter: Adapter, expect: Adapter | None) -> bool:
         with _transaction(self._db, durable=True):
-            row = self._db.execute("SELECT digest FROM adapters WHERE name = ?", (adapter.name,)).fetchone()
-            if expect_digest is not None and (row[0] if row else "") != expect_digest:
+            if self._adapter(adapter.name) != expect:
                 return False
-            values = (adapter.name, adapter.digest, adapter_to_json(adapter))
-            if row:
-                self._db.execute("UPDATE adapters SET digest = ?2, record = ?3 WHERE name = ?1", values)
-            else:
-                self._db.execute("INSERT INTO adapters VALUES (?1, ?2, ?3)", values)
+            self._set_record(adapter.name, adapter_to_json(adapter))
             return True
 
-    def _adapters(self) -> list[Adapter]:
-        (version,) = self._db.execute("SELECT version FROM catalog").fetchone()
-        if version != self._catalog[0]:
-            # A change between the two reads is read now, and once more at the next call: never missed.
-            rows = self._db.execute("SELECT record FROM adapters ORDER BY name")
-            self._catalog = (version, [adapter_from_json(record) for (record,) in rows])
-        return list(self._catalog[1])
+    def _delete_adapter(self, name: str) -> Adapter | None:
+        with _transaction(self._db, durable=True):
+            current = self._adapter(name)
+            if current is not None:
+                self._set_record(name, None)
+            return current
+
+    def _set_record(self, name: str, record: str | None) -> None:
+        self._db.execute(f"INSERT OR REPLACE INTO adapters VALUES (?, {NEXT_REVISION}, ?)", (name, record))
+
+    def _adapter(self, name: str) -> Adapter | None:
+        row = self._db.execute("SELECT record FROM adapters WHERE name = ?", (name,)).fetchone()
+        return adapter_from_json(row[0]) if row and row[0] else None
+
+    def _adapter_changes(self, since: int) -> AdapterChanges:
+        rows = self._db.execute(
+            "SELECT name, revision, record FROM adapters WHERE revision > ? ORDER BY name", (since,)
+        ).fetchall()
+        return AdapterChanges(
+            max((revision for _, revision, _ in rows), default=since),
+            tuple(adapter_from_json(record) for _, _, record in rows if record),
+            tuple(name for name, _, record in rows if not record),
+        )
 
 
 def _use_write_ahead_log(db: sqlite3.Connection) -> None:

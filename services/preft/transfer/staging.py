@@ -139,6 +139,10 @@ class StagingArena:
             self._evictable.move_to_end(region)
             self._admit()
 
+    def keep(self, region: Region) -> None:
+        """From now on the region stays until it is released, or marked evictable again."""
+        self._evictable.pop(region, None)
+
     def view(self, region: Region) -> memoryview:
         """The payload, `region.size` writable bytes. Don't touch it after the release. Raises StaleRegion."""
         if self._live.get(region.offset) != region:
@@ -270,6 +274,13 @@ class StagingView:
             yield self._memory[offset : offset + size]
         finally:
             self._unlock(start)
+
+    def pin(self) -> None:
+        """Locks all of the arena in memory for CUDA, so that copies to the GPU go straight from there."""
+        import torch
+
+        address = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, self._capacity, 0))
 
     def close(self) -> None:
         """Ends the use of the arena. Payloads that are still referenced stay mapped."""

@@ -26,11 +26,13 @@ def test_every_flag_reaches_its_setting(served: list[Settings], tmp_path: Path) 
     argv = ["serve", "--model", str(tmp_path / "llama"), "--adapter", "alice=a", "--adapter", f"bob={tmp_path}/b=1"]
     argv += ["--prefill", "2", "--decode", "3", "--served-model-name", "base", "--host", "0.0.0.0", "--port", "0"]
     argv += ["--grpc-port", "9000", "--dtype", "bfloat16", "--max-model-len", "512", "--state-dir", str(tmp_path)]
+    argv += ["--adapter-dir", str(tmp_path / "many")]
     argv += ["--set", "decode.max_num_seqs=7", "--set", "router.request_timeout=1.5", "--set", "seed=4"]
     assert main(argv) == 0
     (settings,) = served
     assert settings.model == tmp_path / "llama"
-    assert settings.adapters == {"alice": Path.cwd() / "a", "bob": tmp_path / "b=1"}
+    assert settings.adapters == {"alice": str(Path.cwd() / "a"), "bob": f"{tmp_path}/b=1"}
+    assert settings.adapter_dir == tmp_path / "many"
     assert (settings.prefill.replicas, settings.decode.replicas, settings.decode.max_num_seqs) == (2, 3, 7)
     assert (settings.model_name, settings.host, settings.port, settings.grpc_port) == ("base", "0.0.0.0", 0, 9000)
     assert (settings.dtype, settings.max_model_len, settings.state_dir) == ("bfloat16", 512, tmp_path)
@@ -46,7 +48,7 @@ def test_flags_win_over_the_file_and_leave_the_rest(served: list[Settings], tmp_
     (settings,) = served
     assert (settings.host, settings.port) == ("h", 2)
     assert (settings.prefill.replicas, settings.prefill.max_loras) == (5, 2)
-    assert settings.adapters == {"alice": Path("/a"), "bob": Path("/c")}
+    assert settings.adapters == {"alice": "/a", "bob": "/c"}
 
 
 def test_a_named_flag_wins_over_set(served: list[Settings]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import grpc.aio
@@ -14,11 +14,11 @@ from preft.colocated.service import ColocatedService
 from preft.core.cluster import Role
 from preft.core.errors import InvalidAdapter, InvalidRequest
 from preft.core.request import AdapterRef, Sampling
-from preft.engine.residency import ResidentAdapters
 from preft.router.decode_stream import DecodeCall, DecodeStream
 from preft.rpc import workers_pb2, workers_pb2_grpc
 from preft.rpc.convert import adapter_to_proto, sampling_to_proto
 from preft.transfer.staging import StagingArena
+from support.adapter_tiers import adapter_store
 from support.fake_engine import FakeEngine, tokens_of
 from support.worker_services import GREEDY, channel_to, failed, rest, until, write_adapter
 
@@ -57,17 +57,20 @@ class Rig:
 
 @asynccontextmanager
 async def colocated_rig() -> AsyncIterator[Rig]:
-    arena = StagingArena.create(1 << 16)
-    engine = FakeEngine(Role.COLOCATED, arena.path)
-    service = ColocatedService(engine, ResidentAdapters(engine, 4))
+    arena, memory = StagingArena.create(1 << 16), StagingArena.create(1 << 16)
+    engine = FakeEngine(Role.COLOCATED, arena.path, memory.path)
     try:
-        async with channel_to(workers_pb2_grpc.add_DecodeWorkerServicer_to_server, service) as channel:
+        async with AsyncExitStack() as opened:
+            service = ColocatedService(engine, await opened.enter_async_context(adapter_store(engine, memory)))
+            serve = channel_to(workers_pb2_grpc.add_DecodeWorkerServicer_to_server, service)
+            channel = await opened.enter_async_context(serve)
             rig = Rig(channel, engine, service)
             yield rig
             await until(lambda: not (service.running or engine.stats.running))
             await rig.stream.close()
     finally:
         arena.close()
+        memory.close()
         await engine.close()
 
 
@@ -105,8 +108,8 @@ async def test_an_adapter_that_isnt_the_named_one_is_refused(rig: Rig, adapter: 
     assert rig.engine.requests == []
 
 
-async def test_a_folder_with_other_content_is_refused(rig: Rig, adapter: AdapterRef) -> None:
-    (Path(adapter.path) / "adapter_model.safetensors").write_bytes(b"other")
+async def test_a_source_with_other_content_is_refused(rig: Rig, adapter: AdapterRef) -> None:
+    (Path(adapter.source) / "adapter_model.safetensors").write_bytes(b"other")
     tokens, error = await failed(rig.call(adapter))
     assert (tokens, type(error)) == ([], InvalidAdapter)
     assert rig.engine.requests == []

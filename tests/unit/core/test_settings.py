@@ -48,7 +48,7 @@ def test_an_empty_file_sets_nothing(tmp_path: Path) -> None:
         ({"model": "/m", "dtype": "int8"}, "dtype"),
         ({"model": "/m", "block_size": 17}, "block_size"),
         ({"model": "/m", "prefill": {"max_lora_rank": 12}}, "prefill.max_lora_rank"),
-        ({"model": "/m", "prefill": {"max_loras": 9, "max_cpu_loras": 8}}, "max_cpu_loras"),
+        ({"model": "/m", "store": {"host_bytes": 8}}, "store.host_bytes"),
         ({"model": "/m", "adapters": {"m": "/a"}}, "adapters"),
         ({"model": "/m", "adapters": {"alice": 3}}, "adapters.alice"),
     ],
@@ -81,9 +81,9 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_paths_are_absolute_and_home_is_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    settings = load_settings(overrides={"model": "m", "adapters": {"alice": "~/a"}})
+    settings = load_settings(overrides={"model": "m", "adapters": {"alice": "~/a", "bob": "s3://b/ob"}})
     assert settings.model == tmp_path / "m"
-    assert settings.adapters["alice"] == tmp_path / "a"
+    assert settings.adapters == {"alice": str(tmp_path / "a"), "bob": "s3://b/ob"}
     assert settings.state_dir == tmp_path / ".preft"
 
 

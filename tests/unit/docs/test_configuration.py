@@ -52,5 +52,5 @@ def test_defaults_are_the_real_ones() -> None:
 
 def test_flags_are_the_real_ones() -> None:
     flags = {key: f"--{flag.replace('_', '-')}" for flag, key in FLAGS.items()}
-    flags["adapters"] = "--adapter NAME=DIR"
+    flags["adapters"] = "--adapter NAME=SOURCE"
     assert {key: flag for key, (_, flag) in documented().items() if flag} == flags

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
+from preft.core.cluster import Adapter
 from preft.core.errors import EngineFailed, QueueFull, TransferFailed, Unavailable, WorkerLost
 from preft.core.request import AdapterRef, FinishReason
 from preft.gateway.app import create_app
@@ -27,7 +28,7 @@ class Gateway:
         self.tokenizer = tokenizer
         self.script = Script(self.letters("hello world"), finish=FinishReason.LENGTH)
         self.generator = FakeGenerator(lambda request: self.script)
-        self.catalog = FakeCatalog(ann="/adapters/ann")
+        self.catalog = FakeCatalog.of(ann="/adapters/ann")
         self.deps = GatewayDeps("base", tokenizer, MAX_LEN, self.generator, self.catalog, **deps)
         self.app = create_app(self.deps)
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
@@ -141,7 +142,7 @@ async def test_adapters_are_resolved_to_their_version(gateway, stream):
     adapter = gateway.catalog.get("ann")
     response = await gateway.complete(model="ann", stream=stream)
     assert '"model":"ann"' in response.text
-    assert gateway.generator.requests[0].adapter == AdapterRef("ann", adapter.digest, adapter.path)
+    assert gateway.generator.requests[0].adapter == AdapterRef("ann", adapter.digest, adapter.source)
 
 
 @pytest.mark.parametrize("api", ["complete", "chat"])
@@ -419,6 +420,12 @@ async def test_models(gateway):
     assert error(await gateway.client.get("/v1/models/bob"), 404)["code"] == "model_not_found"
 
 
+async def test_models_lists_every_adapter_of_a_large_catalog(gateway):
+    gateway.catalog.put(*(Adapter(f"user-{i:05}", "d", "/a", rank=8) for i in range(2500)))
+    names = [card["id"] for card in (await gateway.client.get("/v1/models")).json()["data"]]
+    assert names == ["base", "ann", *(f"user-{i:05}" for i in range(2500))]
+
+
 async def test_vllms_way_to_load_and_unload(gateway):
     async def load(**body: object) -> httpx.Response:
         return await gateway.client.post("/v1/load_lora_adapter", json=body)
@@ -429,28 +436,13 @@ async def test_vllms_way_to_load_and_unload(gateway):
     assert (await load(lora_name="bob", lora_path="/adapters/bob2", load_inplace=True)).status_code == 200
     assert gateway.catalog.get("bob").source == "/adapters/bob2"
     assert error(await load(lora_name="eve", lora_path="/broken"), 400)["code"] == "invalid_adapter"
-    assert error(await load(lora_name="eve"), 400)["param"] == "lora_path"
+    assert error(await load(lora_name="eve", lora_path="/missing"), 404)["code"] == "adapter_source_not_found"
+    assert (await load(lora_name="eve", lora_path="s3://bucket/eve")).status_code == 200
+    assert error(await load(lora_name="mia"), 400)["param"] == "lora_path"
     assert error(await load(lora_name="base", lora_path="/x"), 400)["param"] == "name"
     response = await gateway.client.post("/v1/unload_lora_adapter", json={"lora_name": "bob"})
     assert (response.status_code, response.text) == (200, "Success: LoRA adapter 'bob' removed successfully.")
     error(await gateway.client.post("/v1/unload_lora_adapter", json={"lora_name": "bob"}), 404)
-
-
-async def test_adapters(gateway):
-    async def add(**body: object) -> httpx.Response:
-        return await gateway.client.post("/v1/adapters", json=body)
-
-    added = (await add(name="team/bob", path="/adapters/bob")).json()
-    assert added["digest"] == gateway.catalog.get("team/bob").digest
-    assert (await add(name="team/bob", path="/adapters/bob")).json() == added
-    assert error(await add(name="team/bob", path="/other"), 409)["code"] == "adapter_exists"
-    assert (await add(name="team/bob", path="/other", replace=True)).json()["source"] == "/other"
-    listed = (await gateway.client.get("/v1/adapters")).json()["data"]
-    assert [adapter["name"] for adapter in listed] == ["ann", "team/bob"]
-    assert (await gateway.client.get("/v1/models/team/bob")).json()["id"] == "team/bob"
-    assert (await gateway.client.delete("/v1/adapters/team/bob")).json()["deleted"] is True
-    error(await gateway.client.delete("/v1/adapters/team/bob"), 404)
-    error(await gateway.complete(model="team/bob"), 404)
 
 
 async def test_health_and_readiness(gateway):

@@ -11,13 +11,13 @@ from types import SimpleNamespace
 
 import openai
 import pytest
-import uvicorn
 
 from preft.core.errors import QueueFull, WorkerLost
 from preft.core.request import FinishReason
 from preft.gateway.app import create_app
 from preft.gateway.deps import GatewayDeps
 from support.fakes import FakeCatalog, FakeGenerator, Script
+from support.served_app import served_app
 
 
 @pytest.fixture
@@ -25,20 +25,11 @@ async def served(tokenizer) -> AsyncIterator[SimpleNamespace]:
     hello = tuple(tokenizer._backend.token_to_id(char) for char in "helloĠworld")
     state = SimpleNamespace(script=Script(hello, delay=0.002, finish=FinishReason.LENGTH))
     state.generator = FakeGenerator(lambda request: state.script)
-    state.deps = GatewayDeps("base", tokenizer, 512, state.generator, FakeCatalog(ann="/adapters/ann"))
-    config = uvicorn.Config(
-        create_app(state.deps), port=0, log_level="error", http="httptools", ws="none", lifespan="off"
-    )
-    server = uvicorn.Server(config)
-    task = asyncio.create_task(server.serve())
-    while not server.started:
-        await asyncio.sleep(0.01)
-    state.port = server.servers[0].sockets[0].getsockname()[1]
-    base_url = f"http://127.0.0.1:{state.port}/v1"
-    async with openai.AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0) as state.client:
-        yield state
-    server.should_exit = True
-    await task
+    state.deps = GatewayDeps("base", tokenizer, 512, state.generator, FakeCatalog.of(ann="/adapters/ann"))
+    async with served_app(create_app(state.deps)) as state.port:
+        base_url = f"http://127.0.0.1:{state.port}/v1"
+        async with openai.AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0) as state.client:
+            yield state
 
 
 async def test_completions(served):

@@ -9,6 +9,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from preft.core.cluster import Adapter
 from preft.core.errors import ConfigError, QueueFull, TransferFailed
 from preft.core.request import FinishReason
 from preft.gateway.deps import GatewayDeps
@@ -24,7 +25,7 @@ async def served(tokenizer) -> AsyncIterator[SimpleNamespace]:
     hello = tuple(tokenizer._backend.token_to_id(char) for char in "helloĠworld")
     state = SimpleNamespace(script=Script(hello, finish=FinishReason.LENGTH), hello=hello)
     state.generator = FakeGenerator(lambda request: state.script)
-    state.deps = GatewayDeps("base", tokenizer, 64, state.generator, FakeCatalog(ann="/adapters/ann"))
+    state.deps = GatewayDeps("base", tokenizer, 64, state.generator, FakeCatalog.of(ann="/adapters/ann"))
     server = await serve_grpc(state.deps, "127.0.0.1", 0)
     state.port = server.port
     async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as state.channel:
@@ -117,17 +118,51 @@ async def test_cancelling_the_call_cancels_the_work(served):
 
 
 async def test_adapters(served):
-    added = await served.adapters.Add(adapters_pb2.AddAdapterRequest(name="bob", path="/adapters/bob"))
-    assert (added.name, added.digest) == ("bob", served.deps.catalog.get("bob").digest)
-    listed = await served.adapters.List(adapters_pb2.ListAdaptersRequest())
-    assert [adapter.name for adapter in listed.adapters] == ["ann", "bob"]
+    rpc = served.adapters
+    added = await rpc.Add(adapters_pb2.AddAdapterRequest(name="bob", source="s3://adapters/bob"))
+    entry = served.deps.catalog.get("bob")
+    assert (added.name, added.digest, added.source) == ("bob", entry.digest, "s3://adapters/bob")
+    assert (added.size, added.version, added.pinned) == (entry.size, 1, False)
+    assert await rpc.Get(adapters_pb2.GetAdapterRequest(name="bob")) == added
+    replaced = await rpc.Add(adapters_pb2.AddAdapterRequest(name="bob", source="/other", replace=True))
+    assert (replaced.version, replaced.source) == (2, "/other")
+    assert (await rpc.Pin(adapters_pb2.PinAdapterRequest(name="bob", pinned=True))).pinned is True
+    assert (await rpc.Pin(adapters_pb2.PinAdapterRequest(name="bob"))).pinned is False
+    assert (await rpc.Remove(adapters_pb2.RemoveAdapterRequest(name="bob"))).name == "bob"
+
+
+async def test_adapters_are_listed_in_pages(served):
+    served.deps.catalog.put(*(Adapter(f"user-{i:03}", "d", "/a", rank=8) for i in range(250)))
+    seen: list[str] = []
+    while True:
+        asked = adapters_pb2.ListAdaptersRequest(after=seen[-1] if seen else "", search="user")
+        reply = await served.adapters.List(asked)
+        seen += [adapter.name for adapter in reply.adapters]
+        assert (len(reply.adapters), reply.total) == (min(100, 250 - len(seen) + len(reply.adapters)), 250)
+        if not reply.has_more:
+            break
+    assert seen == [f"user-{i:03}" for i in range(250)]
+    assert len((await served.adapters.List(adapters_pb2.ListAdaptersRequest(limit=1000))).adapters) == 251
+
+
+@pytest.mark.parametrize(
+    ("method", "request_", "code", "param"),
+    [
+        ("Add", adapters_pb2.AddAdapterRequest(name="ann", source="/other"), "ALREADY_EXISTS", None),
+        ("Add", adapters_pb2.AddAdapterRequest(name="bob", source="/missing"), "NOT_FOUND", None),
+        ("Add", adapters_pb2.AddAdapterRequest(name="bob"), "INVALID_ARGUMENT", "source"),
+        ("Add", adapters_pb2.AddAdapterRequest(source="/x"), "INVALID_ARGUMENT", "name"),
+        ("List", adapters_pb2.ListAdaptersRequest(limit=1001), "INVALID_ARGUMENT", "limit"),
+        ("Get", adapters_pb2.GetAdapterRequest(name="bob"), "NOT_FOUND", None),
+        ("Pin", adapters_pb2.PinAdapterRequest(name="bob", pinned=True), "NOT_FOUND", None),
+        ("Remove", adapters_pb2.RemoveAdapterRequest(name="bob"), "NOT_FOUND", None),
+    ],
+)
+async def test_refused_adapter_calls(served, method, request_, code, param):
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await served.adapters.Add(adapters_pb2.AddAdapterRequest(name="bob", path="/other"))
-    assert caught.value.code() == grpc.StatusCode.ALREADY_EXISTS
-    assert (await served.adapters.Remove(adapters_pb2.RemoveAdapterRequest(name="bob"))).name == "bob"
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await served.adapters.Remove(adapters_pb2.RemoveAdapterRequest(name="bob"))
-    assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+        await getattr(served.adapters, method)(request_)
+    assert caught.value.code().name == code
+    assert dict(caught.value.trailing_metadata()).get("preft-param") == param
 
 
 async def test_health_follows_readiness(served):

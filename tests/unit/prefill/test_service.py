@@ -169,9 +169,9 @@ async def test_an_adapter_is_checked_and_loaded_once(rig: PrefillRig, alice: Ada
     assert rig.adapters.digests == (bob.digest, alice.digest)
 
 
-async def test_adapters_that_the_engine_let_go_are_checked_and_loaded_again(tmp_path: Path) -> None:
+async def test_adapters_that_left_memory_are_checked_and_loaded_again(tmp_path: Path) -> None:
     users = [write_adapter(tmp_path / f"user-{number}", str(number)) for number in range(3)]
-    async with prefill_rig(max_adapters=2) as rig:
+    async with prefill_rig(host_bytes=1024) as rig:  # room for two
         for number in (0, 1, 0, 2):
             await rig.run(PROMPT, ONE, adapter=users[number], to=None)
         assert rig.adapters.digests == (users[0].digest, users[2].digest)
@@ -179,33 +179,27 @@ async def test_adapters_that_the_engine_let_go_are_checked_and_loaded_again(tmp_
         assert rig.engine.loaded == [users[number].digest for number in (0, 1, 2, 1)]
 
 
-async def test_loading_ahead(rig: PrefillRig, alice: AdapterRef) -> None:
-    await rig.stub.LoadAdapter(adapter_to_proto(alice))
-    assert rig.engine.loaded == [alice.digest]
-    await rig.run(PROMPT, ONE, adapter=alice, to=None)
-    assert rig.engine.loaded == [alice.digest]
-
-
-@pytest.mark.parametrize("ahead", [False, True])
-async def test_a_folder_that_holds_something_else_is_refused(rig: PrefillRig, alice: AdapterRef, ahead: bool) -> None:
+@pytest.mark.parametrize("to", [KvSink.address, None])
+async def test_a_source_that_holds_something_else_is_refused(rig: PrefillRig, alice: AdapterRef, to: str | None) -> None:
     """Weights that changed under a digest never meet a prompt."""
-    write_adapter(Path(alice.path), "mallory's")
-    call = rig.stub.LoadAdapter(adapter_to_proto(alice)) if ahead else rig.run(PROMPT, adapter=alice)
-    with pytest.raises(grpc.aio.AioRpcError, match="'alice' is not the content it is named for") as raised:
-        await call
+    write_adapter(Path(alice.source), "mallory's")
+    with pytest.raises(grpc.aio.AioRpcError, match="no longer holds the version that was added") as raised:
+        await rig.run(PROMPT, adapter=alice, to=to)
     assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert code_of(raised.value) == "invalid_adapter"
     assert (rig.engine.loaded, rig.engine.requests, rig.adapters.digests) == ([], [], ())
-    write_adapter(Path(alice.path), "alice's")
+    write_adapter(Path(alice.source), "alice's")
     await rig.run(PROMPT, ONE, adapter=alice, to=None)  # repaired: nothing of the refusal is kept
 
 
-async def test_a_folder_that_is_gone(rig: PrefillRig, tmp_path: Path) -> None:
+async def test_a_source_that_is_gone(rig: PrefillRig, tmp_path: Path) -> None:
     adapter = AdapterRef("gone", "d" * 64, str(tmp_path / "gone"))
-    await fails(rig.call(PROMPT, adapter=adapter), grpc.StatusCode.INVALID_ARGUMENT, "invalid_adapter", "is missing in")
+    await fails(rig.call(PROMPT, adapter=adapter), grpc.StatusCode.NOT_FOUND, "adapter_source_not_found", "gone")
 
 
 async def test_an_adapter_that_the_engine_refuses(rig: PrefillRig, alice: AdapterRef) -> None:
+    rig.engine.refused.add(alice.digest)
+    await fails(rig.call(PROMPT, adapter=alice), grpc.StatusCode.INVALID_ARGUMENT, "invalid_adapter", "refused by")
     rig.engine.die("killed")
     await fails(rig.call(PROMPT, adapter=alice), grpc.StatusCode.UNAVAILABLE, "worker_lost", "the engine died: killed")
     assert rig.adapters.digests == ()

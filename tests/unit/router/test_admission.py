@@ -25,7 +25,7 @@ def roster_of(decode: int = 1, blocks: int = 10) -> Roster:
 
 
 def an_admission(roster: Roster | None, max_queue: int = 100, prefills: int = 100, grace: float = 0.1) -> Admission:
-    admission = Admission(AffinityPolicy(prefills), Ledger(), max_queue, grace)
+    admission = Admission(AffinityPolicy(prefills), Ledger(), max_queue, grace, lambda worker, adapter: None)
     admission.update(roster or Roster((), {}, {}))
     return admission
 

@@ -211,9 +211,12 @@ def test_heartbeats_tell_what_others_use() -> None:
 def test_giving_back_twice_is_an_error() -> None:
     ledger = Ledger()
     ledger.add_prefill("p0", "a")
-    ledger.drop_prefill("p0", "a")
+    ledger.drop_prompt("p0", "a")
     with pytest.raises(ValueError, match="more than it took"):
-        ledger.drop_prefill("p0", "a")
+        ledger.drop_prompt("p0", "a")
+    ledger.drop_prefill("p0")
+    with pytest.raises(ValueError, match="more than it took"):
+        ledger.drop_prefill("p0")
 
 
 def test_a_lease_gives_back_each_part_once() -> None:
@@ -231,7 +234,7 @@ def test_a_lease_gives_back_each_part_once() -> None:
     lease.release()
     lease.release()
     assert ledger.idle
-    assert len(freed) == 3
+    assert len(freed) == 4  # prompt, prefill, two choices
 
 
 def test_an_adapter_is_served_where_it_is() -> None:

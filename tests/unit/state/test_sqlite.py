@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from preft.core.cluster import Adapter
 from preft.core.errors import ConfigError, Unavailable
 from preft.state import open_store
 
@@ -37,14 +36,6 @@ async def test_a_record_of_another_shape_is_an_error_not_half_a_worker(tmp_path:
     db.close()
     with pytest.raises(Unavailable, match="not a Worker record"):
         await store.workers()
-    await store.close()
-
-
-async def test_an_unchanged_catalog_is_not_read_again(tmp_path: Path) -> None:
-    store = open_store(tmp_path / "state.sqlite")
-    await store.put_adapter(Adapter("a", "d", "/p", "/s", 8))
-    first, second = await store.adapters(), await store.adapters()
-    assert first[0] is second[0]
     await store.close()
 
 

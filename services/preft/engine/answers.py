@@ -1,4 +1,4 @@
-"""What an engine process tells its worker about the KV cache, asked once through `collective_rpc`."""
+"""What a worker asks of its engine's processes through `collective_rpc`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,17 @@ from typing import Any
 
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 
+from preft.engine.lora import AdapterRegion
 from preft.transfer.connector import StagedKvConnector
 
 
-class DescribesKv:
+class AnswersWorker:
     """Mixed in before a vLLM worker class."""
+
+    def place_adapter(self: Any, lora_id: int, arena: str, offset: int, size: int, nonce: bytes) -> bool:
+        """See GroupedWorkerLoRAManager."""
+        placed: bool = self.model_runner.lora_manager.place_adapter(lora_id, arena, AdapterRegion(offset, size, nonce))
+        return placed
 
     def describe_kv(self: Any) -> dict[str, Any]:
         """`{"layout": text, "block_bytes": int, "pids": [int, int]}`, see `StagedKvConnector.describe`.

@@ -1,0 +1,274 @@
+"""One machine's folder of adapter copies, `<root>/<digest>/`: least recently used ones go when others need the room.
+
+All processes of the machine share it, and none has to be alive: whatever is to be known stands in the folder. A copy
+gets its name once it is complete, checked and of that digest, and is never changed after it. One that is on its way
+lies in `.unfinished-<id>-<bytes>/`, which its process has locked: without a lock it was left behind, and is removed.
+Copies needn't survive a power cut: who reads one holds it against its digest. Everything here blocks.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TypeVar
+
+from preft.adapters.digest import add_file_header, read_chunks
+from preft.adapters.sources import AdapterSource
+from preft.core.errors import InvalidAdapter, Unavailable
+from preft.core.ports import Progress
+
+T = TypeVar("T")
+
+LOCK = ".lock"
+UNFINISHED = ".unfinished-"
+GROWTH = 64 << 20  # bytes reserved at a time for files whose size the source doesn't tell
+
+
+class DiskTier:
+    """The folder `root`, which holds `limit` bytes at most. Thread-safe."""
+
+    def __init__(self, root: Path, limit: int, max_adapter_bytes: int) -> None:
+        """Creates the folder if it isn't there. Raises Unavailable if it can't be used."""
+        self.root = root
+        self.limit = limit
+        self.pinned: Collection[str] = ()  # digests that stay, whatever happens
+        self.evictions = 0  # by this process
+        self.bytes_seen = 0  # `used` as of this process's last look
+        self._max_adapter_bytes = max_adapter_bytes
+        self._sizes: dict[str, int] = {}  # digest -> bytes, of copies seen before: they never change
+        with _disk_errors(root):
+            root.mkdir(parents=True, exist_ok=True)
+            self.used()
+
+    def find(self, digest: str) -> Path | None:
+        """The copy's folder, which counts as a use, or None. It may be evicted at any time: open its files at once."""
+        folder = self.root / digest
+        try:
+            os.utime(folder)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise Unavailable(f"adapters can't be read from {self.root}: {error.strerror}") from error
+        return folder
+
+    def fetch(
+        self,
+        source: AdapterSource,
+        check: Callable[[Path], T],
+        *,
+        digest: str | None = None,
+        progress: Progress | None = None,
+    ) -> tuple[str, T]:
+        """Copies what is in `source`, unless that copy is there; returns its digest and what `check` said.
+
+        `check` is given the copy, so that nobody can change what was checked, and raises InvalidAdapter to refuse it.
+        With `digest`, other content is refused. Raises what `AdapterSource` raises, InvalidAdapter if the adapter is
+        too large or changes while it is read, and Unavailable if the disk is full or fails.
+        """
+        sizes = source.files()
+        self._check_size(sum(size or 0 for size in sizes.values()))
+        with _disk_errors(self.root), self._unfinished(sum(size or 0 for size in sizes.values())) as copy:
+            found = copy.fill(source, sizes, self._max_adapter_bytes, progress)
+            if digest is not None and found != digest:
+                raise InvalidAdapter(
+                    f"{source.uri} no longer holds the version that was added: add the adapter again from there"
+                )
+            verdict = check(copy.path)
+            self._finish(copy, found)
+            return found, verdict
+
+    def discard(self, digest: str) -> None:
+        """Removes a copy, if it is there: it turned out to be damaged."""
+        with _disk_errors(self.root), self._locked():
+            self._remove(digest)
+
+    def used(self) -> int:
+        """Bytes of all copies, and reserved for those on their way."""
+        with _disk_errors(self.root), self._locked():
+            return sum(self._look().values())
+
+    @contextmanager
+    def _unfinished(self, size: int) -> Iterator[_Unfinished]:
+        with self._locked():
+            self._make_room(size)
+            copy = _Unfinished(self, size)
+        try:
+            yield copy
+        finally:
+            copy.close()
+
+    def grow(self, copy: _Unfinished) -> None:
+        """Reserves more for a copy under way."""
+        with self._locked():
+            self._make_room(GROWTH)
+            copy.reserve(copy.reserved + GROWTH)
+
+    def _finish(self, copy: _Unfinished, digest: str) -> None:
+        with self._locked():
+            target = self.root / digest
+            if target.exists():
+                os.utime(target)  # another was quicker, with the same content
+            else:
+                copy.path.rename(target)
+
+    def _check_size(self, size: int) -> None:
+        if size > self._max_adapter_bytes:
+            raise _too_large(self._max_adapter_bytes)
+        if size > self.limit:
+            raise InvalidAdapter(
+                f"the adapter has {size} bytes, but all copies on disk may have {self.limit}: raise store.disk_bytes"
+            )
+
+    # What follows is called with the folder locked.
+
+    def _make_room(self, size: int) -> None:
+        """Evicts until `size` more bytes fit. Raises Unavailable if they can't."""
+        sizes = self._look()
+        used = sum(sizes.values())
+        if used + size <= self.limit:
+            return
+        copies = [name for name in sizes if not name.startswith(UNFINISHED) and name not in self.pinned]
+        if used + size - sum(sizes[name] for name in copies) > self.limit:
+            raise Unavailable(
+                f"{self.root} holds {self.limit} bytes, all taken by pinned adapters and those on their way: try again "
+                "later, or raise store.disk_bytes"
+            )
+        for name in sorted(copies, key=self._last_use):
+            if used + size <= self.limit:
+                break
+            self._remove(name)
+            self.evictions += 1
+            used -= sizes[name]
+
+    def _look(self) -> dict[str, int]:
+        """Bytes by folder name. Removes what dead processes left behind."""
+        sizes = {}
+        for name in os.listdir(self.root):
+            if name.startswith(UNFINISHED):
+                if not _left_behind(self.root / name):
+                    sizes[name] = int(name.rpartition("-")[2])
+            elif name != LOCK:
+                sizes[name] = self._sizes.get(name) or self._measure(name)
+        self._sizes = {name: size for name, size in sizes.items() if not name.startswith(UNFINISHED)}
+        self.bytes_seen = sum(sizes.values())
+        return sizes
+
+    def _measure(self, name: str) -> int:
+        with suppress(OSError):
+            return sum(file.stat().st_size for file in os.scandir(self.root / name))
+        return 0
+
+    def _last_use(self, name: str) -> float:
+        return (self.root / name).stat().st_mtime
+
+    def _remove(self, digest: str) -> None:
+        """Takes the copy's name away first: nobody finds half of it. Who has its files open can read on."""
+        gone = self.root / f"{UNFINISHED}{uuid.uuid4().hex}-0"
+        with suppress(FileNotFoundError):
+            (self.root / digest).rename(gone)
+            shutil.rmtree(gone)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        descriptor = os.open(self.root / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+class _Unfinished:
+    """A copy under way. Made with the tier locked."""
+
+    def __init__(self, tier: DiskTier, size: int) -> None:
+        self._tier = tier
+        self._id = uuid.uuid4().hex
+        self.reserved = size
+        self.path = tier.root / f"{UNFINISHED}{self._id}-{size}"
+        self.path.mkdir()
+        self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+
+    def reserve(self, size: int) -> None:
+        target = self._tier.root / f"{UNFINISHED}{self._id}-{size}"
+        self.path.rename(target)
+        self.path, self.reserved = target, size
+
+    def fill(
+        self, source: AdapterSource, sizes: dict[str, int | None], max_bytes: int, progress: Progress | None
+    ) -> str:
+        """Copies the files and returns the digest of the bytes that came."""
+        digest = hashlib.sha256()
+        total = None if None in sizes.values() else sum(size or 0 for size in sizes.values())
+        done = 0
+        for name, size in sizes.items():
+            if size is not None:
+                add_file_header(digest, name, size)
+            with open(self.path / name, "wb") as file:
+                for chunk in source.read(name):
+                    done += len(chunk)
+                    if done > max_bytes:
+                        raise _too_large(max_bytes)
+                    if size is not None and file.tell() + len(chunk) > size:
+                        raise _changed(source, name)
+                    while done > self.reserved:
+                        self._tier.grow(self)
+                    file.write(chunk)
+                    if size is not None:
+                        digest.update(chunk)
+                    if progress is not None:
+                        progress(done, total)
+                written = file.tell()
+            if size is None:
+                add_file_header(digest, name, written)
+                for chunk in read_chunks(self.path, name):
+                    digest.update(chunk)
+            elif written != size:
+                raise _changed(source, name)
+            os.chmod(self.path / name, 0o444)
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        """Removes what is left under this copy's own name."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
+
+
+def _left_behind(folder: Path) -> bool:
+    """Whether nobody works on this unfinished copy; then it is removed."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+        return True
+    finally:
+        os.close(descriptor)
+
+
+def _too_large(limit: int) -> InvalidAdapter:
+    return InvalidAdapter(f"the adapter has more than {limit} bytes, the limit of store.max_adapter_bytes")
+
+
+def _changed(source: AdapterSource, name: str) -> InvalidAdapter:
+    return InvalidAdapter(f"{name} in {source.uri} changed while it was read: add it again when it is complete")
+
+
+@contextmanager
+def _disk_errors(root: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise Unavailable(f"adapters can't be kept in {root}: {error.strerror or error}") from error

@@ -1,0 +1,80 @@
+"""How an adapter lies in shared memory: all its files in one block, which a worker writes and its engine reads.
+
+8 bytes: length of the index | index, JSON: {file name: [start, size]} | files, each from a multiple of 64 on
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from preft.adapters.digest import CHUNK, adapter_files, add_file_header
+from preft.core.errors import InvalidAdapter
+
+ALIGNMENT = 64
+LENGTH_BYTES = 8
+
+
+class DamagedCopy(Exception):
+    """The folder doesn't hold the content that it is named for."""
+
+
+class AdapterFiles:
+    """An adapter's folder with its files open, so that nobody can take them away any more. Close it."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises FileNotFoundError if the folder or one of its files is gone."""
+        self._files: dict[str, int] = {}
+        try:
+            for name in adapter_files(folder):
+                self._files[name] = os.open(folder / name, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            self.close()
+            raise FileNotFoundError(str(error)) from error
+        sizes = {name: os.fstat(file).st_size for name, file in self._files.items()}
+        self._places: dict[str, tuple[int, int]] = {}
+        room = _aligned(LENGTH_BYTES + len(json.dumps({name: [1 << 62, 1 << 62] for name in sizes})))
+        for name, size in sizes.items():
+            self._places[name] = (room, size)
+            room = _aligned(room + size)
+        self.packed_size = room
+        self.size = sum(sizes.values())
+
+    def pack(self, memory: memoryview, digest: str) -> None:
+        """Fills `memory`, `packed_size` bytes. Blocks. Raises DamagedCopy unless the files' digest is `digest`."""
+        found = hashlib.sha256()
+        for name, (start, size) in self._places.items():
+            add_file_header(found, name, size)
+            done = 0
+            while done < size:
+                part = memory[start + done : start + min(done + CHUNK, size)]
+                count = os.preadv(self._files[name], [part], done)
+                if not count:
+                    raise DamagedCopy(f"{name} is cut short")
+                found.update(part[:count])
+                done += count
+        if found.hexdigest() != digest:
+            raise DamagedCopy("its digest is another")
+        index = json.dumps(self._places).encode()
+        memory[:LENGTH_BYTES] = len(index).to_bytes(LENGTH_BYTES, "little")
+        memory[LENGTH_BYTES : LENGTH_BYTES + len(index)] = index
+
+    def close(self) -> None:
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+
+def unpack(memory: memoryview) -> dict[str, memoryview]:
+    """The files in a packed adapter, by name, as parts of `memory`. Raises InvalidAdapter if it isn't one."""
+    length = int.from_bytes(memory[:LENGTH_BYTES], "little")
+    try:
+        index = json.loads(bytes(memory[LENGTH_BYTES : LENGTH_BYTES + length]))
+        return {name: memory[start : start + size] for name, (start, size) in index.items()}
+    except (ValueError, AttributeError) as error:
+        raise InvalidAdapter("the host memory holds no packed adapter there") from error
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT

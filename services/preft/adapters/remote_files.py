@@ -1,0 +1,166 @@
+"""Reaches an adapter's files in an object store, on a web server or on a model hub, through fsspec.
+
+Owns every detail of those file systems and turns their errors into ours; knows nothing of which files make an adapter.
+Credentials, endpoints and proxies come from the environment as the libraries behind it read them. Everything blocks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import fsspec
+import fsspec.asyn
+from aiohttp import ClientResponseError, ClientTimeout
+
+from preft.core.errors import InvalidAdapter, PreftError, SourceNotFound, Unavailable
+
+CHUNK = 1 << 20  # bytes
+BLOCK = 4 << 20  # bytes of one request where a file comes in ranges
+NOT_THERE = (404, 410)
+VERSIONED_BY = (  # what S3, Google Storage, web servers and the Hugging Face hub say of a file's version
+    *("ETag", "LastModified", "VersionId"),
+    *("etag", "generation", "md5Hash", "updated"),
+    *("Last-Modified", "Content-MD5", "Digest"),
+    *("blob_id", "lfs", "xet_hash", "mtime"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class FoundFile:
+    """A file of a source: its size in bytes if known, and a mark that changes when it is rewritten, "" if unknown."""
+
+    size: int | None
+    regular: bool
+    mark: str
+
+
+class RemoteFolder:
+    """The folder at `uri`; `timeout` is in seconds."""
+
+    def __init__(self, scheme: str, uri: str, timeout: float) -> None:
+        self._scheme = scheme
+        self._uri = uri
+        self._timeout = timeout
+
+    def find(self, names: Iterable[str]) -> dict[str, FoundFile]:
+        """Those of `names` that are there. Raises SourceNotFound if the folder isn't, Unavailable if nobody answers."""
+        with self._errors(SourceNotFound(f"there is no folder {self._uri}")):
+            files = self._filesystem()
+            if self._scheme in ("http", "https"):
+                infos = fsspec.asyn.sync(files.loop, self._ask_for, files, tuple(names), timeout=self._timeout)
+            else:
+                infos = self._list(files, frozenset(names))
+            return {name: _found(info) for name, info in infos.items()}
+
+    def read(self, name: str) -> Iterator[bytes]:
+        """The file's bytes. Raises InvalidAdapter if it isn't there, Unavailable if not all of it comes."""
+        with self._errors(InvalidAdapter(f"{name} is missing in {self._uri}")):
+            files = self._filesystem()
+            path = f"{files._strip_protocol(self._uri)}/{name}"
+            if self._scheme in ("http", "https", "s3"):
+                yield from self._read_stream(files, path)
+            else:
+                # The hub's files stream if the block size is 0; Google's come in ranges.
+                with files.open(path, "rb", block_size=0 if self._scheme == "hf" else BLOCK) as file:
+                    while chunk := file.read(CHUNK):
+                        yield chunk
+
+    def _filesystem(self) -> Any:
+        """A file system for the calling thread. fsspec keeps those it may share; none of them remembers a listing."""
+        if self._scheme == "s3":
+            # botocore reads these by itself, but only once per kept file system.
+            endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+            limits = {"connect_timeout": self._timeout, "read_timeout": self._timeout}
+            return fsspec.filesystem("s3", endpoint_url=endpoint, config_kwargs=limits, use_listings_cache=False)
+        if self._scheme == "gs":
+            return fsspec.filesystem("gs", requests_timeout=self._timeout, use_listings_cache=False)
+        if self._scheme == "hf":
+            return fsspec.filesystem("hf", skip_instance_cache=True)
+        # Compressed answers have no length to hold them against.
+        options = {"headers": {"Accept-Encoding": "identity"}, "trust_env": True}
+        timeouts = ClientTimeout(connect=self._timeout, sock_connect=self._timeout, sock_read=self._timeout)
+        return fsspec.filesystem("http", client_kwargs={**options, "timeout": timeouts})
+
+    def _list(self, files: Any, names: frozenset[str]) -> dict[str, Mapping[str, Any]]:
+        root = files._strip_protocol(self._uri)
+        if isinstance(files, fsspec.asyn.AsyncFileSystem):  # within the time limit, whatever is retried inside
+            entries = fsspec.asyn.sync(files.loop, files._ls, root, detail=True, refresh=True, timeout=self._timeout)
+        else:
+            entries = files.ls(root, detail=True, refresh=True)
+        by_name = {entry["name"].rstrip("/").rpartition("/")[2]: entry for entry in entries if entry["name"] != root}
+        return {name: by_name[name] for name in names & by_name.keys()}
+
+    async def _ask_for(self, files: Any, names: tuple[str, ...]) -> dict[str, Mapping[str, Any]]:
+        """Web servers list no folders, so each file is asked for."""
+        infos = await asyncio.gather(*(_web_info(files, f"{self._uri}/{name}") for name in names))
+        return {name: info for name, info in zip(names, infos, strict=True) if info is not None}
+
+    def _read_stream(self, files: Any, path: str) -> Iterator[bytes]:
+        size = {} if self._scheme == "s3" else {"size": 0}  # spares a web server the question how long the file is
+        file = fsspec.asyn.sync(files.loop, files.open_async, path, "rb", **size)
+        try:
+            # The first bytes with the limit on the whole call, as it holds a request that may be retried inside; from
+            # then on the connection has the limit.
+            chunk = fsspec.asyn.sync(files.loop, file.read, CHUNK, timeout=self._timeout)
+            while chunk:
+                yield chunk
+                chunk = fsspec.asyn.sync(files.loop, _fill, file)
+        finally:
+            asyncio.run_coroutine_threadsafe(_close(file), files.loop)
+
+    @contextmanager
+    def _errors(self, missing: PreftError) -> Iterator[None]:
+        """Raises `missing` for what isn't there, and Unavailable for the rest: each library has its own errors."""
+        try:
+            yield
+        except PreftError:
+            raise
+        except FileNotFoundError as error:
+            raise missing from error
+        except Exception as error:
+            raise Unavailable(f"{self._uri} can't be read: {self._reason(error)}") from error
+
+    def _reason(self, error: Exception) -> str:
+        if isinstance(error, ClientResponseError):
+            return f"the server answered {error.status} {error.message}".rstrip()
+        if isinstance(error, TimeoutError):
+            return f"nothing came for {self._timeout:g} seconds"
+        return " ".join(str(error).split()) or type(error).__name__
+
+
+async def _web_info(files: Any, url: str) -> Mapping[str, Any] | None:
+    try:
+        return cast(Mapping[str, Any], await files._info(url))
+    except FileNotFoundError as error:  # fsspec's answer to whatever went wrong
+        cause = error.__cause__
+        if cause is None or (isinstance(cause, ClientResponseError) and cause.status in NOT_THERE):
+            return None
+        raise cause from None
+
+
+async def _fill(file: Any) -> bytes:
+    """The next CHUNK bytes; fewer at the end. A connection's own pieces are too small to change threads for each."""
+    parts: list[bytes] = []
+    missing = CHUNK
+    while missing and (part := await file.read(missing)):
+        parts.append(part)
+        missing -= len(part)
+    return b"".join(parts)
+
+
+async def _close(file: Any) -> None:
+    if file.r is not None:  # the answer; s3fs's streamed files don't close theirs
+        file.r.close()
+        file.r = None
+    await file.close()
+
+
+def _found(info: Mapping[str, Any]) -> FoundFile:
+    versions = [f"{key}={info[key]}" for key in VERSIONED_BY if info.get(key)]
+    size = info.get("size")
+    return FoundFile(size, info["type"] == "file", " ".join([f"size={size}", *versions]) if versions else "")

@@ -1,0 +1,195 @@
+"""Where adapters come from: a local folder, or one at s3://, gs://, http(s):// or hf://, as a few files to read.
+
+Owns which files make an adapter and what is said if they aren't there. `remote_files` reaches those that aren't local.
+Content and size are checked elsewhere. Everything blocks, and may be called in several threads at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from preft.adapters.digest import LORA_FILES, REFT_FILES, WEIGHTS_FILE
+from preft.adapters.remote_files import CHUNK, FoundFile, RemoteFolder
+from preft.core.errors import InvalidAdapter, SourceNotFound, Unavailable
+
+ADAPTER_FILES = (*LORA_FILES, *REFT_FILES)
+PICKLES = ("adapter_model.bin", "adapter_model.pt")
+SCHEME = re.compile(r"([^/]*)://(.*)", re.DOTALL)
+PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub", "http": "aiohttp", "https": "aiohttp"}
+SERVED = "a local path, s3://, gs://, http://, https:// or hf://"
+
+
+class AdapterSource:
+    """One adapter's source. `uri` is normalised: a local one is an absolute path; none ends in a slash."""
+
+    def __init__(self, uri: str, folder: LocalFolder | RemoteFolder) -> None:
+        self.uri = uri
+        self.local = isinstance(folder, LocalFolder)
+        self._folder = folder
+
+    def files(self) -> dict[str, int | None]:
+        """The adapter's files, each with its size in bytes, None where the server doesn't say.
+
+        Raises SourceNotFound if there is none of them, InvalidAdapter if they are not a whole adapter, Unavailable if
+        the source can't be reached.
+        """
+        return {name: found.size for name, found in self._adapter().items()}
+
+    def read(self, name: str) -> Iterator[bytes]:
+        """The file's bytes, about 1 MiB at a time.
+
+        Raises Unavailable if the source fails, falls silent or ends early, InvalidAdapter if the file is gone.
+        """
+        return self._folder.read(name)
+
+    def stamp(self) -> str:
+        """Changes when a file is rewritten; reads none. "" if the source tells nothing of the kind. Raises as `files`.
+
+        For a local folder from sizes, times of change and inodes, else from what the server says of its versions.
+        """
+        marks = [(name, found.mark) for name, found in self._adapter().items()]
+        if not all(mark for _, mark in marks):
+            return ""
+        return hashlib.sha256(repr(marks).encode()).hexdigest()[:32]
+
+    def _adapter(self) -> dict[str, FoundFile]:
+        found = self._folder.find(ADAPTER_FILES)
+        names = [name for kind in (LORA_FILES, REFT_FILES) if any(name in found for name in kind) for name in kind]
+        missing = [name for name in names if name not in found]
+        if not names or WEIGHTS_FILE in missing:
+            self._refuse_pickles()
+        if not names:
+            raise SourceNotFound(
+                f"there is no adapter in {self.uri}: it needs the files {' and '.join(LORA_FILES)}, "
+                f"or {' and '.join(REFT_FILES)}"
+            )
+        if missing:
+            raise InvalidAdapter(f"{missing[0]} is missing in {self.uri}")
+        for name in names:
+            if not found[name].regular:
+                raise InvalidAdapter(f"{name} in {self.uri} is not a regular file")
+        return {name: found[name] for name in names}
+
+    def _refuse_pickles(self) -> None:
+        for name in self._folder.find(PICKLES):
+            raise InvalidAdapter(
+                f"{name} in {self.uri} is a pickle file, which can run code when it is loaded: "
+                f"save the adapter as {WEIGHTS_FILE}"
+            )
+
+
+def open_source(uri: str, *, timeout: float = 30.0) -> AdapterSource:
+    """The source at `uri`, which isn't looked at yet. A remote one may be silent for `timeout` seconds.
+
+    Raises InvalidAdapter if no source can be there: an unknown scheme, or one whose package isn't installed.
+    """
+    scheme, place = _split(uri)
+    if not place.strip("/") and scheme not in ("", "file"):
+        raise _refusal(f"{uri!r} names no place: write what comes after {scheme}://")
+    if scheme in ("", "file"):
+        path = _local_path(scheme, place)
+        return AdapterSource(path, LocalFolder(path))
+    if scheme not in PACKAGES:
+        raise _refusal(f"adapters can't be read from {scheme}://: name {SERVED}")
+    if find_spec(PACKAGES[scheme]) is None:
+        raise _refusal(
+            f"{scheme}:// needs the package {PACKAGES[scheme]}: run pip install 'preft-serve[{scheme}]' on the server"
+        )
+    if PACKAGES[scheme] == "aiohttp":
+        _check_web_address(uri)
+    uri = f"{scheme}://{place.rstrip('/')}"
+    return AdapterSource(uri, RemoteFolder(scheme, uri, timeout))
+
+
+class LocalFolder:
+    """The folder at `path`. Links in it are followed."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def find(self, names: Iterable[str]) -> dict[str, FoundFile]:
+        """Those of `names` that are there.
+
+        Raises SourceNotFound if the folder isn't, InvalidAdapter if it is none, Unavailable if it can't be read.
+        """
+        found = {}
+        for name in names:
+            try:
+                status = os.stat(f"{self._path}/{name}")
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except OSError as error:
+                raise Unavailable(f"{name} in {self._path} can't be read: {error.strerror}") from error
+            mark = f"{status.st_size} {status.st_mtime_ns} {status.st_ino}"
+            found[name] = FoundFile(status.st_size, stat.S_ISREG(status.st_mode), mark)
+        if not found:
+            self._check_folder()
+        return found
+
+    def read(self, name: str) -> Iterator[bytes]:
+        """The file's bytes. Raises InvalidAdapter if it isn't there or is no file, Unavailable if it can't be read."""
+        try:
+            # A pipe that took the file's place mustn't make the opening wait for a writer.
+            with open(f"{self._path}/{name}", "rb", buffering=0, opener=_open_without_waiting) as file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    raise InvalidAdapter(f"{name} in {self._path} is not a regular file")
+                while chunk := file.read(CHUNK):
+                    yield chunk
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            raise InvalidAdapter(f"{name} is missing in {self._path}") from error
+        except OSError as error:
+            raise Unavailable(f"{name} in {self._path} can't be read: {error.strerror}") from error
+
+    def _check_folder(self) -> None:
+        folder = Path(self._path)
+        try:
+            mode = folder.stat().st_mode
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise SourceNotFound(f"there is no folder {folder}") from error
+        except OSError as error:
+            raise Unavailable(f"{folder} can't be read: {error.strerror}") from error
+        if not stat.S_ISDIR(mode):
+            raise InvalidAdapter(f"{folder} is not a folder")
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _split(uri: str) -> tuple[str, str]:
+    if not uri or "\0" in uri:
+        raise _refusal(f"no adapter can be at {uri!r}: name {SERVED}")
+    match = SCHEME.fullmatch(uri)
+    return (match[1].lower(), match[2]) if match else ("", uri)
+
+
+def _local_path(scheme: str, place: str) -> str:
+    if scheme == "":
+        return os.path.abspath(os.path.expanduser(place))
+    host, slash, path = place.partition("/")
+    if host not in ("", "localhost") or not slash:
+        raise _refusal(f"'file://{place}' is no local place: write file:///absolute/path, or the path alone")
+    return os.path.abspath(f"/{unquote(path)}")
+
+
+def _check_web_address(uri: str) -> None:
+    try:
+        parts = urlsplit(uri)
+        whole = bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        whole = False
+    if not whole:
+        raise _refusal(f"{uri!r} is no web address: write http://host/folder")
+    if parts.query or parts.fragment or parts.username is not None:
+        raise _refusal("a web address with a query, a fragment or a user can't be a source: name the folder alone")
+
+
+def _refusal(message: str) -> InvalidAdapter:
+    return InvalidAdapter(message, param="source")

@@ -1,0 +1,59 @@
+"""An adapter's folder as one tar stream, made while it's sent. Only the adapter's own files go in."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from preft.adapters.digest import adapter_files, file_size
+from preft.core.errors import InvalidAdapter
+
+CHUNK = 256 << 10
+_END = bytes(2 * tarfile.BLOCKSIZE)
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """The files of `folder` that are an adapter, with their sizes when it was looked at. Iterate to get the stream."""
+
+    folder: Path
+    files: tuple[tuple[str, int], ...]
+
+    @classmethod
+    def of(cls, folder: Path) -> Package:
+        """Raises InvalidAdapter if a file that belongs to an adapter isn't there."""
+        return cls(folder, tuple((name, file_size(folder, name)) for name in adapter_files(folder)))
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole stream."""
+        return len(_END) + sum(tarfile.BLOCKSIZE + size + len(_padding(size)) for _, size in self.files)
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Raises InvalidAdapter if a file can't be read, or not to the size that it had."""
+        for name, size in self.files:
+            header = tarfile.TarInfo(name)
+            header.size = size
+            yield header.tobuf(tarfile.GNU_FORMAT)
+            yield from self._content(name, size)
+            yield _padding(size)
+        yield _END
+
+    def _content(self, name: str, size: int) -> Iterator[bytes]:
+        try:
+            with (self.folder / name).open("rb") as file:
+                while size:
+                    chunk = file.read(min(size, CHUNK))
+                    if not chunk:
+                        raise InvalidAdapter(f"{name} in {self.folder} became shorter while it was sent: try again")
+                    size -= len(chunk)
+                    yield chunk
+        except OSError as error:
+            raise InvalidAdapter(f"{name} in {self.folder} can't be read: {error.strerror}") from error
+
+
+def _padding(size: int) -> bytes:
+    """Fills up a tar's last block."""
+    return bytes(-size % tarfile.BLOCKSIZE)

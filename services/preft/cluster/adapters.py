@@ -1,0 +1,99 @@
+"""The adapter store of one machine, wired from settings: its catalog, its disk tier, and a worker's share of both."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager
+
+from preft.adapters.base_model import read_base_model
+from preft.adapters.catalog import PINNED_SHARE, Catalog, CatalogLimits, CatalogView
+from preft.adapters.disk_tier import DiskTier
+from preft.adapters.folder_watch import FolderWatch
+from preft.adapters.store import AdapterStore
+from preft.cluster.model import model_identity
+from preft.core.ports import StateStore
+from preft.core.request import AdapterRef
+from preft.core.settings import Settings
+from preft.state import open_store
+
+
+@asynccontextmanager
+async def open_catalog(settings: Settings) -> AsyncIterator[Catalog]:
+    """The served model's catalog, with the adapters of the settings added, and kept up to date inside.
+
+    Each base model has its own catalog under `state_dir`; equal adapter content is kept once. Raises InvalidAdapter,
+    or what else adding one of the adapters raises.
+    """
+    store = _catalog_store(settings)
+    try:
+        own = settings.store
+        limits = CatalogLimits(
+            settings.prefill.max_lora_rank,
+            int(min(own.host_bytes, own.disk_bytes) * PINNED_SHARE),
+            own.max_adapter_bytes,
+            own.source_timeout,
+        )
+        uploads = settings.state_dir / "uploads"
+        base = read_base_model(settings.model)
+        catalog = Catalog(store, open_disk_tier(settings), uploads, base, settings.model_name, limits)
+        await catalog.refresh()
+        for name, source in settings.adapters.items():
+            await catalog.add(name, source, replace=True)
+        tasks = [asyncio.create_task(catalog.watch(settings.router.poll_interval), name="catalog-watch")]
+        if settings.adapter_dir is not None:
+            tasks.append(asyncio.create_task(FolderWatch(settings.adapter_dir, catalog).run(), name="folder-watch"))
+        try:
+            yield catalog
+        finally:
+            await _ended(tasks)
+    finally:
+        await store.close()
+
+
+@asynccontextmanager
+async def following_catalog(settings: Settings, adapters: AdapterStore) -> AsyncIterator[None]:
+    """Inside, the store keeps what is pinned in the catalog, and drops what has left it."""
+    store = _catalog_store(settings)
+    prefetching: set[asyncio.Task[None]] = set()
+    try:
+        view = CatalogView(store)
+
+        def follow(left: Collection[str]) -> None:
+            adapters.pin(view.pinned)
+            adapters.forget(left)
+            for adapter in view.list() if view.pinned else ():
+                if adapter.pinned and adapter.digest not in adapters.digests:
+                    reference = AdapterRef(adapter.name, adapter.digest, adapter.source)
+                    task = asyncio.create_task(adapters.prefetch(reference))
+                    prefetching.add(task)
+                    task.add_done_callback(prefetching.discard)
+                    task.add_done_callback(lambda task: task.cancelled() or task.exception())  # requests will say it
+
+        follow(await view.refresh())
+        watch = asyncio.create_task(view.watch(settings.router.poll_interval, follow), name="catalog-watch")
+        try:
+            yield
+        finally:
+            await _ended([watch, *prefetching])
+    finally:
+        await store.close()
+
+
+def open_disk_tier(settings: Settings) -> DiskTier:
+    """The disk tier that all processes of this machine share. Raises Unavailable if its folder can't be used."""
+    return DiskTier(settings.state_dir / "adapters", settings.store.disk_bytes, settings.store.max_adapter_bytes)
+
+
+def _catalog_store(settings: Settings) -> StateStore:
+    folder = settings.state_dir / "models" / model_identity(settings.model)[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    return open_store(folder / "catalog.sqlite")
+
+
+async def _ended(tasks: Collection[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task

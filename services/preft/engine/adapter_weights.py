@@ -1,0 +1,127 @@
+"""An adapter's weights as its engine takes them: views of the files that its worker has put into shared memory.
+
+Owns the way from names in files to modules of the model. Where the bytes lie, how long, and which slot they go to is
+the caller's business: nothing here copies a weight, except where ReFT's own form has to be computed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from vllm.lora.peft_helper import PEFTHelper
+from vllm.lora.utils import parse_fine_tuned_lora_name
+
+from preft.adapters.digest import CONFIG_FILE, REFT_CONFIG_FILE, REFT_WEIGHTS_FILE, WEIGHTS_FILE
+from preft.adapters.packed import unpack
+from preft.adapters.reft_config import ReftConfig, parse_reft_config
+from preft.adapters.reft_format import BIAS, ROTATE, SOURCE
+from preft.adapters.tensor_file import entries_in
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(slots=True)
+class LoraPart:
+    """LoRA of one linear layer, or one slice of a packed one: A [rank, inputs], B [outputs, rank]."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+
+
+@dataclass(slots=True)
+class ReftPart:
+    """ReFT of one decoder layer: h + B(A h + c), with A [rank, hidden], B [hidden, rank], c [rank]."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    c: torch.Tensor
+
+
+@dataclass(slots=True)
+class AdapterWeights:
+    """`id` is vLLM's. `lora` maps a module's name to its slices by number, `reft` a decoder layer's number to its part.
+
+    The tensors are views of the memory it was read from.
+    """
+
+    id: int
+    lora: dict[str, dict[int, LoraPart]] = field(default_factory=dict)
+    reft: dict[int, ReftPart] = field(default_factory=dict)
+    reft_config: ReftConfig | None = None
+
+    @property
+    def lora_rank(self) -> int:
+        """The highest rank of a LoRA part; 0 if there is none."""
+        return max((part.a.shape[0] for parts in self.lora.values() for part in parts.values()), default=0)
+
+    def drop(self) -> None:
+        """Lets go of the memory."""
+        self.lora, self.reft = {}, {}
+
+
+def read_weights(
+    adapter_id: int,
+    memory: memoryview,
+    place_of: Callable[[str], tuple[str, int] | None],
+    mapper: Any,
+    lora_config: Any,
+) -> AdapterWeights:
+    """The packed adapter in `memory`. `place_of` says to which module and slice a linear layer's name belongs.
+
+    `mapper` is the model's vLLM WeightsMapper, or None. Raises ValueError or InvalidAdapter for what can't be served.
+    """
+    files = unpack(memory)
+    weights = AdapterWeights(adapter_id)
+    if CONFIG_FILE in files:
+        helper = PEFTHelper.from_dict(json.loads(bytes(files[CONFIG_FILE])))
+        helper.validate_legal(lora_config)
+        weights.lora = _lora_parts(tensors_in(files[WEIGHTS_FILE]), helper, place_of, mapper)
+    if REFT_CONFIG_FILE in files:
+        weights.reft_config = parse_reft_config(bytes(files[REFT_CONFIG_FILE]))
+        weights.reft = _reft_parts(tensors_in(files[REFT_WEIGHTS_FILE]), weights.reft_config)
+    return weights
+
+
+def tensors_in(memory: memoryview) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file in memory, as views of it."""
+    tensors = {}
+    for name, entry in entries_in(memory).items():
+        dtype = DTYPES[entry.dtype]
+        count = (entry.end - entry.start) // dtype.itemsize
+        flat = torch.frombuffer(memory, dtype=dtype, count=count, offset=entry.start) if count else torch.empty(0)
+        tensors[name] = flat.view(entry.shape)
+    return tensors
+
+
+def _lora_parts(
+    tensors: Mapping[str, torch.Tensor],
+    helper: PEFTHelper,
+    place_of: Callable[[str], tuple[str, int] | None],
+    mapper: Any,
+) -> dict[str, dict[int, LoraPart]]:
+    sides: dict[str, dict[bool, tuple[str, torch.Tensor]]] = {}
+    for name, tensor in tensors.items():
+        module, is_a = parse_fine_tuned_lora_name(name, mapper)
+        sides.setdefault(module, {})[is_a] = (name, tensor)
+    parts: dict[str, dict[int, LoraPart]] = {}
+    for module, pair in sides.items():
+        place = place_of(module)
+        if place is None or len(pair) < 2:
+            raise ValueError(f"the served model takes no LoRA on {module}")
+        name, a = pair[True]
+        _, scaling = helper.get_rank_and_scaling(parse_fine_tuned_lora_name(name)[0])
+        parts.setdefault(place[0], {})[place[1]] = LoraPart(a, pair[False][1], scaling)
+    return parts
+
+
+def _reft_parts(tensors: Mapping[str, torch.Tensor], config: ReftConfig) -> dict[int, ReftPart]:
+    parts = {}
+    for layer in config.layers:
+        rotate, source, bias = (tensors[f"layers.{layer}.{part}"].float() for part in (ROTATE, SOURCE, BIAS))
+        parts[layer] = ReftPart(source - rotate if config.method == "loreft" else source, rotate.T, bias)
+    return parts

@@ -1,0 +1,90 @@
+"""The adapter catalog as clients see it: one entry, and one page of those that match.
+
+Owns no transport: HTTP and gRPC list through the same `page`.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+from preft.core.cluster import Adapter, AdapterPlace
+from preft.core.errors import ModelNotFound
+from preft.core.ports import AdapterCatalog
+from preft.gateway.adapter_schemas import ListQuery
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """`entries` by name, out of `total` that match; `has_more` says whether others come after them."""
+
+    entries: Sequence[Adapter]
+    total: int
+    has_more: bool
+
+
+def entry(catalog: AdapterCatalog, name: str) -> Adapter:
+    """The entry of that name. Raises ModelNotFound."""
+    adapter = catalog.get(name)
+    if adapter is None:
+        raise ModelNotFound(f"no adapter is named {name!r}")
+    return adapter
+
+
+def page(entries: Sequence[Adapter], query: ListQuery) -> Page:
+    """What `query` asks for of `entries`, which are sorted by name. Without filters the cost is the page's alone."""
+    if query.filters:
+        search = query.search.casefold()
+        entries = [
+            adapter
+            for adapter in entries
+            if (query.kind is None or adapter.kind == query.kind)
+            and (query.pinned is None or adapter.pinned == query.pinned)
+            and (not search or search in adapter.name.casefold())
+        ]
+    start = bisect_right(entries, query.after, key=attrgetter("name")) if query.after else 0
+    shown = entries[start : start + query.limit]
+    return Page(shown, len(entries), start + len(shown) < len(entries))
+
+
+def page_json(found: Page) -> dict[str, Any]:
+    """A page in the form of OpenAI's lists; an entry's id is its name."""
+    names = [adapter.name for adapter in found.entries]
+    return {
+        "object": "list",
+        "data": [adapter_json(adapter) for adapter in found.entries],
+        "first_id": names[0] if names else None,
+        "last_id": names[-1] if names else None,
+        "has_more": found.has_more,
+        "total": found.total,
+    }
+
+
+def adapter_json(adapter: Adapter) -> dict[str, Any]:
+    """One entry. `size` in bytes, `created` in seconds."""
+    return {
+        "name": adapter.name,
+        "object": "adapter",
+        "version": adapter.version,
+        "digest": adapter.digest,
+        "source": adapter.source,
+        "kind": adapter.kind,
+        "rank": adapter.rank,
+        "size": adapter.size,
+        "prefill_only": adapter.prefill_only,
+        "pinned": adapter.pinned,
+        "created": int(adapter.created),
+    }
+
+
+def place_json(place: AdapterPlace) -> dict[str, Any]:
+    """Where one worker has the adapter. `last_used` in seconds, 0 if never there."""
+    return {
+        "worker": place.worker_id,
+        "tier": place.tier.value,
+        "last_used": place.last_used,
+        "users": place.users,
+    }

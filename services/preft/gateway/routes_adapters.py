@@ -1,0 +1,87 @@
+"""The adapters behind the base model, in our own way and in vLLM's. What may be added is the catalog's to judge."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+from preft.core.errors import InvalidRequest
+from preft.core.request import AdapterRef
+from preft.gateway.adapter_schemas import (
+    AddAdapterBody,
+    ListQuery,
+    LoadAdapterBody,
+    PinAdapterBody,
+    UnloadAdapterBody,
+    UploadQuery,
+)
+from preft.gateway.add_stream import AddStream
+from preft.gateway.deps import GatewayDeps
+from preft.gateway.listing import adapter_json, entry, page, page_json, place_json
+from preft.gateway.parse import parse_query, read_body
+from preft.gateway.upload import received
+
+
+def adapter_routes(deps: GatewayDeps) -> APIRouter:
+    """/v1/adapters. Names may hold slashes."""
+    router = APIRouter(tags=["Adapters"])
+    catalog = deps.catalog
+
+    @router.get("/v1/adapters", response_class=Response)
+    async def list_adapters(request: Request) -> Response:
+        return JSONResponse(page_json(page(catalog.list(), parse_query(ListQuery, request))))
+
+    @router.post("/v1/adapters", response_class=Response)
+    async def add_adapter(request: Request) -> Response:
+        body = await read_body(request, AddAdapterBody, deps.max_body_bytes)
+        if body.stream:
+            return AddStream(lambda told: catalog.add(body.name, body.origin, replace=body.replace, progress=told))
+        return JSONResponse(adapter_json(await catalog.add(body.name, body.origin, replace=body.replace)))
+
+    @router.get("/v1/adapters/{name:path}", response_class=Response)
+    async def show_adapter(name: str) -> Response:
+        adapter = entry(catalog, name)
+        wanted = AdapterRef(adapter.name, adapter.digest, adapter.source)
+        places = [] if deps.places is None else await deps.places.places(wanted)
+        return JSONResponse({**adapter_json(adapter), "workers": [place_json(place) for place in places]})
+
+    @router.put("/v1/adapters/{name:path}", response_class=Response)
+    async def upload_adapter(name: str, request: Request) -> Response:
+        query = parse_query(UploadQuery, request)
+        async with received(request, deps.max_adapter_bytes, deps.upload_folder) as archive:
+            return JSONResponse(adapter_json(await catalog.add_archive(name, archive, replace=query.replace)))
+
+    @router.patch("/v1/adapters/{name:path}", response_class=Response)
+    async def pin_adapter(name: str, request: Request) -> Response:
+        body = await read_body(request, PinAdapterBody, deps.max_body_bytes)
+        return JSONResponse(adapter_json(await catalog.pin(name, body.pinned)))
+
+    @router.delete("/v1/adapters/{name:path}", response_class=Response)
+    async def remove_adapter(name: str) -> Response:
+        return JSONResponse({**adapter_json(await catalog.remove(name)), "deleted": True})
+
+    return router
+
+
+def vllm_adapter_routes(deps: GatewayDeps) -> APIRouter:
+    """/v1/load_lora_adapter and /v1/unload_lora_adapter, which take and say what vLLM's do."""
+    router = APIRouter(tags=["Adapters"])
+
+    @router.post("/v1/load_lora_adapter", response_class=PlainTextResponse)
+    async def load_lora_adapter(request: Request) -> Response:
+        body = await read_body(request, LoadAdapterBody, deps.max_body_bytes)
+        if not body.load_inplace and deps.catalog.get(body.lora_name) is not None:
+            raise InvalidRequest(
+                f"The lora adapter {body.lora_name!r} has already been loaded. Set load_inplace to replace it.",
+                "lora_name",
+            )
+        await deps.catalog.add(body.lora_name, body.lora_path, replace=body.load_inplace)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+    @router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)
+    async def unload_lora_adapter(request: Request) -> Response:
+        body = await read_body(request, UnloadAdapterBody, deps.max_body_bytes)
+        await deps.catalog.remove(body.lora_name)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+    return router

@@ -1,0 +1,32 @@
+"""Errors as the public gRPC services report them. How they travel within the cluster is `preft.rpc.status`'s."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, NoReturn
+
+import grpc
+
+from preft.core.errors import InvalidRequest, PreftError, QueueFull, mapping_of
+
+
+@asynccontextmanager
+async def errors_reported(context: Any) -> AsyncIterator[None]:
+    """Ends the call with the error's gRPC code; trailing metadata has `preft-code`, `preft-param`, `retry-after`."""
+    try:
+        yield
+    except PreftError as error:
+        await _abort(context, error)
+
+
+async def _abort(context: Any, error: PreftError) -> NoReturn:
+    mapping = mapping_of(error)
+    trailing = [("preft-code", mapping.code)]
+    if isinstance(error, InvalidRequest) and error.param:
+        trailing.append(("preft-param", error.param))
+    if isinstance(error, QueueFull):
+        trailing.append(("retry-after", str(math.ceil(error.retry_after))))
+    await context.abort(grpc.StatusCode[mapping.grpc], str(error), tuple(trailing))
+    raise AssertionError("abort returns never")

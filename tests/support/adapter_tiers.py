@@ -1,0 +1,32 @@
+"""An AdapterStore over a folder of its own, as a worker has one."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from preft.adapters.disk_tier import DiskTier
+from preft.adapters.store import AdapterEngine, AdapterStore
+from preft.core.settings import MiB
+from preft.transfer.staging import StagingArena
+
+
+@asynccontextmanager
+async def adapter_store(
+    engine: AdapterEngine,
+    memory: StagingArena,
+    *,
+    slots: int = 4,
+    disk_bytes: int = 64 * MiB,
+    source_timeout: float = 5.0,
+) -> AsyncIterator[AdapterStore]:
+    """Ends it afterwards; `engine` and `memory` stay the caller's."""
+    with tempfile.TemporaryDirectory() as folder:
+        disk = DiskTier(Path(folder) / "adapters", disk_bytes, disk_bytes)
+        store = AdapterStore("w", disk, memory, engine, slots, source_timeout)
+        try:
+            yield store
+        finally:
+            await store.close()

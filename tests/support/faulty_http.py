@@ -1,0 +1,111 @@
+"""A web server over a folder that goes wrong on demand. It knows no ranges; HEAD and GET are all it answers."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+
+
+@dataclass(slots=True)
+class Faults:
+    """What goes wrong. `status`: by file name. The numbers are the body's bytes that still come before it happens."""
+
+    status: dict[str, int] = field(default_factory=dict)
+    drop_after: int | None = None  # the connection is reset
+    cut_after: int | None = None  # the connection is closed in order
+    stall_after: int | None = None  # nothing more comes
+    stall: bool = False  # not even an answer
+    lengthless: bool = False  # no Content-Length: the end of the connection is the end of the file
+    headless: bool = False  # HEAD isn't allowed
+    dateless: bool = False  # nothing says when a file changed
+
+
+@dataclass(frozen=True, slots=True)
+class FaultyServer:
+    """A running server. `requests` are those that came, as "METHOD /path"."""
+
+    url: str
+    faults: Faults
+    requests: list[str]
+
+
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 64  # a connection that finds the queue full waits a second
+
+
+@contextmanager
+def serve_folder(folder: Path, faults: Faults | None = None) -> Iterator[FaultyServer]:
+    """Serves `folder` on 127.0.0.1 until the end of the context. Faults may be changed meanwhile."""
+    faults = faults or Faults()
+    requests: list[str] = []
+    over = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_HEAD(self) -> None:
+            self._answer(body=False)
+
+        def do_GET(self) -> None:
+            self._answer(body=True)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+        def _answer(self, body: bool) -> None:
+            requests.append(f"{self.command} {self.path}")
+            path = folder / unquote(urlsplit(self.path).path).lstrip("/")
+            if faults.stall:
+                over.wait()
+                self.close_connection = True
+                return
+            status = faults.status.get(path.name, 200 if path.is_file() else 404)
+            if faults.headless and not body:
+                status = 405
+            content = path.read_bytes() if status == 200 else b"no"
+            self.send_response(status)
+            if faults.lengthless:
+                self.send_header("Connection", "close")
+            else:
+                self.send_header("Content-Length", str(len(content)))
+            if status == 200 and not faults.dateless:
+                self.send_header("Last-Modified", formatdate(path.stat().st_mtime, usegmt=True))
+            self.end_headers()
+            if body:
+                self._send(content)
+
+        def _send(self, content: bytes) -> None:
+            try:
+                for limit in (faults.drop_after, faults.cut_after, faults.stall_after):
+                    if limit is not None:
+                        content = content[:limit]
+                self.wfile.write(content)
+            except OSError:
+                self.close_connection = True  # the client has enough
+                return
+            if faults.stall_after is not None:
+                over.wait()
+            if faults.drop_after is not None:
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+            if (faults.drop_after, faults.cut_after, faults.stall_after) != (None, None, None):
+                self.close_connection = True
+
+    with _Server(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            yield FaultyServer(f"http://127.0.0.1:{server.server_port}", faults, requests)
+        finally:
+            over.set()
+            server.shutdown()
+            thread.join()

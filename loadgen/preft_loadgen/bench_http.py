@@ -34,7 +34,7 @@ async def compare_http(rig: Rig, rounds: int, step: Callable[[], None]) -> list[
     Raises PreftError if any request fails.
     """
     send = completions(rig.http)
-    paths = {adapter.name: adapter.path for adapter in rig.adapters}
+    paths = {adapter.name: adapter.source for adapter in rig.adapters}
     some = [adapter.name for adapter in rig.adapters[:ADAPTERS]]
     assert rig.multi_lora is not None
 

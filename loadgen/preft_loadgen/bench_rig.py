@@ -50,7 +50,7 @@ def cluster_settings(folder: Path) -> dict[str, Any]:
         "served_model_name": MODEL_NAME,
         "max_model_len": 512,
         "adapters": {path.name: str(path) for path in sorted((folder / "adapters").iterdir())},
-        "prefill": {**engine, "max_loras": 8, "max_cpu_loras": LORAS + REFTS, "max_lora_rank": LORA_RANK},
+        "prefill": {**engine, "max_loras": 8, "max_lora_rank": LORA_RANK},
         "decode": engine,
         "router": {"transfer_timeout": 120.0},  # decoding starts when all prompts are there, the first ones wait
     }
@@ -101,7 +101,7 @@ def _make_model(folder: Path) -> dict[str, Any]:
 
 async def _adapters(http: HttpClient, folders: dict[str, str]) -> tuple[AdapterRef, ...]:
     """The catalog's adapters, at the folders they came from: those hold exactly the content of the digests."""
-    entries = (await http.get_json("/v1/adapters"))["data"]
+    entries = (await http.get_json("/v1/adapters?limit=1000"))["data"]
     if len(entries) != len(folders):
         raise ServeFailed(f"{len(folders)} adapters were to be served, {len(entries)} are")
     return tuple(AdapterRef(entry["name"], entry["digest"], folders[entry["name"]]) for entry in entries)

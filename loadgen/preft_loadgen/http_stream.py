@@ -61,12 +61,15 @@ class HttpClient:
 
     async def get_json(self, path: str) -> Any:
         """The decoded JSON answer. Raises RequestFailed."""
-        body = bytearray()
-        await self._exchange("GET", path, b"", body.extend)
-        try:
-            return json.loads(body)
-        except ValueError as error:
-            raise RequestFailed(f"{path} didn't answer with JSON") from error
+        return await self._json("GET", path, b"")
+
+    async def post_json(self, path: str, body: dict[str, Any]) -> Any:
+        """The decoded JSON answer. Raises RequestFailed."""
+        return await self._json("POST", path, json.dumps(body).encode())
+
+    async def patch_json(self, path: str, body: dict[str, Any]) -> Any:
+        """The decoded JSON answer. Raises RequestFailed."""
+        return await self._json("PATCH", path, json.dumps(body).encode())
 
     async def stream(self, path: str, body: dict[str, Any]) -> Reply:
         """Posts a completion or chat completion and reads its one choice to the end.
@@ -78,6 +81,14 @@ class HttpClient:
         started = time.perf_counter()
         await self._exchange("POST", path, json.dumps(asked).encode(), events.feed)
         return events.reply(started)
+
+    async def _json(self, method: str, path: str, body: bytes) -> Any:
+        answer = bytearray()
+        await self._exchange(method, path, body, answer.extend)
+        try:
+            return json.loads(answer)
+        except ValueError as error:
+            raise RequestFailed(f"{path} didn't answer with JSON") from error
 
     async def _exchange(self, method: str, path: str, body: bytes, on_body: Callable[[bytes], object]) -> None:
         head = (

@@ -103,7 +103,7 @@ def test_a_seed_goes_on_too(llama_colocated: Served) -> None:
 def reference_of(served: Served, name: str) -> AdapterRef:
     entry = served.cluster.gateway.catalog.get(name)
     assert entry is not None
-    return AdapterRef(entry.name, entry.digest, entry.path)
+    return AdapterRef(entry.name, entry.digest, entry.source)
 
 
 def go_on(served: Served, prompt: list[int], output: list[int], adapter: str | None, sampling: Sampling) -> list[int]:

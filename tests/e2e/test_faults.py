@@ -104,7 +104,7 @@ async def _decode(served: Served, **change: Any) -> list[int]:
             request_id="direct",
             prompt_token_ids=prompt,
             sampling=sampling,
-            adapter=adapter_to_proto(AdapterRef(adapter.name, adapter.digest, adapter.path)),
+            adapter=adapter_to_proto(AdapterRef(adapter.name, adapter.digest, adapter.source)),
             n=1,
             target=target,
         )

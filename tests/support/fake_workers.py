@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable
-from contextlib import aclosing
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from zlib import crc32
@@ -88,6 +89,11 @@ class FakeWorker:
     prefetched: list[str] = field(default_factory=list)  # digests, in order of the calls
     load_faults: list[Fault | None] = field(default_factory=list)
     load_seconds: float = 0.0
+    where_seconds: float = 0.0
+    lists_adapters: bool = True  # in its heartbeats
+    cold: list[str] = field(default_factory=list)  # digests of prompts that came before their adapter
+    prompts: Counter[str] = field(default_factory=Counter)  # digests of those that are computed now
+    most_adapters: int = 0  # at once, so far
     faults: list[Fault | None] = field(default_factory=list)
     linger: float = 0.0  # seconds from the last message to the end of a call
     running: int = 0
@@ -112,6 +118,7 @@ class FakeWorker:
         """The process is gone: connections break, heartbeats stop."""
         self.silent_since = time.time()
         await self.server.stop(None)
+        self.adapters = ()
         if isinstance(self, FakeDecode):
             self.handles.clear()
 
@@ -120,7 +127,7 @@ class FakeWorker:
             running=self.running,
             kv_blocks_total=self.kv_blocks_total,
             kv_blocks_free=self.kv_blocks_total,
-            adapters=self.adapters,
+            adapters=self.adapters if self.lists_adapters else (),
         )
         heartbeat = self.silent_since or time.time()
         return Worker(
@@ -136,6 +143,20 @@ class FakeWorker:
             heartbeat=heartbeat,
             load=load,
         )
+
+    @contextmanager
+    def prompting(self, digest: str) -> Iterator[None]:
+        """Inside, a prompt is computed under this adapter ("": under none)."""
+        if digest and digest not in self.adapters:
+            self.cold.append(digest)
+        self.prompts[digest] += 1
+        self.most_adapters = max(
+            self.most_adapters, sum(1 for digest, count in self.prompts.items() if digest and count)
+        )
+        try:
+            yield
+        finally:
+            self.prompts[digest] -= 1
 
     def next_fault(self) -> Fault | None:
         self.calls += 1
@@ -170,6 +191,7 @@ class FakeDecode(FakeWorker):
     requests: list[workers_pb2.DecodeRequest] = field(default_factory=list)
     delay: float = 0.0
     choice_faults: dict[int, list[Fault | None]] = field(default_factory=dict)
+    prompt_seconds: float = 0.0  # of a colocated worker
 
 
 class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
@@ -182,9 +204,10 @@ class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
         worker.running += 1
         handle, done = request.target.handle, False
         try:
-            if fault := worker.next_fault():
-                await fault.strike()
-            await asyncio.sleep(worker.delay)
+            with worker.prompting(request.adapter.digest):
+                if fault := worker.next_fault():
+                    await fault.strike()
+                await asyncio.sleep(worker.delay)
             choices = [self._first(request, index) for index in range(1 if request.resume else request.n)]
             messages = [delta_to_proto(choice) for choice in choices]
             first = workers_pb2.FirstTokens(choices=messages)
@@ -229,10 +252,14 @@ class AdaptersService(workers_pb2_grpc.WorkerAdaptersServicer):
         except PreftError as error:
             await abort(context, error)
         await asyncio.sleep(self.worker.load_seconds)
-        self.worker.adapters = (*(digest for digest in self.worker.adapters if digest != request.digest), request.digest)
+        self.worker.adapters = (
+            *(digest for digest in self.worker.adapters if digest != request.digest),
+            request.digest,
+        )
         return workers_pb2.PrefetchReply()
 
     async def Where(self, request: common_pb2.AdapterRef, context: Any) -> workers_pb2.WhereReply:
+        await asyncio.sleep(self.worker.where_seconds)
         held = request.digest in self.worker.adapters
         return place_to_proto(AdapterPlace(self.worker.id, Tier.HOST if held else Tier.SOURCE, 5.0))
 
@@ -268,6 +295,9 @@ class DecodeService(workers_pb2_grpc.DecodeWorkerServicer):
                 raise TransferFailed("the handle is for another prompt or adapter")
             kv.uses -= 1
             begin = len(request.output_token_ids)
+            if worker.role is Role.COLOCATED:
+                with worker.prompting(request.adapter.digest):
+                    await asyncio.sleep(worker.prompt_seconds)
             for position in range(begin, request.sampling.max_tokens):
                 if fault and fault.after == position - begin:
                     await fault.strike()

@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 
 import grpc.aio
 
-from preft.cluster.gateway_process import RunningGateway, open_catalog, run_gateway
+from preft.cluster.adapters import open_catalog
+from preft.cluster.gateway_process import RunningGateway, run_gateway
 from preft.cluster.model import with_model_length
 from preft.cluster.worker import StartEngine, WorkerServer
 from preft.core.cluster import Role, WorkerLoad

@@ -94,7 +94,7 @@ class Side:
             prompt_token_ids=[*request.prompt_token_ids, *request.output_token_ids],
             sampling_params=sampling_params(request, self.role),
             pooling_params=None,
-            lora_request=adapter and LoRARequest(adapter.digest, int(adapter.name), adapter.path),
+            lora_request=adapter and LoRARequest(adapter.digest, int(adapter.name), adapter.digest),
             cache_salt=request.salt or None,
             block_hasher=self._hasher,
         )

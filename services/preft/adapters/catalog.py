@@ -12,13 +12,14 @@ import re
 import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from preft.adapters.archive import unpack_archive
 from preft.adapters.base_model import BaseModel
-from preft.adapters.digest import adapter_digest
 from preft.adapters.disk_tier import DiskTier
 from preft.adapters.folder import AdapterSummary, check_adapter
 from preft.adapters.sources import AdapterSource, open_source
@@ -132,10 +133,11 @@ class Catalog(CatalogView):
         """`uploads` is where the content of archives stays; `base_name` is taken."""
         super().__init__(store)
         self._disk = disk
-        self._uploads = uploads
+        self._uploads = uploads.absolute()
         self._base = base
         self._base_name = base_name
         self._limits = limits
+        self._writing = asyncio.Lock()
 
     async def refresh(self) -> Collection[str]:
         left = await super().refresh()
@@ -145,7 +147,8 @@ class Catalog(CatalogView):
     async def add(self, name: str, source: str, *, replace: bool = False, progress: Progress | None = None) -> Adapter:
         """Fetches `source` and checks it, and points `name` to it; equal content under the name is fine.
 
-        Raises InvalidAdapter, SourceNotFound, AdapterExists (other content and no `replace`), Unavailable.
+        Raises InvalidAdapter, SourceNotFound, AdapterExists (other content and no `replace`), Unavailable, and
+        InvalidRequest if the name is pinned and there is no room for its new content.
         """
         self._check_name(name)
         opened = open_source(source, timeout=self._limits.source_timeout)
@@ -155,32 +158,30 @@ class Catalog(CatalogView):
     async def add_archive(self, name: str, archive: Path, *, replace: bool = False) -> Adapter:
         """Like `add`, with the content of a tar or zip file, which stays until no name points to it any more."""
         self._check_name(name)
-        folder = await asyncio.to_thread(self._unpack, archive)
-        return await self.add(name, str(folder), replace=replace)
+        source = str(await asyncio.to_thread(self._unpack, archive))
+        try:
+            return await self.add(name, source, replace=replace)
+        except PreftError:
+            with suppress(PreftError):
+                await self._drop_upload(source)
+            raise
 
     async def pin(self, name: str, pinned: bool) -> Adapter:
         """Keeps the adapter in host memory and on disk, or no longer.
 
         Raises ModelNotFound, and InvalidRequest if there is no room for it beside the other pinned ones.
         """
-        while True:
-            current = await self._store.adapter(name)
-            if current is None:
-                raise ModelNotFound(f"no adapter is named {name!r}")
-            if pinned and not current.pinned:
-                await self.refresh()
-                sizes = {adapter.digest: adapter.size for adapter in self.list() if adapter.pinned}
-                total = sum({**sizes, current.digest: current.size}.values())
-                if total > self._limits.pinned_bytes:
-                    raise InvalidRequest(
-                        f"with {name!r} the pinned adapters have {total} bytes, more than the "
-                        f"{self._limits.pinned_bytes} that may be pinned: unpin another, or raise store.host_bytes",
-                        param="pinned",
-                    )
-            changed = replace(current, pinned=pinned)
-            if await self._store.put_adapter(changed, expect=current):
-                await self.refresh()
-                return changed
+        async with self._writing:
+            while True:
+                current = await self._store.adapter(name)
+                if current is None:
+                    raise ModelNotFound(f"no adapter is named {name!r}")
+                changed = replace(current, pinned=pinned)
+                if pinned and not current.pinned:
+                    await self._check_pinned(changed)
+                if await self._store.put_adapter(changed, expect=current):
+                    await self.refresh()
+                    return changed
 
     async def remove(self, name: str) -> Adapter:
         """Forgets `name`. Requests that run finish on its content. Raises ModelNotFound."""
@@ -193,23 +194,39 @@ class Catalog(CatalogView):
 
     async def _put(self, adapter: Adapter, replacing: bool) -> Adapter:
         """Points the name to new content; what says the same as the present entry changes nothing."""
-        while True:
-            current = await self._store.adapter(adapter.name)
-            if current is None:
-                wanted = adapter
-            elif current.digest == adapter.digest:
-                wanted = replace(current, source=adapter.source, stamp=adapter.stamp)
-            elif replacing:
-                wanted = replace(adapter, version=current.version + 1, pinned=current.pinned)
-            else:
-                raise AdapterExists(
-                    f"adapter {adapter.name!r} exists with other content: remove it first, or replace it"
-                )
-            if wanted == current or await self._store.put_adapter(wanted, expect=current):
-                await self.refresh()
-                if current is not None:
-                    await self._drop_upload(current.source)
-                return wanted
+        async with self._writing:
+            while True:
+                current = await self._store.adapter(adapter.name)
+                if current is None:
+                    wanted = adapter
+                elif current.digest == adapter.digest:
+                    wanted = replace(current, source=adapter.source, stamp=adapter.stamp)
+                elif replacing:
+                    wanted = replace(adapter, version=current.version + 1, pinned=current.pinned)
+                    if current.pinned and wanted.size > current.size:
+                        await self._check_pinned(wanted)
+                else:
+                    raise AdapterExists(
+                        f"adapter {adapter.name!r} exists with other content: remove it first, or replace it"
+                    )
+                if wanted == current or await self._store.put_adapter(wanted, expect=current):
+                    break
+            await self.refresh()
+        if current is not None:
+            await self._drop_upload(current.source)
+        return wanted
+
+    async def _check_pinned(self, adapter: Adapter) -> None:
+        """Raises InvalidRequest if there is no room for this one beside the other pinned ones."""
+        await self.refresh()
+        sizes = {other.digest: other.size for other in self.list() if other.pinned and other.name != adapter.name}
+        total = sum({**sizes, adapter.digest: adapter.size}.values())
+        if total > self._limits.pinned_bytes:
+            raise InvalidRequest(
+                f"with {adapter.name!r} the pinned adapters have {total} bytes, more than the "
+                f"{self._limits.pinned_bytes} that may be pinned: unpin another, or raise store.host_bytes",
+                param="pinned",
+            )
 
     def _check_name(self, name: str) -> None:
         if not NAME.fullmatch(name):
@@ -240,7 +257,7 @@ class Catalog(CatalogView):
         return check_adapter(copy, self._base, self._limits.max_rank)
 
     def _unpack(self, archive: Path) -> Path:
-        """The archive's content in a folder of its own, named by its digest."""
+        """The archive's content in a folder of its own, which no other upload shares."""
         try:
             self._uploads.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self._uploads, prefix=".unfinished-") as unpacked:
@@ -248,14 +265,14 @@ class Catalog(CatalogView):
                 folder.mkdir()
                 unpack_archive(archive, folder, self._limits.max_adapter_bytes)
                 self._check(folder)
-                target = self._uploads / adapter_digest(folder)
-                if not target.exists():
-                    folder.rename(target)
-                return target
+                return folder.rename(self._uploads / uuid.uuid4().hex)
         except OSError as error:
             raise Unavailable(f"the archive can't be kept in {self._uploads}: {error.strerror or error}") from error
 
     async def _drop_upload(self, source: str) -> None:
         """Removes the content of an archive that no name has as its source any more."""
-        if Path(source).parent == self._uploads and all(entry.source != source for entry in self._by_name.values()):
+        if Path(source).parent != self._uploads:
+            return
+        await self.refresh()
+        if all(entry.source != source for entry in self._by_name.values()):
             await asyncio.to_thread(shutil.rmtree, source, ignore_errors=True)

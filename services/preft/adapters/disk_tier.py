@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Collection, Iterator
@@ -27,7 +28,8 @@ T = TypeVar("T")
 
 LOCK = ".lock"
 UNFINISHED = ".unfinished-"
-GROWTH = 64 << 20  # bytes reserved at a time for files whose size the source doesn't tell
+DIGEST = re.compile(r"[0-9a-f]{64}")
+GROWTH = 8 << 20  # bytes reserved at a time for files whose size the source doesn't tell
 
 
 class DiskTier:
@@ -72,9 +74,9 @@ class DiskTier:
         too large or changes while it is read, and Unavailable if the disk is full or fails.
         """
         sizes = source.files()
-        self._check_size(sum(size or 0 for size in sizes.values()))
+        self.check_size(sum(size or 0 for size in sizes.values()))
         with _disk_errors(self.root), self._unfinished(sum(size or 0 for size in sizes.values())) as copy:
-            found = copy.fill(source, sizes, self._max_adapter_bytes, progress)
+            found = copy.fill(source, sizes, progress)
             if digest is not None and found != digest:
                 raise InvalidAdapter(
                     f"{source.uri} no longer holds the version that was added: add the adapter again from there"
@@ -104,10 +106,11 @@ class DiskTier:
             copy.close()
 
     def grow(self, copy: _Unfinished) -> None:
-        """Reserves more for a copy under way."""
+        """Reserves more for a copy under way, but no more than it may have."""
+        size = min(copy.reserved + GROWTH, self._max_adapter_bytes, self.limit)
         with self._locked():
-            self._make_room(GROWTH)
-            copy.reserve(copy.reserved + GROWTH)
+            self._make_room(size - copy.reserved)
+            copy.reserve(size)
 
     def _finish(self, copy: _Unfinished, digest: str) -> None:
         with self._locked():
@@ -115,14 +118,20 @@ class DiskTier:
             if target.exists():
                 os.utime(target)  # another was quicker, with the same content
             else:
+                os.utime(copy.path)  # its time is that of its last file's creation, which may be long ago
                 copy.path.rename(target)
+            self._look()
 
-    def _check_size(self, size: int) -> None:
+    def check_size(self, size: int) -> None:
+        """Raises InvalidAdapter for an adapter that has `size` bytes or more if it can't be kept here."""
         if size > self._max_adapter_bytes:
-            raise _too_large(self._max_adapter_bytes)
+            raise InvalidAdapter(
+                f"the adapter has more than {self._max_adapter_bytes} bytes, the limit of store.max_adapter_bytes"
+            )
         if size > self.limit:
             raise InvalidAdapter(
-                f"the adapter has {size} bytes, but all copies on disk may have {self.limit}: raise store.disk_bytes"
+                f"the adapter has more than {self.limit} bytes, which all copies on disk may have: "
+                "raise store.disk_bytes"
             )
 
     # What follows is called with the folder locked.
@@ -153,7 +162,7 @@ class DiskTier:
             if name.startswith(UNFINISHED):
                 if not _left_behind(self.root / name):
                     sizes[name] = int(name.rpartition("-")[2])
-            elif name != LOCK:
+            elif DIGEST.fullmatch(name):  # what else may lie there isn't ours
                 sizes[name] = self._sizes.get(name) or self._measure(name)
         self._sizes = {name: size for name, size in sizes.items() if not name.startswith(UNFINISHED)}
         self.bytes_seen = sum(sizes.values())
@@ -201,9 +210,7 @@ class _Unfinished:
         self.path.rename(target)
         self.path, self.reserved = target, size
 
-    def fill(
-        self, source: AdapterSource, sizes: dict[str, int | None], max_bytes: int, progress: Progress | None
-    ) -> str:
+    def fill(self, source: AdapterSource, sizes: dict[str, int | None], progress: Progress | None) -> str:
         """Copies the files and returns the digest of the bytes that came."""
         digest = hashlib.sha256()
         total = None if None in sizes.values() else sum(size or 0 for size in sizes.values())
@@ -214,8 +221,7 @@ class _Unfinished:
             with open(self.path / name, "wb") as file:
                 for chunk in source.read(name):
                     done += len(chunk)
-                    if done > max_bytes:
-                        raise _too_large(max_bytes)
+                    self._tier.check_size(done)
                     if size is not None and file.tell() + len(chunk) > size:
                         raise _changed(source, name)
                     while done > self.reserved:
@@ -256,10 +262,6 @@ def _left_behind(folder: Path) -> bool:
         return True
     finally:
         os.close(descriptor)
-
-
-def _too_large(limit: int) -> InvalidAdapter:
-    return InvalidAdapter(f"the adapter has more than {limit} bytes, the limit of store.max_adapter_bytes")
 
 
 def _changed(source: AdapterSource, name: str) -> InvalidAdapter:

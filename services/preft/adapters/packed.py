@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 from preft.adapters.digest import CHUNK, adapter_files, add_file_header
-from preft.core.errors import InvalidAdapter
+from preft.core.errors import InvalidAdapter, Unavailable
 
 ALIGNMENT = 64
 LENGTH_BYTES = 8
@@ -25,14 +25,19 @@ class AdapterFiles:
     """An adapter's folder with its files open, so that nobody can take them away any more. Close it."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises FileNotFoundError if the folder or one of its files is gone."""
+        """Raises FileNotFoundError if the folder isn't there, DamagedCopy if it is but a file of it isn't."""
         self._files: dict[str, int] = {}
         try:
             for name in adapter_files(folder):
                 self._files[name] = os.open(folder / name, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            self.close()
+            if folder.is_dir():
+                raise DamagedCopy(f"{Path(error.filename).name} is missing") from error
+            raise
         except OSError as error:
             self.close()
-            raise FileNotFoundError(str(error)) from error
+            raise Unavailable(f"the adapter in {folder} can't be read: {error.strerror}") from error
         sizes = {name: os.fstat(file).st_size for name, file in self._files.items()}
         self._places: dict[str, tuple[int, int]] = {}
         room = _aligned(LENGTH_BYTES + len(json.dumps({name: [1 << 62, 1 << 62] for name in sizes})))
@@ -50,7 +55,10 @@ class AdapterFiles:
             done = 0
             while done < size:
                 part = memory[start + done : start + min(done + CHUNK, size)]
-                count = os.preadv(self._files[name], [part], done)
+                try:
+                    count = os.preadv(self._files[name], [part], done)
+                except OSError as error:
+                    raise DamagedCopy(f"{name} can't be read: {error.strerror}") from error
                 if not count:
                     raise DamagedCopy(f"{name} is cut short")
                 found.update(part[:count])
@@ -72,7 +80,7 @@ def unpack(memory: memoryview) -> dict[str, memoryview]:
     try:
         index = json.loads(bytes(memory[LENGTH_BYTES : LENGTH_BYTES + length]))
         return {name: memory[start : start + size] for name, (start, size) in index.items()}
-    except (ValueError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise InvalidAdapter("the host memory holds no packed adapter there") from error
 
 

@@ -29,6 +29,7 @@ from preft.transfer.staging import Region, StagingArena
 
 T = TypeVar("T")
 
+ATTEMPTS = 5  # at a fetch whose copy is evicted or damaged before it is read
 FETCHES = 8  # sources at a time; they mostly wait for a network
 READS = 2  # disk reads at a time
 NICENESS = 10  # of their threads: engine steps come first
@@ -55,16 +56,20 @@ class AdapterStore:
         engine: AdapterEngine,
         slots: int,
         source_timeout: float,
+        *,
+        room_timeout: float = ROOM_SECONDS,
     ) -> None:
         """`engine` has `slots` slots and takes adapters from `arena`.
 
-        `source_timeout`: seconds without a byte after which a source has failed.
+        `source_timeout`: seconds without a byte after which a source has failed; `room_timeout`: those that a load
+        waits for host memory.
         """
         self._worker_id = worker_id
         self._disk = disk
         self._arena = arena
         self._engine = engine
         self._source_timeout = source_timeout
+        self._room_timeout = room_timeout
         self._regions: OrderedDict[str, Region] = OrderedDict()  # by digest, least recently used first
         self._users: Counter[str] = Counter()
         self._pinned: frozenset[str] = frozenset()
@@ -167,10 +172,10 @@ class AdapterStore:
 
     async def close(self) -> None:
         """Ends the loads under way. Threads that read a source end by themselves."""
-        tasks = [*self._loading.values(), *self._leaving]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        while tasks := [*self._loading.values(), *self._leaving]:  # who waited for a load leaves once that has ended
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
         self._fetching.shutdown(wait=False, cancel_futures=True)
         self._reading.shutdown(wait=False, cancel_futures=True)
 
@@ -213,21 +218,30 @@ class AdapterStore:
 
     def _open(self, digest: str) -> AdapterFiles | None:
         folder = self._disk.find(digest)
-        return _opened(folder) if folder is not None else None
+        if folder is None:
+            return None
+        try:
+            return AdapterFiles(folder)
+        except FileNotFoundError:
+            return None  # evicted in this moment
+        except DamagedCopy:
+            self._disk.discard(digest)
+            return None
 
     def _fetch(self, adapter: AdapterRef) -> AdapterFiles:
         source = open_source(adapter.source, timeout=self._source_timeout)
-        while True:  # again, should it have been evicted in between
+        for _ in range(ATTEMPTS):
             self._disk.fetch(source, _nothing_more, digest=adapter.digest)
             files = self._open(adapter.digest)
             if files is not None:
                 return files
+        raise Unavailable(f"the copy of adapter {adapter.name!r} is evicted as soon as it is there: try again later")
 
     async def _read(self, files: AdapterFiles, digest: str) -> Region:
         """Raises DamagedCopy, or Unavailable if there is no room."""
         try:
             try:
-                region = await self._arena.reserve(files.packed_size, timeout=ROOM_SECONDS)
+                region = await self._arena.reserve(files.packed_size, timeout=self._room_timeout)
             except InvalidRequest as error:
                 raise InvalidAdapter(
                     f"the adapter has {files.size} bytes, more than store.host_bytes can hold"
@@ -274,13 +288,6 @@ class AdapterStore:
 
     async def _in(self, threads: ThreadPoolExecutor, work: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(threads, work, *arguments)
-
-
-def _opened(folder: Path) -> AdapterFiles | None:
-    try:
-        return AdapterFiles(folder)
-    except FileNotFoundError:
-        return None  # evicted in this moment
 
 
 def _nothing_more(copy: Path) -> None:

@@ -41,7 +41,9 @@ def add_parser(commands: Any) -> None:
         help="adapter folder or URI (s3://, gs://, https://, hf://); repeatable",
     )
     parser.add_argument(
-        "--adapter-dir", metavar="DIR", help="a folder of adapters, each under its subfolder's name; changes are followed"
+        "--adapter-dir",
+        metavar="DIR",
+        help="a folder of adapters, each under its subfolder's name; changes are followed",
     )
     parser.add_argument("--prefill", metavar="N", type=int, help="prefill workers")
     parser.add_argument("--decode", metavar="N", type=int, help="decode workers")

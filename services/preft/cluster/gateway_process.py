@@ -57,6 +57,7 @@ async def run_gateway(
         generator=router,
         catalog=catalog,
         places=router,
+        workers=lambda: router.snapshot.workers.values(),
         model_root=str(settings.model),
         max_adapter_bytes=settings.store.max_adapter_bytes,
         upload_folder=settings.state_dir / "uploads",

@@ -1,8 +1,8 @@
 """Part of `make bench-gpu`: prompt tokens/s of one colocated engine under many adapters, against the base model.
 
 Dummy weights of Llama-3.1-8B's shapes (`--small`: 88 million parameters, for CPU), each prompt under its own adapter,
-one token asked for. The sides take turns in one engine. All LoRAs read one folder, and so do all ReFTs: to the engine
-they are different adapters of the same size.
+one token asked for. The sides take turns in one engine. All LoRAs are one piece of memory, and so are all ReFTs: to the
+engine they are different adapters of the same size.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+from preft.adapters.digest import adapter_digest
+from preft.adapters.packed import AdapterFiles
 from preft.core.cluster import Role
 from preft.core.request import AdapterRef, Sampling
-from preft.core.settings import Settings, load_settings
+from preft.core.settings import GiB, Settings, load_settings
 from preft.engine.bench_model import LLAMA_8B, SMALL, Shape, write_lora, write_reft
 from preft.engine.port import EngineRequest
 from preft.engine.vllm_engine import VllmEngine
+from preft.transfer.staging import Region, StagingArena
 from preft_loadgen.comparison import Comparison, comparison_table, take_turns
 from preft_loadgen.results import RESULTS, save
 
@@ -41,8 +44,9 @@ async def _measure(model: Shape, folder: Path, prompts: int, tokens: int, rounds
         [AdapterRef(f"{kind}{number}", f"{number:032x}{kind:0>32}", str(folder / kind)) for number in range(prompts)]
         for kind in ("lora", "reft")
     )
+    memory = StagingArena.create(GiB)
     engine = await VllmEngine.start(
-        _settings(folder / "model", prompts, tokens), Role.COLOCATED, "", load_format="dummy"
+        _settings(folder / "model", prompts, tokens), Role.COLOCATED, "", memory.path, load_format="dummy"
     )
     draw = random.Random(0)
 
@@ -61,12 +65,15 @@ async def _measure(model: Shape, folder: Path, prompts: int, tokens: int, rounds
         return prompts * tokens / (time.perf_counter() - started)
 
     try:
-        for adapter in (*loras, *refts):
-            await engine.load_adapter(adapter)
+        for adapters, kind in ((loras, "lora"), (refts, "reft")):
+            region = await _packed(folder / kind, memory)
+            for adapter in adapters:
+                await engine.place_adapter(adapter, region)
         sides = [partial(speed, adapters) for adapters in ([None] * prompts, loras, refts)]
         base, *others = await take_turns(sides, rounds, lambda: None)
     finally:
         await engine.close()
+        memory.close()
     how = f"{prompts} prompts of {tokens} tokens at once, each under its own adapter; all in one engine"
     kinds = (
         (f"LoRA of rank {LORA_RANK}, all linear layers", LORA_BAR),
@@ -78,10 +85,17 @@ async def _measure(model: Shape, folder: Path, prompts: int, tokens: int, rounds
     ]
 
 
+async def _packed(folder: Path, memory: StagingArena) -> Region:
+    files = AdapterFiles(folder)
+    region = await memory.reserve(files.packed_size, timeout=1)
+    files.pack(memory.view(region), adapter_digest(folder))
+    files.close()
+    return region
+
+
 def _settings(model: Path, prompts: int, tokens: int) -> Settings:
     prefill = {
         "max_loras": prompts,
-        "max_cpu_loras": 2 * prompts,
         "max_lora_rank": LORA_RANK,
         "max_num_seqs": prompts,
         "max_num_batched_tokens": 8192,

@@ -160,12 +160,13 @@ def main() -> None:
     parser.add_argument("--refts", type=int, default=32)
     parser.add_argument("--lora-rank", type=int, default=16)
     parser.add_argument("--reft-rank", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0, help="of the first adapter of each kind")
     arguments = parser.parse_args()
     parameters = write_model(arguments.folder / "model")
     for number in range(arguments.loras):
-        write_lora(arguments.folder / "adapters" / f"a{number:02}", arguments.lora_rank, seed=number)
+        write_lora(arguments.folder / "adapters" / f"a{number:02}", arguments.lora_rank, seed=arguments.seed + number)
     for number in range(arguments.refts):
-        write_reft(arguments.folder / "adapters" / f"r{number:02}", arguments.reft_rank, seed=number)
+        write_reft(arguments.folder / "adapters" / f"r{number:02}", arguments.reft_rank, seed=arguments.seed + number)
     made = {name: value for name, value in vars(arguments).items() if name != "folder"} | {"parameters": parameters}
     print(json.dumps(made))
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
+from preft.core.cluster import Worker
 from preft.core.ports import AdapterCatalog, AdapterPlaces, Generator
 from preft.gateway.metrics import MeteredGenerator
 from preft.gateway.tokenizer import Tokenizer
+from preft.gateway.worker_metrics import WorkerMetrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +21,8 @@ class GatewayDeps:
     """`max_model_len` in tokens, prompt and output together; `created` in seconds.
 
     `max_body_bytes` is per HTTP request, but for uploaded adapters, which `max_adapter_bytes` limits. While one comes,
-    it is kept in `upload_folder` (None: the system's for temporary files). Without `places` no entry says where it is.
+    it is kept in `upload_folder` (None: the system's for temporary files). Without `places` no entry says where it is,
+    without `workers` there are no metrics of them.
     `generator` is wrapped so that every request, over HTTP or gRPC, is counted in `registry`: one registry per object.
     """
 
@@ -34,6 +38,9 @@ class GatewayDeps:
     max_adapter_bytes: int = 2 << 30
     upload_folder: Path | None = None
     places: AdapterPlaces | None = None
+    workers: Callable[[], Iterable[Worker]] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "generator", MeteredGenerator(self.generator, self.registry))
+        if self.workers is not None:
+            WorkerMetrics(self.workers, self.registry)

@@ -2,8 +2,8 @@
 
 First come, first served per adapter; an adapter whose next request fits nowhere, or that isn't in memory yet, doesn't
 hold up the others. A request that has waited long keeps one decode worker free of newcomers until it fits, so that big
-ones aren't starved by small ones, and adapter slots free of younger requests, so that new adapters aren't starved by
-busy ones. Choosing workers is the policy's business.
+ones aren't starved by small ones, or one prefill worker's adapter slots free of younger requests, so that new adapters
+aren't starved by busy ones. Choosing workers is the policy's business.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from preft.core.errors import DeadlineExceeded, InvalidRequest, PreftError, Queu
 from preft.core.request import AdapterRef
 from preft.router.lease import Lease
 from preft.router.ledger import Ledger
-from preft.router.policy import Absent, Demand, Pair, Policy, Refusal, Roster
+from preft.router.policy import Absent, Crowded, Demand, Pair, Policy, Refusal, Roster
 
 PATIENCE = 5.0  # seconds until a waiting request keeps a decode worker for itself
 SLOT_PATIENCE = 0.5  # seconds until a request that waits for an adapter slot lets no younger one have it
@@ -59,6 +59,11 @@ class Ticket:
         self._ended = True
         return lease
 
+    def fail(self, error: PreftError) -> None:
+        """`wait` raises `error`, unless it is over already."""
+        if not self.outcome.done():
+            self.outcome.set_exception(error)
+
     def cancel(self) -> None:
         """Leaves the queue at once; a lease that nobody has taken is given back. `wait` then ends as cancelled."""
         if self._ended:
@@ -86,13 +91,13 @@ class Admission:
         """
         self._policy = policy
         self._prefetch = prefetch
-        self._slots_kept = False  # for a request that has waited long for one
         self._ledger = ledger
         self._max_queue = max_queue
         self._restart_grace = restart_grace
         self._roster = Roster((), {}, {})
         self._open = self._roster  # without the decode worker that is kept for a request that has waited long
         self._queues: dict[str, deque[Ticket]] = {}  # by adapter digest, never empty
+        self._crowded: dict[str, str] = {}  # digest -> the one worker whose slots its queue waits for
         self._waiting = 0
         self._serial = itertools.count()
         self._grants: deque[float] = deque(maxlen=64)  # when the last ones left the queue
@@ -113,6 +118,7 @@ class Admission:
         """Goes on with a new picture of the cluster."""
         now = asyncio.get_running_loop().time()
         self._roster = self._open = roster
+        self._crowded.clear()
         if roster.serving:
             self._serving_until = now
         elif now - self._serving_until > self._restart_grace:
@@ -140,8 +146,6 @@ class Admission:
             self._check_fits(demand)
         ticket = Ticket(demand, choices, (since, next(self._serial)), avoid, self)
         overtakes_nobody = not self._pump_due and demand.digest not in self._queues
-        if demand.digest and self._slots_kept:
-            overtakes_nobody = False
         if overtakes_nobody and self._grant(ticket, self._open) is None:
             return ticket
         if not started and self._waiting >= self._max_queue:
@@ -165,23 +169,36 @@ class Admission:
         if queue is not None and ticket in queue:
             queue.remove(ticket)
             self._waiting -= 1
+            self._crowded.pop(ticket.demand.digest, None)
             if not queue:
                 del self._queues[ticket.demand.digest]
             self._open = self._roster  # it may have kept a decode worker for itself
             self.wake()
 
     def load_ended(self, digest: str, error: PreftError | None) -> None:
-        """An adapter has come into some worker's memory, or can't: then whoever waits for it gets `error`."""
+        """An adapter has come into some worker's memory, or can't.
+
+        Then whoever waits for it gets `error`, except those that another worker can serve.
+        """
+        self._crowded.pop(digest, None)
         if error is not None and (queue := self._queues.pop(digest, None)):
             self._waiting -= len(queue)
+            going: deque[Ticket] = deque()
             for ticket in queue:
-                if not ticket.outcome.done():
-                    ticket.outcome.set_exception(error)
+                if self._has_others(ticket):
+                    going.append(ticket)
+                else:
+                    ticket.fail(error)
+            if going:
+                self._queues[digest] = going
+                self._waiting += len(going)
         self.wake()
 
     def wake(self) -> None:
         """Has the queue looked through soon, once for however many calls."""
-        if self._queues and not self._pump_due:
+        if not self._queues:
+            self._keep_nothing()
+        elif not self._pump_due:
             self._pump_due = True
             asyncio.get_running_loop().call_soon(self._pump)
 
@@ -193,16 +210,17 @@ class Admission:
     def _pump(self) -> None:
         """Places whatever fits, oldest first."""
         self._pump_due = False
-        self._open = self._roster
-        self._slots_kept = False
+        self._keep_nothing()
         now = asyncio.get_running_loop().time()
         heads = [(queue[0].order, queue) for queue in self._queues.values()]
         heapq.heapify(heads)
         refused: Demand | None = None  # what covers it needn't be tried
+        crowded: set[str] = set()  # nor who waits for these workers' slots
         while heads:
             _, queue = heads[0]
             ticket = queue[0]
-            if (refused is not None and ticket.demand.covers(refused)) or (self._slots_kept and ticket.demand.digest):
+            digest = ticket.demand.digest
+            if (refused is not None and ticket.demand.covers(refused)) or self._crowded.get(digest) in crowded:
                 heapq.heappop(heads)
                 continue
             refusal = self._grant(ticket, self._open)
@@ -213,7 +231,7 @@ class Admission:
                     heapq.heapreplace(heads, (queue[0].order, queue))
                 else:
                     heapq.heappop(heads)
-                    del self._queues[ticket.demand.digest]
+                    del self._queues[digest]
                 continue
             heapq.heappop(heads)
             if refusal is Refusal.NO_PREFILL and not ticket.avoid:
@@ -221,15 +239,20 @@ class Admission:
             if refusal is Refusal.NO_DECODE and not ticket.avoid:
                 refused = ticket.demand
             waited = now - ticket.order[0]
-            if refusal is Refusal.NO_SLOT and waited > SLOT_PATIENCE:
-                self._slots_kept = True
+            if isinstance(refusal, Crowded):
+                if len(self._roster.holders.get(digest, ())) < 2:
+                    self._crowded[digest] = refusal.worker.id
+                crowded.add(refusal.worker.id)
+                if waited > SLOT_PATIENCE:
+                    self._ledger.keep_slots(refusal.worker.id)
             if refusal is Refusal.NO_DECODE and waited > PATIENCE and self._open is self._roster:
                 self._open = self._keep_one_for(ticket.demand)
 
-    def _grant(self, ticket: Ticket, roster: Roster) -> Refusal | Absent | None:
+    def _grant(self, ticket: Ticket, roster: Roster) -> Refusal | Absent | Crowded | None:
         """Why `ticket` gets no lease now, or None: it has one, or needs none."""
         if ticket.outcome.done():
             return None  # whoever waited was cancelled in this instant, and didn't come to leave the queue yet
+        self._crowded.pop(ticket.demand.digest, None)
         placed = self._policy.place(ticket.demand, roster, self._ledger, ticket.avoid)
         if isinstance(placed, Absent) and ticket.demand.adapter is not None:
             self._prefetch(placed.worker, ticket.demand.adapter)
@@ -238,6 +261,17 @@ class Admission:
         ticket.outcome.set_result(Lease(placed, ticket.demand, ticket.choices, self._ledger, self.wake))
         self._grants.append(asyncio.get_running_loop().time())
         return None
+
+    def _has_others(self, ticket: Ticket) -> bool:
+        """Whether some worker has or loads the ticket's adapter, and isn't one that has just refused it."""
+        if self._policy.home(ticket.demand, self._roster, self._ledger) is not None:
+            return False
+        placed = self._policy.place(ticket.demand, self._roster, self._ledger, ticket.avoid)
+        return not (isinstance(placed, Absent) and self._ledger.refused(placed.worker.id, ticket.demand.digest))
+
+    def _keep_nothing(self) -> None:
+        self._open = self._roster
+        self._ledger.keep_no_slots()
 
     def _keep_one_for(self, demand: Demand) -> Roster:
         """The roster without the decode worker that can hold `demand` and is nearest to have room for it."""
@@ -277,7 +311,7 @@ class Admission:
         queues, self._queues, self._waiting = self._queues, {}, 0
         for queue in queues.values():
             for ticket in queue:
-                ticket.outcome.set_exception(error)
+                ticket.fail(error)
 
 
 def _holds(worker: Worker, blocks: int) -> bool:

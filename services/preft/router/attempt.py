@@ -96,6 +96,7 @@ class Attempt:
         self._prefill: Any = None  # while it runs
         self._decodes: dict[int, DecodeCall] = {}  # while they run
         self._going = set(self._choices)
+        self._prompting = set(self._choices)  # on a colocated worker each choice computes the prompt
         self._unclaimed: set[int] = set()  # uses of the handle that didn't end by themselves: closing releases it
         self._closed = False
 
@@ -146,7 +147,7 @@ class Attempt:
                     if delta.index != index:
                         raise EngineFailed(f"decode worker {worker.id} answered another choice than {index}")
                     choice.take(delta)
-                    self._lease.prefill_ended()  # on a colocated worker the first token says so
+                    self._prompt_ended(index)  # on a colocated worker the first token says so
                     if choice.finished:
                         del self._decodes[index]
                         self._unclaimed.discard(index)
@@ -203,9 +204,15 @@ class Attempt:
 
     def _end(self, choice: Choice) -> None:
         self._lease.choice_ended(choice.index)
+        self._prompt_ended(choice.index)
         self._going.discard(choice.index)
         if not self._going:
             self.close()
+
+    def _prompt_ended(self, index: int) -> None:
+        self._prompting.discard(index)
+        if self._colocated and not self._prompting:
+            self._lease.prefill_ended()
 
     @contextmanager
     def _blaming(self, *worker_ids: str) -> Iterator[None]:

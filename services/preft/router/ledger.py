@@ -25,6 +25,8 @@ class Ledger:
         self._distinct: Counter[str] = Counter()
         self._loading: set[tuple[str, str]] = set()
         self._loaded: dict[tuple[str, str], int] = {}  # for how many more heartbeats our word counts
+        self._refused: dict[tuple[str, str], int] = {}  # likewise
+        self._slots_kept: set[str] = set()
         self._blocks: Counter[str] = Counter()
         self._sequences: Counter[str] = Counter()
         self._peak: dict[str, int] = {}  # most own blocks since the last heartbeat
@@ -64,8 +66,24 @@ class Ledger:
     def load_ended(self, worker_id: str, digest: str, *, done: bool) -> None:
         """It has answered. From now on, if it is `done`, it has the adapter; later its heartbeats will tell."""
         self._loading.discard((worker_id, digest))
-        if done:
-            self._loaded[worker_id, digest] = HEARTBEATS
+        self._refused.pop((worker_id, digest), None)
+        (self._loaded if done else self._refused)[worker_id, digest] = HEARTBEATS
+
+    def refused(self, worker_id: str, digest: str) -> bool:
+        """Whether the worker couldn't bring in this adapter lately."""
+        return (worker_id, digest) in self._refused
+
+    def keep_slots(self, worker_id: str) -> None:
+        """The next adapter slot of this worker is for a request that has waited long: until `keep_no_slots`."""
+        self._slots_kept.add(worker_id)
+
+    def keep_no_slots(self) -> None:
+        """Slots are for whoever comes first."""
+        self._slots_kept.clear()
+
+    def slots_kept(self, worker_id: str) -> bool:
+        """Whether no request that comes now may take a slot of this worker, or share one."""
+        return worker_id in self._slots_kept
 
     def blocks(self, worker_id: str) -> int:
         """KV blocks that are taken on the worker: reserved here, or used by others at the last heartbeat."""
@@ -133,11 +151,14 @@ class Ledger:
         beats = {worker.id: worker.heartbeat for worker in workers if worker.role is not Role.DECODE}
         heard = {worker_id for worker_id, beat in beats.items() if self._beats.get(worker_id) != beat}
         self._beats = beats
-        self._loaded = {
-            (worker_id, digest): count - (worker_id in heard)
-            for (worker_id, digest), count in self._loaded.items()
-            if worker_id in beats and count > (worker_id in heard)
-        }
+        self._loaded, self._refused = (
+            {
+                (worker_id, digest): count - (worker_id in heard)
+                for (worker_id, digest), count in words.items()
+                if worker_id in beats and count > (worker_id in heard)
+            }
+            for words in (self._loaded, self._refused)
+        )
 
 
 def _take(counter: Counter[K], key: K, amount: int) -> None:

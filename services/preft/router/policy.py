@@ -5,7 +5,7 @@ Owns the choice alone. Waiting for room is `admission`'s business; nothing here 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Protocol
@@ -50,7 +50,14 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Absent:
-    """There would be room, but this worker should have the adapter in memory first."""
+    """This worker should have the adapter in memory first, and before that nothing is taken anywhere."""
+
+    worker: Worker
+
+
+@dataclass(frozen=True, slots=True)
+class Crowded:
+    """This worker has the adapter, and should be waited for: its engine slots are full of others, or its prefills."""
 
     worker: Worker
 
@@ -59,7 +66,6 @@ class Refusal(Enum):
     """Why nothing fits now."""
 
     NO_PREFILL = auto()  # no prefill worker takes more, of whatever adapter
-    NO_SLOT = auto()  # the workers that have the adapter have their slots full of others
     NO_DECODE = auto()  # no decode worker has room for that much, of whatever adapter
 
 
@@ -106,7 +112,9 @@ class Roster:
 class Policy(Protocol):
     """Chooses workers. Implementations are pure: equal arguments, equal choice, and nothing is changed."""
 
-    def place(self, demand: Demand, roster: Roster, ledger: Ledger, avoid: frozenset[str]) -> Pair | Absent | Refusal:
+    def place(
+        self, demand: Demand, roster: Roster, ledger: Ledger, avoid: frozenset[str]
+    ) -> Pair | Absent | Crowded | Refusal:
         """Two workers of equal fingerprint with room for `demand`, or why there are none.
 
         Workers in `avoid` (ids) have just failed this request: they are taken only where nothing else is ready. With an
@@ -130,7 +138,9 @@ class AffinityPolicy:
     busier_slack: int = 4  # ... and this many prefills on top
     queued_share: float = 0.25  # sequences sent to a decode worker beyond its batch, so that the batch stays full
 
-    def place(self, demand: Demand, roster: Roster, ledger: Ledger, avoid: frozenset[str]) -> Pair | Absent | Refusal:
+    def place(
+        self, demand: Demand, roster: Roster, ledger: Ledger, avoid: frozenset[str]
+    ) -> Pair | Absent | Crowded | Refusal:
         """See `Policy.place`."""
         decode: dict[str, Worker] = {}
         if demand.decodes:
@@ -139,26 +149,28 @@ class AffinityPolicy:
                 if worker is not None:
                     decode[fingerprint] = worker
         ready = _prefer(roster.prefill, avoid)
-        free = [worker for worker in ready if ledger.prefills(worker.id) < self.max_inflight_prefills]
-        if not free:
+        if not any(self._takes_more(worker, ledger) for worker in ready):
             return Refusal.NO_PREFILL
         if demand.decodes:
-            free = [worker for worker in free if worker.fingerprint in decode]
-            if not free:
+            ready = tuple(worker for worker in ready if worker.fingerprint in decode)
+            if not any(self._takes_more(worker, ledger) for worker in ready):
                 return Refusal.NO_DECODE
-        prefill = self._nearest(demand.digest, free, roster, ledger)
-        if demand.digest and not _has_slot(prefill, demand.digest, ledger):
-            return Refusal.NO_SLOT
+        prefill = self._nearest(demand.digest, ready, roster, ledger)
         if demand.adapter is not None and not _holds(prefill, demand.digest, roster, ledger):
             return Absent(prefill)
+        if demand.digest and not (self._takes_more(prefill, ledger) and _has_slot(prefill, demand.digest, ledger)):
+            return Crowded(prefill)
         return Pair(prefill, decode.get(prefill.fingerprint))
 
     def home(self, demand: Demand, roster: Roster, ledger: Ledger) -> Worker | None:
         """See `Policy.home`."""
-        workers = list(roster.prefill)
+        workers = [worker for worker in roster.prefill if not demand.decodes or worker.fingerprint in roster.decode]
         if not workers or any(_near(worker, demand.digest, roster, ledger) for worker in workers):
             return None
         return _home(demand.digest, workers)
+
+    def _takes_more(self, worker: Worker, ledger: Ledger) -> bool:
+        return ledger.prefills(worker.id) < self.max_inflight_prefills
 
     def _roomiest(self, demand: Demand, workers: tuple[Worker, ...], ledger: Ledger) -> Worker | None:
         """The decode worker that would be least full, by memory or by batch, whichever is scarcer there."""
@@ -175,18 +187,33 @@ class AffinityPolicy:
                 best, best_key = worker, key
         return best
 
-    def _nearest(self, digest: str, workers: list[Worker], roster: Roster, ledger: Ledger) -> Worker:
+    def _nearest(self, digest: str, workers: Sequence[Worker], roster: Roster, ledger: Ledger) -> Worker:
+        """Where the prompt should be computed: now, or once the worker has room, a slot or the adapter."""
+
         def load(worker: Worker) -> tuple[int, int, str]:
             return ledger.prefills(worker.id), worker.load.running, worker.id
+
+        def bearable(worker: Worker) -> bool:
+            limit = ledger.prefills(least.id) * self.busier_factor
+            return ledger.prefills(worker.id) <= limit + (self.busier_slack if self._takes_more(worker, ledger) else 0)
 
         least = min(workers, key=load)
         if not digest:
             return least
-        near = [worker for worker in workers if _near(worker, digest, roster, ledger)]
-        near = [worker for worker in near if _has_slot(worker, digest, ledger)] or near
-        nearest = min(near, key=load) if near else _home(digest, workers)
-        limit = ledger.prefills(least.id) * self.busier_factor + self.busier_slack
-        return nearest if ledger.prefills(nearest.id) <= limit else least
+        holders = [worker for worker in workers if _holds(worker, digest, roster, ledger)]
+        loading = [worker for worker in workers if worker not in holders and ledger.loading(worker.id, digest)]
+        if not holders and not loading:
+            home = _home(digest, workers)
+            return home if bearable(home) else least
+        for near in (holders, loading):  # who has the adapter needn't wait for another worker's load
+            near = [worker for worker in near if _has_slot(worker, digest, ledger)]
+            if near and bearable(nearest := min(near, key=load)):
+                return nearest
+        near = holders or loading
+        nearest = min([worker for worker in near if _has_slot(worker, digest, ledger)] or near, key=load)
+        others = [worker for worker in workers if worker not in near and not ledger.refused(worker.id, digest)]
+        others = [worker for worker in others if _has_slot(worker, digest, ledger) and bearable(worker)]
+        return nearest if bearable(nearest) or not others else min(others, key=load)
 
 
 def _holds(worker: Worker, digest: str, roster: Roster, ledger: Ledger) -> bool:
@@ -201,12 +228,14 @@ def _near(worker: Worker, digest: str, roster: Roster, ledger: Ledger) -> bool:
 
 def _has_slot(worker: Worker, digest: str, ledger: Ledger) -> bool:
     """Whether the worker's engine can take one more prompt under this adapter into its batch."""
+    if ledger.slots_kept(worker.id):
+        return False
     if not worker.adapter_slots or ledger.prompts_of(worker.id, digest):
         return True
     return ledger.distinct_adapters(worker.id) < worker.adapter_slots
 
 
-def _home(digest: str, workers: list[Worker]) -> Worker:
+def _home(digest: str, workers: Sequence[Worker]) -> Worker:
     """Rendezvous hashing: when a worker comes or goes, only its own adapters move."""
     seed = crc32(digest.encode())
     return max(workers, key=lambda worker: ((crc32(worker.id.encode()) ^ seed) * 2654435761) & 0xFFFFFFFF)

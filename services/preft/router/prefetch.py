@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 
 from preft.core.cluster import Worker
-from preft.core.errors import PreftError, WorkerLost
+from preft.core.errors import EngineFailed, PreftError, WorkerLost
 from preft.core.request import AdapterRef
 from preft.router.channels import WorkerChannels
 from preft.router.ledger import Ledger
@@ -63,6 +63,9 @@ class Prefetcher:
             logger.info("adapter %r isn't loaded at %s: %s", adapter.name, worker.id, lost)
         except PreftError as refused:
             error = refused
+        except Exception:
+            logger.exception("the load of adapter %r at %s broke", adapter.name, worker.id)
+            error = EngineFailed("an internal error ended the adapter's load")
         finally:
             self._ledger.load_ended(worker.id, adapter.digest, done=done)
         self._on_end(adapter.digest, error)

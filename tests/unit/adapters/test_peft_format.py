@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from preft.adapters.base_model import BaseModel, read_base_model
-from preft.adapters.folder import check_adapter, check_files
+from preft.adapters.folder import check_adapter
 from preft.core.errors import InvalidAdapter
 from support.lora_folders import HIDDEN, KV, PREFIX, lora_config, lora_tensors, write_base, write_lora
 
@@ -27,7 +27,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
 
 
 def check(folder: Path, base: BaseModel) -> int:
-    check_files(folder)
     return check_adapter(folder, base, MAX_RANK).rank
 
 
@@ -294,21 +293,6 @@ def test_a_pickle_beside_safetensors_is_ignored(tmp_path: Path, base: BaseModel)
     folder = write_lora(tmp_path / "a")
     (folder / "adapter_model.bin").write_bytes(b"pickle")
     check(folder, base)
-
-
-@pytest.mark.parametrize("path", ["nowhere", "file"])
-def test_not_a_folder(tmp_path: Path, path: str) -> None:
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(InvalidAdapter, match="is not a folder"):
-        check_files(tmp_path / path)
-
-
-def test_a_size_limit(tmp_path: Path) -> None:
-    folder = write_lora(tmp_path / "a")
-    size = sum((folder / name).stat().st_size for name in ("adapter_config.json", "adapter_model.safetensors"))
-    check_files(folder, max_bytes=size)
-    with pytest.raises(InvalidAdapter, match=f"{size} bytes, more than the limit of {size - 1}"):
-        check_files(folder, max_bytes=size - 1)
 
 
 def test_layers_without_a_readable_shape_take_no_adapter(tmp_path: Path) -> None:

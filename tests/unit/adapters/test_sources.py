@@ -13,11 +13,11 @@ from pathlib import Path
 
 import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from preft.adapters.sources import AdapterSource, open_source
 from preft.core.errors import InvalidAdapter, PreftError, SourceNotFound, Unavailable
 from support.faulty_http import Faults, FaultyServer, serve_folder
+from support.moto_s3 import BUCKET, s3_server
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 REFT_CONFIG, REFT_WEIGHTS = "reft_config.json", "reft_model.safetensors"
@@ -333,28 +333,9 @@ def test_several_threads_read_at_once(server: FaultyServer) -> None:
 
 
 @pytest.fixture(scope="module")
-def s3_server() -> Iterator[str]:
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-    server._server.server_close()
-
-
-@pytest.fixture
-def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    for key, value in {
-        "AWS_ENDPOINT_URL": s3_server,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(key, value)
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="adapters")
-    client.close()
-    return "adapters"
+def bucket() -> Iterator[str]:
+    with s3_server():
+        yield BUCKET
 
 
 def put(bucket: str, key: str, content: bytes | None) -> None:
@@ -408,7 +389,7 @@ def test_several_threads_read_from_s3_at_once(bucket: str) -> None:
         assert all(read.result() == CONTENT for read in reads)
 
 
-@pytest.mark.parametrize("faults", [Faults(stall=True), Faults(status={"adapters": 503, WEIGHTS: 503})])
+@pytest.mark.parametrize("faults", [Faults(stall=True), Faults(status={BUCKET: 503, WEIGHTS: 503})])
 def test_an_s3_that_fails_is_unavailable_in_time(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faults: Faults
 ) -> None:

@@ -18,9 +18,15 @@ from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.lora.layers.base import BaseLayerWithLoRA
-from vllm.lora.model_manager import DEFAULT_LANGUAGE_WRAPPER_KEY, LoRAModelManager, LRUCacheLoRAModelManager
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+from vllm.lora.model_manager import (
+    DEFAULT_LANGUAGE_WRAPPER_KEY,
+    AdapterLRUCache,
+    LoRAModelManager,
+    LRUCacheLoRAModelManager,
+)
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
-from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManager
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.plugins import DEFAULT_PLUGINS_GROUP
 from vllm.sampling_params import SamplingParams
@@ -189,17 +195,34 @@ def test_the_runner_places_tokens_after_slots_are_given() -> None:
     )
 
 
-def test_reft_is_loaded_and_given_a_slot_where_lora_is() -> None:
-    assert parameters(WorkerLoRAManager._load_adapter) == ["lora_request"]
-    assert "self._load_adapter(lora_request)" in inspect.getsource(LRUCacheWorkerLoRAManager.add_adapter)
-    assert parameters(LoRAModelManager.activate_adapter) == ["lora_id"]
+def test_adapters_come_in_where_vllm_would_load_them() -> None:
+    assert parameters(LRUCacheWorkerLoRAManager.add_adapter) == ["lora_request"]
+    assert "self.add_adapter(lora)" in inspect.getsource(LRUCacheWorkerLoRAManager._apply_adapters)
+    assert in_order(
+        LRUCacheWorkerLoRAManager.add_adapter,
+        "not in self.list_adapters()",
+        "len(self._adapter_manager) + 1 > self._adapter_manager.capacity",
+        "self._adapter_manager.remove_oldest_adapter()",
+        "self._adapter_manager.add_adapter(lora)",
+        "self._adapter_manager.activate_adapter(lora_request.lora_int_id)",
+    )
+    assert in_order(LRUCacheLoRAModelManager.add_adapter, "not in self._registered_adapters", "self._add_adapter(lora)")
     assert in_order(
         LoRAModelManager.activate_adapter,
+        "self._active_adapters[lora_id] = None",
         "self.lora_index_to_id[index] = lora_model.id",
         "in self.modules.items()",
-        "self._get_lora_layer_weights(lora_model, module_name)",
-        "module.reset_lora(index)",
         "module.set_lora(",
+    )
+    assert "self.deactivate_fn(key)" in inspect.getsource(AdapterLRUCache._on_remove)  # leaving one is leaving both
+    assert "packed_modules[module_full_name] = [" in inspect.getsource(LoRAModelManager._register_packed_modules)
+
+
+def test_slots_start_as_zeros_and_have_the_shapes_we_write() -> None:
+    source = inspect.getsource(BaseLinearLayerWithLoRA.create_lora_weights)
+    assert source.count("torch.zeros(") == 2
+    assert in_order(
+        BaseLinearLayerWithLoRA.set_lora, "self.lora_a_stacked[0][index, 0,", "self.lora_b_stacked[0][index, 0,"
     )
     assert parameters(BaseLayerWithLoRA.set_lora) == parameters(ReftLayer.set_lora)
     assert parameters(BaseLayerWithLoRA.reset_lora) == parameters(ReftLayer.reset_lora)

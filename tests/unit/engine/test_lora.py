@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from vllm.config.lora import LoRAConfig
 from vllm.lora.layers import LoRAMapping
 
 from preft.adapters.reft_config import EVERY, ReftConfig
-from preft.engine.lora import GroupedPunicaWrapper, _rank_of
+from preft.engine.lora import GroupedPunicaWrapper
 from preft.engine.reft import ReftLayer
 from preft_kernels.low_rank_delta import low_rank_delta_reference
 from preft_kernels.token_groups import BASE, TokenGroups
@@ -192,8 +191,8 @@ def test_a_reft_layer_adds_to_the_stream_what_its_slot_holds(wrapper: GroupedPun
     layer = ReftLayer("model.layers.0", base, SLOTS, LoRAConfig(max_lora_rank=8, lora_dtype=torch.float32))
     layer.set_mapping(wrapper)
     a, b = torch.randn(3, INPUTS + 1), torch.randn(INPUTS, 3)
-    layer.set_lora(1, torch.randn(8, INPUTS + 1), torch.randn(INPUTS, 8))  # an earlier one of higher rank
-    layer.set_lora(1, a, b)
+    layer.set_reft(1, torch.randn(8, INPUTS), torch.randn(INPUTS, 8), torch.randn(8))  # an earlier one of higher rank
+    layer.set_reft(1, a[:, :-1], b, a[:, -1])
     batch(wrapper, MIXED, MIXED)
     changed, same = layer(positions=None)
     delta = ((hidden + residual) @ a[:, :-1].T + a[:, -1]) @ b.T
@@ -202,10 +201,3 @@ def test_a_reft_layer_adds_to_the_stream_what_its_slot_holds(wrapper: GroupedPun
     assert torch.equal(same, residual)
     layer.reset_lora(1)
     assert torch.equal(layer(positions=None)[0], hidden)
-
-
-@pytest.mark.parametrize(
-    ("stacks", "rank"), [(torch.zeros(5, 3), 5), ([None, torch.zeros(2, 3), torch.zeros(7, 3)], 7), ([None, None], 0)]
-)
-def test_a_module_s_rank_is_that_of_its_widest_part(stacks: Any, rank: int) -> None:
-    assert _rank_of(SimpleNamespace(lora_a=stacks)) == rank

@@ -16,7 +16,6 @@ import pytest
 from preft.core.errors import EngineFailed, PreftError, WorkerLost
 from preft.core.request import AdapterRef, FinishReason, Sampling
 from preft.engine.port import EngineRequest
-from preft.rpc.convert import adapter_to_proto
 from preft.transfer.seal import SEAL, read_seal
 from preft.transfer.staging import HEADER_BYTES
 from support.fake_engine import FakeEngine, kv_of, tokens_of
@@ -180,7 +179,9 @@ async def test_adapters_that_left_memory_are_checked_and_loaded_again(tmp_path: 
 
 
 @pytest.mark.parametrize("to", [KvSink.address, None])
-async def test_a_source_that_holds_something_else_is_refused(rig: PrefillRig, alice: AdapterRef, to: str | None) -> None:
+async def test_a_source_that_holds_something_else_is_refused(
+    rig: PrefillRig, alice: AdapterRef, to: str | None
+) -> None:
     """Weights that changed under a digest never meet a prompt."""
     write_adapter(Path(alice.source), "mallory's")
     with pytest.raises(grpc.aio.AioRpcError, match="no longer holds the version that was added") as raised:

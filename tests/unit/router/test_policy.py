@@ -5,15 +5,17 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preft.core.cluster import ClusterSnapshot, Role, Worker, WorkerLoad, WorkerState
+from preft.core.request import AdapterRef
 from preft.router.lease import Lease
 from preft.router.ledger import Ledger
-from preft.router.policy import AffinityPolicy, Demand, Pair, Refusal, Roster
+from preft.router.policy import Absent, AffinityPolicy, Crowded, Demand, Pair, Refusal, Roster
 
 POLICY = AffinityPolicy(max_inflight_prefills=8)
 NONE: frozenset[str] = frozenset()
@@ -29,8 +31,10 @@ def a_worker(
     max_num_seqs: int = 0,
     heartbeat: float = 0.0,
     used: int = 0,
+    slots: int = 0,
+    running: int = 0,
 ) -> Worker:
-    load = WorkerLoad(kv_blocks_total=blocks, kv_blocks_free=blocks - used, adapters=adapters)
+    load = WorkerLoad(running, kv_blocks_total=blocks, kv_blocks_free=blocks - used, adapters=adapters)
     return Worker(
         worker_id,
         role,
@@ -39,6 +43,7 @@ def a_worker(
         f"{fingerprint} {worker_id}" if role is Role.COLOCATED else fingerprint,  # its KV moves nowhere
         pid=1,
         max_num_seqs=max_num_seqs,
+        adapter_slots=slots,
         heartbeat=heartbeat,
         load=load,
     )
@@ -76,6 +81,7 @@ workers = st.lists(
         state=st.sampled_from(WorkerState),
         adapters=st.sets(st.sampled_from(["a", "b", "c"])).map(tuple),
         max_num_seqs=st.integers(0, 3),
+        slots=st.integers(0, 2),
     ),
     max_size=8,
 )
@@ -108,7 +114,7 @@ def test_a_choice_always_fits(
     ledger = filled(roster, before)
     pair = POLICY.place(demand, roster, ledger, avoid)
     assert POLICY.place(demand, roster, ledger, avoid) == pair  # pure
-    if isinstance(pair, Refusal):
+    if not isinstance(pair, Pair):
         return
     assert pair.prefill.role is not Role.DECODE
     assert pair.prefill.state is WorkerState.READY
@@ -130,7 +136,11 @@ def test_a_choice_always_fits(
 def test_a_refusal_is_the_truth(
     members: list[Worker], before: list[Demand], demand: Demand, avoid: frozenset[str]
 ) -> None:
-    """Without limits on the batch: refused only if no pair fits; and a failed worker is better than none."""
+    """Without limits on batch and slots: refused only if no pair fits; and a failed worker is better than none.
+
+    The base model's requests alone: an adapter's may wait for a worker that has it.
+    """
+    demand = replace(demand, digest="")
     members = [a_worker(w.id, w.role, w.fingerprint, w.load.kv_blocks_total, w.state) for w in members]
     roster = roster_of(*members)
     ledger = filled(roster, before)
@@ -160,6 +170,84 @@ def test_a_refusal_holds_for_all_that_ask_more(
     refusal = POLICY.place(small, roster, ledger, NONE)
     if refusal is Refusal.NO_PREFILL or (refusal is Refusal.NO_DECODE and other.covers(small)):
         assert isinstance(POLICY.place(other, roster, ledger, NONE), Refusal)
+
+
+@st.composite
+def ledgers(draw: st.DrawFn) -> Ledger:
+    """Loads under way, ended and refused, and prompts that run, whatever the policy would have done."""
+    ledger = Ledger()
+    ids, digests = st.sampled_from([f"w{i}" for i in range(8)]), st.sampled_from(["a", "b", "c"])
+    for worker, digest, what in draw(st.lists(st.tuples(ids, digests, st.integers(0, 3)), max_size=20)):
+        if what == 0:
+            ledger.load_begins(worker, digest)
+        elif what == 1:
+            ledger.load_ended(worker, digest, done=True)
+        elif what == 2:
+            ledger.load_ended(worker, digest, done=False)
+        else:
+            ledger.add_prefill(worker, digest)
+    for worker in draw(st.sets(ids, max_size=2)):
+        ledger.keep_slots(worker)
+    return ledger
+
+
+@given(workers, ledgers(), demands, avoids)
+@settings(max_examples=600, deadline=None)
+def test_an_adapters_request_goes_only_where_the_adapter_is_and_has_a_slot(
+    members: list[Worker], ledger: Ledger, demand: Demand, avoid: frozenset[str]
+) -> None:
+    roster, digest = roster_of(*members), demand.digest
+    demand = replace(demand, adapter=AdapterRef(digest, digest, "/") if digest else None)
+    placed = POLICY.place(demand, roster, ledger, avoid)
+    assert POLICY.place(demand, roster, ledger, avoid) == placed  # pure
+    if isinstance(placed, Refusal):
+        return
+    if not digest:
+        assert isinstance(placed, Pair)  # without an adapter there is nothing to load, and no slot to wait for
+        return
+    worker = placed.prefill if isinstance(placed, Pair) else placed.worker
+    held = digest in worker.load.adapters or ledger.loaded(worker.id, digest)
+    full = ledger.prefills(worker.id) >= POLICY.max_inflight_prefills
+    others = ledger.distinct_adapters(worker.id) - (ledger.prompts_of(worker.id, digest) > 0)
+    no_slot = bool(worker.adapter_slots and others >= worker.adapter_slots) or ledger.slots_kept(worker.id)
+    assert held is not isinstance(placed, Absent)
+    assert not demand.decodes or worker.fingerprint in roster.decode
+    if isinstance(placed, Crowded):
+        assert full or no_slot
+    if isinstance(placed, Pair):
+        assert not full
+        assert not no_slot
+    if isinstance(placed, Absent) and ledger.refused(worker.id, digest):  # not asked again where others have it
+        ready = [w for w in roster.prefill if w.id not in avoid] or roster.prefill
+        ready = [w for w in ready if not demand.decodes or w.fingerprint == worker.fingerprint]
+        assert not any(digest in w.load.adapters or ledger.loaded(w.id, digest) for w in ready)
+
+
+@given(
+    st.lists(st.integers(0, 3), min_size=1, max_size=3),
+    st.lists(st.tuples(st.booleans(), st.sampled_from(["", *"abcdef"]), st.integers(0, 99)), max_size=60),
+)
+@settings(max_examples=300, deadline=None)
+def test_slots_are_never_overrun(slots: list[int], steps: list[tuple[bool, str, int]]) -> None:
+    """Requests that come at random, and prompts and prefills that end at random."""
+    roster = roster_of(*(p(f"p{i}", slots=n, adapters=tuple("abcdef")) for i, n in enumerate(slots)), d("d0"))
+    ledger, leases = Ledger(), list[Lease]()
+    for comes, digest, which in steps:
+        if comes:
+            demand = a_demand(digest, tokens=1)
+            placed = POLICY.place(demand, roster, ledger, NONE)
+            if isinstance(placed, Pair):
+                leases.append(Lease(placed, demand, [0], ledger, lambda: None))
+            elif isinstance(placed, Crowded):
+                assert digest
+        elif leases:
+            lease = leases[which % len(leases)]
+            lease.prompt_ended() if which % 3 else lease.release()
+        for i, limit in enumerate(slots):
+            assert not limit or ledger.distinct_adapters(f"p{i}") <= limit
+    for lease in leases:
+        lease.release()
+    assert ledger.idle
 
 
 def test_decode_knows_no_adapters() -> None:
@@ -322,3 +410,156 @@ def test_the_hottest_adapters_load_is_bounded() -> None:
         ledger.add_prefill(pair.prefill.id, "a")
     loads = sorted(ledger.prefills(f"p{i}") for i in range(10))
     assert loads[-1] <= 2 * loads[0] + 5
+
+
+# Adapters that aren't there yet, and slots
+
+
+def loaded_demand(digest: str = "a", **options: int) -> Demand:
+    return replace(a_demand(digest, **options), adapter=AdapterRef(digest, digest, "/"))
+
+
+def fill(ledger: Ledger, worker_id: str, *digests: str) -> None:
+    for digest in digests:
+        ledger.add_prefill(worker_id, digest)
+
+
+def look(roster: Roster, ledger: Ledger, digest: str = "a") -> tuple[str, str]:
+    """What the policy says of a request under this adapter, and about which worker."""
+    placed = POLICY.place(loaded_demand(digest), roster, ledger, NONE)
+    assert not isinstance(placed, Refusal)
+    return type(placed).__name__, (placed.prefill if isinstance(placed, Pair) else placed.worker).id
+
+
+def test_a_cold_adapter_is_brought_in_where_it_will_be_served() -> None:
+    roster, ledger = roster_of(*(p(f"p{i}") for i in range(4)), d("d0")), Ledger()
+    for digest in "abcdefgh":
+        demand = loaded_demand(digest)
+        home = POLICY.home(demand, roster, ledger)
+        assert home is not None
+        assert look(roster, ledger, digest) == ("Absent", home.id)
+        ledger.load_begins(home.id, digest)
+        assert POLICY.home(demand, roster, ledger) is None
+        assert look(roster, ledger, digest) == ("Absent", home.id)
+        ledger.load_ended(home.id, digest, done=True)
+        assert POLICY.home(demand, roster, ledger) is None
+        assert look(roster, ledger, digest) == ("Pair", home.id)
+    assert POLICY.home(loaded_demand("x"), roster_of(p("p0", adapters=("x",))), ledger) is None
+    assert POLICY.home(loaded_demand("x"), roster_of(d("d0")), ledger) is None
+
+
+def test_nothing_is_brought_where_no_decode_worker_fits() -> None:
+    roster = roster_of(*(p(f"p{i}", fingerprint="other") for i in range(9)), p("p9"), d("d0"))
+    home = POLICY.home(loaded_demand(), roster, Ledger())
+    assert home is not None
+    assert home.id == "p9"
+
+
+def test_a_cold_adapter_comes_in_though_slots_and_prefills_are_full() -> None:
+    ledger = Ledger()
+    fill(ledger, "p0", "x")
+    assert look(roster_of(p("p0", slots=1), d("d0")), ledger) == ("Absent", "p0")
+    roster = roster_of(p("p0"), p("p1"), d("d0"))
+    home = POLICY.home(loaded_demand(), roster, Ledger())
+    assert home is not None
+    other = {"p0": "p1", "p1": "p0"}[home.id]
+    fill(ledger := Ledger(), home.id, *"x" * 8)
+    fill(ledger, other, *"x" * 5)
+    assert look(roster, ledger) == ("Absent", home.id)
+
+
+def test_slots_full_of_others() -> None:
+    roster, ledger = roster_of(p("p0", slots=2, adapters=("a", "b", "c")), d("d0")), Ledger()
+    fill(ledger, "p0", "b", "c", "c", "")
+    assert look(roster, ledger) == ("Crowded", "p0")
+    assert look(roster, ledger, "b") == ("Pair", "p0")  # shares the slot
+    assert POLICY.place(a_demand(""), roster, ledger, NONE) == Pair(roster.prefill[0], roster.decode["f"][0])
+    ledger.drop_prompt("p0", "c")
+    assert look(roster, ledger) == ("Crowded", "p0")
+    ledger.drop_prompt("p0", "c")  # though its KV is still on its way
+    assert look(roster, ledger) == ("Pair", "p0")
+    ledger.keep_slots("p0")
+    assert look(roster, ledger) == look(roster, ledger, "b")[:1] + ("p0",) == ("Crowded", "p0")
+    assert isinstance(POLICY.place(a_demand(""), roster, ledger, NONE), Pair)
+
+
+def test_of_two_holders_the_one_with_a_free_slot_is_taken() -> None:
+    roster = roster_of(p("p0", slots=1, adapters=("a",)), p("p1", slots=1, adapters=("a",)), d("d0"))
+    for full, free in (("p0", "p1"), ("p1", "p0")):
+        ledger = Ledger()
+        fill(ledger, full, "x")
+        fill(ledger, free, "", "", "")  # busier, but within the bound
+        assert look(roster, ledger) == ("Pair", free)
+        ledger.keep_slots(free)
+        assert look(roster, ledger)[0] == "Crowded"
+
+
+def test_a_much_busier_holder_loses_to_a_worker_that_loads_the_adapter_first() -> None:
+    roster, ledger = roster_of(p("p0", adapters=("a",)), p("p1"), d("d0")), Ledger()
+    fill(ledger, "p0", *"xxxx")
+    assert look(roster, ledger) == ("Pair", "p0")
+    fill(ledger, "p0", "x")
+    assert look(roster, ledger) == ("Absent", "p1")
+    ledger.load_begins("p1", "a")
+    assert look(roster, ledger) == ("Absent", "p1")
+    ledger.load_ended("p1", "a", done=True)
+    assert look(roster, ledger) == ("Pair", "p1")
+
+
+def test_who_has_the_adapter_doesnt_wait_for_anothers_load() -> None:
+    """A copy that is on its way to an idle worker holds nobody up."""
+    roster, ledger = roster_of(p("p0"), p("p1", adapters=("a",), running=3), d("d0")), Ledger()
+    ledger.load_begins("p0", "a")
+    assert look(roster, ledger) == ("Pair", "p1")
+    fill(ledger, "p1", *"xxxx")
+    assert look(roster, ledger) == ("Pair", "p1")
+    fill(ledger, "p1", "x")
+    assert look(roster, ledger) == ("Absent", "p0")
+
+
+def test_a_second_copy_goes_where_one_is_on_its_way_already() -> None:
+    roster = roster_of(p("p0", adapters=("a",)), p("p1"), p("p2", running=1), d("d0"))
+    fill(ledger := Ledger(), "p0", *"xxxxx")
+    ledger.load_begins("p2", "a")
+    assert look(roster, ledger) == ("Absent", "p2")
+
+
+def test_a_worker_that_refused_is_not_asked_for_a_copy() -> None:
+    roster = roster_of(p("p0", adapters=("a",)), p("p1"), p("p2"), d("d0"))
+    fill(ledger := Ledger(), "p0", *"xxxxx")
+    ledger.load_ended("p1", "a", done=False)
+    assert look(roster, ledger) == ("Absent", "p2")
+    ledger.load_ended("p2", "a", done=False)
+    assert look(roster, ledger) == ("Pair", "p0")
+    fill(ledger, "p0", *"xxx")
+    assert look(roster, ledger) == ("Crowded", "p0")
+
+
+def test_a_full_holder_is_waited_for_unless_others_have_much_room() -> None:
+    """When all workers are full, each place that becomes free would fetch another worker's adapters otherwise."""
+    roster, ledger = roster_of(p("p0", adapters=("a",)), p("p1"), d("d0")), Ledger()
+    fill(ledger, "p0", *"x" * 8)
+    fill(ledger, "p1", *"x" * 7)
+    assert look(roster, ledger) == ("Crowded", "p0")
+    assert isinstance(POLICY.place(a_demand(""), roster, ledger, NONE), Pair)
+    for _ in range(4):
+        ledger.drop_prefill("p1")
+    assert look(roster, ledger) == ("Absent", "p1")
+
+
+def test_a_copy_goes_where_a_slot_is() -> None:
+    roster = roster_of(p("p0", adapters=("a",)), p("p1", slots=1), p("p2", slots=1), d("d0"))
+    fill(ledger := Ledger(), "p0", *"xxxxxxx")
+    fill(ledger, "p1", "x")
+    fill(ledger, "p2", "")
+    ledger.drop_prefill("p1")  # its prompt isn't computed, so its slot is taken: the least busy worker all the same
+    assert look(roster, ledger) == ("Absent", "p2")
+
+
+def test_a_heartbeat_that_lists_an_adapter_no_more_is_believed() -> None:
+    ledger = Ledger()
+    ledger.load_ended("p0", "a", done=True)
+    for number in range(1, 4):
+        assert look(roster_of(p("p0"), d("d0")), ledger) == ("Pair", "p0")
+        ledger.observe([p("p0", heartbeat=float(number))])
+    assert look(roster_of(p("p0"), d("d0")), ledger) == ("Absent", "p0")

@@ -12,7 +12,7 @@ EXAMPLE_ADAPTERS = $(patsubst %/,%,$(wildcard $(EXAMPLE)/adapters/*/))
 EXAMPLE_ARGS = --model $(EXAMPLE)/model --served-model-name personal-memory $(foreach dir,$(EXAMPLE_ADAPTERS),--adapter $(notdir $(dir))=$(dir))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-fast test-gpu check bench bench-kernels bench-gpu proto install clean
+.PHONY: help demo serve test test-fast test-gpu check bench bench-kernels bench-store bench-gpu proto install clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -42,6 +42,10 @@ bench: install ## measure and print the speed table
 
 bench-kernels: install ## measure the kernels' CPU implementations against vLLM's
 	$(BIN)/python -m preft.engine.bench_kernels $(ARGS)
+
+bench-store: install ## measure what loading adapters takes, and what it does to requests beside it
+	$(BIN)/python -m preft.engine.bench_tiers $(ARGS)
+	$(BIN)/python -m preft_loadgen.bench_store $(ARGS)
 
 bench-gpu: ## measure the kernels on this machine's GPU, by the Python that PYTHON names; against vLLM's where it's there
 	PYTHONPATH=kernels:services:loadgen:$$PYTHONPATH $(PYTHON) -m preft.engine.bench_kernels $(ARGS)

@@ -13,6 +13,7 @@ import hashlib
 import os
 import re
 import shutil
+import threading
 import uuid
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -41,7 +42,10 @@ class DiskTier:
         self.limit = limit
         self.pinned: Collection[str] = ()  # digests that stay, whatever happens
         self.evictions = 0  # by this process
-        self.bytes_seen = 0  # `used` as of this process's last look
+        self.bytes_seen = 0  # `used` as of this process's last change or look
+        self._changes = -1  # of the folder, as its lock file counts them: what `bytes_seen` is true for
+        self._mutex = threading.Lock()
+        self._lock: int  # descriptor of the lock file, while locked
         self._max_adapter_bytes = max_adapter_bytes
         self._sizes: dict[str, int] = {}  # digest -> bytes, of copies seen before: they never change
         with _disk_errors(root):
@@ -89,6 +93,8 @@ class DiskTier:
         """Removes a copy, if it is there: it turned out to be damaged."""
         with _disk_errors(self.root), self._locked():
             self._remove(digest)
+            self._look()
+            self._note(0)
 
     def used(self) -> int:
         """Bytes of all copies, and reserved for those on their way."""
@@ -100,27 +106,34 @@ class DiskTier:
         with self._locked():
             self._make_room(size)
             copy = _Unfinished(self, size)
+            self._note(size)
         try:
             yield copy
         finally:
-            copy.close()
+            with self._locked():
+                self._catch_up()
+                self._note(copy.close())
 
     def grow(self, copy: _Unfinished) -> None:
         """Reserves more for a copy under way, but no more than it may have."""
         size = min(copy.reserved + GROWTH, self._max_adapter_bytes, self.limit)
         with self._locked():
-            self._make_room(size - copy.reserved)
+            more = size - copy.reserved
+            self._make_room(more)
             copy.reserve(size)
+            self._note(more)
 
     def _finish(self, copy: _Unfinished, digest: str) -> None:
         with self._locked():
             target = self.root / digest
             if target.exists():
                 os.utime(target)  # another was quicker, with the same content
-            else:
-                os.utime(copy.path)  # its time is that of its last file's creation, which may be long ago
-                copy.path.rename(target)
-            self._look()
+                return
+            self._catch_up()
+            os.utime(copy.path)  # its time is that of its last file's creation, which may be long ago
+            copy.rename(target)
+            self._sizes[digest] = copy.written
+            self._note(copy.written - copy.reserved)
 
     def check_size(self, size: int) -> None:
         """Raises InvalidAdapter for an adapter that has `size` bytes or more if it can't be kept here."""
@@ -138,10 +151,11 @@ class DiskTier:
 
     def _make_room(self, size: int) -> None:
         """Evicts until `size` more bytes fit. Raises Unavailable if they can't."""
+        self._catch_up()
+        if self.bytes_seen + size <= self.limit:
+            return
         sizes = self._look()
         used = sum(sizes.values())
-        if used + size <= self.limit:
-            return
         copies = [name for name in sizes if not name.startswith(UNFINISHED) and name not in self.pinned]
         if used + size - sum(sizes[name] for name in copies) > self.limit:
             raise Unavailable(
@@ -154,6 +168,21 @@ class DiskTier:
             self._remove(name)
             self.evictions += 1
             used -= sizes[name]
+            self._note(-sizes.pop(name))
+
+    def _catch_up(self) -> None:
+        """Looks again if another process has changed the folder: with thousands of copies that takes a while."""
+        if self._changes != int.from_bytes(os.pread(self._lock, 8, 0), "little"):
+            self._look()
+
+    def _note(self, bytes_more: int) -> None:
+        """Tells the other processes that the folder has changed, after `_catch_up`.
+
+        Whoever is killed before this leaves a count that is too high, if anything, until somebody looks.
+        """
+        self.bytes_seen += bytes_more
+        self._changes += 1
+        os.pwrite(self._lock, self._changes.to_bytes(8, "little"), 0)
 
     def _look(self) -> dict[str, int]:
         """Bytes by folder name. Removes what dead processes left behind."""
@@ -165,6 +194,7 @@ class DiskTier:
             elif DIGEST.fullmatch(name):  # what else may lie there isn't ours
                 sizes[name] = self._sizes.get(name) or self._measure(name)
         self._sizes = {name: size for name, size in sizes.items() if not name.startswith(UNFINISHED)}
+        self._changes = int.from_bytes(os.pread(self._lock, 8, 0), "little")
         self.bytes_seen = sum(sizes.values())
         return sizes
 
@@ -185,12 +215,13 @@ class DiskTier:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        descriptor = os.open(self.root / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
+        with self._mutex:
+            self._lock = os.open(self.root / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX)
+                yield
+            finally:
+                os.close(self._lock)
 
 
 class _Unfinished:
@@ -200,51 +231,58 @@ class _Unfinished:
         self._tier = tier
         self._id = uuid.uuid4().hex
         self.reserved = size
+        self.written = 0
         self.path = tier.root / f"{UNFINISHED}{self._id}-{size}"
         self.path.mkdir()
         self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
 
     def reserve(self, size: int) -> None:
-        target = self._tier.root / f"{UNFINISHED}{self._id}-{size}"
+        """Says by its name that it may have `size` bytes."""
+        self.rename(self._tier.root / f"{UNFINISHED}{self._id}-{size}")
+        self.reserved = size
+
+    def rename(self, target: Path) -> None:
         self.path.rename(target)
-        self.path, self.reserved = target, size
+        self.path = target
 
     def fill(self, source: AdapterSource, sizes: dict[str, int | None], progress: Progress | None) -> str:
         """Copies the files and returns the digest of the bytes that came."""
         digest = hashlib.sha256()
         total = None if None in sizes.values() else sum(size or 0 for size in sizes.values())
-        done = 0
         for name, size in sizes.items():
             if size is not None:
                 add_file_header(digest, name, size)
             with open(self.path / name, "wb") as file:
                 for chunk in source.read(name):
-                    done += len(chunk)
-                    self._tier.check_size(done)
+                    self.written += len(chunk)
+                    self._tier.check_size(self.written)
                     if size is not None and file.tell() + len(chunk) > size:
                         raise _changed(source, name)
-                    while done > self.reserved:
+                    while self.written > self.reserved:
                         self._tier.grow(self)
                     file.write(chunk)
                     if size is not None:
                         digest.update(chunk)
                     if progress is not None:
-                        progress(done, total)
-                written = file.tell()
+                        progress(self.written, total)
+                length = file.tell()
             if size is None:
-                add_file_header(digest, name, written)
+                add_file_header(digest, name, length)
                 for chunk in read_chunks(self.path, name):
                     digest.update(chunk)
-            elif written != size:
+            elif length != size:
                 raise _changed(source, name)
             os.chmod(self.path / name, 0o444)
         return digest.hexdigest()
 
-    def close(self) -> None:
-        """Removes what is left under this copy's own name."""
-        shutil.rmtree(self.path, ignore_errors=True)
+    def close(self) -> int:
+        """Removes what isn't finished; returns how many bytes more are reserved then: none, or fewer."""
         os.close(self._lock)
+        if not self.path.name.startswith(UNFINISHED):
+            return 0
+        shutil.rmtree(self.path, ignore_errors=True)
+        return -self.reserved
 
 
 def _left_behind(folder: Path) -> bool:

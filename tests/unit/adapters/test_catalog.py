@@ -4,23 +4,41 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import io
 import json
 import os
 import shutil
+import sqlite3
+import tarfile
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from preft.adapters import storage
 from preft.adapters.base_model import BaseModel, read_base_model
-from preft.adapters.catalog import Catalog
-from preft.adapters.digest import adapter_digest
-from preft.core.errors import AdapterExists, ConfigError, InvalidAdapter, ModelNotFound, Unavailable
-from preft.core.ports import StateStore
+from preft.adapters.catalog import Catalog, CatalogLimits, CatalogView
+from preft.adapters.digest import LORA_FILES, adapter_digest
+from preft.adapters.disk_tier import LOCK, DiskTier
+from preft.adapters.sources import open_source
+from preft.core.cluster import Adapter
+from preft.core.errors import (
+    AdapterExists,
+    ConfigError,
+    InvalidAdapter,
+    InvalidRequest,
+    ModelNotFound,
+    SourceNotFound,
+    Unavailable,
+)
+from preft.core.ports import AdapterChanges, StateStore
 from preft.state import open_store
-from support.lora_folders import lora_config, write_base, write_lora
+from preft.state.sqlite import SqliteStore
+from support.faulty_http import Faults, serve_folder
+from support.lora_folders import lora_config, lora_tensors, write_base, write_lora
+
+LIMITS = CatalogLimits(max_rank=8, pinned_bytes=1_000_000, max_adapter_bytes=100_000, source_timeout=5.0)
 
 
 @pytest.fixture(scope="module")
@@ -36,26 +54,80 @@ async def store(tmp_path: Path) -> AsyncIterator[StateStore]:
 
 
 @pytest.fixture
-def catalog(store: StateStore, base: BaseModel, tmp_path: Path) -> Catalog:
-    return Catalog(store, tmp_path / "kept", base, "base", max_rank=8)
+def disk(tmp_path: Path) -> DiskTier:
+    return DiskTier(tmp_path / "kept", 1_000_000, LIMITS.max_adapter_bytes)
+
+
+@pytest.fixture
+def catalog(store: StateStore, disk: DiskTier, base: BaseModel, tmp_path: Path) -> Catalog:
+    return Catalog(store, disk, tmp_path / "uploads", base, "base", LIMITS)
 
 
 def kept(tmp_path: Path) -> list[str]:
-    return sorted(entry.name for entry in (tmp_path / "kept").iterdir())
+    return sorted(entry.name for entry in (tmp_path / "kept").iterdir() if entry.name != LOCK)
 
 
-async def test_added_adapters_are_copied_and_found(catalog: Catalog, tmp_path: Path) -> None:
+def uploads(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "uploads").iterdir()) if (tmp_path / "uploads").exists() else []
+
+
+def size_of(folder: Path) -> int:
+    return sum((folder / name).stat().st_size for name in LORA_FILES)
+
+
+def tar_of(folder: Path) -> Path:
+    """The folder as an archive, beside it."""
+    path = folder.with_suffix(".tar.gz")
+    with tarfile.open(path, "w:gz") as archive:
+        archive.add(folder, folder.name)
+    return path
+
+
+# Adding
+
+
+async def test_added_adapters_are_copied_and_found(catalog: Catalog, disk: DiskTier, tmp_path: Path) -> None:
     source = write_lora(tmp_path / "ada")
     (source / "README.md").write_text("not part of the adapter")
+    before = time.time()
     added = await catalog.add("user/ada", str(source))
     assert catalog.get("user/ada") == added
     assert list(catalog.list()) == [added]
-    assert (added.name, added.rank, added.kind, added.source) == ("user/ada", 4, "lora", str(source))
-    assert added.digest == adapter_digest(source)
+    assert added == Adapter(
+        "user/ada",
+        adapter_digest(source),
+        str(source),
+        rank=4,
+        kind="lora",
+        created=added.created,
+        size=size_of(source),
+        stamp=open_source(str(source)).stamp(),
+    )
+    assert before <= added.created <= time.time()
+    assert (added.version, added.pinned) == (1, False)
     shutil.rmtree(source)
-    assert adapter_digest(Path(added.path)) == added.digest
-    assert sorted(os.listdir(added.path)) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert adapter_digest(disk.root / added.digest) == added.digest
+    assert sorted(os.listdir(disk.root / added.digest)) == ["adapter_config.json", "adapter_model.safetensors"]
     assert kept(tmp_path) == [added.digest]
+
+
+async def test_an_adapter_comes_from_a_web_server_and_tells_how_far_it_is(catalog: Catalog, tmp_path: Path) -> None:
+    folder = write_lora(tmp_path / "served" / "ada")
+    told: list[tuple[int, int | None]] = []
+    with serve_folder(tmp_path / "served") as server:
+        added = await catalog.add("ada", f"{server.url}/ada/", progress=lambda *now: told.append(now))
+        assert (added.digest, added.source) == (adapter_digest(folder), f"{server.url}/ada")
+        assert added.stamp != ""
+    assert told == sorted(told)
+    assert told[-1] == (size_of(folder), size_of(folder))
+    with (
+        serve_folder(tmp_path / "served", Faults(cut_after=100)) as server,
+        pytest.raises(Unavailable, match="can't be read"),
+    ):
+        await catalog.add("bob", f"{server.url}/ada")
+    assert catalog.get("bob") is None
+    with pytest.raises(SourceNotFound):
+        await catalog.add("bob", str(tmp_path / "nowhere"))
 
 
 async def test_adapters_that_may_be_for_all_tokens_are_warned_of(
@@ -70,24 +142,51 @@ async def test_adapters_that_may_be_for_all_tokens_are_warned_of(
 
 
 async def test_equal_content_is_one_version(catalog: Catalog, tmp_path: Path) -> None:
-    first = await catalog.add("ada", str(write_lora(tmp_path / "one")))
-    again = await catalog.add("ada", str(write_lora(tmp_path / "two")))
-    other = await catalog.add("bob", str(write_lora(tmp_path / "three")))
-    assert again == first
+    one, two, three = (write_lora(tmp_path / name) for name in ("one", "two", "three"))
+    first = await catalog.add("ada", str(one))
+    assert await catalog.add("ada", str(one)) == first
+    again = await catalog.add("ada", str(two))  # the newest source counts
+    assert again == dataclasses.replace(first, source=str(two), stamp=open_source(str(two)).stamp())
+    assert await catalog.add("ada", str(two), replace=True) == again
+    assert again.version == 1
+    other = await catalog.add("bob", str(three))
     assert other.digest == first.digest
     assert kept(tmp_path) == [first.digest]
 
 
-async def test_a_taken_name_moves_only_when_told(catalog: Catalog, tmp_path: Path) -> None:
-    first = await catalog.add("ada", str(write_lora(tmp_path / "one", seed=1)))
-    two = str(write_lora(tmp_path / "two", seed=2))
+async def test_equal_content_again_changes_nothing_for_anybody(
+    catalog: Catalog, store: StateStore, tmp_path: Path
+) -> None:
+    source = str(write_lora(tmp_path / "one"))
+    await catalog.add("ada", source)
+    listed, revision = catalog.list(), (await store.adapter_changes(0)).revision
+    await catalog.add("ada", source, replace=True)
+    assert catalog.list() is listed
+    assert (await store.adapter_changes(0)).revision == revision
+
+
+async def test_a_taken_name_moves_only_when_told(catalog: Catalog, disk: DiskTier, tmp_path: Path) -> None:
+    one, two = (str(write_lora(tmp_path / name, seed=seed)) for seed, name in enumerate(("one", "two")))
+    first = await catalog.add("ada", one)
     with pytest.raises(AdapterExists, match="'ada' exists with other content"):
         await catalog.add("ada", two)
     assert catalog.get("ada") == first
     second = await catalog.add("ada", two, replace=True)
     assert second.digest != first.digest
+    assert (first.version, second.version) == (1, 2)
     assert catalog.get("ada") == second
-    assert adapter_digest(Path(first.path)) == first.digest  # running requests finish on it
+    assert adapter_digest(disk.root / first.digest) == first.digest  # running requests finish on it
+    assert (await catalog.add("ada", one, replace=True)).version == 3
+    await catalog.remove("ada")
+    assert (await catalog.add("ada", one)).version == 1
+
+
+async def test_a_refused_replacement_changes_nothing(catalog: Catalog, tmp_path: Path) -> None:
+    first = await catalog.add("ada", str(write_lora(tmp_path / "one")))
+    with pytest.raises(InvalidAdapter, match="rank 4"):
+        await catalog.add("ada", str(write_lora(tmp_path / "two", lora_config(r=5))), replace=True)
+    assert catalog.get("ada") == first
+    assert kept(tmp_path) == [first.digest]
 
 
 async def test_the_config_is_part_of_the_content(tmp_path: Path) -> None:
@@ -107,17 +206,21 @@ async def test_bytes_can_not_move_from_one_file_to_the_other(tmp_path: Path) -> 
 
 
 async def test_a_removed_name_is_gone(catalog: Catalog, tmp_path: Path) -> None:
-    added = await catalog.add("ada", str(write_lora(tmp_path / "one")))
+    source = write_lora(tmp_path / "one")
+    added = await catalog.add("ada", str(source))
     assert await catalog.remove("ada") == added
     assert catalog.get("ada") is None
+    assert list(catalog.list()) == []
+    assert source.exists()  # the user's own
     with pytest.raises(ModelNotFound, match="'ada'"):
         await catalog.remove("ada")
 
 
 @pytest.mark.parametrize("name", ["", "a b", "é", "a" * 129, "a\n", "a:b"])
 async def test_a_bad_name_is_refused(catalog: Catalog, tmp_path: Path, name: str) -> None:
-    with pytest.raises(InvalidAdapter, match="can't name an adapter"):
-        await catalog.add(name, str(tmp_path))
+    for add in (catalog.add(name, str(tmp_path)), catalog.add_archive(name, tmp_path)):
+        with pytest.raises(InvalidAdapter, match="can't name an adapter"):
+            await add
 
 
 async def test_the_base_models_name_is_taken(catalog: Catalog, tmp_path: Path) -> None:
@@ -133,7 +236,7 @@ async def test_a_refused_folder_leaves_nothing(catalog: Catalog, tmp_path: Path)
     assert catalog.get("ada") is None
 
 
-async def test_links_are_followed(catalog: Catalog, tmp_path: Path) -> None:
+async def test_links_are_followed(catalog: Catalog, disk: DiskTier, tmp_path: Path) -> None:
     source = write_lora(tmp_path / "real")
     linked = tmp_path / "linked"
     linked.mkdir()
@@ -141,49 +244,155 @@ async def test_links_are_followed(catalog: Catalog, tmp_path: Path) -> None:
         (linked / file.name).symlink_to(file)
     (tmp_path / "folder-link").symlink_to(linked)
     added = await catalog.add("ada", str(tmp_path / "folder-link"))
-    assert not any(file.is_symlink() for file in os.scandir(added.path))
+    assert not any(file.is_symlink() for file in os.scandir(disk.root / added.digest))
 
 
-async def test_a_damaged_copy_is_replaced(catalog: Catalog, tmp_path: Path) -> None:
-    source = str(write_lora(tmp_path / "a"))
-    added = await catalog.add("ada", source)
-    weights = Path(added.path) / "adapter_model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.unlink()
-    weights.write_bytes(content)
-    assert await catalog.add("ada", source) == added
-    assert adapter_digest(Path(added.path)) == added.digest
-
-
-async def test_a_copy_that_came_out_different_is_refused(
-    catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(storage, "adapter_digest", lambda folder: "something else")
-    with pytest.raises(Unavailable, match="came out different"):
-        await catalog.add("ada", str(write_lora(tmp_path / "a")))
+async def test_an_adapter_over_the_limit_is_refused(catalog: Catalog, tmp_path: Path) -> None:
+    large = write_lora(tmp_path / "a", lora_config(junk="x" * LIMITS.max_adapter_bytes))
+    with pytest.raises(InvalidAdapter, match=r"the limit of store\.max_adapter_bytes"):
+        await catalog.add("ada", str(large))
     assert kept(tmp_path) == []
 
 
-async def test_what_a_dead_process_left_is_cleared_after_an_hour(catalog: Catalog, tmp_path: Path) -> None:
-    old, young = tmp_path / "kept" / ".unfinished-1", tmp_path / "kept" / ".unfinished-2"
-    for folder in (old, young):
-        folder.mkdir(parents=True)
-    os.utime(old, (0, time.time() - 4000))
-    added = await catalog.add("ada", str(write_lora(tmp_path / "a")))
-    assert kept(tmp_path) == [".unfinished-2", added.digest]
-
-
-async def test_a_full_or_missing_disk_is_unavailable(store: StateStore, base: BaseModel, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
-    catalog = Catalog(store, tmp_path / "file" / "kept", base, "base", max_rank=8)
+async def test_a_missing_disk_is_unavailable(catalog: Catalog, disk: DiskTier, tmp_path: Path) -> None:
+    shutil.rmtree(disk.root)
+    disk.root.write_text("no folder")
     with pytest.raises(Unavailable, match="adapters can't be kept in"):
         await catalog.add("ada", str(write_lora(tmp_path / "a")))
+    (tmp_path / "uploads").write_text("no folder")
+    with pytest.raises(Unavailable, match="the archive can't be kept in"):
+        await catalog.add_archive("ada", tar_of(tmp_path / "a"))
 
 
-async def test_two_catalogs_agree(catalog: Catalog, base: BaseModel, tmp_path: Path) -> None:
+# Archives
+
+
+async def test_an_archive_is_kept_as_the_adapters_source(catalog: Catalog, disk: DiskTier, tmp_path: Path) -> None:
+    folder = write_lora(tmp_path / "ada")
+    archive = tar_of(folder)
+    added = await catalog.add_archive("ada", archive)
+    archive.unlink()
+    (upload,) = uploads(tmp_path)
+    assert added.source == str(upload)
+    assert added.digest == adapter_digest(folder) == adapter_digest(upload)
+    disk.discard(added.digest)
+    assert disk.fetch(open_source(added.source), lambda copy: None, digest=added.digest)
+    assert await catalog.remove("ada") == added
+    assert uploads(tmp_path) == []
+
+
+async def test_an_upload_goes_when_its_name_points_elsewhere(catalog: Catalog, tmp_path: Path) -> None:
+    one, two = (write_lora(tmp_path / name, seed=seed) for seed, name in enumerate(("one", "two")))
+    await catalog.add_archive("ada", tar_of(one))
+    second = await catalog.add_archive("ada", tar_of(two), replace=True)
+    assert uploads(tmp_path) == [Path(second.source)]
+    again = await catalog.add_archive("ada", tar_of(two))
+    assert again == dataclasses.replace(second, source=again.source, stamp=again.stamp)
+    assert uploads(tmp_path) == [Path(again.source)]
+    local = await catalog.add("ada", str(two))
+    assert local.digest == second.digest
+    assert uploads(tmp_path) == []
+
+
+async def test_equal_uploads_of_two_names_are_no_business_of_each_other(catalog: Catalog, tmp_path: Path) -> None:
+    archive = tar_of(write_lora(tmp_path / "one"))
+    names = [str(number) for number in range(8)]
+    added = await asyncio.gather(*(catalog.add_archive(name, archive) for name in names))
+    assert len({entry.digest for entry in added}) == 1
+    for name in names[1:]:
+        await catalog.remove(name)
+    assert uploads(tmp_path) == [Path(added[0].source)]
+    assert adapter_digest(Path(added[0].source)) == added[0].digest
+    shared = await catalog.add("shared", added[0].source)
+    await catalog.remove("0")
+    assert uploads(tmp_path) == [Path(shared.source)]  # another name still has it as its source
+    await catalog.remove("shared")
+    assert uploads(tmp_path) == []
+
+
+async def test_a_refused_upload_leaves_nothing(catalog: Catalog, tmp_path: Path) -> None:
+    first = await catalog.add("ada", str(write_lora(tmp_path / "one", seed=1)))
+    with pytest.raises(AdapterExists):
+        await catalog.add_archive("ada", tar_of(write_lora(tmp_path / "two", seed=2)))
+    with pytest.raises(InvalidAdapter, match="rank 4"):
+        await catalog.add_archive("bob", tar_of(write_lora(tmp_path / "three", lora_config(r=5))))
+    (tmp_path / "junk.tar").write_bytes(b"junk")
+    with pytest.raises(InvalidAdapter, match="no tar or zip file"):
+        await catalog.add_archive("bob", tmp_path / "junk.tar")
+    with tarfile.open(tmp_path / "empty.tar", "w") as archive:
+        archive.addfile(tarfile.TarInfo("README.md"), io.BytesIO())
+    with pytest.raises(InvalidAdapter, match="no adapter in it"):
+        await catalog.add_archive("bob", tmp_path / "empty.tar")
+    assert list(catalog.list()) == [first]
+    assert uploads(tmp_path) == []
+
+
+# Pinning
+
+
+async def test_a_pinned_adapter_stays_pinned_when_it_is_replaced(
+    catalog: Catalog, disk: DiskTier, tmp_path: Path
+) -> None:
+    one, two = (str(write_lora(tmp_path / name, seed=seed)) for seed, name in enumerate(("one", "two")))
+    first = await catalog.add("ada", one)
+    pinned = await catalog.pin("ada", True)
+    assert pinned == dataclasses.replace(first, pinned=True)
+    assert catalog.get("ada") == pinned
+    assert catalog.pinned == disk.pinned == {first.digest}
+    assert await catalog.pin("ada", True) == pinned
+    assert await catalog.add("ada", one, replace=True) == pinned
+    second = await catalog.add("ada", two, replace=True)
+    assert (second.pinned, second.version) == (True, 2)
+    assert catalog.pinned == disk.pinned == {second.digest}
+    await catalog.pin("ada", False)
+    assert catalog.pinned == disk.pinned == set()
+    with pytest.raises(ModelNotFound, match="'bob'"):
+        await catalog.pin("bob", True)
+
+
+async def test_a_pinned_adapter_is_not_evicted_from_disk(store: StateStore, base: BaseModel, tmp_path: Path) -> None:
+    sources = [write_lora(tmp_path / str(number), seed=number) for number in range(6)]
+    disk = DiskTier(tmp_path / "kept", 2 * size_of(sources[0]) + 10, 100_000)
+    catalog = Catalog(store, disk, tmp_path / "uploads", base, "base", LIMITS)
+    added = [await catalog.add("0", str(sources[0]))]
+    await catalog.pin("0", True)
+    added += [await catalog.add(source.name, str(source)) for source in sources[1:]]
+    assert kept(tmp_path) == sorted((added[0].digest, added[5].digest))
+    assert len(catalog.list()) == 6  # names outlive their copies
+
+
+async def test_pinning_has_a_limit(store: StateStore, disk: DiskTier, base: BaseModel, tmp_path: Path) -> None:
+    sources = [write_lora(tmp_path / str(number), seed=number) for number in range(4)]
+    same = write_lora(tmp_path / "same", seed=0)
+    limits = dataclasses.replace(LIMITS, pinned_bytes=2 * size_of(sources[0]) + 10)
+    catalog = Catalog(store, disk, tmp_path / "uploads", base, "base", limits)
+    for source in (*sources, same):
+        await catalog.add(source.name, str(source))
+    results = await asyncio.gather(*(catalog.pin(source.name, True) for source in sources), return_exceptions=True)
+    refused = [result for result in results if isinstance(result, InvalidRequest)]
+    assert len(refused) == 2
+    assert f"more than the {limits.pinned_bytes} that may be pinned: unpin another" in str(refused[0])
+    assert refused[0].param == "pinned"
+    pinned = [entry.name for entry in catalog.list() if entry.pinned]
+    assert len(pinned) == 2
+    if "0" in pinned:
+        await catalog.pin("same", True)  # equal content takes no more room
+        await catalog.pin("same", False)
+    large = write_lora(tmp_path / "large", lora_config(8), lora_tensors(8))
+    before = catalog.get(pinned[0])
+    with pytest.raises(InvalidRequest, match="that may be pinned"):
+        await catalog.add(pinned[0], str(large), replace=True)
+    assert catalog.get(pinned[0]) == before
+    await catalog.pin(pinned[1], False)
+    assert (await catalog.add(pinned[0], str(large), replace=True)).pinned
+
+
+# Several processes
+
+
+async def test_two_catalogs_agree(catalog: Catalog, disk: DiskTier, base: BaseModel, tmp_path: Path) -> None:
     store = open_store(tmp_path / "state.sqlite")
-    other = Catalog(store, tmp_path / "kept", base, "base", max_rank=8)
+    other = Catalog(store, disk, tmp_path / "uploads", base, "base", LIMITS)
     sources = [str(write_lora(tmp_path / f"s{i}", seed=i)) for i in range(6)]
     adds = (who.add("ada", source) for source in sources for who in (catalog, other))
     results = await asyncio.gather(*adds, return_exceptions=True)
@@ -200,33 +409,127 @@ async def test_two_catalogs_agree(catalog: Catalog, base: BaseModel, tmp_path: P
     await store.close()
 
 
-async def test_watching_survives_a_store_that_fails(catalog: Catalog, store: StateStore, tmp_path: Path) -> None:
-    other = open_store(tmp_path / "state.sqlite")
+async def test_versions_count_all_replacements_of_two_catalogs(
+    catalog: Catalog, disk: DiskTier, base: BaseModel, tmp_path: Path
+) -> None:
+    store = open_store(tmp_path / "state.sqlite")
+    other = Catalog(store, disk, tmp_path / "uploads", base, "base", LIMITS)
+    sources = [str(write_lora(tmp_path / f"s{i}", seed=i)) for i in range(6)]
+    adds = ((catalog, other)[i % 2].add("ada", source, replace=True) for i, source in enumerate(sources))
+    results = await asyncio.gather(*adds)
+    assert sorted(result.version for result in results) == [1, 2, 3, 4, 5, 6]
+    await store.close()
+
+
+async def test_a_view_follows_what_changes(catalog: Catalog, tmp_path: Path) -> None:
+    store = open_store(tmp_path / "state.sqlite")
+    view = CatalogView(store)
+    one, two = (str(write_lora(tmp_path / name, seed=seed)) for seed, name in enumerate(("one", "two")))
+    first = await catalog.add("ada", one)
+    await catalog.add("bob", one)
+    assert await view.refresh() == set()
+    assert view.list() == catalog.list()
+    listed = view.list()
+    assert not await view.refresh()
+    assert view.list() is listed
+    second = await catalog.add("ada", two, replace=True)
+    assert await view.refresh() == set()  # bob has it still
+    assert view.named(first.digest)
+    assert view.list() is not listed
+    await catalog.pin("ada", True)
+    assert not await view.refresh()
+    assert view.pinned == {second.digest}
+    await catalog.remove("bob")
+    assert await view.refresh() == {first.digest}
+    assert not view.named(first.digest)
+    await catalog.remove("ada")
+    await catalog.add("ada", one)
+    assert await view.refresh() == {second.digest}
+    assert view.pinned == set()
+    assert view.list() == catalog.list()
+    late = CatalogView(store)
+    assert not await late.refresh()
+    assert late.list() == view.list()
+    await store.close()
+
+
+async def test_content_that_moves_to_another_name_is_not_left(catalog: Catalog, tmp_path: Path) -> None:
+    store = open_store(tmp_path / "state.sqlite")
+    view = CatalogView(store)
+    one = str(write_lora(tmp_path / "one"))
+    await catalog.add("ada", one)
+    await view.refresh()
+    await catalog.remove("ada")
+    moved = await catalog.add("bob", one)
+    assert await view.refresh() == set()
+    assert view.named(moved.digest)
+    await store.close()
+
+
+class CountingStore(SqliteStore):
+    """Counts the entries that were read to follow the catalog."""
+
+    read = 0
+
+    async def adapter_changes(self, since: int) -> AdapterChanges:
+        changes = await super().adapter_changes(since)
+        self.read += len(changes.put)
+        return changes
+
+
+async def test_thousands_of_names_are_added_at_one_pace(tmp_path: Path) -> None:
+    """Through the store alone: what grows with the catalog is what a refresh does."""
+    store = CountingStore(tmp_path / "state.sqlite")
+    view = CatalogView(store)
+    times = []
+    for number in range(2000):
+        adapter = Adapter(f"user/{number}", f"{number:064x}", f"/adapters/{number}", 8, size=1000, pinned=number < 5)
+        started = time.perf_counter()
+        assert await store.put_adapter(adapter, expect=None)
+        assert not await view.refresh()
+        times.append(time.perf_counter() - started)
+    assert store.read == len(view.list()) == 2000
+    assert len(view.pinned) == 5
+    first, last = sorted(times[:500])[250], sorted(times[-500:])[250]
+    assert last < 5 * first + 0.002
+    await store.close()
+
+
+async def test_watching_survives_a_store_that_fails(
+    catalog: Catalog, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     added = await catalog.add("ada", str(write_lora(tmp_path / "a")))
-    reads, healthy = 0, store.adapters
+    changed = asyncio.Event()
+    left: list[str] = []
 
-    async def failing_at_first() -> list[object]:
-        nonlocal reads
-        reads += 1
-        if reads <= 2:
-            raise Unavailable("disk on fire")
-        return list(await healthy())
+    def on_change(digests: object) -> None:
+        left.extend(digests)  # type: ignore[call-overload]
+        changed.set()
 
-    store.adapters = failing_at_first  # type: ignore[method-assign, assignment]
-    watching = asyncio.create_task(catalog.watch(0.01))
-    await other.delete_adapter("ada")
-    while reads < 2:
+    with contextlib.closing(sqlite3.connect(tmp_path / "state.sqlite", isolation_level=None)) as db:
+        db.execute("ALTER TABLE adapters RENAME TO hidden")
+        watching = asyncio.create_task(catalog.watch(0.005, on_change))
+        async with asyncio.timeout(5):
+            while "the adapter catalog is not up to date" not in caplog.text:
+                await asyncio.sleep(0.001)
         assert catalog.get("ada") == added
-        await asyncio.sleep(0.01)
-    for _ in range(500):
-        if catalog.get("ada") is None:
-            break
-        await asyncio.sleep(0.01)
+        assert not changed.is_set()
+        with pytest.raises(Unavailable):
+            await catalog.refresh()
+        db.execute("ALTER TABLE hidden RENAME TO adapters")
+    other = open_store(tmp_path / "state.sqlite")
+    await other.delete_adapter("ada")
+    await asyncio.wait_for(changed.wait(), 5)
     assert catalog.get("ada") is None
+    assert left == [added.digest]
+    assert caplog.text.count("the adapter catalog is not up to date") == 1
     watching.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await watching
     await other.close()
+
+
+# The base model
 
 
 def test_a_sharded_base_model_is_read(tmp_path: Path) -> None:

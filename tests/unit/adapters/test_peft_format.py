@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from preft.adapters.base_model import BaseModel, read_base_model
 from preft.adapters.folder import check_adapter
+from preft.adapters.sources import open_source
 from preft.core.errors import InvalidAdapter
 from support.lora_folders import HIDDEN, KV, PREFIX, lora_config, lora_tensors, write_base, write_lora
 
@@ -27,6 +28,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
 
 
 def check(folder: Path, base: BaseModel) -> int:
+    open_source(str(folder)).files()  # as whoever copies an adapter does first
     return check_adapter(folder, base, MAX_RANK).rank
 
 

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import random
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from preft.core.cluster import ClusterSnapshot, Role, Worker, WorkerLoad, WorkerState
-from preft.core.errors import DeadlineExceeded, InvalidRequest, QueueFull, Unavailable
+from preft.core.errors import (
+    DeadlineExceeded,
+    InvalidAdapter,
+    InvalidRequest,
+    PreftError,
+    QueueFull,
+    SourceNotFound,
+    Unavailable,
+)
+from preft.core.request import AdapterRef
 from preft.router import admission as admission_module
 from preft.router.admission import Admission, Ticket
+from preft.router.lease import Lease
 from preft.router.ledger import Ledger
 from preft.router.policy import AffinityPolicy, Demand, Roster
 
@@ -296,3 +310,537 @@ async def test_a_long_queue_is_looked_through_quickly() -> None:
     await settle()
     assert served(waiting[0]) == [True]
     assert choices == 2
+
+
+# Adapters that come in while their requests wait, and slots
+
+
+class Cluster:
+    """An admission over prefill workers whose loads end when the test says so. Decode has room without end."""
+
+    def __init__(
+        self,
+        held: dict[str, str],
+        slots: int = 0,
+        prefills: int = 100,
+        max_queue: int = 100,
+        decode_blocks: int = 10**6,
+    ) -> None:
+        """`held`: worker id -> the adapters in its memory, a letter each."""
+        self.held = {worker: set(digests) for worker, digests in held.items()}
+        self.slots, self.decode_blocks = slots, decode_blocks
+        self.up = set(self.held)
+        self.beats = 0.0
+        self.ledger = Ledger()
+        self.asked: list[tuple[str, str]] = []  # (worker, digest) in the order of the calls
+        self.admission = Admission(AffinityPolicy(prefills), self.ledger, max_queue, 60.0, self.prefetch)
+        self.beat()
+
+    def prefetch(self, worker: Worker, adapter: AdapterRef) -> None:
+        if not self.ledger.loading(worker.id, adapter.digest):
+            assert worker.id in self.up
+            self.ledger.load_begins(worker.id, adapter.digest)
+            self.asked.append((worker.id, adapter.digest))
+
+    @property
+    def loading(self) -> list[tuple[str, str]]:
+        return [load for load in dict.fromkeys(self.asked) if self.ledger.loading(*load)]
+
+    def load_ends(self, worker: str, digest: str, error: PreftError | None = None, lost: bool = False) -> None:
+        done = error is None and not lost
+        if done:
+            self.held[worker].add(digest)
+        self.ledger.load_ended(worker, digest, done=done)
+        self.admission.load_ended(digest, error)
+
+    def beat(self) -> None:
+        """Heartbeats of all workers that are up, polled."""
+        self.beats += 1
+        members = [
+            Worker(name, Role.PREFILL, WorkerState.READY, "h:1", "f", 1, heartbeat=self.beats,
+                   adapter_slots=self.slots, load=WorkerLoad(adapters=tuple(sorted(self.held[name]))))
+            for name in sorted(self.up)
+        ]  # fmt: skip
+        members.append(a_worker("d0", Role.DECODE, self.decode_blocks))
+        self.ledger.observe(members)
+        self.admission.update(Roster.of(ClusterSnapshot({worker.id: worker for worker in members}, 0.0)))
+
+    def enter(self, digest: str, blocks: int = 1, age: float = 0.0, **options: Any) -> Ticket:
+        adapter = AdapterRef(digest, digest, "/") if digest else None
+        demand = Demand(digest, blocks * 16, blocks * 16, adapter=adapter)
+        return self.admission.enter(demand, [0], since=asyncio.get_running_loop().time() - age, **options)
+
+    @property
+    def untouched(self) -> bool:
+        """No room is reserved, no slot is taken."""
+        return self.ledger.idle and not self.ledger.distinct_adapters("p0")
+
+
+async def test_a_cold_adapters_requests_hold_nothing_while_it_loads() -> None:
+    cluster = Cluster({"p0": "b"}, slots=1, prefills=1, decode_blocks=10)
+    cold = [cluster.enter("a", blocks=10) for _ in range(5)]
+    assert cluster.untouched
+    assert cluster.asked == [("p0", "a")]
+    for digest in ("b", "", "b"):  # the only slot, prefill and decode room are theirs
+        lease = await cluster.enter(digest, blocks=10).wait(1)
+        await settle()
+        lease.release()
+    cluster.beat()
+    await settle()
+    assert served(*cold) == [False] * 5
+    cluster.load_ends("p0", "a")
+    for i in range(5):
+        await settle()
+        assert served(*cold) == [True] * (i + 1) + [False] * (4 - i)
+        lease = await cold[i].wait(1)
+        assert lease.prefill.id == "p0"
+        lease.release()
+    assert cluster.asked == [("p0", "a")]
+    assert cluster.untouched
+
+
+async def test_who_comes_while_an_adapter_loads_waits_behind_the_others() -> None:
+    cluster = Cluster({"p0": ""}, prefills=1)
+    first = cluster.enter("a")
+    second = cluster.enter("a")
+    again = cluster.enter("a", started=True, age=1.0)
+    [load] = cluster.asked
+    cluster.load_ends(*load)
+    third = cluster.enter("a")  # in the instant of its end
+    order = [again, first, second, third]
+    for i in range(4):
+        await settle()
+        assert served(*order) == [True] * (i + 1) + [False] * (3 - i)
+        (await order[i].wait(1)).release()
+    assert cluster.asked == [load]
+
+
+@pytest.mark.parametrize("full", ["prefill", "decode", "slots"])
+async def test_an_adapter_comes_in_while_its_request_waits_for_something_else(full: str) -> None:
+    cluster = Cluster({"p0": "b"}, slots=1 if full == "slots" else 0, prefills=1 if full == "prefill" else 9,
+                      decode_blocks=1 if full == "decode" else 10**6)  # fmt: skip
+    running = await cluster.enter("b").wait(1)
+    cold = [cluster.enter("a") for _ in range(3)]
+    assert cluster.asked == [("p0", "a")]
+    cluster.load_ends("p0", "a")
+    await settle()
+    assert served(*cold) == [False] * 3
+    assert cluster.asked == [("p0", "a")]
+    running.release()
+    await settle()
+    assert served(cold[0]) == [True]
+    assert cluster.asked == [("p0", "a")]
+
+
+async def test_what_some_worker_has_or_loads_isnt_asked_for_again() -> None:
+    cluster = Cluster({"p0": "a", "p1": ""}, prefills=1)
+    for _ in range(2):
+        cluster.enter("")  # both are full
+    cluster.enter("a")
+    assert cluster.asked == []
+    cold = cluster.enter("c")
+    cluster.enter("c")
+    assert len(cluster.asked) == 1
+    cold.cancel()
+    cluster.enter("c")
+    assert len(cluster.asked) == 1
+
+
+@pytest.mark.parametrize("error", [InvalidAdapter("broken"), SourceNotFound("nothing there"), Unavailable("no room")])
+async def test_a_refused_load_is_the_answer_to_all_who_wait_for_it(error: PreftError) -> None:
+    cluster = Cluster({"p0": "", "p1": ""}, max_queue=6)
+    refused = [cluster.enter("a") for _ in range(3)]
+    others = [cluster.enter("c") for _ in range(3)]
+    refused[1].cancel()
+    assert cluster.admission.waiting == 5
+    where = dict((digest, worker) for worker, digest in cluster.asked)
+    cluster.load_ends(where["a"], "a", error)
+    for ticket in (refused[0], refused[2]):
+        with pytest.raises(type(error), match=str(error)):
+            await ticket.wait(1)
+        ticket.cancel()
+    await settle()
+    assert served(*others) == [False] * 3
+    assert cluster.admission.waiting == 3
+    again = [cluster.enter("a") for _ in range(3)]  # there is room in the queue for them
+    assert cluster.asked.count((where["a"], "a")) == 2
+    cluster.load_ends(where["a"], "a")
+    cluster.load_ends(where["c"], "c")
+    await settle()
+    assert served(*again, *others) == [True] * 6
+    assert cluster.admission.waiting == 0
+
+
+async def test_a_load_that_ends_when_nobody_waits_any_more() -> None:
+    cluster = Cluster({"p0": ""})
+    for error in (None, Unavailable("no room")):
+        ticket = cluster.enter("a" if error else "b")
+        waiting = asyncio.create_task(ticket.wait(1))
+        await settle()
+        waiting.cancel()  # it is still in the queue when the load ends
+        cluster.load_ends("p0", ticket.demand.digest, error)
+        await asyncio.gather(waiting, return_exceptions=True)
+        await settle()
+        assert cluster.admission.waiting == 0
+        assert cluster.untouched
+        assert not cluster.admission._pump_due
+
+
+async def test_another_worker_is_asked_when_the_loading_one_is_lost() -> None:
+    cluster = Cluster({"p0": "", "p1": ""})
+    tickets = [cluster.enter("a") for _ in range(3)]
+    [(lost, _)] = cluster.asked
+    cluster.up.remove(lost)
+    cluster.beat()
+    cluster.load_ends(lost, "a", lost=True)
+    await settle()
+    assert served(*tickets) == [False] * 3
+    (other,) = cluster.up
+    assert cluster.asked == [(lost, "a"), (other, "a")]
+    cluster.load_ends(other, "a")
+    await settle()
+    assert served(*tickets) == [True] * 3
+    assert {(await ticket.wait(1)).prefill.id for ticket in tickets} == {other}
+
+
+async def test_the_only_worker_is_asked_again_when_it_is_back() -> None:
+    cluster = Cluster({"p0": ""})
+    ticket = cluster.enter("a")
+    cluster.up.clear()
+    cluster.beat()
+    cluster.load_ends("p0", "a", lost=True)
+    await settle()
+    cluster.up.add("p0")
+    cluster.beat()
+    await settle()
+    assert cluster.asked == [("p0", "a")] * 2
+    cluster.load_ends("p0", "a")
+    await settle()
+    assert served(ticket) == [True]
+
+
+async def test_a_failed_copy_is_nobodys_error_while_another_worker_has_the_adapter() -> None:
+    """The holder is much busier, but it is there; and the worker that refused isn't asked over and over."""
+    cluster = Cluster({"p0": "a", "p1": ""}, prefills=8)
+    running = [await cluster.enter("a").wait(1) for _ in range(5)]
+    waiting = [cluster.enter("a") for _ in range(2)]
+    assert cluster.asked == [("p1", "a")]
+    cluster.load_ends("p1", "a", SourceNotFound("nothing there any more"))
+    await settle()
+    assert served(*waiting) == [True] * 2
+    assert {(await ticket.wait(1)).prefill.id for ticket in waiting} == {"p0"}
+    running += [await cluster.enter("a").wait(1)]
+    late = cluster.enter("a")
+    assert served(late) == [False]  # it is full
+    running[0].release()
+    await settle()
+    assert served(late) == [True]
+    assert cluster.asked == [("p1", "a")]
+
+
+async def test_a_failed_copy_is_the_error_of_one_whom_the_holder_has_failed() -> None:
+    cluster = Cluster({"p0": "a", "p1": ""}, prefills=1)
+    running = await cluster.enter("a").wait(1)
+    again = cluster.enter("a", started=True, avoid=frozenset({"p0"}))
+    other = cluster.enter("a")
+    assert cluster.asked == [("p1", "a")]
+    cluster.load_ends("p1", "a", Unavailable("no room"))
+    with pytest.raises(Unavailable, match="no room"):
+        await again.wait(1)
+    await settle()
+    running.release()
+    await settle()
+    assert served(other) == [True]
+    assert cluster.asked == [("p1", "a")]
+
+
+async def test_a_resident_adapter_isnt_held_up_by_its_copys_load() -> None:
+    cluster = Cluster({"p0": "a", "p1": ""}, prefills=8)
+    running = [await cluster.enter("a").wait(1) for _ in range(5)]
+    waiting = cluster.enter("a")
+    assert cluster.asked == [("p1", "a")]
+    assert served(waiting) == [False]
+    running[0].release()
+    await settle()
+    assert served(waiting) == [True]
+    assert cluster.loading == [("p1", "a")]
+
+
+async def test_an_adapter_that_is_evicted_at_once_or_never_listed_is_served() -> None:
+    """The load's end counts as presence for a few heartbeats: no endless asking."""
+    cluster = Cluster({"p0": ""})
+    for _ in range(3):
+        ticket = cluster.enter("a")
+        cluster.load_ends("p0", "a")
+        cluster.held["p0"].clear()
+        cluster.beat()
+        await settle()
+        (await ticket.wait(1)).release()
+        for _ in range(4):
+            cluster.beat()
+        await settle()
+    assert cluster.asked == [("p0", "a")] * 3
+
+
+async def test_waiting_adapters_get_slots_in_the_order_in_which_they_came() -> None:
+    cluster = Cluster({"p0": "abcdefgh"}, slots=2)
+    running = {digest: await cluster.enter(digest).wait(1) for digest in "ab"}
+    waiting = {digest: cluster.enter(digest) for digest in "hcgdfe"}
+    await settle()
+    order = list("hcgdfe")
+    for i, digest in enumerate(["a", "b", "h", "c", "g", "d"]):
+        lease = running.pop(digest)
+        lease.prompt_ended()  # not the prefill: its KV is still on its way
+        newcomer = cluster.enter("a")  # just as the slot has become free
+        newcomer.cancel()
+        await settle()
+        assert served(*(waiting[each] for each in order)) == [True] * (i + 1) + [False] * (5 - i)
+        running[order[i]] = await waiting[order[i]].wait(1)
+    assert cluster.asked == []
+
+
+async def test_base_requests_need_no_slot_and_an_adapters_requests_share_one() -> None:
+    cluster = Cluster({"p0": "ab"}, slots=1)
+    tickets = [cluster.enter(digest) for digest in ("a", "", "b", "a", "", "b")]
+    assert served(*tickets) == [True, True, False, True, True, False]
+    (await tickets[0].wait(1)).release()
+    await settle()
+    assert served(tickets[2]) == [False]
+    (await tickets[3].wait(1)).prompt_ended()
+    await settle()
+    assert served(*tickets) == [True] * 6
+
+
+async def test_busy_adapters_dont_starve_one_that_waits_for_their_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`a` always has a prompt in the only slot of p0. After SLOT_PATIENCE it gets no more, and only there."""
+    monkeypatch.setattr(admission_module, "SLOT_PATIENCE", 0.1)
+    cluster = Cluster({"p0": "ab", "p1": "c"}, slots=1)
+    loop = asyncio.get_running_loop()
+    running = [await cluster.enter("a").wait(1)]
+    begun, waiting = loop.time(), cluster.enter("b")
+    late: list[Ticket] = []
+    while not waiting.outcome.done():
+        assert loop.time() - begun < 1.0
+        newcomer = cluster.enter("a")
+        if newcomer.outcome.done():
+            running.append(await newcomer.wait(1))
+        else:
+            late.append(newcomer)
+        base, other = cluster.enter(""), cluster.enter("c")
+        assert served(base, other) == [True, True]
+        (await other.wait(1)).release()
+        await asyncio.sleep(0.01)
+        if running:
+            running.pop(0).release()
+        await settle()
+    assert loop.time() - begun >= 0.1
+    assert late
+    assert not any(served(*late))
+    (await waiting.wait(1)).release()
+    await settle()
+    assert all(served(*late))
+
+
+@pytest.mark.parametrize("end", ["cancelled", "refused", "no workers"])
+async def test_slots_that_were_kept_are_free_again(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However the request ends for which they were kept; without waiting for the next heartbeat."""
+    cluster = Cluster({"p0": "ab"}, slots=1)
+    running = await cluster.enter("a").wait(1)
+    old = cluster.enter("b", age=99.0)
+    cluster.admission.wake()
+    await settle()
+    assert cluster.ledger.slots_kept("p0")
+    if end == "cancelled":
+        old.cancel()
+    elif end == "refused":
+        cluster.held["p0"].remove("b")
+        cluster.admission._roster = Roster(cluster.admission.roster.prefill, cluster.admission.roster.decode, {})
+        cluster.load_ends("p0", "b", Unavailable("no room"))
+        with pytest.raises(Unavailable):
+            await old.wait(1)
+        cluster.beat()
+    else:
+        monkeypatch.setattr(cluster.admission, "_restart_grace", -1.0)
+        cluster.admission.update(Roster((), {}, {}))
+        with pytest.raises(Unavailable):
+            await old.wait(1)
+        cluster.beat()
+    assert served(cluster.enter("a")) == [True]
+    running.release()
+
+
+async def test_a_cold_adapter_keeps_no_slots_while_it_loads() -> None:
+    cluster = Cluster({"p0": "a"}, slots=1)
+    running = [await cluster.enter("a").wait(1)]
+    cold = cluster.enter("b", age=99.0)
+    for _ in range(3):
+        cluster.admission.wake()
+        await settle()
+        running.append(await cluster.enter("a").wait(1))
+    cluster.load_ends("p0", "b")
+    await settle()
+    assert served(late := cluster.enter("a"), cold) == [False, False]  # now they are kept
+    for lease in running:
+        lease.release()
+    await settle()
+    assert served(late, cold) == [False, True]
+
+
+async def test_waiting_for_one_workers_slots_doesnt_hold_up_anothers() -> None:
+    cluster = Cluster({"p0": "ab", "p1": "cd"}, slots=1)
+    await cluster.enter("a").wait(1)
+    running = await cluster.enter("c").wait(1)
+    cluster.enter("b", age=99.0)
+    waiting = cluster.enter("d")
+    running.release()
+    await settle()
+    assert served(waiting) == [True]
+
+
+async def test_all_who_wait_for_the_same_slots_cost_one_look() -> None:
+    digests = [chr(0x4E00 + i) for i in range(1000)]
+    cluster = Cluster({"p0": "xy" + "".join(digests)}, slots=1, max_queue=2000)
+    running = await cluster.enter("x").wait(1)
+    waiting = [cluster.enter(digest) for digest in digests]
+    cluster.admission.wake()
+    await settle()
+    choices = 0
+    place = cluster.admission._policy.place
+
+    class Counting:
+        def place(self, *arguments: object) -> object:
+            nonlocal choices
+            choices += 1
+            return place(*arguments)  # type: ignore[arg-type]
+
+    cluster.admission._policy = Counting()  # type: ignore[assignment]
+    running.release()
+    await settle()
+    assert served(*waiting[:2]) == [True, False]
+    assert choices == 2
+
+
+async def test_refusing_all_reaches_all_though_one_has_just_left() -> None:
+    cluster = Cluster({"p0": ""})
+    tickets = [cluster.enter("a") for _ in range(3)]
+    tasks = [asyncio.create_task(ticket.wait(1)) for ticket in tickets]
+    await settle()
+    tasks[0].cancel()
+    tickets[0].outcome.cancel()
+    cluster.admission.close()
+    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [asyncio.CancelledError, Unavailable, Unavailable]
+
+
+class Storm:
+    """Random requests, loads that end in all ways, workers that come and go, adapters that are evicted."""
+
+    def __init__(self, seed: int) -> None:
+        self.draw = draw = random.Random(seed)
+        self.slots = draw.randint(0, 2)
+        self.cluster = Cluster(
+            {f"p{i}": "" for i in range(draw.randint(1, 3))},
+            self.slots,
+            prefills=draw.randint(1, 8),
+            max_queue=draw.randint(5, 40),
+            decode_blocks=draw.choice([8, 1000]),
+        )
+        self.waiting: dict[str, list[Ticket]] = {}  # by digest, in the order of entering
+        self.leases: list[Lease] = []
+        self.refused: set[str] = set()  # digests
+        self.ends = {"served": 0, "failed": 0, "left": 0, "turned away": 0}
+
+    def step(self) -> None:
+        draw, cluster = self.draw, self.cluster
+        match draw.choice("eeeeeeppprrlllfxcbbk"):
+            case "e" if cluster.up:
+                try:
+                    ticket = cluster.enter(draw.choice(["", *"aabcdef"]), draw.randint(1, 3), draw.choice([0, 0, 1]))
+                    self.waiting.setdefault(ticket.demand.digest, []).append(ticket)
+                except QueueFull:
+                    self.ends["turned away"] += 1
+            case "p" if self.leases:
+                draw.choice(self.leases).prompt_ended()
+            case "r" if self.leases:
+                self.leases.pop(draw.randrange(len(self.leases))).release()
+            case "l" if cluster.loading:
+                cluster.load_ends(*draw.choice(cluster.loading))
+            case "f" if cluster.loading:
+                worker, digest = draw.choice(cluster.loading)
+                self.refused.add(digest)
+                cluster.load_ends(worker, digest, Unavailable("no room"))
+            case "x" if cluster.held:  # evicted
+                held = cluster.held[draw.choice(sorted(cluster.held))]
+                held -= set(draw.sample(sorted(held), len(held) // 2))
+            case "c" if any(self.waiting.values()):
+                queue = draw.choice([queue for queue in self.waiting.values() if queue])
+                queue.pop(draw.randrange(len(queue))).cancel()
+                self.ends["left"] += 1
+            case "b":
+                cluster.beat()
+            case "k":
+                name = draw.choice(sorted(cluster.held))
+                if name in cluster.up:
+                    cluster.up.remove(name)
+                    cluster.held[name].clear()
+                    cluster.beat()
+                    for worker, digest in cluster.loading:
+                        if worker == name:
+                            cluster.load_ends(worker, digest, lost=True)
+                else:
+                    cluster.up.add(name)
+                    cluster.beat()
+
+    def check(self) -> None:
+        for digest, queue in self.waiting.items():
+            done = [ticket for ticket in queue if ticket.outcome.done()]
+            whole = [ticket.outcome for ticket in queue if not (ticket in done and ticket.outcome.exception())]
+            assert [outcome.done() for outcome in whole] == sorted((each.done() for each in whole), reverse=True)
+            for ticket in done:
+                queue.remove(ticket)
+                if ticket.outcome.exception() is not None:
+                    assert digest in self.refused
+                    self.ends["failed"] += 1
+                    continue
+                lease = ticket.outcome.result()
+                self.leases.append(lease)
+                self.ends["served"] += 1
+        cluster = self.cluster
+        assert cluster.admission.waiting == sum(map(len, self.waiting.values()))
+        for worker in cluster.held:
+            assert not self.slots or cluster.ledger.distinct_adapters(worker) <= self.slots
+
+    async def run(self) -> None:
+        for _ in range(300):
+            self.step()
+            if self.draw.random() < 0.7:
+                await settle()
+                self.check()
+        self.cluster.up = set(self.cluster.held)
+        self.cluster.beat()
+        for _ in range(2000):  # no new ones: all that wait must be served, without heartbeats
+            await settle()
+            self.check()
+            if self.leases:
+                self.leases.pop(0).release()
+            elif self.cluster.loading:
+                self.cluster.load_ends(*self.cluster.loading[0])
+            elif not self.cluster.admission.waiting:
+                break
+            else:
+                raise AssertionError("requests wait for nothing")
+        assert not any(self.waiting.values())
+        assert self.cluster.untouched
+        assert self.cluster.admission._queues == {}
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=60, deadline=None)
+def test_storms(seed: int) -> None:
+    """Each request is served once, fails with its own adapter's error, or leaves; in its adapter's order."""
+
+    async def storm() -> None:
+        await Storm(seed).run()
+
+    with asyncio.Runner() as runner:
+        runner.run(storm())

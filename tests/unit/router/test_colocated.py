@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 
 import pytest
 
-from preft.core.errors import EngineFailed, WorkerLost
+from preft.core.errors import EngineFailed, InvalidAdapter, WorkerLost
 from support.fake_workers import FakeDecode, Fault, a_request, foretold
 from support.router_harness import Harness, running
 
@@ -92,3 +93,63 @@ async def test_a_choice_that_is_stopped_ends_alone(colocated: Colocated) -> None
             else:
                 tokens += delta.token_ids
     assert tokens == foretold(request)[1]
+
+
+async def test_a_cold_adapter_delays_nobody_else(colocated: Colocated) -> None:
+    for worker in colocated.workers:
+        worker.load_seconds = 1.0
+    cold = [asyncio.create_task(colocated.collect(a_request(adapter="new", n=2))) for _ in range(3)]
+    await colocated.seen(lambda: any(worker.prefetched for worker in colocated.workers))
+    assert colocated.router._ledger.idle
+    started = time.monotonic()
+    for _ in range(10):
+        await colocated.collect(a_request(adapter=None))
+    assert time.monotonic() - started < 0.9
+    assert not any(task.done() for task in cold)
+    assert await asyncio.gather(*cold) == [foretold(a_request(adapter="new", n=2))] * 3
+    assert [digest for worker in colocated.workers for digest in worker.prefetched] == ["new-digest"]
+    assert [digest for worker in colocated.workers for digest in worker.cold] == []
+
+
+async def test_a_refused_load_is_the_answer(colocated: Colocated) -> None:
+    for worker in colocated.workers:
+        worker.load_faults = [Fault(InvalidAdapter("broken"))]
+    with pytest.raises(InvalidAdapter, match="broken"):
+        await colocated.collect(a_request())
+    assert await colocated.collect(a_request()) == foretold(a_request())
+
+
+@pytest.mark.parametrize("n", [1, 3])
+async def test_slots_are_for_prompts(colocated: Colocated, n: int) -> None:
+    """Never more adapters at once; free from the last choice's first token on, while all are still decoded."""
+    for worker in colocated.workers:
+        worker.adapter_slots, worker.prompt_seconds, worker.delay = 1, 0.01, 0.005
+    await colocated.seen(lambda: all(w.adapter_slots == 1 for w in colocated.router.snapshot.workers.values()))
+    requests = [a_request(8, n=n, adapter=f"a{i % 5}") for i in range(20)] + [a_request(adapter=None)] * 3
+    results = await asyncio.gather(*(colocated.collect(request) for request in requests))
+    assert results == [foretold(request) for request in requests]
+    assert [worker.most_adapters for worker in colocated.workers] == [1, 1]
+
+    for worker in colocated.workers:
+        worker.delay = 0.02
+    async with colocated.router.generate(a_request(10_000)) as long:
+        await anext(aiter(long))
+        for i in range(5):
+            assert await colocated.collect(a_request(2, adapter=f"a{i}")) == foretold(a_request(2, adapter=f"a{i}"))
+
+
+async def test_each_choice_computes_its_prompt_in_the_slot(colocated: Colocated) -> None:
+    """One choice's first token isn't the others': only with the last is the slot free."""
+    for worker in colocated.workers:
+        worker.adapter_slots = 1
+        worker.choice_faults = {1: [Fault(seconds=0.3)]}
+    await colocated.seen(lambda: all(w.adapter_slots == 1 for w in colocated.router.snapshot.workers.values()))
+    ledger = colocated.router._ledger
+    async with colocated.router.generate(a_request(4, n=2)) as generation:
+        stream = aiter(generation)
+        assert (await anext(stream)).index == 0
+        assert sum(ledger.distinct_adapters(worker.id) for worker in colocated.workers) == 1
+        async for delta in stream:
+            if delta.index == 1:
+                break
+        assert sum(ledger.distinct_adapters(worker.id) for worker in colocated.workers) == 0

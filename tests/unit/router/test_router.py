@@ -13,18 +13,24 @@ from typing import Any
 
 import pytest
 
-from preft.core.cluster import WorkerState
+from preft.core.cluster import Tier, WorkerState
 from preft.core.errors import (
     DeadlineExceeded,
     EngineFailed,
+    InvalidAdapter,
     InvalidRequest,
     ModelNotFound,
     PreftError,
     QueueFull,
+    SourceNotFound,
     TransferFailed,
     Unavailable,
     WorkerLost,
 )
+from preft.core.request import AdapterRef
+from preft.router import admission as admission_module
+from preft.router import router as router_module
+from preft.router.ledger import HEARTBEATS
 from preft.router.router import Router
 from support.fake_workers import EOS, FakeDecode, Fault, a_request, foretold
 from support.router_harness import FAST, Harness, running
@@ -388,13 +394,237 @@ async def test_leaving_the_queue(harness: Harness) -> None:
             await reading
 
 
+# Adapters that come in
+
+
+def a_prefetched(harness: Harness) -> list[str]:
+    workers = [worker for worker in harness.cluster.members.values() if worker.prefetched]
+    return [digest for worker in workers for digest in worker.prefetched]
+
+
+def watch_slots(harness: Harness) -> dict[str, int]:
+    """The most adapters that prompts have used at once, per worker, from now on."""
+    ledger, most = harness.router._ledger, dict[str, int]()
+    add = ledger.add_prefill
+
+    def added(worker_id: str, digest: str) -> None:
+        add(worker_id, digest)
+        most[worker_id] = max(most.get(worker_id, 0), ledger.distinct_adapters(worker_id))
+
+    ledger.add_prefill = added  # type: ignore[method-assign]
+    return most
+
+
+async def test_a_load_delays_nobody_else() -> None:
+    """One prefill place, one slot, decode room for one: the cold adapter's requests hold none of them."""
+    async with running(Harness(), max_inflight_prefills=1) as harness:
+        harness.p.adapter_slots, harness.p.load_seconds = 1, 1.0
+        harness.d.kv_blocks_total = 6
+        await harness.seen(lambda: harness.router.snapshot.workers["d0"].load.kv_blocks_total == 6)
+        await harness.seen(lambda: harness.router.snapshot.workers["p0"].adapter_slots == 1)
+        cold = [asyncio.create_task(harness.collect(a_request(n=1, adapter="new"))) for _ in range(4)]
+        await harness.seen(lambda: harness.p.prefetched)
+        assert harness.router._ledger.idle
+        started = time.monotonic()
+        for adapter in ("ada", None, "bob", "ada") * 3:
+            await harness.collect(a_request(adapter=adapter))
+        assert time.monotonic() - started < 0.9
+        assert not any(task.done() for task in cold)
+        assert await asyncio.gather(*cold) == [foretold(a_request(adapter="new"))] * 4
+        assert harness.p.prefetched == ["new-digest"]
+        assert harness.p.cold == []
+
+
+async def test_one_load_however_many_wait(harness: Harness) -> None:
+    p1, _ = await harness.second()
+    harness.p.load_seconds = p1.load_seconds = 0.2
+    requests = [a_request(adapter=f"new{i % 3}", n=1 + i % 3, prompt=range(i + 1)) for i in range(30)]
+    results = await asyncio.gather(*(harness.collect(request) for request in requests))
+    assert results == [foretold(request) for request in requests]
+    for worker in (harness.p, p1):
+        assert len(worker.prefetched) == len(set(worker.prefetched))
+        assert worker.cold == []
+    assert set(a_prefetched(harness)) == {f"new{i}-digest" for i in range(3)}
+
+
+@pytest.mark.parametrize("error", [InvalidAdapter("broken"), SourceNotFound("nothing there"), Unavailable("no room")])
+async def test_a_refused_load_is_the_answer(harness: Harness, error: PreftError) -> None:
+    harness.p.load_seconds = 0.2
+    harness.p.load_faults = [None, Fault(error)]
+    other = asyncio.create_task(harness.collect(a_request(adapter="other")))
+    await harness.seen(lambda: harness.p.prefetched)
+    cold = [asyncio.create_task(harness.collect(a_request(adapter="new"))) for _ in range(3)]
+    for task in cold:
+        with pytest.raises(type(error), match=str(error)):
+            await task
+    assert not other.done()
+    assert await other == foretold(a_request(adapter="other"))
+    assert harness.p.calls == 1
+    assert await harness.collect(a_request(adapter="new")) == foretold(a_request(adapter="new"))
+    assert sorted(harness.p.prefetched) == ["new-digest", "new-digest", "other-digest"]
+
+
+async def test_a_worker_is_lost_while_it_loads(harness: Harness) -> None:
+    p1, _ = await harness.second()
+    harness.p.load_faults, p1.load_faults = [Fault()], [Fault()]
+    cold = [asyncio.create_task(harness.collect(a_request(adapter="new", n=2))) for _ in range(5)]
+    await harness.seen(lambda: harness.p.prefetched or p1.prefetched)
+    lost, other = (harness.p, p1) if harness.p.prefetched else (p1, harness.p)
+    other.load_faults = []
+    await lost.die()
+    assert await asyncio.gather(*cold) == [foretold(a_request(adapter="new", n=2))] * 5
+    assert (lost.prefetched, other.prefetched) == (["new-digest"], ["new-digest"])
+    assert harness.router.stats().retries == 0
+
+
+async def test_the_only_worker_restarts_while_it_loads(harness: Harness) -> None:
+    harness.p.load_faults = [Fault()]
+    cold = asyncio.create_task(harness.collect(a_request(adapter="new")))
+    await harness.seen(lambda: harness.p.prefetched)
+    await harness.p.die()
+    await asyncio.sleep(0.05)
+    await harness.p.start()
+    harness.p.silent_since = None
+    assert await cold == foretold(a_request(adapter="new"))
+    assert harness.p.prefetched == ["new-digest"] * 2
+
+
+async def test_a_restarted_worker_is_asked_again(harness: Harness) -> None:
+    for _ in range(2):
+        await harness.collect(a_request(adapter="new"))
+    assert harness.p.prefetched == ["new-digest"]
+    await harness.p.die()
+    await harness.p.start()
+    harness.p.silent_since = None
+    beat = harness.p.record().heartbeat
+    for _ in range(HEARTBEATS + 1):  # the router's own word is forgotten
+        await harness.seen(lambda: harness.router.snapshot.workers["p0"].heartbeat > beat)  # noqa: B023
+        beat = harness.router.snapshot.workers["p0"].heartbeat
+    assert await harness.collect(a_request(adapter="new")) == foretold(a_request(adapter="new"))
+    assert harness.p.prefetched == ["new-digest"] * 2
+    assert harness.p.cold == []
+
+
+async def test_a_heartbeat_that_never_names_the_adapter_stops_nobody(harness: Harness) -> None:
+    harness.p.lists_adapters = False
+    await harness.seen(lambda: not harness.router.snapshot.workers["p0"].load.adapters)
+    for _ in range(3):
+        for _ in range(3):
+            assert await harness.collect(a_request(adapter="new")) == foretold(a_request(adapter="new"))
+        await asyncio.sleep(0.2)
+    assert 1 <= len(harness.p.prefetched) <= 9
+
+
+async def test_leaving_while_the_adapter_comes(harness: Harness) -> None:
+    """By cancellation, by a deadline, by stopping: the load goes on, and the next request finds the adapter."""
+    harness.p.load_seconds = 0.4
+    task = asyncio.create_task(harness.collect(a_request(adapter="new")))
+    with pytest.raises(DeadlineExceeded, match="while it waited"):
+        await harness.collect(a_request(adapter="new", deadline=time.time() + 0.05))
+    task.cancel()
+    async with harness.router.generate(a_request(adapter="new")) as waiting:
+        asyncio.get_running_loop().call_later(0.05, waiting.stop, 0)
+        assert [delta async for delta in waiting] == []
+    await asyncio.gather(task, return_exceptions=True)
+    assert harness.router.stats().waiting == 0
+    await harness.clean()
+    await harness.seen(lambda: "new-digest" in harness.p.adapters)
+    assert await harness.collect(a_request(adapter="new")) == foretold(a_request(adapter="new"))
+    assert harness.p.prefetched == ["new-digest"]
+
+
+async def test_closing_ends_loads_and_who_waits_for_them() -> None:
+    harness = Harness()
+    await harness.start(FAST)
+    harness.p.load_faults = [Fault()]
+    cold = asyncio.create_task(harness.collect(a_request(adapter="new")))
+    await harness.seen(lambda: harness.p.prefetched)
+    await asyncio.wait_for(harness.router.close(), 5)
+    with pytest.raises(Unavailable, match="shutting down"):
+        await cold
+    await harness.cluster.stop()
+
+
+async def test_a_slot_is_free_before_the_kv_is_sent(harness: Harness) -> None:
+    harness.p.adapter_slots = 1
+    await harness.seen(lambda: harness.router.snapshot.workers["p0"].adapter_slots == 1)
+    harness.p.push_faults = [Fault()]
+    async with harness.router.generate(a_request(adapter="ada")) as first, asyncio.timeout(10):
+        await anext(aiter(first))  # its KV never comes
+        assert await harness.collect(a_request(adapter="bob")) == foretold(a_request(adapter="bob"))
+
+
+async def test_a_workers_slots_are_never_overrun(harness: Harness) -> None:
+    p1, _ = await harness.second()
+    for worker in (harness.p, p1):
+        worker.adapter_slots, worker.delay, worker.linger = 2, 0.02, 0.02
+    await harness.seen(lambda: all(harness.router.snapshot.workers[w.id].adapter_slots == 2 for w in (harness.p, p1)))
+    requests = [a_request(2 + i % 3, n=1 + i % 2, prompt=range(i + 1), adapter=f"a{i * 7 % 9}") for i in range(90)]
+    requests += [a_request(adapter=None) for _ in range(10)]
+    results = await asyncio.gather(*(harness.collect(request) for request in requests))
+    assert results == [foretold(request) for request in requests]
+    assert harness.p.most_adapters == p1.most_adapters == 2
+    assert harness.p.cold == p1.cold == []
+
+
+async def test_a_new_adapter_isnt_starved_by_a_busy_one(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admission_module, "SLOT_PATIENCE", 0.2)
+    harness.p.adapter_slots, harness.p.delay = 1, 0.05
+    await harness.seen(lambda: harness.router.snapshot.workers["p0"].adapter_slots == 1)
+    over = False
+
+    async def busy(first: float) -> None:
+        await asyncio.sleep(first)
+        while not over:
+            await harness.collect(a_request(max_tokens=2))
+
+    senders = [asyncio.create_task(busy(i * 0.013)) for i in range(8)]
+    await harness.seen(lambda: harness.p.calls >= 8)
+    started = time.monotonic()
+    await harness.collect(a_request(adapter="bob"))
+    assert time.monotonic() - started < 1.0
+    over = True
+    await asyncio.gather(*senders)
+
+
+async def test_a_busy_holder_is_joined_by_another(harness: Harness) -> None:
+    p1, _ = await harness.second()
+    harness.p.adapters = ("ada-digest",)
+    await harness.seen(lambda: harness.router.snapshot.workers["p0"].load.adapters == ("ada-digest",))
+    harness.p.delay = p1.delay = 0.1
+    await asyncio.gather(*(harness.collect(a_request()) for _ in range(20)))
+    assert (harness.p.prefetched, p1.prefetched) == ([], ["ada-digest"])
+    assert p1.calls > 4
+    assert p1.cold == []
+
+
+async def test_where_an_adapter_is(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every ready worker that runs adapters, and in time."""
+    monkeypatch.setattr(router_module, "WHERE_SECONDS", 0.3)
+    await harness.second()
+    await harness.cluster.add_colocated("c0", adapters=("ada-digest",))
+    late, broken = [await harness.cluster.add_prefill(name) for name in ("late", "broken")]
+    await harness.cluster.add_prefill("draining", state=WorkerState.DRAINING)
+    late.where_seconds = 60.0
+    await harness.seen(lambda: len(harness.router.snapshot.workers) == 8)
+    await broken.server.stop(None)  # it still sends heartbeats
+    started = time.monotonic()
+    places = await harness.router.places(AdapterRef("ada", "ada-digest", "/adapters/ada"))
+    assert time.monotonic() - started < 2.0
+    assert {place.worker_id: place.tier for place in places} == {
+        "p0": Tier.HOST, "p1": Tier.SOURCE, "c0": Tier.HOST
+    }  # fmt: skip
+    assert all(place.last_used == 5.0 for place in places)
+
+
 # All of it at once
 
 
 @pytest.mark.parametrize("seed", range(3))
 async def test_a_storm(seed: int) -> None:
-    """Two hundred requests on three pairs, with failures of every kind, workers that die and come back, callers that
-    leave: whatever is finished is exact, whatever fails fails with an error of ours, and nothing is left behind."""
+    """Two hundred requests on three pairs, with failures of every kind, workers that die and come back without their
+    adapters, adapters that must be loaded and can't always, few slots, callers that leave: whatever is finished is
+    exact, whatever fails fails with an error of ours, and nothing is left behind."""
     draw = random.Random(seed)
     errors = (EngineFailed("engine"), TransferFailed("evicted"), Unavailable("busy"), WorkerLost("peer"))
     outcomes: Counter[str] = Counter()
@@ -413,11 +643,17 @@ async def test_a_storm(seed: int) -> None:
         for prefill, decode in pairs:
             prefill.faults, prefill.push_faults, decode.faults = (some_faults(0.1, n) for n in (1, 1, 6))
             prefill.delay, decode.delay = 0.005, 0.002
+            prefill.load_faults = [Fault(InvalidAdapter("broken")) if draw.random() < 0.02 else None for _ in range(99)]
+            prefill.load_seconds, prefill.adapter_slots = 0.03, 2
+        await harness.seen(
+            lambda: [worker.adapter_slots for worker in harness.router.snapshot.workers.values()].count(2) == 3
+        )
+        most = watch_slots(harness)
 
         async def one(number: int) -> None:
             await asyncio.sleep(draw.random())
             request = a_request(draw.randint(1, 20), n=draw.randint(1, 3), prompt=range(draw.randint(1, 70)),
-                                adapter=draw.choice(["ada", "bob", None]))  # fmt: skip
+                                adapter=draw.choice(["ada", "bob", "cyd", "dan", "eve", None]))  # fmt: skip
             task = asyncio.create_task(harness.collect(request))
             if number % 4 == 0:
                 asyncio.get_running_loop().call_later(draw.random() * 0.3, task.cancel)
@@ -438,8 +674,11 @@ async def test_a_storm(seed: int) -> None:
                 victim.silent_since = None
 
         await asyncio.gather(kill_and_restart(), *(one(number) for number in range(200)))
+        assert sum(outcomes.values()) == 200
         assert outcomes["finished"] >= 120
-        assert outcomes["failed"] <= 10
+        assert outcomes["failed"] <= 25
+        assert sum(len(prefill.prefetched) for prefill, _ in pairs) >= 5
+        assert max(most.values()) == 2
         assert harness.router.stats().retries >= 5
         assert harness.router.stats().resumes >= 5
 

@@ -113,6 +113,31 @@ async def test_evicts_the_least_recently_used(arena: StagingArena) -> None:
     arena.view(c)
 
 
+async def test_what_is_kept_stays_until_it_is_marked_again_or_released(arena: StagingArena) -> None:
+    a, b, c, d = [await arena.reserve(1000, timeout=1) for _ in range(4)]
+    evicted: list[str] = []
+    arena.mark_evictable(a, lambda: evicted.append("a"))
+    arena.mark_evictable(b, lambda: evicted.append("b"))
+    arena.keep(a)
+    arena.keep(a)
+    arena.keep(c)  # was never evictable
+    assert (await arena.reserve(1000, timeout=0.01)).offset == b.offset
+    with pytest.raises(TransferFailed):
+        await arena.reserve(1000, timeout=0.01)
+    assert evicted == ["b"]
+    waiting = asyncio.create_task(arena.reserve(1000, timeout=5))
+    await asyncio.sleep(0)
+    arena.mark_evictable(a, lambda: evicted.append("a, later"))
+    assert (await waiting).offset == a.offset
+    assert evicted == ["b", "a, later"]
+    arena.keep(a)  # gone already
+    with pytest.raises(StaleRegion):
+        arena.view(a)
+    arena.keep(d)
+    arena.release(d)
+    assert (await arena.reserve(1000, timeout=0.01)).offset == d.offset
+
+
 async def test_evicts_nothing_in_vain_and_nothing_outside_the_hole(arena: StagingArena) -> None:
     a, b, c, d = [await arena.reserve(1000, timeout=1) for _ in range(4)]
     evicted: list[str] = []
@@ -207,7 +232,9 @@ async def test_closing_refuses_waiters_and_newcomers() -> None:
         StagingView(arena.path)
 
 
-STEP = st.tuples(st.sampled_from(["reserve", "release", "cancel", "evictable", "hold", "unhold"]), st.integers(1, 900))
+STEP = st.tuples(
+    st.sampled_from(["reserve", "release", "cancel", "evictable", "keep", "hold", "unhold"]), st.integers(1, 900)
+)
 
 
 @settings(deadline=None, max_examples=150)
@@ -220,6 +247,11 @@ def test_regions_never_overlap_are_served_in_order_and_all_come_back(steps: list
         order: list[int] = []
         held: list[tuple[contextlib.ExitStack, memoryview, bytes]] = []
         tasks: dict[int, asyncio.Task[None]] = {}
+        kept: set[Region] = set()
+
+        def evict(region: Region) -> None:
+            assert region not in kept
+            live.pop(region, None)
 
         async def reserve(number: int, size: int) -> None:
             region = await arena.reserve(size, timeout=60)
@@ -240,7 +272,11 @@ def test_regions_never_overlap_are_served_in_order_and_all_come_back(steps: list
                 del live[chosen]
                 arena.release(chosen)
             elif chosen is not None and action == "evictable":
-                arena.mark_evictable(chosen, lambda chosen=chosen: live.pop(chosen, None))
+                kept.discard(chosen)
+                arena.mark_evictable(chosen, lambda chosen=chosen: evict(chosen))
+            elif chosen is not None and action == "keep":
+                kept.add(chosen)
+                arena.keep(chosen)
             elif chosen is not None and action == "hold":
                 stack = contextlib.ExitStack()
                 payload = stack.enter_context(view.hold(chosen.offset, chosen.size, chosen.nonce))

@@ -110,9 +110,12 @@ class DiskTier:
         try:
             yield copy
         finally:
-            with self._locked():
-                self._catch_up()
-                self._note(copy.close())
+            try:
+                with self._locked():
+                    self._catch_up()
+                    self._note(copy.remove())
+            finally:
+                copy.close()
 
     def grow(self, copy: _Unfinished) -> None:
         """Reserves more for a copy under way, but no more than it may have."""
@@ -276,13 +279,16 @@ class _Unfinished:
             os.chmod(self.path / name, 0o444)
         return digest.hexdigest()
 
-    def close(self) -> int:
+    def remove(self) -> int:
         """Removes what isn't finished; returns how many bytes more are reserved then: none, or fewer."""
-        os.close(self._lock)
         if not self.path.name.startswith(UNFINISHED):
             return 0
         shutil.rmtree(self.path, ignore_errors=True)
         return -self.reserved
+
+    def close(self) -> None:
+        """From now on it is left behind, if it is still there."""
+        os.close(self._lock)
 
 
 def _left_behind(folder: Path) -> bool:

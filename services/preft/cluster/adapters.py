@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
+import time
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from preft.adapters.base_model import read_base_model
 from preft.adapters.catalog import PINNED_SHARE, Catalog, CatalogLimits, CatalogView
@@ -17,6 +20,9 @@ from preft.core.ports import StateStore
 from preft.core.request import AdapterRef
 from preft.core.settings import Settings
 from preft.state import open_store
+
+PARTIAL_UPLOADS = (".unfinished-", "upload-")  # how what isn't an adapter's source yet is named
+ABANDONED_SECONDS = 24 * 3600.0
 
 
 @asynccontextmanager
@@ -36,6 +42,7 @@ async def open_catalog(settings: Settings) -> AsyncIterator[Catalog]:
             own.source_timeout,
         )
         uploads = settings.state_dir / "uploads"
+        await asyncio.to_thread(_sweep, uploads)
         base = read_base_model(settings.model)
         catalog = Catalog(store, open_disk_tier(settings), uploads, base, settings.model_name, limits)
         await catalog.refresh()
@@ -90,6 +97,16 @@ def _catalog_store(settings: Settings) -> StateStore:
     folder = settings.state_dir / "models" / model_identity(settings.model)[:16]
     folder.mkdir(parents=True, exist_ok=True)
     return open_store(folder / "catalog.sqlite")
+
+
+def _sweep(uploads: Path) -> None:
+    """Removes what processes that were killed in the middle of an upload have left."""
+    for left in uploads.glob("*-*") if uploads.is_dir() else ():
+        if left.name.startswith(PARTIAL_UPLOADS) and time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
 
 
 async def _ended(tasks: Collection[asyncio.Task[None]]) -> None:

@@ -57,7 +57,8 @@ class AdapterCatalog(Protocol):
         """Fetches and checks what `source` (a URI or local path) holds, and points `name` to it.
 
         Idempotent for equal content. Raises InvalidAdapter (broken, doesn't fit, name is the base model's),
-        SourceNotFound, Unavailable (the source or the disk fails) or AdapterExists (other content and not `replace`).
+        SourceNotFound, Unavailable (the source or the disk fails), AdapterExists (other content and not `replace`), or
+        InvalidRequest (the name is pinned and there is no room for its new content).
         """
 
     async def add_archive(self, name: str, archive: Path, *, replace: bool = False) -> Adapter:

@@ -73,7 +73,14 @@ class _Base:
     def __init__(self, job: Job, tokenizer: Tokenizer, options: ReplyOptions) -> None:
         self._job = job
         self._options = options
-        self._envelope = {"id": job.id, "object": "", "created": int(time.time()), "model": job.model}
+        adapter = job.requests[0].adapter  # the version that answers, of those that the name has had
+        self._envelope = {
+            "id": job.id,
+            "object": "",
+            "created": int(time.time()),
+            "model": job.model,
+            "system_fingerprint": adapter.digest[:16] if adapter is not None else None,
+        }
         self._logprobs: LogprobFormat | None = None
         if options.top_logprobs is not None:
             self._logprobs = LogprobFormat(tokenizer, top=options.top_logprobs, as_ids=options.tokens_as_ids)
@@ -107,7 +114,6 @@ class _Base:
             "object": self.whole_object,
             "choices": [self._whole_choice(index, choice) for index, choice in enumerate(choices)],
             "service_tier": None,
-            "system_fingerprint": None,
             "usage": self._usage(self._job.prompt_tokens, generated, cached_tokens),
         }
 

@@ -484,10 +484,10 @@ async def test_thousands_of_names_are_added_at_one_pace(tmp_path: Path) -> None:
     times = []
     for number in range(2000):
         adapter = Adapter(f"user/{number}", f"{number:064x}", f"/adapters/{number}", 8, size=1000, pinned=number < 5)
-        started = time.perf_counter()
+        started = time.process_time()
         assert await store.put_adapter(adapter, expect=None)
         assert not await view.refresh()
-        times.append(time.perf_counter() - started)
+        times.append(time.process_time() - started)
     assert store.read == len(view.list()) == 2000
     assert len(view.pinned) == 5
     first, last = sorted(times[:500])[250], sorted(times[-500:])[250]

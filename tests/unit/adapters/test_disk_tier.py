@@ -265,6 +265,34 @@ def test_pinned_copies_stay(tier: DiskTier, tmp_path: Path) -> None:
     assert a not in copies(tier.root)
 
 
+def test_what_other_processes_brought_counts(tmp_path: Path) -> None:
+    one, two = (DiskTier(tmp_path / "tier", 3 * SIZE, 3 * SIZE) for _ in range(2))
+    a, _ = one.fetch(source_at(tmp_path / "a"), accept)
+    b, _ = two.fetch(source_at(tmp_path / "b"), accept)
+    c, _ = two.fetch(source_at(tmp_path / "c"), accept)
+    age(one, a, b, c)
+    d, _ = one.fetch(source_at(tmp_path / "d"), accept)
+    assert copies(one.root) == {b, c, d}
+    one.discard(b)
+    one.discard(c)
+    two.pinned = {d}
+    two.fetch(source_at(tmp_path / "e", 2 * SIZE), accept)  # it is known that there is room
+    assert two.bytes_seen == two.used() == 3 * SIZE
+    assert two.evictions == 0
+
+
+def test_no_file_stays_open(tier: DiskTier, tmp_path: Path) -> None:
+    good, bad = source_at(tmp_path / "good"), source_at(tmp_path / "bad")
+    tier.fetch(good, accept)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        tier.fetch(good, accept)
+        with pytest.raises(InvalidAdapter):
+            tier.fetch(bad, accept, digest="0" * 64)
+        tier.find(adapter_digest(tmp_path / "good"))
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_nothing_is_evicted_in_vain(tier: DiskTier, tmp_path: Path) -> None:
     a, b = (tier.fetch(source_at(tmp_path / name), accept)[0] for name in "ab")
     tier.pinned = {a}
@@ -326,6 +354,7 @@ def test_a_source_of_unknown_size_reserves_as_it_comes(tmp_path: Path) -> None:
     assert sorted(set(reserved)) == [GROWTH, 2 * GROWTH, 3 * GROWTH]
     assert copies(tier.root) == {digest}
     assert old != digest
+    assert tier.bytes_seen == size
     assert tier.used() == size
 
 
@@ -401,21 +430,22 @@ def test_the_limit_holds_while_threads_and_processes_fetch_at_once(tmp_path: Pat
 
 
 def test_ten_thousand_copies_are_no_burden(tmp_path: Path) -> None:
+    """In processor time, so that a busy machine fails nothing."""
     root = tmp_path / "tier"
     digests = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(10_000)]
     for digest in digests:
         os.makedirs(root / digest)
         (root / digest / CONFIG).write_bytes(b"0123456789")
     tier = DiskTier(root, 100_000, 1000)
-    started = time.perf_counter()
+    started = time.process_time()
     for digest in digests[:1000]:
         assert tier.find(digest) is not None
-    assert time.perf_counter() - started < 1  # 1 ms each
+    assert time.process_time() - started < 1  # 1 ms each
     fetches = [source_at(tmp_path / f"new{number}", 100) for number in range(10)]
-    started = time.perf_counter()
+    started = time.process_time()
     for source in fetches:
         tier.fetch(source, accept)
-    assert time.perf_counter() - started < 5  # half a second each
+    assert time.process_time() - started < 5  # half a second each
     assert tier.evictions == 100
     assert tier.used() == 100_000
     assert all(tier.find(digest) is not None for digest in digests[:1000])

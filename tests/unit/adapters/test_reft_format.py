@@ -13,8 +13,9 @@ from safetensors.numpy import save_file
 
 from preft.adapters.base_model import BaseModel, read_base_model
 from preft.adapters.digest import adapter_digest, adapter_files
-from preft.adapters.folder import AdapterSummary, check_adapter, check_files
+from preft.adapters.folder import AdapterSummary, check_adapter
 from preft.adapters.reft_config import EVERY, ReftConfig, read_reft_config
+from preft.adapters.sources import open_source
 from preft.core.errors import InvalidAdapter
 from support.lora_folders import HIDDEN, lora_config, write_base, write_lora
 
@@ -46,12 +47,17 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
 
 
 def check(folder: Path, base: BaseModel) -> AdapterSummary:
-    check_files(folder)
+    open_source(str(folder)).files()
     return check_adapter(folder, base, MAX_RANK)
 
 
+def size_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
 def test_a_good_folder(tmp_path: Path, base: BaseModel) -> None:
-    assert check(write_reft(tmp_path / "a"), base) == AdapterSummary("reft", 3, prefill_only=False)
+    folder = write_reft(tmp_path / "a")
+    assert check(folder, base) == AdapterSummary("reft", 3, prefill_only=False, size=size_of(folder))
     assert adapter_files(tmp_path / "a") == ("reft_config.json", "reft_model.safetensors")
 
 
@@ -70,7 +76,8 @@ def test_beside_a_lora_it_is_one_adapter(tmp_path: Path, base: BaseModel) -> Non
     folder = write_lora(tmp_path / "a")
     alone = adapter_digest(folder)
     write_reft(folder)
-    assert check(folder, base) == AdapterSummary("lora+reft", 4, prefill_only=False)  # the LoRA has the higher rank
+    both = AdapterSummary("lora+reft", 4, prefill_only=False, size=size_of(folder))  # the LoRA has the higher rank
+    assert check(folder, base) == both
     assert len(adapter_files(folder)) == 4
     assert adapter_digest(folder) != alone
     (folder / "reft_config.json").write_text(json.dumps({**CONFIG, "r": 0}))

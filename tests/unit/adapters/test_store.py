@@ -579,4 +579,4 @@ async def test_closing_while_an_engine_has_not_answered(tmp_path: Path, server: 
             await the.store.close()
         with pytest.raises(asyncio.CancelledError):
             await waiting
-    assert asyncio.all_tasks() == {asyncio.current_task()}
+        assert asyncio.all_tasks() == {asyncio.current_task()}

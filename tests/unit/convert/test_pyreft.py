@@ -67,7 +67,8 @@ def test_it_computes_what_pyreft_computes(name: str, layers: list[int], rank: in
 def test_the_catalog_takes_it(tmp_path: Path) -> None:
     base = BaseModel(layers=3, modules={}, hidden=16, architecture="LlamaForCausalLM")
     convert_pyreft(DATA / "loreft", tmp_path, "all")
-    assert check_adapter(tmp_path, base, 8) == AdapterSummary("reft", 4, prefill_only=True)
+    size = sum(file.stat().st_size for file in tmp_path.iterdir())
+    assert check_adapter(tmp_path, base, 8) == AdapterSummary("reft", 4, prefill_only=True, size=size)
 
 
 def test_files_as_older_releases_name_them(copy: Path, tmp_path: Path) -> None:

@@ -78,6 +78,8 @@ class AdapterStore:
         self._last_used: dict[str, float] = {}
         self._slots: OrderedDict[str, None] = OrderedDict()  # what the engine's slots hold, most recent last
         self._slot_limit = slots
+        self._came_from: dict[str, Tier] = {}  # adapters that were brought in and not used yet
+        self._forgotten: set[str] = set()  # in use, but no name points to them
         self._hits: Counter[Tier] = Counter()
         self._loads: Counter[Tier] = Counter()
         self._load_seconds = dict.fromkeys((Tier.DISK, Tier.SOURCE), 0.0)
@@ -105,10 +107,9 @@ class AdapterStore:
         digest = adapter.digest
         self._users[digest] += 1
         try:
-            if digest in self._regions:
-                self._hits[Tier.SLOT if digest in self._slots else Tier.HOST] += 1
             while digest not in self._regions:  # again, should it have been evicted in between
                 await self._loaded(adapter)
+            self._hits[self._found_in(digest)] += 1
             self._touch(digest)
             yield
         except BaseException:
@@ -126,10 +127,17 @@ class AdapterStore:
 
     def _left(self, digest: str) -> None:
         self._users[digest] -= 1
+        self._last_used[digest] = time.time()
         if not self._users[digest]:
             del self._users[digest]
-        self._last_used[digest] = time.time()
+            if digest in self._forgotten:
+                self.forget([digest])
         self._settle(digest)
+
+    def _found_in(self, digest: str) -> Tier:
+        """Where a request has found its adapter: for the first one after a load, that is where it came from."""
+        now = Tier.SLOT if digest in self._slots else Tier.HOST
+        return self._came_from.pop(digest, now)
 
     def pin(self, digests: Collection[str]) -> None:
         """From now on exactly these stay, in host memory once they are there and on disk."""
@@ -139,10 +147,14 @@ class AdapterStore:
             self._settle(digest)
 
     def forget(self, digests: Collection[str]) -> None:
-        """No name points to these any more: they leave host memory, unless somebody still uses them."""
+        """No name points to these any more: they leave host memory, once nobody uses them."""
         for digest in digests:
+            if self._users[digest]:
+                self._forgotten.add(digest)
+                continue
+            self._forgotten.discard(digest)
             self._last_used.pop(digest, None)
-            if digest in self._regions and not self._users[digest]:
+            if digest in self._regions:
                 self._arena.release(self._regions[digest])
                 self._gone(digest)
 
@@ -211,6 +223,7 @@ class AdapterStore:
         except BaseException:
             self._arena.release(region)
             raise
+        self._came_from[adapter.digest] = tier
         self._loads[tier] += 1
         self._load_seconds[tier] += time.perf_counter() - started
         self._regions[adapter.digest] = region
@@ -285,6 +298,7 @@ class AdapterStore:
     def _gone(self, digest: str) -> None:
         del self._regions[digest]
         self._slots.pop(digest, None)
+        self._came_from.pop(digest, None)
 
     async def _in(self, threads: ThreadPoolExecutor, work: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(threads, work, *arguments)

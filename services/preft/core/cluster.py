@@ -37,8 +37,8 @@ class WorkerState(StrEnum):
 class AdapterLoad:
     """What a worker's adapter tiers hold, and totals since its start.
 
-    `hits` counts requests that found their adapter in a slot or in host memory, `loads` and `load_seconds` what was
-    brought into host memory, from disk or from its source. `host_bytes` includes what is on its way in; `disk_bytes` is
+    `hits` counts requests by the tier in which they found their adapter, `loads` and `load_seconds` what was brought
+    into host memory, from disk or from its source. `host_bytes` includes what is on its way in; `disk_bytes` is
     the machine's, as it was when this worker last brought something to disk.
     """
 

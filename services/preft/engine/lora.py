@@ -228,6 +228,12 @@ class GroupedLoRAModelManager(LRUCacheLoRAModelManager):
         self._punica.limit(positions, prompts - positions)
 
 
+def _pin(memory: memoryview) -> None:
+    """Locks it in place for CUDA, so that copies to the GPU go straight from there."""
+    address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, len(memory), 0))
+
+
 def _fill_module(module: Any, slot: int, rank: int, parts: dict[int, LoraPart]) -> None:
     if module.tp_size > 1 and parts:  # vLLM knows which part of the weights is this worker's
         scaled = [(part.a, part.b * part.scaling) if (part := parts.get(i)) else (None, None) for i in _slices(module)]
@@ -279,7 +285,7 @@ class GroupedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         if self._memory is None:
             self._memory = StagingView(path)
             if self.device.type == "cuda":
-                self._memory.pin()
+                _pin(self._memory.memory)
         with self._memory.hold(region.offset, region.size, region.nonce) as memory:
             weights = self._read(lora_id, memory)
             self._adapter_manager.check(weights)

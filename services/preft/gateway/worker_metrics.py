@@ -36,9 +36,7 @@ def _adapter_metrics(loads: list[tuple[str, AdapterLoad]]) -> Iterator[Metric]:
     used = GaugeMetricFamily("preft_adapter_slots_used", "Engine slots that hold an adapter.", labels=["worker"])
     held = GaugeMetricFamily("preft_adapters_in_memory", "Adapters in host memory.", labels=["worker"])
     bytes_ = GaugeMetricFamily("preft_adapter_bytes", "Bytes of adapters; on disk, the machine's.", labels=tier)
-    hits = CounterMetricFamily(
-        "preft_adapter_hits", "Requests that found their adapter in a slot or in host memory.", labels=tier
-    )
+    hits = CounterMetricFamily("preft_adapter_hits", "Requests by where they found their adapter.", labels=tier)
     seconds = SummaryMetricFamily(
         "preft_adapter_load_seconds", "Bringing adapters into host memory, by where they came from.", labels=tier
     )
@@ -49,7 +47,7 @@ def _adapter_metrics(loads: list[tuple[str, AdapterLoad]]) -> Iterator[Metric]:
         held.add_metric([worker], load.host_adapters)
         for name, size in ((Tier.HOST, load.host_bytes), (Tier.DISK, load.disk_bytes)):
             bytes_.add_metric([worker, name], size)
-        for name in (Tier.SLOT, Tier.HOST):
+        for name in Tier:
             hits.add_metric([worker, name], load.hits.get(name, 0))
         for name in (Tier.DISK, Tier.SOURCE):
             seconds.add_metric([worker, name], load.loads.get(name, 0), load.load_seconds.get(name, 0.0))

@@ -275,12 +275,10 @@ class StagingView:
         finally:
             self._unlock(start)
 
-    def pin(self) -> None:
-        """Locks all of the arena in memory for CUDA, so that copies to the GPU go straight from there."""
-        import torch
-
-        address = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, self._capacity, 0))
+    @property
+    def memory(self) -> memoryview:
+        """All of the arena. What of it may be read or written, and when, only `hold` tells."""
+        return self._memory
 
     def close(self) -> None:
         """Ends the use of the arena. Payloads that are still referenced stay mapped."""

@@ -164,15 +164,15 @@ async def test_the_nearest_tier_is_used(tmp_path: Path, server: FaultyServer) ->
         await the.serve(ann)
         assert the.store.where(ann.digest).tier is Tier.SLOT
         first = the.store.load()
-        assert (dict(first.hits), dict(first.loads)) == ({}, {Tier.SOURCE: 1})
+        assert (dict(first.hits), dict(first.loads)) == ({Tier.SOURCE: 1}, {Tier.SOURCE: 1})
         the.store.forget([ann.digest])
         assert the.store.where(ann.digest).tier is Tier.DISK
         await the.store.prefetch(ann)
         assert the.store.where(ann.digest).tier is Tier.HOST
-        await the.serve(ann)
-        await the.serve(ann)
+        for _ in range(3):  # the first one counts for the load that was made for it
+            await the.serve(ann)
         load = the.store.load()
-        assert dict(load.hits) == {Tier.HOST: 1, Tier.SLOT: 1}
+        assert dict(load.hits) == {Tier.SOURCE: 1, Tier.DISK: 1, Tier.SLOT: 2}
         assert dict(load.loads) == {Tier.SOURCE: 1, Tier.DISK: 1}
         assert all(load.load_seconds[tier] > 0 for tier in (Tier.SOURCE, Tier.DISK))
         assert load.load_seconds[Tier.SOURCE] == first.load_seconds[Tier.SOURCE]
@@ -502,10 +502,8 @@ async def test_a_disk_that_fails_is_unavailable(tmp_path: Path) -> None:
 # What leaves the catalog, and what is told
 
 
-async def test_what_is_forgotten_leaves_memory_at_once_unless_it_is_used_then_by_least_recent_use(
-    tmp_path: Path,
-) -> None:
-    ann, bob, *others = (write(tmp_path / str(number)) for number in range(6))
+async def test_what_is_forgotten_leaves_memory_once_it_is_unused(tmp_path: Path) -> None:
+    ann, bob = (write(tmp_path / str(number)) for number in range(2))
     async with rig(tmp_path) as the:
         await the.serve(ann)
         async with the.held(bob):
@@ -514,10 +512,10 @@ async def test_what_is_forgotten_leaves_memory_at_once_unless_it_is_used_then_by
             assert the.store.where(ann.digest).last_used == 0
             await the.step(bob)
             assert the.memory.regions == 1
-        for other in others[:3]:
-            await the.serve(other)
-        assert bob.digest not in the.in_host()
-        assert the.store.load().host_evictions == 1
+        assert the.in_host() == set()
+        assert the.memory.regions == 0
+        await the.serve(bob)  # a name points to it again
+        assert the.in_host() == {bob.digest}
 
 
 async def test_where_an_adapter_is_and_who_uses_it(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def test_every_figure_of_every_worker() -> None:
         disk_bytes=9000,
         host_evictions=2,
         disk_evictions=1,
-        hits={Tier.SLOT: 7, Tier.HOST: 6},
+        hits={Tier.SLOT: 7, Tier.HOST: 6, Tier.DISK: 4},
         loads={Tier.DISK: 4},
         load_seconds={Tier.DISK: 0.5, Tier.SOURCE: 0.0},
     )
@@ -42,6 +42,8 @@ def test_every_figure_of_every_worker() -> None:
         ("preft_adapter_bytes", "p", "disk"): 9000,
         ("preft_adapter_hits_total", "p", "slot"): 7,
         ("preft_adapter_hits_total", "p", "host"): 6,
+        ("preft_adapter_hits_total", "p", "disk"): 4,
+        ("preft_adapter_hits_total", "p", "source"): 0,
         ("preft_adapter_load_seconds_count", "p", "disk"): 4,
         ("preft_adapter_load_seconds_sum", "p", "disk"): 0.5,
         ("preft_adapter_load_seconds_count", "p", "source"): 0,

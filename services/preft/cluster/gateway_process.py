@@ -28,6 +28,7 @@ from preft.router.router import Router
 logger = logging.getLogger(__name__)
 
 SHUTDOWN_SECONDS = 5  # how long running requests may go on after a stop was asked for
+KEEP_ALIVE_SECONDS = 75  # longer than clients pool idle connections: a request mustn't meet its connection's end
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,7 @@ async def run_gateway(
         access_log=False,
         lifespan="off",
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         http="httptools",
     )
     server = _Server(config)

@@ -58,10 +58,6 @@ class CatalogView:
             self._sorted = tuple(adapter for _, adapter in sorted(self._by_name.items()))
         return self._sorted
 
-    def named(self, digest: str) -> bool:
-        """Whether some name points to this content."""
-        return digest in self._names_of
-
     async def refresh(self) -> Collection[str]:
         """Brings the copy up to date; returns the digests that no name points to any more.
 

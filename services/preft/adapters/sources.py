@@ -31,7 +31,6 @@ class AdapterSource:
 
     def __init__(self, uri: str, folder: LocalFolder | RemoteFolder) -> None:
         self.uri = uri
-        self.local = isinstance(folder, LocalFolder)
         self._folder = folder
 
     def files(self) -> dict[str, int | None]:

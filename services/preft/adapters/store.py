@@ -143,6 +143,7 @@ class AdapterStore:
         """From now on exactly these stay, in host memory once they are there and on disk."""
         before, self._pinned = self._pinned, frozenset(digests)
         self._disk.pinned = self._pinned
+        self._forgotten -= self._pinned  # a name has come back to it
         for digest in before ^ self._pinned:
             self._settle(digest)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import shutil
 import time
 from collections.abc import AsyncIterator, Collection
@@ -16,10 +17,14 @@ from preft.adapters.disk_tier import DiskTier
 from preft.adapters.folder_watch import FolderWatch
 from preft.adapters.store import AdapterStore
 from preft.cluster.model import model_identity
+from preft.core.cluster import Adapter
+from preft.core.errors import PreftError
 from preft.core.ports import StateStore
 from preft.core.request import AdapterRef
 from preft.core.settings import Settings
 from preft.state import open_store
+
+logger = logging.getLogger(__name__)
 
 PARTIAL_UPLOADS = (".unfinished-", "upload-")  # how what isn't an adapter's source yet is named
 ABANDONED_SECONDS = 24 * 3600.0
@@ -72,11 +77,9 @@ async def following_catalog(settings: Settings, adapters: AdapterStore) -> Async
             adapters.forget(left)
             for adapter in view.list() if view.pinned else ():
                 if adapter.pinned and adapter.digest not in adapters.digests:
-                    reference = AdapterRef(adapter.name, adapter.digest, adapter.source)
-                    task = asyncio.create_task(adapters.prefetch(reference))
+                    task = asyncio.create_task(_bring_in(adapter, adapters))
                     prefetching.add(task)
                     task.add_done_callback(prefetching.discard)
-                    task.add_done_callback(lambda task: task.cancelled() or task.exception())  # requests will say it
 
         follow(await view.refresh())
         watch = asyncio.create_task(view.watch(settings.router.poll_interval, follow), name="catalog-watch")
@@ -86,6 +89,13 @@ async def following_catalog(settings: Settings, adapters: AdapterStore) -> Async
             await _ended([watch, *prefetching])
     finally:
         await store.close()
+
+
+async def _bring_in(adapter: Adapter, adapters: AdapterStore) -> None:
+    try:
+        await adapters.prefetch(AdapterRef(adapter.name, adapter.digest, adapter.source))
+    except PreftError as error:
+        logger.warning("the pinned adapter %r isn't in memory: %s", adapter.name, error)
 
 
 def open_disk_tier(settings: Settings) -> DiskTier:

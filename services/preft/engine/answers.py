@@ -7,8 +7,8 @@ from typing import Any
 
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 
-from preft.engine.lora import AdapterRegion
 from preft.transfer.connector import StagedKvConnector
+from preft.transfer.staging import Region
 
 
 class AnswersWorker:
@@ -16,7 +16,7 @@ class AnswersWorker:
 
     def place_adapter(self: Any, lora_id: int, arena: str, offset: int, size: int, nonce: bytes) -> bool:
         """See GroupedWorkerLoRAManager."""
-        placed: bool = self.model_runner.lora_manager.place_adapter(lora_id, arena, AdapterRegion(offset, size, nonce))
+        placed: bool = self.model_runner.lora_manager.place_adapter(lora_id, arena, Region(offset, size, nonce))
         return placed
 
     def describe_kv(self: Any) -> dict[str, Any]:

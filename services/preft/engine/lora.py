@@ -12,7 +12,6 @@ disk between two steps, and no copy stays here.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from preft.adapters.reft_config import EVERY, ReftConfig
 from preft.engine.adapter_weights import AdapterWeights, LoraPart, read_weights
 from preft.engine.reft import wrap_decoder_layers
-from preft.transfer.staging import StagingView
+from preft.transfer.staging import Region, StagingView
 from preft_kernels.low_rank_delta import low_rank_delta_
 from preft_kernels.token_groups import BASE, RANK_STEP, TokenGroups
 
@@ -257,15 +256,6 @@ def _slices(module: Any) -> range:
     return range(len(module.lora_a_stacked))
 
 
-@dataclass(frozen=True, slots=True)
-class AdapterRegion:
-    """Where an adapter lies in host memory: see StagingView.hold."""
-
-    offset: int
-    size: int
-    nonce: bytes
-
-
 class GroupedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
     """Takes adapters from the host memory of this engine's worker, when a step needs them."""
 
@@ -274,9 +264,9 @@ class GroupedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._memory: StagingView | None = None
-        self._regions: dict[int, AdapterRegion] = {}  # by vLLM's id
+        self._regions: dict[int, Region] = {}  # by vLLM's id
 
-    def place_adapter(self, lora_id: int, path: str, region: AdapterRegion) -> bool:
+    def place_adapter(self, lora_id: int, path: str, region: Region) -> bool:
         """Says where the adapter is from now on: in the arena at `path`. Reads it once, without taking it in.
 
         Returns whether it acts on positions that are counted from a prompt's end. Raises ValueError or InvalidAdapter

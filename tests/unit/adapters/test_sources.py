@@ -66,7 +66,7 @@ def test_a_local_path_is_absolute_in_every_spelling(tmp_path: Path, monkeypatch:
         f"file://localhost{folder}/",
     ):
         source = open_source(uri)
-        assert (source.uri, source.local) == (str(folder), True)
+        assert source.uri == str(folder)
         assert source.files()
 
 
@@ -194,7 +194,7 @@ def test_a_package_that_is_not_installed_is_named() -> None:
 )
 def test_remote_addresses_end_without_a_slash(uri: str, normal: str) -> None:
     source = open_source(uri)
-    assert (source.uri, source.local) == (normal, False)
+    assert source.uri == normal
 
 
 # Web servers

@@ -33,7 +33,10 @@ LENGTHS = (1, 31, 32, 33, 64, 70, 130)  # blocks are 32 tokens, chunks 64, in th
 
 
 class Pair:
-    """A prefill and a decode engine with their arenas. `expected` is what one engine would generate greedily."""
+    """A prefill and a decode engine with their arenas, two adapters in place and a spare one.
+
+    `expected` is what one engine would generate greedily.
+    """
 
     def __init__(
         self,
@@ -46,8 +49,9 @@ class Pair:
         self.prefill, self.decode = engines[Role.PREFILL], engines[Role.DECODE]
         self.arenas = arenas
         self.memory = memory
+        self.spare = adapters[-1]
         self._placed: dict[str, Region] = {}
-        self.adapters = adapters
+        self.adapters = adapters[:-1]
         self.expected = expected
         self._numbers = iter(range(1_000_000))
 
@@ -58,11 +62,15 @@ class Pair:
         files.pack(self.memory.view(region), adapter.digest)
         files.close()
         await self.prefill.place_adapter(adapter, region)
-        former = self._placed.pop(adapter.digest, None)
+        if adapter.digest in self._placed:
+            self.take_away(adapter)
         self._placed[adapter.digest] = region
-        if former is not None:
-            self.memory.view(former)[:] = bytes(former.size)
-            self.memory.release(former)
+
+    def take_away(self, adapter: AdapterRef) -> None:
+        """Gives the adapter's place to others."""
+        region = self._placed.pop(adapter.digest)
+        self.memory.view(region)[:] = bytes(region.size)
+        self.memory.release(region)
 
     def prompt(self, length: int) -> tuple[int, ...]:
         """Never the same twice."""
@@ -155,7 +163,7 @@ async def _fake_pair(root: Path, arenas: dict[Role, StagingArena], memory: Stagi
         role: FakeEngine(role, arena.path, memory.path, kv_blocks=4096, max_model_len=2048)
         for role, arena in arenas.items()
     }
-    adapters = [write_adapter(root / name, name) for name in ("alice", "bob")]
+    adapters = [write_adapter(root / name, name) for name in ("alice", "bob", "spare")]
 
     def expected(prompt: Sequence[int], count: int, adapter: AdapterRef | None) -> list[int]:
         return tokens_of(adapter.digest if adapter else "", prompt, Sampling(max_tokens=count, temperature=0.0))
@@ -171,7 +179,7 @@ async def _vllm_pair(root: Path, arenas: dict[Role, StagingArena], memory: Stagi
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     model = make_model(root / "model", seed=3)
     adapters = []
-    for name, rank in (("alice", 2), ("bob", 8)):
+    for name, rank in (("alice", 2), ("bob", 8), ("spare", 4)):
         folder = make_lora(root / name, model, rank=rank, seed=rank)
         adapters.append(AdapterRef(name, adapter_digest(folder), str(folder)))
     own = {"max_num_batched_tokens": 64, "kv_cache_bytes": 32 * MiB}
@@ -441,13 +449,19 @@ async def test_a_broken_adapter_is_refused(pair: Pair) -> None:
     await pair.served()
 
 
-async def test_aborted_returns(pair: Pair) -> None:
-    async with aclosing(pair.prefill.generate(pair.request(pair.prompt(400)))) as deltas:
-        waiting = asyncio.ensure_future(anext(deltas))
-        await asyncio.sleep(0)
-        waiting.cancel()
-        await asyncio.wait({waiting})
-    await pair.prefill.aborted()
+async def test_after_aborted_nobody_needs_the_adapter(pair: Pair) -> None:
+    """Requests are given up at once, and their adapters' memory, in no slot as a third is used, is taken by others."""
+    for adapter in (*pair.adapters, *pair.adapters):
+        await pair.place(pair.spare)
+        await pair.whole(pair.prompt(5), adapter=adapter)
+        request = dataclasses.replace(pair.request(pair.prompt(400)), adapter=pair.spare)
+        async with aclosing(pair.prefill.generate(request)) as deltas:
+            waiting = asyncio.ensure_future(anext(deltas))
+            await asyncio.sleep(0)
+            waiting.cancel()
+            await asyncio.wait({waiting})
+        await pair.prefill.aborted()
+        pair.take_away(pair.spare)
     await pair.served()
 
 

@@ -458,7 +458,7 @@ async def test_content_that_moves_to_another_name_is_not_left(catalog: Catalog, 
     await catalog.add("ada", one)
     await view.refresh()
     await catalog.remove("ada")
-    moved = await catalog.add("bob", one)
+    await catalog.add("bob", one)
     assert await view.refresh() == set()
     await store.close()
 

@@ -12,7 +12,7 @@ EXAMPLE_ADAPTERS = $(patsubst %/,%,$(wildcard $(EXAMPLE)/adapters/*/))
 EXAMPLE_ARGS = --model $(EXAMPLE)/model --served-model-name personal-memory $(foreach dir,$(EXAMPLE_ADAPTERS),--adapter $(notdir $(dir))=$(dir))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-fast test-gpu check bench bench-kernels bench-store bench-gpu proto install clean
+.PHONY: help demo serve test test-fast test-gpu check bench bench-kernels bench-store bench-gpu tune-gpu proto install clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -52,6 +52,9 @@ bench-gpu: ## measure the kernels on this machine's GPU, by the Python that PYTH
 	@if $(PYTHON) -c 'import vllm' 2>/dev/null; then \
 		PYTHONPATH=kernels:services:loadgen:$$PYTHONPATH $(PYTHON) -m preft.engine.bench_adapted_prefill; \
 		else echo "vLLM can't be imported: its side and the whole engine are left out"; fi
+
+tune-gpu: ## measure which block sizes are fastest on this machine's GPU, by the Python that PYTHON names, and keep them
+	PYTHONPATH=kernels $(PYTHON) -m preft_kernels.tune $(ARGS)
 
 proto: install ## regenerate services/preft/rpc from proto/
 	$(BIN)/python -m grpc_tools.protoc -Ipreft/rpc=proto \

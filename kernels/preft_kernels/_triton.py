@@ -12,7 +12,7 @@ try:
     import triton
     import triton.language as tl
 except ImportError:  # CPU builds have none
-    triton: Any = SimpleNamespace(jit=lambda function: function)  # type: ignore[no-redef]
+    triton: Any = SimpleNamespace(jit=lambda function=None, **options: function or (lambda wrapped: wrapped))  # type: ignore[no-redef]
     tl: Any = None  # type: ignore[no-redef]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

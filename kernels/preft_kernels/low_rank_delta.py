@@ -7,13 +7,17 @@ The kernel is the residual delta's as well: x may come as two addends, and a bia
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 
 from preft_kernels._triton import INTERPRETED, by_kernel, tl, triton
+from preft_kernels.blocks import Blocks, Work, choose
 from preft_kernels.token_groups import RANK_STEP, TILE, TokenGroups, tiles_on_cpu
 
 MOST_SLICES = 3  # of one launch: q, k and v
+FUSED, SHRINK, EXPAND = (tl.constexpr(phase) for phase in range(3)) if tl else range(3)
+"""What a launch does: both products, or one of them."""
 
 
 def low_rank_delta_reference(
@@ -40,10 +44,13 @@ def _dot(a, b, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
 @triton.jit
 def _expand(  # type: ignore[no-untyped-def]
     y, low, b, slot, rank, r, tokens, real, width, left, y_row, y_column, b_slot, b_row, b_column, first, step,
-    BLOCK_N: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_N: tl.constexpr, WIDE: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """y[tokens, left + n] += B[slot][n] low, for every `step`-th block of columns n < width from block `first` on."""
-    for block in range(first, tl.cdiv(width, BLOCK_N), step):
+    """y[tokens, left + n] += B[slot][n] low, for every `step`-th block of columns n < width from block `first` on.
+
+    `AHEAD` blocks of y are on their way at a time; None where the same program may have written them just before.
+    """
+    for block in tl.range(first, tl.cdiv(width, BLOCK_N), step, num_stages=AHEAD):
         n = block * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = n < width
         weights = tl.load(
@@ -57,72 +64,114 @@ def _expand(  # type: ignore[no-untyped-def]
         tl.store(at, (tl.load(at, mask=mask, other=0.0).to(tl.float32) + delta).to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most_tokens"])
 def delta_kernel(  # type: ignore[no-untyped-def]
-    y, x, addend, a0, a1, a2, b0, b1, b2, c, order, tiles,
-    width, n0, n1, n2, left, scale,
+    y, x, addend, a0, a1, a2, b0, b1, b2, c, low, order, tiles,
+    width, n0, n1, n2, left, scale, most_tokens,
     y_row, y_column, x_row, x_column, addend_row, addend_column,
     a_slot, a_row, a_column, b0_slot, b1_slot, b2_slot, b_row, b_column, c_slot,
-    SLICES: tl.constexpr, ADDEND: tl.constexpr, BIAS: tl.constexpr,
+    PHASE: tl.constexpr, SLICES: tl.constexpr, ADDEND: tl.constexpr, BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    RANK: tl.constexpr, RANK_STEP: tl.constexpr, WIDE: tl.constexpr,
+    SPLITS: tl.constexpr, TILE: tl.constexpr, RANK: tl.constexpr, RANK_STEP: tl.constexpr, WIDE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one slot's tokens: shrunk to rank in registers, expanded from there. Programs: tile, part of columns.
+    """Pieces of tiles: BLOCK_M tokens of one slot, shrunk to rank in registers and expanded from there.
 
-    Each part computes the shrink anew, so that few tokens still make many programs; x comes from cache then.
+    With few pieces the columns of y are cut into parts, of which each program computes the shrink anew (FUSED); or the
+    shrink is a launch of its own (SHRINK) whose programs take a piece and a part of the inputs each, and leave sums in
+    `low`: [SPLITS, most_tokens, SLICES * RANK_PADDED] float32, for the next launch (EXPAND).
     """
-    row = tiles + tl.program_id(0) * 4
-    slot = tl.load(row).to(tl.int64)
-    if slot >= 0:
-        start = tl.load(row + 1)
-        count = tl.load(row + 2)
-        rank = tl.minimum(tl.load(row + 3), RANK)
-        if RANK % RANK_STEP == 0:
-            rank = tl.multiple_of(rank, RANK_STEP)  # then B can be read in wide words
-        m = tl.arange(0, BLOCK_M)
-        real = m < count
-        tokens = tl.load(order + start + m, mask=real, other=0).to(tl.int64)
-        for r0 in range(0, rank, BLOCK_R):
-            r = r0 + tl.arange(0, BLOCK_R)
-            ranked = r < rank
-            low0 = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-            low1 = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-            low2 = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-            for k0 in range(0, width, BLOCK_K):
-                k = k0 + tl.arange(0, BLOCK_K)
-                inside = k < width
-                mask = real[:, None] & inside[None, :]
-                rows = tl.load(x + tokens[:, None] * x_row + k[None, :] * x_column, mask=mask, other=0.0)
-                if ADDEND:
-                    places = addend + tokens[:, None] * addend_row + k[None, :] * addend_column
-                    rows = rows.to(tl.float32) + tl.load(places, mask=mask, other=0.0).to(tl.float32)
-                places = slot * a_slot + r[None, :] * a_row + k[:, None] * a_column
-                mask = inside[:, None] & ranked[None, :]
-                weights = tl.load(a0 + places, mask=mask, other=0.0)
-                rows = rows.to(weights.dtype)
-                low0 += _dot(rows, weights, WIDE)
-                if SLICES > 1:
-                    low1 += _dot(rows, tl.load(a1 + places, mask=mask, other=0.0), WIDE)
-                if SLICES > 2:
-                    low2 += _dot(rows, tl.load(a2 + places, mask=mask, other=0.0), WIDE)
-            if BIAS:
-                low0 += tl.load(c + slot * c_slot + r, mask=ranked, other=0.0).to(tl.float32)[None, :]
-            first = tl.program_id(1)
-            step = tl.num_programs(1)
-            _expand(
-                y, low0 * scale, b0, slot, rank, r, tokens, real, n0, left,
-                y_row, y_column, b0_slot, b_row, b_column, first, step, BLOCK_N, WIDE,
-            )  # fmt: skip
-            if SLICES > 1:
-                _expand(
-                    y, low1 * scale, b1, slot, rank, r, tokens, real, n1, left + n0,
-                    y_row, y_column, b1_slot, b_row, b_column, first, step, BLOCK_N, WIDE,
-                )  # fmt: skip
-            if SLICES > 2:
-                _expand(
-                    y, low2 * scale, b2, slot, rank, r, tokens, real, n2, left + n0 + n1,
-                    y_row, y_column, b2_slot, b_row, b_column, first, step, BLOCK_N, WIDE,
-                )  # fmt: skip
+    RANK_PADDED: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R * BLOCK_R
+    AHEAD: tl.constexpr = STAGES if RANK <= BLOCK_R else None
+    programs = tl.num_programs(0)
+    many = tl.load(tiles)
+    full = tl.maximum(many, tl.cdiv(tl.load(tiles + 1), BLOCK_M))  # pieces with tokens in them, at least
+    if PHASE == SHRINK:
+        parts = SPLITS
+    elif PHASE == FUSED and ADDEND:
+        parts = 1  # y may be x: read first, then written
+    else:
+        parts = tl.cdiv(tl.maximum(n0, tl.maximum(n1, n2)), BLOCK_N)
+        parts = tl.minimum(parts, tl.maximum(programs // tl.maximum(full, 1), 1))
+    for item in range(tl.program_id(0), many * (TILE // BLOCK_M) * parts, programs):
+        part = item % parts
+        piece = item // parts
+        row = tiles + (1 + piece % many) * 4
+        begin = piece // many * BLOCK_M
+        count = tl.load(row + 2) - begin
+        if count > 0:
+            slot = tl.load(row).to(tl.int64)
+            rank = tl.minimum(tl.load(row + 3), RANK)
+            if RANK % RANK_STEP == 0:
+                rank = tl.multiple_of(rank, RANK_STEP)  # then B can be read in wide words
+            m = tl.arange(0, BLOCK_M)
+            real = m < count
+            places = tl.load(row + 1) + begin + m
+            tokens = tl.load(order + places, mask=real, other=0).to(tl.int64)
+            sums = low + places.to(tl.int64)[:, None] * (SLICES * RANK_PADDED)
+            a_split = most_tokens.to(tl.int64) * (SLICES * RANK_PADDED)
+            for r0 in range(0, rank, BLOCK_R):
+                r = r0 + tl.arange(0, BLOCK_R)
+                ranked = r < rank
+                low0 = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+                low1 = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+                low2 = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+                if PHASE == EXPAND:
+                    for split in tl.static_range(SPLITS):
+                        at = sums + split * a_split + r[None, :]
+                        low0 += tl.load(at, mask=real[:, None], other=0.0)
+                        if SLICES > 1:
+                            low1 += tl.load(at + RANK_PADDED, mask=real[:, None], other=0.0)
+                        if SLICES > 2:
+                            low2 += tl.load(at + 2 * RANK_PADDED, mask=real[:, None], other=0.0)
+                else:
+                    first = 0
+                    last = width
+                    if PHASE == SHRINK:
+                        share = tl.cdiv(tl.cdiv(width, BLOCK_K), SPLITS) * BLOCK_K
+                        first = part * share
+                        last = tl.minimum(first + share, width)
+                    for k0 in range(first, last, BLOCK_K):
+                        k = k0 + tl.arange(0, BLOCK_K)
+                        inside = k < width
+                        mask = real[:, None] & inside[None, :]
+                        rows = tl.load(x + tokens[:, None] * x_row + k[None, :] * x_column, mask=mask, other=0.0)
+                        if ADDEND:
+                            at = addend + tokens[:, None] * addend_row + k[None, :] * addend_column
+                            rows = rows.to(tl.float32) + tl.load(at, mask=mask, other=0.0).to(tl.float32)
+                        at = slot * a_slot + r[None, :] * a_row + k[:, None] * a_column
+                        mask = inside[:, None] & ranked[None, :]
+                        weights = tl.load(a0 + at, mask=mask, other=0.0)
+                        rows = rows.to(weights.dtype)
+                        low0 += _dot(rows, weights, WIDE)
+                        if SLICES > 1:
+                            low1 += _dot(rows, tl.load(a1 + at, mask=mask, other=0.0), WIDE)
+                        if SLICES > 2:
+                            low2 += _dot(rows, tl.load(a2 + at, mask=mask, other=0.0), WIDE)
+                if PHASE == SHRINK:
+                    at = sums + part * a_split + r[None, :]
+                    tl.store(at, low0, mask=real[:, None])
+                    if SLICES > 1:
+                        tl.store(at + RANK_PADDED, low1, mask=real[:, None])
+                    if SLICES > 2:
+                        tl.store(at + 2 * RANK_PADDED, low2, mask=real[:, None])
+                else:
+                    if BIAS:
+                        low0 += tl.load(c + slot * c_slot + r, mask=ranked, other=0.0).to(tl.float32)[None, :]
+                    _expand(
+                        y, low0 * scale, b0, slot, rank, r, tokens, real, n0, left,
+                        y_row, y_column, b0_slot, b_row, b_column, part, parts, BLOCK_N, WIDE, AHEAD,
+                    )  # fmt: skip
+                    if SLICES > 1:
+                        _expand(
+                            y, low1 * scale, b1, slot, rank, r, tokens, real, n1, left + n0,
+                            y_row, y_column, b1_slot, b_row, b_column, part, parts, BLOCK_N, WIDE, AHEAD,
+                        )  # fmt: skip
+                    if SLICES > 2:
+                        _expand(
+                            y, low2 * scale, b2, slot, rank, r, tokens, real, n2, left + n0 + n1,
+                            y_row, y_column, b2_slot, b_row, b_column, part, parts, BLOCK_N, WIDE, AHEAD,
+                        )  # fmt: skip
 
 
 def launch_delta(
@@ -136,38 +185,51 @@ def launch_delta(
     scale: float = 1.0,
     addend: torch.Tensor | None = None,
     c: torch.Tensor | None = None,
+    blocks: Blocks | None = None,
 ) -> None:
     """Launches the kernel for all slices, as few times as their strides allow. Shapes as in the operations that do.
 
-    With an addend, y may be x: then one program does all columns of its tokens, after it has read them.
+    With an addend, y may be x. `blocks` is for measuring: otherwise they are chosen by the shapes.
     """
-    tokens, slots, rank = y.shape[0], a[0].shape[0], a[0].shape[1]
-    grid_tiles = min(-(-tokens // TILE) + slots, tokens)
-    if not grid_tiles:
+    tokens, rank = len(y), a[0].shape[1]
+    if not tokens:
         return
-    wide = y.element_size() > 2
-    block_r = min(max(16, triton.next_power_of_2(rank)), 32 if wide else 64)
-    if addend is not None:
-        block_r = max(16, triton.next_power_of_2(rank))
-    block_k = (64 if wide else 128) if block_r <= 64 else 32
-    block_n = 64 if block_r <= 64 else 32
     left = offset
     for first, last in _launches(a, b):
         widths = [piece.shape[1] for piece in b[first:last]]
-        parts = 1 if addend is not None else _parts(y.device, tokens, max(widths), block_n)
+        work = Work(
+            x.shape[1], sum(widths), last - first, rank, 1 << (tokens - 1).bit_length(), addend is not None,
+            y.element_size(),
+        )  # fmt: skip
+        cut = blocks or choose(work, device_name(y.device), processors(y.device))
         a3 = [*a[first:last], *[a[first]] * (MOST_SLICES - (last - first))]
         b3 = [*b[first:last], *[b[first]] * (MOST_SLICES - (last - first))]
         plus, bias = x if addend is None else addend, a[0] if c is None else c
-        delta_kernel[(grid_tiles, parts)](
-            y, x, plus, *a3, *b3, bias, order, tiles,
-            x.shape[1], *(widths + [0] * MOST_SLICES)[:MOST_SLICES], left, scale,
-            *y.stride(), *x.stride(), *plus.stride(),
-            *a[first].stride(), *(piece.stride(0) for piece in b3), *b[first].stride()[1:], bias.stride(0),
-            SLICES=last - first, ADDEND=addend is not None, BIAS=c is not None,
-            BLOCK_M=TILE, BLOCK_K=block_k, BLOCK_N=block_n, BLOCK_R=block_r,
-            RANK=rank, RANK_STEP=RANK_STEP, WIDE=INTERPRETED,
-        )  # fmt: skip
+        padded = -(-rank // cut.r) * cut.r * (last - first)
+        low = y if not cut.splits else y.new_empty(cut.splits * tokens * padded, dtype=torch.float32)
+        for phase in (SHRINK, EXPAND) if cut.splits else (FUSED,):
+            delta_kernel[(cut.programs * processors(y.device),)](
+                y, x, plus, *a3, *b3, bias, low, order, tiles,
+                x.shape[1], *(widths + [0] * MOST_SLICES)[:MOST_SLICES], left, scale, tokens,
+                *y.stride(), *x.stride(), *plus.stride(),
+                *a[first].stride(), *(piece.stride(0) for piece in b3), *b[first].stride()[1:], bias.stride(0),
+                PHASE=phase, SLICES=last - first, ADDEND=addend is not None, BIAS=c is not None,
+                BLOCK_M=cut.m, BLOCK_K=cut.k, BLOCK_N=cut.n, BLOCK_R=cut.r, SPLITS=cut.splits,
+                TILE=TILE, RANK=rank, RANK_STEP=RANK_STEP, WIDE=INTERPRETED, STAGES=cut.stages,
+                num_warps=cut.warps, num_stages=cut.stages,
+            )  # fmt: skip
         left += sum(widths)
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Of a GPU; of Triton's interpreter, so that programs take several pieces."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+@cache
+def device_name(device: torch.device) -> str:
+    return str(torch.cuda.get_device_name(device)) if device.type == "cuda" else device.type
 
 
 def _launches(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
@@ -181,12 +243,6 @@ def _launches(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> list[tupl
         if index - starts[-1] == MOST_SLICES or kind(index) != kind(starts[-1]):
             starts.append(index)
     return list(zip(starts, [*starts[1:], len(a)], strict=True))
-
-
-def _parts(device: torch.device, tokens: int, columns: int, block_n: int) -> int:
-    """Into how many programs a tile's columns are split: as many as fill the device twice."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-    return max(1, min(-(-columns // block_n), 2 * processors // -(-tokens // TILE)))
 
 
 def add_product_(

@@ -15,7 +15,7 @@ from preft_kernels._triton import by_kernel
 BASE = -1
 """Slot of tokens that no adapter touches."""
 
-TILE = 32  # tokens of one slot that one program of a GPU kernel takes
+TILE = 64  # tokens of one slot that lie side by side for GPU kernels
 RANK_STEP = 8  # to which tiles' ranks are rounded up
 LONG_RUN = 8  # tokens: on CPU, from here on a run is worked on in place; shorter ones are gathered into one product
 
@@ -24,9 +24,10 @@ class TokenGroups:
     """A step's tokens by slot, in buffers of fixed size and place: compiled and captured graphs hold on to them.
 
     `order`: [max_tokens] int32, the tokens that have a slot, those of a tile side by side in ascending order.
-    `tiles`: [max_tiles + 1, 4] int32, per tile its slot, its first place in `order`, its number of tokens, and the rank
-    of what is in the slot, rounded up to a multiple of RANK_STEP; after the last tile the slot is BASE. A tile is at
-    most TILE tokens on GPU. On CPU it is a long run of neighbours (a prompt's chunk), or all other tokens of a slot.
+    `tiles`: [1 + max_tiles, 4] int32, first how many tiles and how many tokens there are; then per tile its slot, its
+    first place in `order`, its number of tokens, and the rank of what is in the slot, rounded up to a multiple of
+    RANK_STEP. A tile is at most TILE tokens on GPU. On CPU it is a long run of neighbours (a prompt's chunk), or all
+    other tokens of a slot.
     """
 
     def __init__(self, max_tokens: int, slots: int, rank: int, device: torch.device | str = "cpu") -> None:
@@ -37,8 +38,8 @@ class TokenGroups:
         self._on_cpu = torch.device(device).type == "cpu"
         longest = TILE if by_kernel(device) else LONG_RUN
         self._host_order = self._buffer(max_tokens, pinned=not self._on_cpu)
-        most = -(-max_tokens // longest) + min(slots, max_tokens) + 1
-        self._host_tiles = self._buffer(most, 4, pinned=not self._on_cpu)
+        most = -(-max_tokens // longest) + min(slots, max_tokens)
+        self._host_tiles = self._buffer(1 + most, 4, pinned=not self._on_cpu)
         self.order = self._host_order if self._on_cpu else self._host_order.to(device)
         self.tiles = self._host_tiles if self._on_cpu else self._host_tiles.to(device)
 
@@ -51,7 +52,7 @@ class TokenGroups:
 
     @staticmethod
     def _buffer(*shape: int, pinned: bool) -> torch.Tensor:
-        return torch.full(shape, BASE, dtype=torch.int32, pin_memory=pinned)
+        return torch.zeros(shape, dtype=torch.int32, pin_memory=pinned)
 
     def set(self, slots: np.ndarray, ranks: np.ndarray | None = None) -> None:
         """Takes a step's tokens. `slots`: [tokens], any negative for none; `ranks`: [slots], of what each slot holds.
@@ -69,8 +70,8 @@ class TokenGroups:
         order, tiles = self._group(slots)
         tiles[:, 3] = -(-(self.rank if ranks is None else ranks[tiles[:, 0]]) // RANK_STEP) * RANK_STEP
         self._host_order.numpy()[: len(order)] = order
-        self._host_tiles.numpy()[: len(tiles)] = tiles
-        self._host_tiles.numpy()[len(tiles) :, 0] = BASE
+        self._host_tiles.numpy()[0, :2] = len(tiles), len(order)
+        self._host_tiles.numpy()[1 : 1 + len(tiles)] = tiles
         if not self._on_cpu:
             self.order.copy_(self._host_order, non_blocking=True)
             self.tiles.copy_(self._host_tiles, non_blocking=True)
@@ -80,7 +81,7 @@ def tiles_on_cpu(order: torch.Tensor, tiles: torch.Tensor) -> list[tuple[int, sl
     """Each tile's slot, its tokens (neighbours as a slice) and its rank. For implementations on CPU."""
     places, rows = order.numpy(), tiles.numpy()
     found: list[tuple[int, slice | torch.Tensor, int]] = []
-    for slot, start, count, rank in rows[: int(np.argmax(rows[:, 0] < 0))].tolist():
+    for slot, start, count, rank in rows[1 : 1 + rows[0, 0]].tolist():
         first, last = int(places[start]), int(places[start + count - 1])
         neighbours = last - first == count - 1
         found.append((slot, slice(first, last + 1) if neighbours else order[start : start + count].long(), rank))

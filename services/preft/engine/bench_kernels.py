@@ -39,6 +39,7 @@ class Figure:
     bytes: int
     flops: int
     copy_bytes_per_second: float
+    matmul_flops_per_second: float
 
     @property
     def speedup(self) -> float | None:
@@ -49,6 +50,12 @@ class Figure:
     def of_copy(self) -> float:
         """Bytes that must be moved per second, as a part of what a copy moves."""
         return self.bytes / self.seconds["ours"] / self.copy_bytes_per_second
+
+    @property
+    def of_roofline(self) -> float:
+        """What copies and matrix products at full speed would take, whichever is longer, as a part of our time."""
+        least = max(self.bytes / self.copy_bytes_per_second, self.flops / self.matmul_flops_per_second)
+        return least / self.seconds["ours"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,7 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv,
         {
             "device": torch.cuda.get_device_name() if ON_GPU else "cpu",
-            "figures": [{**asdict(one), "speedup": one.speedup, "of_copy": one.of_copy} for one in figures],
+            "figures": [
+                {**asdict(one), "speedup": one.speedup, "of_copy": one.of_copy, "of_roofline": one.of_roofline}
+                for one in figures
+            ],
         },
     )
     print(f"all figures are in {path}")
@@ -77,32 +87,41 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _low_rank(rounds: int, quick: bool) -> list[Figure]:
     """A linear layer's LoRA: prompts side by side, each under the next adapter."""
     figures = []
-    for tokens, hidden, rank, adapters in _low_rank_cases(quick):
-        x, y = _random(tokens, hidden), _random(tokens, hidden)
-        a, b = _random(adapters, rank, hidden), _random(adapters, hidden, rank)
+    for tokens, hidden, columns, rank, adapters in _low_rank_cases(quick):
+        x, y = _random(tokens, hidden), _random(tokens, sum(columns))
+        a = [_random(adapters, rank, hidden) for _ in columns]
+        b = [_random(adapters, size, rank) for size in columns]
         slots = torch.arange(tokens) * adapters // tokens
         groups = TokenGroups(tokens, adapters, rank, DEVICE)
         groups.set(slots.numpy())
-        sides: dict[str, Work] = {"ours": partial(low_rank_delta_, y, x, [a], [b], groups)}
+        sides: dict[str, Work] = {"ours": partial(low_rank_delta_, y, x, a, b, groups)}
         if theirs := _vllm(y, x, a, b, slots):
             sides["vllm"] = theirs
-        used = len(slots.unique())
-        moved = (x.numel() + 2 * y.numel() + used * (a[0].numel() + b[0].numel())) * x.element_size()
-        figures.append(
-            _measure(f"LoRA, {tokens} tokens, hidden {hidden}, rank {rank}, {adapters} adapters", sides, rounds, moved,
-                     4 * tokens * rank * hidden)
-        )  # fmt: skip
+        weights = len(slots.unique()) * rank * sum(hidden + size for size in columns)
+        moved = (x.numel() + 2 * y.numel() + weights) * x.element_size()
+        computed = 2 * tokens * rank * sum(hidden + size for size in columns)
+        sizes = "+".join(map(str, columns))
+        what = f"LoRA, {tokens} tokens, {hidden} to {sizes}, rank {rank}, {adapters} adapters"
+        figures.append(_measure(what, sides, rounds, moved, computed))
     return figures
 
 
-def _low_rank_cases(quick: bool) -> list[tuple[int, int, int, int]]:
+def _low_rank_cases(quick: bool) -> list[tuple[int, int, tuple[int, ...], int, int]]:
     if quick:
-        return [(64, 128, 8, 4)]
+        return [(64, 128, (128,), 8, 4)]
     if not ON_GPU:
-        return [(2048, 768, 16, 16), (2048, 768, 8, 32), (2048, 2048, 16, 1), (256, 768, 16, 8)]
-    cases = [(8192, 4096, 16, adapters) for adapters in (1, 8, 64, 512)]
-    cases += [(tokens, 4096, rank, 8) for tokens in (256, 1024, 4096, 16384) for rank in (8, 32, 128)]
-    return cases
+        return [
+            (2048, 768, (768,), 16, 16),
+            (2048, 768, (768,), 8, 32),
+            (2048, 768, (768, 256, 256), 16, 16),
+            (2048, 2048, (2048,), 16, 1),
+            (256, 768, (768,), 16, 8),
+        ]
+    cases: list[tuple[int, int, tuple[int, ...], int, int]] = [
+        (8192, 4096, (4096,), 16, adapters) for adapters in (1, 8, 64, 512)
+    ]
+    cases += [(8192, 4096, columns, 16, 64) for columns in ((4096, 1024, 1024), (14336, 14336))]
+    return cases + [(tokens, 4096, (4096,), rank, 8) for tokens in (256, 1024, 4096, 16384) for rank in (8, 32, 128)]
 
 
 def _residual(rounds: int, quick: bool) -> list[Figure]:
@@ -135,19 +154,21 @@ def _kv(rounds: int, quick: bool) -> list[Figure]:
     ]
 
 
-def _vllm(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, slots: torch.Tensor) -> Work | None:
+def _vllm(
+    y: torch.Tensor, x: torch.Tensor, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], slots: torch.Tensor
+) -> Work | None:
     """vLLM's own way to do the same; None without vLLM."""
-    tokens, count, rank = len(slots), a.shape[0], a.shape[1]
+    tokens, count, rank = len(slots), a[0].shape[0], a[0].shape[1]
+    stacks = tuple(part[:, None] for part in a), tuple(part[:, None] for part in b)
     try:
         if ON_GPU:
             from vllm.lora.ops.triton_ops import LoRAKernelMeta, lora_expand, lora_shrink
 
             meta = LoRAKernelMeta.make(count, tokens, DEVICE)
             meta.prepare_tensors(slots.to(DEVICE, torch.int32))
-            stacks = [a[:, None]], [b[:, None]]
 
             def on_gpu() -> None:
-                low = torch.zeros(1, tokens, rank, dtype=torch.float32, device=DEVICE)
+                low = torch.zeros(len(a), tokens, rank, dtype=torch.float32, device=DEVICE)
                 lora_shrink(x, stacks[0], low, *meta.meta_args(tokens, False), 1.0)
                 lora_expand(low, stacks[1], y, *meta.meta_args(tokens, False), offset_start=0, add_inputs=True)
 
@@ -159,13 +180,16 @@ def _vllm(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, sl
     wrapper = PunicaWrapperCPU(tokens, max_batches=count, device="cpu")
     ids = tuple((slots + 1).tolist())
     wrapper.update_metadata(LoRAMapping(ids, ids, is_prefill=True), list(range(1, count + 1)), count + 1, 512)
-    return lambda: wrapper.add_lora_linear(y, x, (a[:, None],), (b[:, None],), 1.0, (y.shape[1],))
+    columns = tuple(part.shape[1] for part in b)
+    return lambda: wrapper.add_lora_linear(y, x, *stacks, 1.0, columns)
 
 
 def _measure(what: str, sides: dict[str, Work], rounds: int, moved: int, flops: int, *, graph: bool = True) -> Figure:
     source = torch.empty(moved // 2, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
-    timed = {name: _timer(work, graph) for name, work in {**sides, "copy": lambda: target.copy_(source)}.items()}
+    square = _random(*[4096 if ON_GPU else 512] * 2)
+    roof: dict[str, Work] = {"copy": lambda: target.copy_(source), "matmul": lambda: square @ square}
+    timed = {name: _timer(work, graph) for name, work in {**sides, **roof}.items()}
     seconds: dict[str, list[float]] = {name: [] for name in timed}
     for number in range(-1, rounds):
         for name, timer in timed.items():
@@ -173,9 +197,9 @@ def _measure(what: str, sides: dict[str, Work], rounds: int, moved: int, flops: 
             if number >= 0:
                 seconds[name].append(taken)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    copied = moved / medians.pop("copy")
+    copied, computed = moved / medians.pop("copy"), 2 * len(square) ** 3 / medians.pop("matmul")
     print(f"  {what}: {medians['ours'] * 1e6:.0f} us", file=sys.stderr, flush=True)
-    return Figure(what, medians, moved, flops, copied)
+    return Figure(what, medians, moved, flops, copied, computed)
 
 
 def _timer(work: Work, graph: bool) -> Callable[[], float]:
@@ -217,13 +241,16 @@ def _random(*shape: int) -> torch.Tensor:
 
 def _print(figures: Sequence[Figure]) -> None:
     width = max(len(figure.what) for figure in figures)
-    print(f"{'':{width}}  {'ours us':>9} {'vllm us':>9} {'speedup':>8} {'GB/s':>7} {'of copy':>8} {'TFLOP/s':>8}")
+    heads = (
+        f"{'ours us':>9} {'vllm us':>9} {'speedup':>8} {'GB/s':>7} {'of copy':>8} {'TFLOP/s':>8} {'of roofline':>11}"
+    )
+    print(f"{'':{width}}  {heads}")
     for figure in figures:
         ours, vllm = figure.seconds["ours"], figure.seconds.get("vllm")
         theirs = f"{vllm * 1e6:9.0f} {vllm / ours:7.2f}x" if vllm else f"{'':>9} {'':>8}"
         print(
             f"{figure.what:{width}}  {ours * 1e6:9.0f} {theirs} {figure.bytes / ours / 1e9:7.1f} {figure.of_copy:8.2f} "
-            f"{figure.flops / ours / 1e12:8.3f}"
+            f"{figure.flops / ours / 1e12:8.3f} {figure.of_roofline:11.2f}"
         )
 
 

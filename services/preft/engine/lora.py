@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.config import VllmConfig
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.model_manager import DEFAULT_LANGUAGE_WRAPPER_KEY, LRUCacheLoRAModelManager
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
@@ -26,6 +27,7 @@ from preft.engine.adapter_weights import AdapterWeights, LoraPart, read_weights
 from preft.engine.reft import wrap_decoder_layers
 from preft.transfer.staging import Region, StagingView
 from preft_kernels.low_rank_delta import low_rank_delta_
+from preft_kernels.residual_delta import residual_delta_
 from preft_kernels.token_groups import BASE, RANK_STEP, TokenGroups
 
 
@@ -176,6 +178,31 @@ class GroupedLoRAModelManager(LRUCacheLoRAModelManager):
         for layer in self._decoder_layers.values():
             self.register_module(layer.name, layer)
             layer.set_mapping(self._punica)
+        self._launch_kernels_once()
+
+    def _launch_kernels_once(self) -> None:
+        """For each kind of layer and steps of any length, with no token under an adapter.
+
+        The first launch of a kind on GPU compiles it, which takes a second: no prompt should wait for that.
+        """
+        linear = {
+            tuple(stack.shape for stack in (*module.lora_a_stacked, *module.lora_b_stacked)): module
+            for module in self.modules.values()
+            if isinstance(module, BaseLinearLayerWithLoRA)
+        }
+        lengths = [1 << power for power in range((len(self._punica.lora.order) - 1).bit_length() + 1)]
+        for module in linear.values():
+            a, b = module.lora_a_stacked, module.lora_b_stacked
+            x, y = (a[0].new_empty(1, size) for size in (a[0].shape[-1], sum(stack.shape[-2] for stack in b)))
+            for tokens in lengths:
+                self._punica.add_lora_linear(
+                    y.expand(tokens, -1), x.expand(tokens, -1), a, b, 1.0, module.output_slices
+                )
+        for layer in list(self._decoder_layers.values())[:1]:
+            stream = layer.a.new_empty(1, layer.a.shape[-1])
+            for tokens in lengths:
+                rows = stream.expand(tokens, -1)
+                residual_delta_(rows, rows, layer.a, layer.b, layer.c, self._punica.reft)
 
     def check(self, weights: AdapterWeights) -> None:
         """Raises ValueError if this model can't take them."""

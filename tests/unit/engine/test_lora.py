@@ -10,6 +10,7 @@ import torch
 from vllm.config.lora import LoRAConfig
 from vllm.lora.layers import LoRAMapping
 
+from kernels.test_token_groups import slots_of as grouped
 from preft.adapters.reft_config import EVERY, ReftConfig
 from preft.engine.lora import GroupedPunicaWrapper
 from preft.engine.reft import ReftLayer
@@ -42,17 +43,6 @@ def batch(wrapper: GroupedPunicaWrapper, tokens: list[int], sampled: list[int]) 
 
 def slots_of(tokens: list[int]) -> torch.Tensor:
     return torch.tensor([BASE if token == 0 else IDS.index(token) for token in tokens])
-
-
-def grouped(groups: TokenGroups, tokens: int = TOKENS) -> list[int]:
-    """The slot under which each token is."""
-    slots = [BASE] * tokens
-    for slot, start, count, _ in groups.tiles.tolist():
-        if slot == BASE:
-            break
-        for token in groups.order[start : start + count].tolist():
-            slots[token] = slot
-    return slots
 
 
 MIXED = [101, 101, 0, 102, 0, 0, 102, 101]
@@ -180,7 +170,7 @@ def test_an_adapter_without_reft_acts_on_no_stream(wrapper: GroupedPunicaWrapper
     batch(wrapper, MIXED, MIXED)
     limit(wrapper, [(0, len(MIXED), len(MIXED))], [0, EVERY, 0], [0, 0, 0])
     assert grouped(wrapper.reft, len(MIXED)) == [1 if token == 102 else -1 for token in MIXED]
-    assert set(grouped(wrapper.reft)[len(MIXED) :]) == {BASE}
+    assert set(grouped(wrapper.reft, TOKENS)[len(MIXED) :]) == {BASE}
 
 
 def test_a_reft_layer_adds_to_the_stream_what_its_slot_holds(wrapper: GroupedPunicaWrapper) -> None:

@@ -1,0 +1,200 @@
+"""`make tune-gpu`: measures block sizes of the delta kernel for the layers of common models on this machine's GPU.
+
+Writes `tuned/<name of the GPU>.json`, which launches choose from (see `blocks`). Needs torch and Triton alone. A choice
+is kept if what it computes equals what the rule's choice computes, and if it takes at most KEEP of the rule's time.
+Time is a sum of medians over two mixes: one adapter for all tokens, and prompts of 64 tokens side by side, each under
+its own adapter. `--processes` compile at a time, one measures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from preft_kernels.blocks import FOLDER, SHIPPED, Blocks, Work, candidates, write
+from preft_kernels.low_rank_delta import launch_delta, processors
+from preft_kernels.token_groups import TokenGroups
+
+KEEP = 0.97
+MODELS = {  # hidden size, columns of q, of k and of v, intermediate size
+    "Llama 3 8B": (4096, 4096, 1024, 14336),
+    "Llama 3 70B": (8192, 8192, 1024, 28672),
+    "Qwen 2.5 0.5B": (896, 896, 128, 4864),
+    "Qwen 2.5 7B": (3584, 3584, 512, 18944),
+    "Qwen 2.5 32B": (5120, 5120, 1024, 27648),
+    "Qwen 3 4B": (2560, 4096, 1024, 9728),
+}
+RANKS = (16, 64, 128)  # a lower rank costs what 16 does
+TOKENS = (64, 256, 1024, 4096, 16384)
+MOST_ADAPTERS = 64
+Run = Callable[[], None]
+
+
+def layers(models: Iterable[tuple[int, ...]]) -> list[tuple[int, tuple[int, ...], bool]]:
+    """Inputs, the slices' columns, and whether it is a ReFT, of every layer that an adapter can change."""
+    found = []
+    for hidden, q, kv, inner in models:
+        found += [(hidden, (q, kv, kv), False), (q, (hidden,), False), (hidden, (inner, inner), False)]
+        found += [(inner, (hidden,), False), (hidden, (hidden,), True)]
+    return list(dict.fromkeys(found))
+
+
+def tune(
+    inputs: int,
+    columns: tuple[int, ...],
+    rank: int,
+    tokens: int,
+    residual: bool,
+    device: str,
+    seconds: Callable[[Run], float],
+    alone: AbstractContextManager[Any],
+) -> dict[str, Any]:
+    """The fastest right blocks for one shape, and what was measured. While it measures it holds `alone`."""
+    work = Work(inputs, sum(columns), len(columns), rank, tokens, residual)
+    mixes = [_Mix(work, columns, adapters, device) for adapters in {1, min(MOST_ADAPTERS, -(-tokens // 64))}]
+    rule, *others = dict.fromkeys(candidates(work, processors(torch.device(device))))
+    expected = [mix.result(rule) for mix in mixes]
+    found = {rule: 0.0}
+    for blocks in others:
+        try:
+            mixes[0].run(blocks, idle=True)()  # compiles
+        except triton.runtime.errors.OutOfResources:
+            continue
+        with alone:
+            results = [mix.result(blocks) for mix in mixes]
+            if all(torch.allclose(*pair, rtol=2e-2, atol=2e-2) for pair in zip(results, expected, strict=True)):
+                found[blocks] = sum(seconds(mix.run(blocks)) for mix in mixes)
+            else:
+                print(f"WRONG: {work} {blocks}", file=sys.stderr, flush=True)
+    turns: dict[Blocks, list[float]] = {blocks: [] for blocks in sorted(found, key=lambda one: found[one])[:4]}
+    with alone:
+        for _ in range(5):
+            for blocks, times in turns.items():
+                times.append(sum(seconds(mix.run(blocks)) for mix in mixes))
+    medians = {blocks: statistics.median(times) for blocks, times in turns.items()}
+    best = min(medians, key=lambda blocks: medians[blocks])
+    if medians[best] > KEEP * medians[rule]:
+        best = rule
+    return {"work": work, "blocks": best, "us": medians[best] * 1e6, "rule_us": medians[rule] * 1e6}
+
+
+class _Mix:
+    """Arguments of one shape: runs of tokens under so many adapters."""
+
+    def __init__(self, work: Work, columns: tuple[int, ...], adapters: int, device: str) -> None:
+        def random(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, device=device, generator=generator).mul_(0.1).to(torch.bfloat16)
+
+        generator = torch.Generator(device).manual_seed(0)
+        self._y = random(work.tokens, work.outputs)
+        self._spoiled = self._y.clone()
+        self._x = random(work.tokens, work.inputs)
+        self._a = [random(adapters, work.rank, work.inputs) for _ in columns]
+        self._b = [random(adapters, size, work.rank) for size in columns]
+        slots = torch.arange(work.tokens) * adapters // work.tokens
+        self._groups = TokenGroups.of(slots.to(device), adapters, work.rank)
+        self._none = TokenGroups(work.tokens, adapters, work.rank, device)
+        self._more = {"addend": self._x, "c": random(adapters, work.rank)} if work.residual else {}
+
+    def run(self, blocks: Blocks, y: torch.Tensor | None = None, *, idle: bool = False) -> Run:
+        """Adds the delta to `y`, or to what nobody reads; `idle`: for no token."""
+        y = self._spoiled if y is None else y
+        groups = self._none if idle else self._groups
+        x = y if self._more else self._x
+        return lambda: launch_delta(
+            y, x, self._a, self._b, groups.order, groups.tiles, scale=0.5, blocks=blocks, **self._more
+        )
+
+    def result(self, blocks: Blocks) -> torch.Tensor:
+        y = self._y.clone()
+        self.run(blocks, y)()
+        return y
+
+
+def _seconds(run: Run, runs: int = 20) -> float:
+    """Of one run on the GPU, which is kept waiting until all are queued: what the host takes doesn't count."""
+    run()
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(5_000_000)  # cycles
+    begin.record()
+    for _ in range(runs):
+        run()
+    end.record()
+    torch.cuda.synchronize()
+    return float(begin.elapsed_time(end)) / 1000 / runs
+
+
+def _start(lock: Any) -> None:
+    global _alone
+    _alone = lock
+
+
+def _tune(shape: tuple[int, tuple[int, ...], int, int, bool]) -> dict[str, Any]:
+    row = tune(*shape, "cuda", _seconds, _alone)
+    print(f"{row['rule_us']:9.1f} us by rule, {row['us']:9.1f} by {row['blocks']}: {row['work']}", flush=True)
+    return row
+
+
+_alone: Any = None  # in each process: the lock under which one measures
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="tune-gpu", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", action="append", choices=MODELS, help="default: all that are known")
+    parser.add_argument(
+        "--sizes",
+        type=_sizes,
+        action="append",
+        metavar="HIDDEN,Q,KV,INTERMEDIATE",
+        help="of another model, or of its part on one GPU",
+    )
+    parser.add_argument("--rank", type=int, action="append", help=f"default: {RANKS}")
+    parser.add_argument("--tokens", type=int, action="append", help=f"default: {TOKENS}")
+    parser.add_argument("--processes", type=int, default=min(8, os.cpu_count() or 1))
+    parser.add_argument("--out", type=Path, default=SHIPPED, help=f"folder; launches look at {FOLDER} first")
+    arguments = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        parser.error("no GPU was found")
+    sizes = arguments.sizes or []
+    if arguments.model or not sizes:
+        sizes = [*sizes, *(MODELS[name] for name in arguments.model or MODELS)]
+    shapes = [
+        (inputs, columns, rank, tokens, residual)
+        for inputs, columns, residual in layers(sizes)
+        for rank in arguments.rank or RANKS
+        for tokens in arguments.tokens or TOKENS
+    ]
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Pool(arguments.processes, _start, (spawn.Lock(),)) as pool:
+        rows = list(pool.imap(_tune, shapes))
+    device = torch.cuda.get_device_name()
+    about = {
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "command": f"preft_kernels.tune {' '.join(argv or sys.argv[1:])}",
+    }
+    gains = [row["rule_us"] / row["us"] for row in rows]
+    print(f"{len(rows)} shapes, {statistics.geometric_mean(gains):.2f} times the rule's speed (geometric mean)")
+    print(write(arguments.out, device, about, rows))
+    return 0
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    sizes = tuple(map(int, text.split(",")))
+    if len(sizes) != 4:
+        raise ValueError(text)
+    return sizes
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -15,7 +15,7 @@ from preft.adapters.reft_config import EVERY, ReftConfig
 from preft.engine.lora import GroupedPunicaWrapper
 from preft.engine.reft import ReftLayer
 from preft_kernels.low_rank_delta import low_rank_delta_reference
-from preft_kernels.token_groups import BASE, TokenGroups
+from preft_kernels.token_groups import BASE
 
 SLOTS = 3
 IDS = [101, 102, None]  # which adapter is in which slot

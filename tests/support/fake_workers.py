@@ -24,6 +24,7 @@ from preft.core.request import AdapterRef, FinishReason, GenerateRequest, Sampli
 from preft.decode.session import DecodeSession, Put
 from preft.rpc import common_pb2, workers_pb2, workers_pb2_grpc
 from preft.rpc.convert import delta_to_proto, place_to_proto
+from preft.rpc.liveness import ACCEPT_PINGS
 from preft.rpc.status import abort
 
 EOS = 7
@@ -103,7 +104,7 @@ class FakeWorker:
     silent_since: float | None = None
 
     async def start(self) -> None:
-        self.server = grpc.aio.server()
+        self.server = grpc.aio.server(options=ACCEPT_PINGS)
         service = PrefillService(self) if isinstance(self, FakePrefill) else DecodeService(self)
         if isinstance(self, FakePrefill):
             workers_pb2_grpc.add_PrefillWorkerServicer_to_server(service, self.server)

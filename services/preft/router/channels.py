@@ -22,6 +22,7 @@ from preft.core.request import AdapterRef
 from preft.router.decode_stream import CallCancelled, DecodeCall, DecodeStream
 from preft.rpc import workers_pb2, workers_pb2_grpc
 from preft.rpc.convert import adapter_to_proto, place_from_proto
+from preft.rpc.liveness import ping_options
 from preft.rpc.status import error_from_rpc
 
 OPTIONS = [
@@ -152,7 +153,7 @@ class WorkerChannels:
     def _stubs_of(self, address: str) -> WorkerStubs:
         stubs = self._stubs.get(address)
         if stubs is None:
-            channel = grpc.aio.insecure_channel(address, options=OPTIONS)
+            channel = grpc.aio.insecure_channel(address, options=[*OPTIONS, *ping_options()])
             stubs = self._stubs[address] = WorkerStubs(
                 channel,
                 workers_pb2_grpc.PrefillWorkerStub(channel),  # type: ignore[no-untyped-call]

@@ -11,6 +11,7 @@ import grpc.aio
 
 from preft.core.errors import TransferFailed
 from preft.rpc import kv_transfer_pb2
+from preft.rpc.liveness import ping_options
 from preft.transfer.port import KvHeader, PushRefused, Refusal
 
 METHOD = "/preft.v1.KvTransfer/Push"
@@ -41,7 +42,9 @@ class GrpcKvSender:
         """See KvSender. `address` is `host:port` of the decode worker."""
         channel = self._channels.get(address)
         if channel is None:
-            channel = self._channels[address] = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+            channel = self._channels[address] = grpc.aio.insecure_channel(
+                address, options=[*_CHANNEL_OPTIONS, *ping_options()]
+            )
         # A stream_unary call on the wire; but of a stream_unary that the receiver ends early grpc.aio loses the status.
         call = channel.stream_stream(METHOD)(metadata=((HEADER_KEY, encode_header(header)),), timeout=timeout)
         status = _status_of(call)

@@ -8,7 +8,7 @@ import gc
 import random
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterable, AsyncIterator
 from typing import Any
 
 import pytest
@@ -27,19 +27,27 @@ from preft.core.errors import (
     Unavailable,
     WorkerLost,
 )
-from preft.core.request import AdapterRef
+from preft.core.request import AdapterRef, TokenDelta
 from preft.router import admission as admission_module
 from preft.router import router as router_module
 from preft.router.ledger import HEARTBEATS
 from preft.router.router import Router
+from preft.rpc import liveness
 from support.fake_workers import EOS, FakeDecode, Fault, a_request, foretold
 from support.router_harness import FAST, Harness, running
+from support.silent_proxy import SilentProxy
 
 
 @pytest.fixture
 async def harness() -> AsyncIterator[Harness]:
     async with running(Harness()) as harness:
         yield harness
+
+
+async def read_all(generation: AsyncIterable[TokenDelta], tokens: list[int]) -> None:
+    """Of a request for one choice."""
+    async for delta in generation:
+        tokens += delta.token_ids
 
 
 # Undisturbed
@@ -198,6 +206,33 @@ async def test_a_stream_survives_the_death_of_its_decode_worker(harness: Harness
     assert resumed[0].target.handle not in {decode.handle for decode in dead.requests}
     assert all(len(decode.output_token_ids) > after for decode in alive.requests)
     assert harness.router.stats().resumes >= 1
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+async def test_a_worker_that_is_gone_without_a_word_is_noticed(
+    harness: Harness, role: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its machine has lost power or its process is frozen: connections stay open, and nothing comes."""
+    monkeypatch.setattr(liveness, "PING_SECONDS", 0.5)
+    monkeypatch.setattr(liveness, "PING_TIMEOUT_SECONDS", 0.5)
+    silent = harness.p if role == "prefill" else harness.d
+    async with SilentProxy(silent.address) as proxy:
+        silent.address = proxy.address
+        silent.delay = 0.3
+        await harness.seen(lambda: harness.router.snapshot.workers[silent.id].address == proxy.address)
+        request = a_request(max_tokens=8)
+        tokens: list[int] = []
+        async with asyncio.timeout(20), harness.router.generate(request) as generation:
+            reading = asyncio.create_task(read_all(generation, tokens))
+            await harness.seen(lambda: silent.running if role == "prefill" else len(tokens) > 3)
+            before = list(tokens)
+            proxy.fall_silent()
+            p1, d1 = await harness.second()
+            await reading
+        assert len(before) < 8
+        assert tokens == foretold(request)[0]
+        assert (p1 if role == "prefill" else d1).calls == 1
+        await silent.die()
 
 
 async def test_a_healthy_choice_goes_on_while_another_is_resumed(harness: Harness) -> None:

@@ -72,14 +72,14 @@ def by_rule(work: Work, processors: int) -> Blocks:
     (There a second launch costs less than shrinking anew in each of the programs that share a tile's columns.)
     """
     wide = work.element_size > 2
-    r = min(_power(work.rank), 32 if wide else 64)
+    r = min(_power(work.rank), 32 if wide else 64 if work.slices > 1 else 128)
     splits = min(2 * processors // -(-work.tokens // 32), work.inputs // 512, 16)
     if splits < 4:
         splits = 0
     if work.residual and not splits:
         r = _power(work.rank)
     much = r * work.slices * work.element_size
-    n = 64 if much <= 128 else 32
+    n = 64 if much <= 256 else 32
     k = 128 if much <= 64 and not work.residual else 64 if much <= 384 else 32
     return Blocks(n=n, k=k, r=r, splits=splits, warps=4 if much <= 128 else 8)
 

@@ -76,8 +76,8 @@ def by_rule(work: Work, processors: int) -> Blocks:
     splits = min(2 * processors // -(-work.tokens // 32), work.inputs // 512, 16)
     if splits < 4:
         splits = 0
-    if work.residual and not splits:
-        r = _power(work.rank)
+    if work.residual and work.rank > r and not splits:
+        splits = 1  # in one launch it would have to hold all ranks at once: it reads what it writes
     much = r * work.slices * work.element_size
     n = 64 if much <= 256 else 32
     k = 128 if much <= 64 and not work.residual else 64 if much <= 384 else 32

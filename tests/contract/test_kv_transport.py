@@ -228,6 +228,15 @@ async def small_and_empty(frames: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         position += size
 
 
+async def test_kv_goes_past_http_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    async with Wire("grpc") as wire:
+        await wire.push(b"bytes" * 100)
+        assert await wire.received() == b"bytes" * 100
+
+
 @pytest.mark.parametrize("size", [1, 63, 64, 4097, FRAME_BYTES, FRAME_BYTES + 1, len(BIG)])
 async def test_exact_bytes(wire: Wire, size: int) -> None:
     await wire.push(BIG[:size])

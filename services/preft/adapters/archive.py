@@ -13,6 +13,7 @@ import os
 import stat
 import struct
 import tarfile
+import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -35,14 +36,14 @@ BROKEN = (
 )
 
 
-def unpack_archive(archive: Path, target: Path, max_bytes: int) -> None:
+def unpack_archive(archive: Path, target: Path, max_bytes: int, stop: threading.Event | None = None) -> None:
     """Writes the adapter's files in `archive` to the empty folder `target`, down to the disk.
 
     They lie at the top or in one folder of the archive; other files are left out. Of a compressed tar file, these may
     have `max_bytes` too. Raises InvalidAdapter if that isn't so or if the archive is broken, Unavailable if the disk
-    fails; what was written by then stays.
+    fails or, from any thread, `stop` is set; what was written by then stays.
     """
-    taken = _Taken(target, max_bytes)
+    taken = _Taken(target, max_bytes, stop or threading.Event())
     with _errors(archive), open(archive, "rb") as file:
         start = file.read(8)
         file.seek(0)
@@ -56,8 +57,9 @@ def unpack_archive(archive: Path, target: Path, max_bytes: int) -> None:
 class _Taken:
     """The files taken so far, and the bytes in them."""
 
-    def __init__(self, target: Path, max_bytes: int) -> None:
+    def __init__(self, target: Path, max_bytes: int, stop: threading.Event) -> None:
         self.max_bytes = max_bytes
+        self.stop = stop
         self._target = target
         self._left = max_bytes
         self._folders: dict[str, PurePosixPath] = {}
@@ -98,12 +100,12 @@ class _Taken:
 
 
 class _Reader:
-    """What tarfile and zipfile read from: nothing after `limit` bytes, and nothing large at once."""
+    """What tarfile and zipfile read from: nothing after `limit` bytes, nothing large at once, none once stopped."""
 
-    def __init__(self, file: IO[bytes], limit: int | None, refusal: InvalidAdapter) -> None:
+    def __init__(self, file: IO[bytes], limit: int | None, taken: _Taken) -> None:
         self._file = file
         self._limit = limit
-        self._refusal = refusal
+        self._taken = taken
         self.last = b""
 
     def read(self, size: int = -1) -> bytes:
@@ -132,12 +134,14 @@ class _Reader:
 
     def _check(self, offset: int) -> None:
         if self._limit is not None and offset > self._limit:
-            raise self._refusal
+            raise _too_large(self._taken.max_bytes)
+        if self._taken.stop.is_set():
+            raise Unavailable("the archive is not unpacked any further: nobody waits for it")
 
 
 def _unpack_tar(file: BinaryIO, opener: Callable[[BinaryIO], IO[bytes]] | None, taken: _Taken) -> None:
     with opener(file) if opener else file as unpacked:
-        reader = _Reader(unpacked, 2 * taken.max_bytes + MARGIN if opener else None, _too_large(taken.max_bytes))
+        reader = _Reader(unpacked, 2 * taken.max_bytes + MARGIN if opener else None, taken)
         with tarfile.open(fileobj=cast(Any, reader), mode="r:") as members:
             for count, member in enumerate(members, 1):
                 _check_count(count)
@@ -154,7 +158,7 @@ def _unpack_tar(file: BinaryIO, opener: Callable[[BinaryIO], IO[bytes]] | None, 
 
 
 def _unpack_zip(file: BinaryIO, taken: _Taken) -> None:
-    reader = _Reader(file, None, _too_large(taken.max_bytes))
+    reader = _Reader(file, None, taken)
     with zipfile.ZipFile(cast(Any, reader)) as members:
         _check_count(len(members.infolist()))
         for member in members.infolist():

@@ -11,12 +11,15 @@ import logging
 import re
 import shutil
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from preft.adapters.archive import unpack_archive
 from preft.adapters.base_model import BaseModel
@@ -27,6 +30,8 @@ from preft.core.cluster import Adapter
 from preft.core.errors import AdapterExists, InvalidAdapter, InvalidRequest, ModelNotFound, PreftError, Unavailable
 from preft.core.ports import Progress, StateStore
 
+T = TypeVar("T")
+
 logger = logging.getLogger(__name__)
 
 NOT_PREFILL_ONLY = (
@@ -35,6 +40,7 @@ NOT_PREFILL_ONLY = (
 )
 NAME = re.compile(r"[A-Za-z0-9._/-]{1,128}")
 PINNED_SHARE = 0.5  # of host memory and of the disk tier: what isn't pinned needs room as well
+FETCHES = 16  # sources and archives at a time; further ones wait for their turn
 
 
 class CatalogView:
@@ -115,7 +121,11 @@ class CatalogLimits:
 
 
 class Catalog(CatalogView):
-    """An AdapterCatalog over `store`. New content is checked in the disk tier."""
+    """An AdapterCatalog over `store`. New content is checked in the disk tier.
+
+    It comes in threads of the catalog's own, which nothing else waits for. An add that is cancelled first ends its
+    work there, and leaves nothing half-fetched.
+    """
 
     def __init__(
         self,
@@ -134,6 +144,7 @@ class Catalog(CatalogView):
         self._base_name = base_name
         self._limits = limits
         self._writing = asyncio.Lock()
+        self._threads = ThreadPoolExecutor(FETCHES, "adapter-add")
 
     async def refresh(self) -> Collection[str]:
         left = await super().refresh()
@@ -147,19 +158,22 @@ class Catalog(CatalogView):
         InvalidRequest if the name is pinned and there is no room for its new content.
         """
         self._check_name(name)
-        opened = open_source(source, timeout=self._limits.source_timeout)
-        adapter = await asyncio.to_thread(self._fetch, name, opened, progress)
+        stop = threading.Event()
+        opened = open_source(source, timeout=self._limits.source_timeout, stop=stop)
+        adapter = await self._in_thread(stop, lambda: self._fetch(name, opened, progress))
         return await self._put(adapter, replace)
 
     async def add_archive(self, name: str, archive: Path, *, replace: bool = False) -> Adapter:
         """Like `add`, with the content of a tar or zip file, which stays until no name points to it any more."""
         self._check_name(name)
-        source = str(await asyncio.to_thread(self._unpack, archive))
+        stop = threading.Event()
+        folder = self._uploads / uuid.uuid4().hex
         try:
-            return await self.add(name, source, replace=replace)
-        except PreftError:
+            await self._in_thread(stop, lambda: self._unpack(archive, folder, stop))
+            return await self.add(name, str(folder), replace=replace)
+        except (PreftError, asyncio.CancelledError):
             with suppress(PreftError):
-                await self._drop_upload(source)
+                await self._drop_upload(str(folder))
             raise
 
     async def pin(self, name: str, pinned: bool) -> Adapter:
@@ -232,6 +246,17 @@ class Catalog(CatalogView):
         if name == self._base_name:
             raise InvalidAdapter(f"{name!r} is the base model's name: give the adapter another", param="name")
 
+    async def _in_thread(self, stop: threading.Event, work: Callable[[], T]) -> T:
+        """What `work` returns. It must end soon once `stop` is set: a cancellation sets it, and waits for the end."""
+        job = self._threads.submit(work)
+        try:
+            return await asyncio.wrap_future(job)
+        except asyncio.CancelledError:
+            stop.set()
+            if not job.cancel():
+                await asyncio.gather(asyncio.wrap_future(job), return_exceptions=True)
+            raise
+
     def _fetch(self, name: str, source: AdapterSource, progress: Progress | None) -> Adapter:
         stamp = source.stamp()
         digest, found = self._disk.fetch(source, self._check, progress=progress)
@@ -252,16 +277,16 @@ class Catalog(CatalogView):
     def _check(self, copy: Path) -> AdapterSummary:
         return check_adapter(copy, self._base, self._limits.max_rank)
 
-    def _unpack(self, archive: Path) -> Path:
-        """The archive's content in a folder of its own, which no other upload shares."""
+    def _unpack(self, archive: Path, target: Path, stop: threading.Event) -> None:
+        """The archive's content in the folder `target`, which no other upload shares."""
         try:
             self._uploads.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self._uploads, prefix=".unfinished-") as unpacked:
                 folder = Path(unpacked) / "adapter"
                 folder.mkdir()
-                unpack_archive(archive, folder, self._limits.max_adapter_bytes)
+                unpack_archive(archive, folder, self._limits.max_adapter_bytes, stop)
                 self._check(folder)
-                return folder.rename(self._uploads / uuid.uuid4().hex)
+                folder.rename(target)
         except OSError as error:
             raise Unavailable(f"the archive can't be kept in {self._uploads}: {error.strerror or error}") from error
 

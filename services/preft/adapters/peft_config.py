@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+import subprocess
+import sys
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,17 @@ UNSUPPORTED = {
 # These say how training began; the others (PiSSA, OLoRA, CorDA, LoftQ) change the base model's weights too.
 PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 
+PLAIN_PATTERN = re.compile(r"[\w.-]+")
+MATCH_SECONDS = 1  # of processor time, for all patterns and modules
+MATCHER = r"""
+import json, re, resource, sys
+resource.setrlimit(resource.RLIMIT_CPU, (int(sys.argv[1]), int(sys.argv[1])))
+patterns, modules = json.load(sys.stdin)
+for pattern in patterns:
+    for module in modules:
+        re.fullmatch(rf"(.*\.)?({pattern})", module)
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class LoraConfig:
@@ -41,6 +54,8 @@ class LoraConfig:
 
     rank: int
     rank_pattern: Mapping[str, int]
+    patterns: Sequence[str] = ()
+    """All that aren't just names, of ranks and of alphas."""
 
     @property
     def largest_rank(self) -> int:
@@ -53,6 +68,25 @@ class LoraConfig:
             if re.fullmatch(rf"(.*\.)?({pattern})", module):
                 return rank
         return self.rank
+
+
+def check_patterns(config: LoraConfig, modules: Collection[str]) -> None:
+    """Raises InvalidAdapter if holding the config's patterns against these names takes long.
+
+    Some patterns take for ever, and nothing can stop Python while it matches: so another process tries.
+    """
+    if not config.patterns:
+        return
+    tried = subprocess.run(
+        [sys.executable, "-I", "-c", MATCHER, str(MATCH_SECONDS)],
+        input=json.dumps([config.patterns, list(modules)]).encode(),
+        stderr=subprocess.DEVNULL,
+        check=False,
+    )
+    if tried.returncode:
+        raise InvalidAdapter(
+            f"{CONFIG_FILE}: the patterns of rank_pattern and alpha_pattern take more than {MATCH_SECONDS} s to match"
+        )
 
 
 def read_config(folder: Path, max_rank: int) -> LoraConfig:
@@ -76,13 +110,15 @@ def read_config(folder: Path, max_rank: int) -> LoraConfig:
     if not (config.get("target_modules") and isinstance(config["target_modules"], str | list)):
         raise InvalidAdapter(f"{CONFIG_FILE}: target_modules is missing or empty")
     _check_number("lora_alpha", config.get("lora_alpha"))
-    for pattern, alpha in _pattern(config, "alpha_pattern").items():
+    alphas = _pattern(config, "alpha_pattern")
+    for pattern, alpha in alphas.items():
         _check_number(f"alpha_pattern[{pattern!r}]", alpha)
     _check_rank("r", config.get("r"), max_rank)
     ranks = _pattern(config, "rank_pattern")
     for pattern, rank in ranks.items():
         _check_rank(f"rank_pattern[{pattern!r}]", rank, max_rank)
-    return LoraConfig(config["r"], ranks)
+    intricate = [pattern for pattern in (*ranks, *alphas) if not PLAIN_PATTERN.fullmatch(pattern)]
+    return LoraConfig(config["r"], ranks, intricate)
 
 
 def _load(folder: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from preft.adapters.adapter_tensors import check_finite, read_tensors
 from preft.adapters.base_model import MODULE, TARGETS, BaseModel
 from preft.adapters.digest import CONFIG_FILE, WEIGHTS_FILE
-from preft.adapters.peft_config import LoraConfig, read_config
+from preft.adapters.peft_config import LoraConfig, check_patterns, read_config
 from preft.adapters.tensor_file import TensorEntry
 from preft.core.errors import InvalidAdapter
 
@@ -32,6 +32,7 @@ def check_lora(folder: Path, base: BaseModel, max_rank: int) -> int:
         if side in pairs.setdefault(module, {}):
             raise _wrong(name, "is there twice, with and without the prefix base_model.model")
         pairs[module][side] = entry
+    check_patterns(config, pairs)
     ranks = [_check_pair(module, sides, config, base, max_rank) for module, sides in sorted(pairs.items())]
     check_finite(path, entries)
     return max(ranks)

@@ -7,11 +7,15 @@ Credentials, endpoints and proxies come from the environment as the libraries be
 from __future__ import annotations
 
 import asyncio
+import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+import time
+from collections.abc import Coroutine, Iterable, Iterator, Mapping
+from concurrent.futures import wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import fsspec
 import fsspec.asyn
@@ -19,8 +23,11 @@ from aiohttp import ClientResponseError, ClientTimeout
 
 from preft.core.errors import InvalidAdapter, PreftError, SourceNotFound, Unavailable
 
+T = TypeVar("T")
+
 CHUNK = 1 << 20  # bytes
 BLOCK = 4 << 20  # bytes of one request where a file comes in ranges
+LOOK_SECONDS = 0.1  # a wait that is stopped ends within this time
 NOT_THERE = (404, 410)
 VERSIONED_BY = (  # what S3, Google Storage, web servers and the Hugging Face hub say of a file's version
     *("ETag", "LastModified", "VersionId"),
@@ -40,19 +47,23 @@ class FoundFile:
 
 
 class RemoteFolder:
-    """The folder at `uri`; `timeout` is in seconds."""
+    """The folder at `uri`; `timeout` is in seconds. Once `stop` is set, waiting for it ends with Unavailable.
 
-    def __init__(self, scheme: str, uri: str, timeout: float) -> None:
+    Google's files and the hub's are waited for by their own libraries, which can't be stopped in the middle of a call.
+    """
+
+    def __init__(self, scheme: str, uri: str, timeout: float, stop: threading.Event) -> None:
         self._scheme = scheme
         self._uri = uri
         self._timeout = timeout
+        self._stop = stop
 
     def find(self, names: Iterable[str]) -> dict[str, FoundFile]:
         """Those of `names` that are there. Raises SourceNotFound if the folder isn't, Unavailable if nobody answers."""
         with self._errors(SourceNotFound(f"there is no folder {self._uri}")):
             files = self._filesystem()
             if self._scheme in ("http", "https"):
-                infos = fsspec.asyn.sync(files.loop, self._ask_for, files, tuple(names), timeout=self._timeout)
+                infos = self._wait(files, self._ask_for(files, tuple(names)), self._timeout)
             else:
                 infos = self._list(files, frozenset(names))
             return {name: _found(info) for name, info in infos.items()}
@@ -89,7 +100,7 @@ class RemoteFolder:
     def _list(self, files: Any, names: frozenset[str]) -> dict[str, Mapping[str, Any]]:
         root = files._strip_protocol(self._uri)
         if isinstance(files, fsspec.asyn.AsyncFileSystem):  # within the time limit, whatever is retried inside
-            entries = fsspec.asyn.sync(files.loop, files._ls, root, detail=True, refresh=True, timeout=self._timeout)
+            entries = self._wait(files, files._ls(root, detail=True, refresh=True), self._timeout)
         else:
             entries = files.ls(root, detail=True, refresh=True)
         by_name = {entry["name"].rstrip("/").rpartition("/")[2]: entry for entry in entries if entry["name"] != root}
@@ -102,16 +113,26 @@ class RemoteFolder:
 
     def _read_stream(self, files: Any, path: str) -> Iterator[bytes]:
         size = {} if self._scheme == "s3" else {"size": 0}  # spares a web server the question how long the file is
-        file = fsspec.asyn.sync(files.loop, files.open_async, path, "rb", **size)
+        file = self._wait(files, files.open_async(path, "rb", **size))
         try:
             # The first bytes with the limit on the whole call, as it holds a request that may be retried inside; from
             # then on the connection has the limit.
-            chunk = fsspec.asyn.sync(files.loop, file.read, CHUNK, timeout=self._timeout)
+            chunk = self._wait(files, file.read(CHUNK), self._timeout)
             while chunk:
                 yield chunk
-                chunk = fsspec.asyn.sync(files.loop, _fill, file)
+                chunk = self._wait(files, _fill(file))
         finally:
             asyncio.run_coroutine_threadsafe(_close(file), files.loop)
+
+    def _wait(self, files: Any, work: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
+        """What `work` returns, in the file system's loop. Raises TimeoutError, and Unavailable if stopped."""
+        running = asyncio.run_coroutine_threadsafe(work, files.loop)
+        limit = math.inf if timeout is None else time.monotonic() + timeout
+        while not wait([running], LOOK_SECONDS).done:
+            if self._stop.is_set() or time.monotonic() > limit:
+                running.cancel()
+                raise stopped(self._uri) if self._stop.is_set() else TimeoutError
+        return running.result()
 
     @contextmanager
     def _errors(self, missing: PreftError) -> Iterator[None]:
@@ -131,6 +152,11 @@ class RemoteFolder:
         if isinstance(error, TimeoutError):
             return f"nothing came for {self._timeout:g} seconds"
         return " ".join(str(error).split()) or type(error).__name__
+
+
+def stopped(uri: str) -> Unavailable:
+    """What is raised for a source that nobody waits for any more."""
+    return Unavailable(f"{uri} is not read any further: nobody waits for it")
 
 
 async def _web_info(files: Any, url: str) -> Mapping[str, Any] | None:

@@ -10,13 +10,14 @@ import hashlib
 import os
 import re
 import stat
+import threading
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from preft.adapters.digest import LORA_FILES, REFT_FILES, WEIGHTS_FILE
-from preft.adapters.remote_files import CHUNK, FoundFile, RemoteFolder
+from preft.adapters.remote_files import CHUNK, FoundFile, RemoteFolder, stopped
 from preft.core.errors import InvalidAdapter, SourceNotFound, Unavailable
 
 ADAPTER_FILES = (*LORA_FILES, *REFT_FILES)
@@ -29,9 +30,10 @@ SERVED = "a local path, s3://, gs://, http://, https:// or hf://"
 class AdapterSource:
     """One adapter's source. `uri` is normalised: a local one is an absolute path; none ends in a slash."""
 
-    def __init__(self, uri: str, folder: LocalFolder | RemoteFolder) -> None:
+    def __init__(self, uri: str, folder: LocalFolder | RemoteFolder, stop: threading.Event) -> None:
         self.uri = uri
         self._folder = folder
+        self._stop = stop
 
     def files(self) -> dict[str, int | None]:
         """The adapter's files, each with its size in bytes, None where the server doesn't say.
@@ -46,7 +48,10 @@ class AdapterSource:
 
         Raises Unavailable if the source fails, falls silent or ends early, InvalidAdapter if the file is gone.
         """
-        return self._folder.read(name)
+        for chunk in self._folder.read(name):
+            if self._stop.is_set():
+                raise stopped(self.uri)
+            yield chunk
 
     def stamp(self) -> str:
         """Changes when a file is rewritten; reads none. "" if the source tells nothing of the kind. Raises as `files`.
@@ -84,17 +89,20 @@ class AdapterSource:
             )
 
 
-def open_source(uri: str, *, timeout: float = 30.0) -> AdapterSource:
+def open_source(uri: str, *, timeout: float = 30.0, stop: threading.Event | None = None) -> AdapterSource:
     """The source at `uri`, which isn't looked at yet. A remote one may be silent for `timeout` seconds.
+
+    Once `stop` is set, from any thread, reading it soon ends with Unavailable.
 
     Raises InvalidAdapter if no source can be there: an unknown scheme, or one whose package isn't installed.
     """
+    stop = stop or threading.Event()
     scheme, place = _split(uri)
     if not place.strip("/") and scheme not in ("", "file"):
         raise _refusal(f"{uri!r} names no place: write what comes after {scheme}://")
     if scheme in ("", "file"):
         path = _local_path(scheme, place)
-        return AdapterSource(path, LocalFolder(path))
+        return AdapterSource(path, LocalFolder(path), stop)
     if scheme not in PACKAGES:
         raise _refusal(f"adapters can't be read from {scheme}://: name {SERVED}")
     if find_spec(PACKAGES[scheme]) is None:
@@ -104,7 +112,7 @@ def open_source(uri: str, *, timeout: float = 30.0) -> AdapterSource:
     if PACKAGES[scheme] == "aiohttp":
         _check_web_address(uri)
     uri = f"{scheme}://{place.rstrip('/')}"
-    return AdapterSource(uri, RemoteFolder(scheme, uri, timeout))
+    return AdapterSource(uri, RemoteFolder(scheme, uri, timeout, stop), stop)
 
 
 class LocalFolder:

@@ -1,7 +1,8 @@
 """A prefill worker's adapters over all tiers: source, disk, host memory, engine.
 
 Owns what is in host memory and who uses it. An adapter comes in once for however many ask for it, beside the engine's
-steps, and is held against its digest each time; one that is in use or pinned stays, the others go by least recent use.
+steps, and is held against its digest each time; one that is in use stays, the others go by least recent use. Pinned
+ones stay too; where they lie so that another adapter fits nowhere beside them, they make room and come back at once.
 What the engine has in its slots is the engine's business: it takes it from host memory, where it finds it as long as
 somebody uses it.
 """
@@ -9,13 +10,14 @@ somebody uses it.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -26,6 +28,8 @@ from preft.core.cluster import AdapterLoad, AdapterPlace, Tier
 from preft.core.errors import InvalidAdapter, InvalidRequest, PreftError, TransferFailed, Unavailable
 from preft.core.request import AdapterRef
 from preft.transfer.staging import Region, StagingArena
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -62,7 +66,7 @@ class AdapterStore:
         """`engine` has `slots` slots and takes adapters from `arena`.
 
         `source_timeout`: seconds without a byte after which a source has failed; `room_timeout`: those that a load
-        waits for host memory.
+        waits for host memory, and a pinned adapter that had to go and couldn't come back until it tries again.
         """
         self._worker_id = worker_id
         self._disk = disk
@@ -71,10 +75,11 @@ class AdapterStore:
         self._source_timeout = source_timeout
         self._room_timeout = room_timeout
         self._regions: OrderedDict[str, Region] = OrderedDict()  # by digest, least recently used first
+        self._adapters: dict[str, AdapterRef] = {}  # by digest, those in host memory
         self._users: Counter[str] = Counter()
         self._pinned: frozenset[str] = frozenset()
         self._loading: dict[str, asyncio.Task[None]] = {}
-        self._leaving: set[asyncio.Task[None]] = set()
+        self._background: set[asyncio.Task[None]] = set()  # what leaves late, and what comes back
         self._last_used: dict[str, float] = {}
         self._slots: OrderedDict[str, None] = OrderedDict()  # what the engine's slots hold, most recent last
         self._slot_limit = slots
@@ -113,9 +118,7 @@ class AdapterStore:
             self._touch(digest)
             yield
         except BaseException:
-            task = asyncio.create_task(self._leave_aborted(digest))
-            self._leaving.add(task)
-            task.add_done_callback(self._leaving.discard)
+            self._start(self._leave_aborted(digest))
             raise
         self._left(digest)
 
@@ -140,7 +143,10 @@ class AdapterStore:
         return self._came_from.pop(digest, now)
 
     def pin(self, digests: Collection[str]) -> None:
-        """From now on exactly these stay, in host memory once they are there and on disk."""
+        """From now on exactly these stay, in host memory once they are there and on disk.
+
+        One that has to go, because another fits nowhere beside the pinned ones, is brought back.
+        """
         before, self._pinned = self._pinned, frozenset(digests)
         self._disk.pinned = self._pinned
         self._forgotten -= self._pinned  # a name has come back to it
@@ -185,7 +191,7 @@ class AdapterStore:
 
     async def close(self) -> None:
         """Ends the loads under way. Threads that read a source end by themselves."""
-        while tasks := [*self._loading.values(), *self._leaving]:  # who waited for a load leaves once that has ended
+        while tasks := [*self._loading.values(), *self._background]:  # who waited for a load leaves once that has ended
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -194,31 +200,23 @@ class AdapterStore:
 
     async def _loaded(self, adapter: AdapterRef) -> None:
         """Waits for the one load of this adapter. Who leaves early doesn't end it for the others."""
-        task = self._loading.get(adapter.digest)
-        if task is None:
-            task = asyncio.create_task(self._load(adapter), name=f"load-{adapter.digest[:12]}")
-            self._loading[adapter.digest] = task
-            task.add_done_callback(lambda _: self._loading.pop(adapter.digest, None))
-            task.add_done_callback(lambda task: task.cancelled() or task.exception())  # all waiters may have left
+        digest = adapter.digest
+        task = self._loading.get(digest)
+        if task is None or task.done():  # it is there until its callback runs, and evicted again by then maybe
+            task = asyncio.create_task(self._load(adapter), name=f"load-{digest[:12]}")
+            self._loading[digest] = task
+            task.add_done_callback(lambda task: self._load_ended(digest, task))
         await asyncio.shield(task)
 
+    def _load_ended(self, digest: str, task: asyncio.Task[None]) -> None:
+        if self._loading[digest] is task:
+            del self._loading[digest]
+        if not task.cancelled():
+            task.exception()  # all waiters may have left
+
     async def _load(self, adapter: AdapterRef) -> None:
-        started, tier = time.perf_counter(), Tier.DISK
-        files = await self._in(self._reading, self._open, adapter.digest)
-        while True:
-            if files is None:
-                tier = Tier.SOURCE
-                files = await self._in(self._fetching, self._fetch, adapter)
-            try:
-                region = await self._read(files, adapter.digest)
-                break
-            except DamagedCopy as error:
-                await self._in(self._reading, self._disk.discard, adapter.digest)
-                if tier is Tier.SOURCE:
-                    raise Unavailable(
-                        f"the copy of adapter {adapter.name!r} came out different, {error}: the disk is failing"
-                    ) from error
-                files = None
+        started = time.perf_counter()
+        region, tier = await self._bring_in(adapter)
         try:
             await self._engine.place_adapter(adapter, region)
         except BaseException:
@@ -228,7 +226,28 @@ class AdapterStore:
         self._loads[tier] += 1
         self._load_seconds[tier] += time.perf_counter() - started
         self._regions[adapter.digest] = region
+        self._adapters[adapter.digest] = adapter
         self._settle(adapter.digest)
+
+    async def _bring_in(self, adapter: AdapterRef) -> tuple[Region, Tier]:
+        """Its content in host memory, and where that is from. No file is open while it waits for room or a thread."""
+        for fetches in range(1 + ATTEMPTS):
+            if fetches:
+                sizes = await self._in(self._fetching, self._fetch, adapter)
+            else:
+                sizes = await self._in(self._reading, self._sizes, adapter.digest)
+            try:
+                region = None if sizes is None else await self._read(adapter.digest, *sizes)
+            except DamagedCopy as error:
+                await self._in(self._reading, self._disk.discard, adapter.digest)
+                if fetches:
+                    raise Unavailable(
+                        f"the copy of adapter {adapter.name!r} came out different, {error}: the disk is failing"
+                    ) from error
+                continue
+            if region is not None:
+                return region, Tier.SOURCE if fetches else Tier.DISK
+        raise Unavailable(f"the copy of adapter {adapter.name!r} is evicted as soon as it is there: try again later")
 
     def _open(self, digest: str) -> AdapterFiles | None:
         folder = self._disk.find(digest)
@@ -242,37 +261,47 @@ class AdapterStore:
             self._disk.discard(digest)
             return None
 
-    def _fetch(self, adapter: AdapterRef) -> AdapterFiles:
-        source = open_source(adapter.source, timeout=self._source_timeout)
-        for _ in range(ATTEMPTS):
-            self._disk.fetch(source, _nothing_more, digest=adapter.digest)
-            files = self._open(adapter.digest)
-            if files is not None:
-                return files
-        raise Unavailable(f"the copy of adapter {adapter.name!r} is evicted as soon as it is there: try again later")
+    def _sizes(self, digest: str) -> tuple[int, int] | None:
+        """Bytes of the copy on disk, and of what it is in memory; None if there is none."""
+        files = self._open(digest)
+        if files is None:
+            return None
+        files.close()
+        return files.size, files.packed_size
 
-    async def _read(self, files: AdapterFiles, digest: str) -> Region:
-        """Raises DamagedCopy, or Unavailable if there is no room."""
+    def _fetch(self, adapter: AdapterRef) -> tuple[int, int] | None:
+        """See `_sizes`: None if the copy was evicted in this moment."""
+        source = open_source(adapter.source, timeout=self._source_timeout)
+        self._disk.fetch(source, _nothing_more, digest=adapter.digest)
+        return self._sizes(adapter.digest)
+
+    async def _read(self, digest: str, size: int, packed_size: int) -> Region | None:
+        """None if the copy has left the disk by now. Raises DamagedCopy, or Unavailable if there is no room."""
         try:
-            try:
-                region = await self._arena.reserve(files.packed_size, timeout=self._room_timeout)
-            except InvalidRequest as error:
-                raise InvalidAdapter(
-                    f"the adapter has {files.size} bytes, more than store.host_bytes can hold"
-                ) from error
-            except TransferFailed as error:
-                raise Unavailable("the host memory for adapters is taken by others that are in use") from error
-            reading = self._in(self._reading, files.pack, self._arena.view(region), digest)
-            try:
-                await reading
-            except asyncio.CancelledError:
-                raise  # the store closes; the thread still writes to the region
-            except BaseException:
-                self._arena.release(region)
-                raise
-            return region
-        finally:
-            files.close()
+            region = await self._arena.reserve(packed_size, timeout=self._room_timeout, pinned=digest in self._pinned)
+        except InvalidRequest as error:
+            raise InvalidAdapter(f"the adapter has {size} bytes, more than store.host_bytes can hold") from error
+        except TransferFailed as error:
+            raise Unavailable("the host memory for adapters is taken by others that are in use") from error
+        try:
+            if await self._in(self._reading, self._pack, digest, self._arena.view(region)):
+                return region
+        except asyncio.CancelledError:
+            raise  # the store closes; the thread still writes to the region
+        except BaseException:
+            self._arena.release(region)
+            raise
+        self._arena.release(region)
+        return None
+
+    def _pack(self, digest: str, memory: memoryview) -> bool:
+        """Fills `memory` with the copy on disk, unless that is gone. Raises DamagedCopy."""
+        files = self._open(digest)
+        if files is None:
+            return False
+        with closing(files):
+            files.pack(memory, digest)
+        return True
 
     def _touch(self, digest: str) -> None:
         self._regions.move_to_end(digest)
@@ -287,19 +316,37 @@ class AdapterStore:
         region = self._regions.get(digest)
         if region is None:
             return
-        if self._users[digest] or digest in self._pinned:
+        self._arena.pin(region, digest in self._pinned)
+        if self._users[digest]:
             self._arena.keep(region)
         else:
             self._arena.mark_evictable(region, lambda: self._evicted(digest))
 
     def _evicted(self, digest: str) -> None:
         self._evictions += 1
+        adapter = self._adapters[digest]
         self._gone(digest)
+        if digest in self._pinned:
+            self._start(self._bring_back(adapter))
+
+    async def _bring_back(self, adapter: AdapterRef) -> None:
+        """A pinned adapter had to go: brings it in again, however often that takes."""
+        while adapter.digest in self._pinned:
+            try:
+                return await self.prefetch(adapter)
+            except PreftError as error:
+                logger.warning("the pinned adapter %r isn't in memory: %s", adapter.name, error)
+            await asyncio.sleep(self._room_timeout)
 
     def _gone(self, digest: str) -> None:
-        del self._regions[digest]
+        del self._regions[digest], self._adapters[digest]
         self._slots.pop(digest, None)
         self._came_from.pop(digest, None)
+
+    def _start(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
 
     async def _in(self, threads: ThreadPoolExecutor, work: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(threads, work, *arguments)

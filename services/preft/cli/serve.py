@@ -104,7 +104,10 @@ def overrides_from(args: argparse.Namespace) -> dict[str, Any]:
             raise ConfigError(f"--adapter: {name!r} is given twice")
         folders[name] = folder
     if folders:
-        overrides["adapters"] = {**overrides.get("adapters", {}), **folders}
+        given = overrides.get("adapters", {})
+        if not isinstance(given, dict):
+            raise ConfigError("--adapter: adapters is already set to a single value")
+        overrides["adapters"] = {**given, **folders}
     return overrides
 
 

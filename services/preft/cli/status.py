@@ -23,7 +23,8 @@ def add_parser(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "status",
         help="list the workers of a cluster on this machine",
-        description="A worker that hasn't been heard of for the router's time limit is shown as dead.",
+        description="A worker that hasn't been heard of for the router's time limit is shown as dead, one that starts "
+        "after an hour.",
     )
     parser.add_argument("--state-dir", metavar="DIR", type=Path, help="as given to preft serve (default: ~/.preft)")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -33,11 +34,13 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints all workers. Raises Unavailable if there is no state to read."""
     from preft.core.settings import RouterSettings, Settings
+    from preft.state import GONE_SECONDS
 
     folder: Path = args.state_dir or Settings.model_fields["state_dir"].default
     workers = asyncio.run(_workers(folder.expanduser().absolute()))
     now, limit = time.time(), RouterSettings().worker_timeout
-    rows = [_row(worker, now, limit) for worker in workers]
+    # An engine that loads has no time to say so.
+    rows = [_row(worker, now, GONE_SECONDS if worker.state is WorkerState.STARTING else limit) for worker in workers]
     if args.json:
         print(json.dumps({"workers": rows}))
     else:
@@ -62,7 +65,7 @@ def _row(worker: Worker, now: float, limit: float) -> dict[str, Any]:
     """One worker as JSON, with the state it is really in: a process that was killed can't say so itself."""
     silent = now - worker.heartbeat
     row = asdict(worker)
-    if silent > limit and worker.state is not WorkerState.STARTING:  # an engine that loads has no time to say so
+    if silent > limit:
         row["state"] = WorkerState.DEAD
     row["seconds_since_heartbeat"] = round(silent, 1)
     return row

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import shutil
 import time
 from collections.abc import AsyncIterator, Collection
@@ -18,7 +19,7 @@ from preft.adapters.folder_watch import FolderWatch
 from preft.adapters.store import AdapterStore
 from preft.cluster.model import model_identity
 from preft.core.cluster import Adapter
-from preft.core.errors import PreftError
+from preft.core.errors import ConfigError, PreftError
 from preft.core.ports import StateStore
 from preft.core.request import AdapterRef
 from preft.core.settings import Settings
@@ -27,6 +28,7 @@ from preft.state import open_store
 logger = logging.getLogger(__name__)
 
 PARTIAL_UPLOADS = (".unfinished-", "upload-")  # how what isn't an adapter's source yet is named
+UPLOAD = re.compile(r"[0-9a-f]{32}")  # and what is one, while an entry names it
 ABANDONED_SECONDS = 24 * 3600.0
 
 
@@ -35,7 +37,7 @@ async def open_catalog(settings: Settings) -> AsyncIterator[Catalog]:
     """The served model's catalog, with the adapters of the settings added, and kept up to date inside.
 
     Each base model has its own catalog under `state_dir`; equal adapter content is kept once. Raises InvalidAdapter,
-    or what else adding one of the adapters raises.
+    or what else adding one of the adapters raises, and ConfigError if one has the base model's name.
     """
     store = _catalog_store(settings)
     try:
@@ -47,10 +49,15 @@ async def open_catalog(settings: Settings) -> AsyncIterator[Catalog]:
             own.source_timeout,
         )
         uploads = settings.state_dir / "uploads"
-        await asyncio.to_thread(_sweep, uploads)
+        await _sweep(uploads)
         base = read_base_model(settings.model)
         catalog = Catalog(store, open_disk_tier(settings), uploads, base, settings.model_name, limits)
         await catalog.refresh()
+        if catalog.get(settings.model_name) is not None:
+            raise ConfigError(
+                f"served_model_name: {settings.model_name!r} is the name of an adapter in the catalog: choose another "
+                "name for the base model, or remove the adapter while it has one"
+            )
         for name, source in settings.adapters.items():
             await catalog.add(name, source, replace=True)
         tasks = [asyncio.create_task(catalog.watch(settings.router.poll_interval), name="catalog-watch")]
@@ -109,14 +116,42 @@ def _catalog_store(settings: Settings) -> StateStore:
     return open_store(folder / "catalog.sqlite")
 
 
-def _sweep(uploads: Path) -> None:
-    """Removes what processes that were killed in the middle of an upload have left."""
-    for left in uploads.glob("*-*") if uploads.is_dir() else ():
-        if left.name.startswith(PARTIAL_UPLOADS) and time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
-            if left.is_dir():
-                shutil.rmtree(left, ignore_errors=True)
-            else:
-                left.unlink(missing_ok=True)
+async def _sweep(uploads: Path) -> None:
+    """Removes what processes that were killed in the middle of an upload have left, and no model's catalog names."""
+    left = await asyncio.to_thread(_old_uploads, uploads)
+    for catalog in uploads.parent.glob("models/*/catalog.sqlite") if left else ():
+        try:
+            left -= {uploads / Path(source).name for source in await _sources(catalog)}
+        except PreftError as error:
+            logger.warning("uploads without an adapter stay: %s", error)
+            left = {upload for upload in left if upload.name.startswith(PARTIAL_UPLOADS)}
+    await asyncio.to_thread(_remove, left)
+
+
+def _old_uploads(uploads: Path) -> set[Path]:
+    old = set()
+    for upload in uploads.iterdir() if uploads.is_dir() else ():
+        if upload.name.startswith(PARTIAL_UPLOADS) or UPLOAD.fullmatch(upload.name):
+            with contextlib.suppress(FileNotFoundError):  # just removed by another process
+                if time.time() - upload.stat().st_mtime > ABANDONED_SECONDS:
+                    old.add(upload)
+    return old
+
+
+async def _sources(catalog: Path) -> list[str]:
+    store = await asyncio.to_thread(open_store, catalog)
+    try:
+        return [adapter.source for adapter in (await store.adapter_changes(0)).put]
+    finally:
+        await store.close()
+
+
+def _remove(uploads: Collection[Path]) -> None:
+    for upload in uploads:
+        if upload.is_dir():
+            shutil.rmtree(upload, ignore_errors=True)
+        else:
+            upload.unlink(missing_ok=True)
 
 
 async def _ended(tasks: Collection[asyncio.Task[None]]) -> None:

@@ -14,11 +14,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from preft.adapters.catalog import Catalog
 from preft.core.errors import ConfigError
 from preft.core.ports import StateStore
-from preft.core.settings import Settings
+from preft.core.settings import Settings, host_and_port
 from preft.gateway.app import create_app
 from preft.gateway.deps import GatewayDeps
 from preft.gateway.rpc_server import serve_grpc
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 SHUTDOWN_SECONDS = 5  # how long running requests may go on after a stop was asked for
 KEEP_ALIVE_SECONDS = 75  # longer than clients pool idle connections: a request mustn't meet its connection's end
+MAX_HEADER_BYTES = 64 << 10  # request line and headers together; what comes in one read is let through
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,7 @@ async def run_gateway(
         lifespan="off",
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        http="httptools",
+        http=_LimitedHeaders,
     )
     server = _Server(config)
     async with contextlib.AsyncExitStack() as stack:
@@ -81,12 +83,34 @@ async def run_gateway(
             grpc_server = await serve_grpc(deps, settings.host, settings.grpc_port)
             stack.push_async_callback(grpc_server.stop)
         task = asyncio.create_task(server.serve(sockets=[listener]), name="http")
-        address = "{}:{}".format(*listener.getsockname()[:2])
+        address = host_and_port(*listener.getsockname()[:2])
         try:
             yield RunningGateway(address, server, task, router, catalog)
         finally:
             server.should_exit = True
             await task
+
+
+class _LimitedHeaders(HttpToolsProtocol):
+    """Ends connections that send more than `MAX_HEADER_BYTES` of headers or trailers: uvicorn would keep them all."""
+
+    _pending = 0  # bytes since headers ended or a body came
+
+    def data_received(self, data: bytes) -> None:
+        self._pending += len(data)
+        super().data_received(data)
+        if self._pending > MAX_HEADER_BYTES and not self.transport.is_closing():
+            if self.cycle is None or self.cycle.response_complete:
+                self.transport.write(STATUS_LINE[431] + b"content-length: 0\r\nconnection: close\r\n\r\n")
+            self.transport.close()
+
+    def on_headers_complete(self) -> None:
+        self._pending = 0
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._pending = 0
+        super().on_body(body)
 
 
 class _Server(uvicorn.Server):
@@ -106,6 +130,6 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         raise ConfigError(
-            f"port: can't listen on {host}:{port}: {error.strerror}; choose another with --port"
+            f"port: can't listen on {host_and_port(host, port)}: {error.strerror}; choose another with --port"
         ) from error
     return listener

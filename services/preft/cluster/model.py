@@ -5,31 +5,44 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from preft.adapters.tensor_file import BrokenTensorFile, TensorEntry, read_entries
 from preft.core.errors import ConfigError
 from preft.core.settings import Settings
 
-SAMPLE_BYTES = 1 << 20
+SAMPLES = 8  # of each tensor
+SAMPLE_BYTES = 1 << 12
 
 
 def model_identity(folder: Path) -> str:
-    """Hex digest that tells base models apart: over config.json, and each weight file's size, first and last MiB.
+    """Hex digest that tells base models apart: over config.json, each weight file's header, and samples of each tensor.
 
-    Reading all weights would take minutes for large models. Raises ConfigError if there are no weights.
+    Reading all weights would take minutes for large models. Raises ConfigError if there are no weights, or broken ones.
     """
     digest = hashlib.sha256(_config_bytes(folder))
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ConfigError(f"model: {folder} holds no .safetensors file")
     for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(SAMPLE_BYTES))
-            file.seek(max(0, size - SAMPLE_BYTES))
-            digest.update(file.read(SAMPLE_BYTES))
+        digest.update(path.name.encode())
+        try:
+            entries = read_entries(path)
+            with path.open("rb") as file:
+                for name, entry in sorted(entries.items()):
+                    digest.update(f"{name}:{entry.dtype}:{entry.shape}".encode())
+                    _update_with_samples(digest, file, entry)
+        except BrokenTensorFile as error:
+            raise ConfigError(f"model: {path}: {error}") from error
     return digest.hexdigest()
+
+
+def _update_with_samples(digest: Any, file: BinaryIO, entry: TensorEntry) -> None:
+    """Evenly spread, first and last bytes included: whatever trains or merges a tensor changes nearly all of it."""
+    reach = max(0, entry.end - entry.start - SAMPLE_BYTES)
+    for place in sorted({reach * number // (SAMPLES - 1) for number in range(SAMPLES)}):
+        file.seek(entry.start + place)
+        digest.update(file.read(min(SAMPLE_BYTES, entry.end - entry.start)))
 
 
 def with_model_length(settings: Settings) -> Settings:

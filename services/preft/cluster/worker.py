@@ -25,7 +25,7 @@ from preft.colocated.service import ColocatedService
 from preft.core.cluster import AdapterLoad, Role, Worker, WorkerLoad, WorkerState
 from preft.core.errors import PreftError
 from preft.core.ports import StateStore
-from preft.core.settings import PrefillSettings, Settings
+from preft.core.settings import PrefillSettings, Settings, host_and_port
 from preft.decode.service import DecodeService
 from preft.engine.port import Engine, EngineInfo
 from preft.prefill.service import PrefillService
@@ -141,14 +141,15 @@ class WorkerServer:
             names = worker._add_services(settings, role)
             if worker._handles is not None:
                 opened.callback(worker._handles.close)
-            port = server.add_insecure_port(f"{host}:0")
-            worker._record = dataclasses.replace(worker._record, address=f"{host}:{port}")
+            port = server.add_insecure_port(host_and_port(host, 0))
+            worker._record = dataclasses.replace(worker._record, address=host_and_port(host, port))
             await server.start()
             opened.push_async_callback(server.stop, 0)
             await worker._beat(WorkerState.READY)
             worker._opened = opened.pop_all()
         worker._heart = asyncio.create_task(worker._beat_for_ever(), name=f"heartbeat-{worker_id}")
-        logger.info("%s worker %s serves %s on %s:%d", role.value, worker_id, ", ".join(names), host, port)
+        address = worker._record.address
+        logger.info("%s worker %s serves %s on %s", role.value, worker_id, ", ".join(names), address)
         return worker
 
     @property

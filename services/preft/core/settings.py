@@ -13,10 +13,14 @@ from preft.core.errors import ConfigError
 
 GiB = 1 << 30
 MiB = 1 << 20
+DAY = 86_400.0  # seconds
+
+Seconds = Annotated[float, Field(gt=0, le=DAY)]
+"""A wait. Timers overflow with far longer ones, and then don't wait at all."""
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class EngineSettings(_Strict):
@@ -51,7 +55,7 @@ class StoreSettings(_Strict):
     disk_bytes: Annotated[int, Field(ge=1 * MiB)] = 64 * GiB  # copies on disk, per machine
     host_bytes: Annotated[int, Field(ge=1 * MiB)] = 4 * GiB  # in host memory, per prefill worker
     max_adapter_bytes: Annotated[int, Field(ge=1)] = 2 * GiB  # a larger one is refused
-    source_timeout: Annotated[float, Field(gt=0)] = 30.0  # without a byte, after which a source has failed
+    source_timeout: Seconds = 30.0  # without a byte, after which a source has failed
 
 
 class RouterSettings(_Strict):
@@ -59,12 +63,12 @@ class RouterSettings(_Strict):
 
     max_queue: Annotated[int, Field(ge=1)] = 1024  # requests waiting for a worker; more get 429
     max_inflight_prefills: Annotated[int, Field(ge=1)] = 64  # per prefill worker
-    request_timeout: Annotated[float, Field(gt=0)] = 600.0
-    transfer_timeout: Annotated[float, Field(gt=0)] = 30.0  # from first token to KV in place
+    request_timeout: Seconds = 600.0
+    transfer_timeout: Seconds = 30.0  # from first token to KV in place
     retries: Annotated[int, Field(ge=0, le=10)] = 2  # further attempts after a worker or transfer failed
-    poll_interval: Annotated[float, Field(gt=0)] = 0.25  # how often the state store is read
-    worker_timeout: Annotated[float, Field(gt=0)] = 10.0  # a worker without heartbeat for this long takes nothing
-    restart_grace: Annotated[float, Field(ge=0)] = 120.0  # how long begun requests wait when no worker is left
+    poll_interval: Seconds = 0.25  # how often the state store is read
+    worker_timeout: Seconds = 10.0  # a worker without heartbeat for this long takes nothing
+    restart_grace: Annotated[float, Field(ge=0, le=DAY)] = 120.0  # how long begun requests wait when no worker is left
 
 
 class Settings(_Strict):
@@ -121,6 +125,11 @@ class Settings(_Strict):
     def model_name(self) -> str:
         """The base model's name in the API."""
         return self.served_model_name or self.model.name
+
+
+def host_and_port(host: str, port: int) -> str:
+    """`host:port`, an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def load_settings(config: Path | None = None, overrides: dict[str, Any] | None = None) -> Settings:

@@ -34,9 +34,8 @@ from preft_kernels.token_groups import BASE, RANK_STEP, TokenGroups
 class GroupedPunicaWrapper(PunicaWrapperBase):
     """Applies adapters to the tokens that name them, grouped by slot; every other token is untouched.
 
-    `lora`, `reft` and the sampler's groups are persistent buffers over the largest batch, refilled each step, so that
-    compiled graphs may hold on to them. They differ where an adapter has no LoRA, or has no ReFT that acts on the
-    token's position.
+    `lora` and `reft` are persistent buffers over the largest batch, refilled each step, so that compiled graphs may
+    hold on to them. They differ where an adapter has no LoRA, or has no ReFT that acts on the token's position.
     """
 
     def __init__(
@@ -51,9 +50,7 @@ class GroupedPunicaWrapper(PunicaWrapperBase):
     ) -> None:
         """`slots` adapters at a time, of `rank` at most."""
         super().__init__(max_num_batched_tokens, max_batches, device)
-        self.lora, self.reft, self._sampler = (
-            TokenGroups(max_num_batched_tokens, slots, rank, device) for _ in range(3)
-        )
+        self.lora, self.reft = (TokenGroups(max_num_batched_tokens, slots, rank, device) for _ in range(2))
         self._lora_ranks, self._reft_ranks = np.full(slots, rank), np.full(slots, rank)
         self._first, self._last = np.full(slots, EVERY), np.zeros(slots, dtype=np.int64)
         self._named = np.empty(0, dtype=np.int64)
@@ -70,11 +67,9 @@ class GroupedPunicaWrapper(PunicaWrapperBase):
         self._update_base_metadata(mapping, lora_index_to_id, max_loras, vocab_size)
         self.is_prefill = mapping.is_prefill
         slot_of = {lora_id: slot for slot, lora_id in enumerate(lora_index_to_id) if lora_id is not None} | {0: BASE}
-        self._named, sampled = (
-            np.fromiter((slot_of[lora_id] for lora_id in ids), dtype=np.int64, count=len(ids))
-            for ids in (mapping.index_mapping, mapping.prompt_mapping)
-        )  # kept: vLLM doesn't call this again for an equal mapping
-        self._sampler.set(self._acting(sampled, self._lora_ranks), self._lora_ranks)
+        ids = mapping.index_mapping
+        # Kept: vLLM doesn't call this again for an equal mapping.
+        self._named = np.fromiter((slot_of[lora_id] for lora_id in ids), dtype=np.int64, count=len(ids))
         self.lora.set(self._acting(self._named, self._lora_ranks), self._lora_ranks)
         self.reft.set(self._acting(self._named, self._reft_ranks), self._reft_ranks)
 
@@ -113,26 +108,6 @@ class GroupedPunicaWrapper(PunicaWrapperBase):
             scale=scale,
         )
 
-    def add_lora_logits(
-        self,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        lora_a_stacked: torch.Tensor,
-        lora_b_stacked: torch.Tensor,
-        scale: float,
-        *,
-        buffer: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> None:
-        low_rank_delta_(
-            y.view(-1, y.shape[-1]),
-            x.view(-1, x.shape[-1]),
-            [lora_a_stacked.squeeze(1)],
-            [lora_b_stacked.squeeze(1)],
-            self._sampler,
-            scale=scale,
-        )
-
     def add_shrink(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("shrink and expand are one operation here")
 
@@ -142,13 +117,11 @@ class GroupedPunicaWrapper(PunicaWrapperBase):
     def apply_lora_full_linear(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("adapters with whole modules (modules_to_save) are refused when they are added")
 
-    def add_lora_embedding(
-        self, y: torch.Tensor, x: torch.Tensor, lora_b_stacked: torch.Tensor, add_inputs: bool = True, **kwargs: Any
-    ) -> None:
-        """vLLM calls this for every model; no adapter that the catalog accepts has weights here."""
-        slots, rank = lora_b_stacked.shape[0], x.shape[1]
-        done = torch.eye(rank, dtype=lora_b_stacked.dtype, device=x.device).expand(slots, rank, rank)  # x is A's output
-        low_rank_delta_(y, x, [done], [lora_b_stacked.squeeze(1)], self.lora)
+    def add_lora_logits(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("adapters of the output layer are refused when they are added")
+
+    def add_lora_embedding(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("adapters of the embedding are refused when they are added")
 
 
 class GroupedLoRAModelManager(LRUCacheLoRAModelManager):

@@ -20,6 +20,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.metrics.loggers import StatLoggerBase
 
+from preft.adapters.base_model import TARGETS
 from preft.core.cluster import Role
 from preft.core.errors import EngineFailed, InvalidAdapter, InvalidRequest, WorkerLost
 from preft.core.request import AdapterRef, FinishReason, Sampling, TokenDelta, TokenLogprob
@@ -32,7 +33,7 @@ from preft.transfer.staging import Region
 # engines share, each waits against the other's steps. Without any spin they sleep between the many short operations of
 # a decode step, or of a prompt's adapters.
 SPIN = "5000"
-CODE_VERSION = 5
+CODE_VERSION = 6
 """Part of vLLM's compile-cache key, which otherwise ignores our worker class. Raise it when traced code changes."""
 
 
@@ -77,6 +78,7 @@ def engine_args(settings: Settings, role: Role, arena: str) -> AsyncEngineArgs:
             "max_loras": own.max_loras,
             "max_cpu_loras": own.max_loras,  # others wait in our own host memory
             "max_lora_rank": own.max_lora_rank,
+            "lora_target_modules": list(TARGETS),  # no slots in layers that no adapter may change
         }
     return AsyncEngineArgs(**args)
 

@@ -1,7 +1,7 @@
 """Adds an adapter while the client watches: its bytes as server-sent events, then the entry or the error.
 
 The status is sent before anything is known, so that no proxy gives up on a long download. The client that leaves
-ends it.
+ends it, and so does one that waits without watching.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -83,6 +84,24 @@ class AddStream(Response):
             if adding.done() and self._latest == told:
                 return
             await asyncio.wait({adding, gone}, timeout=EVENT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+
+
+async def added(request: Request, add: Coroutine[Any, Any, Adapter]) -> Adapter:
+    """What `add` returns, for a client that doesn't watch. If it leaves, cancels `add` and raises ClientDisconnect.
+
+    The request's body must have been read.
+    """
+    adding = asyncio.create_task(add)
+    gone = asyncio.create_task(_gone(request.receive))
+    try:
+        await asyncio.wait({adding, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not adding.done():
+            raise ClientDisconnect
+        return adding.result()
+    finally:
+        adding.cancel()
+        gone.cancel()
+        await asyncio.gather(adding, gone, return_exceptions=True)
 
 
 def _event(data: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ Owns the translation between protobuf and checked bodies. `rpc_server` starts it
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from typing import Any
@@ -15,7 +16,7 @@ from preft.gateway.choice import ChoiceDelta
 from preft.gateway.completion import Completion
 from preft.gateway.deps import GatewayDeps
 from preft.gateway.job import completion_job
-from preft.gateway.parse import parse_body
+from preft.gateway.parse import INLINE_BYTES, parse_body
 from preft.gateway.rpc_errors import errors_reported
 from preft.gateway.schemas import CompletionBody
 from preft.rpc import common_pb2, inference_pb2, inference_pb2_grpc
@@ -36,12 +37,17 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Any) -> None:
         async with errors_reported(context):
-            body = parse_body(CompletionBody, _body(request))
+            large = request.ByteSize() > INLINE_BYTES
+            body = await asyncio.to_thread(_checked, request) if large else _checked(request)
             job = await completion_job(body, self._deps, deadline=_deadline(request, context))
             async with Completion(self._deps.generator, self._deps.tokenizer, job) as completion:
                 while deltas := await completion.take():
                     for delta in deltas:
                         await context.write(_reply(delta, job.prompt_tokens))
+
+
+def _checked(request: inference_pb2.GenerateRequest) -> CompletionBody:
+    return parse_body(CompletionBody, _body(request))
 
 
 def _body(request: inference_pb2.GenerateRequest) -> dict[str, Any]:

@@ -5,20 +5,24 @@ Everything that is refused here is refused before any worker hears of it.
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from preft.core.errors import InvalidRequest, ModelNotFound
 from preft.core.request import AdapterRef, GenerateRequest, Sampling
+from preft.gateway.chat_template import ChatTemplate
 from preft.gateway.choice import TextOptions
 from preft.gateway.deps import GatewayDeps
 from preft.gateway.schemas import ChatBody, CompletionBody, GenerationBody
-from preft.gateway.tokenizer import Tokenizer
-from preft.gateway.values import Prompt
+from preft.gateway.tokenizer import INLINE_CHARS, Tokenizer
 
 MAX_CHOICES = 1024
 DEFAULT_COMPLETION_TOKENS = 16
+# About 2 ms; what is larger goes to a thread.
+INLINE_MESSAGES = 1_024
+INLINE_IDS = 65_536
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +45,10 @@ async def completion_job(body: CompletionBody, deps: GatewayDeps, *, deadline: f
     adapter = resolve_model(body.model, deps)
     if len(body.prompt) * body.n > MAX_CHOICES:
         raise InvalidRequest(f"{len(body.prompt)} prompts with n={body.n} are more than {MAX_CHOICES} choices.", "n")
-    prompts = await _token_ids(body.prompt, deps.tokenizer, add_special_tokens=body.add_special_tokens)
-    return _job(body, deps, adapter, prompts, DEFAULT_COMPLETION_TOKENS, deadline)
+    prompts = await _token_ids(body, deps)
+    if sum(map(len, prompts)) <= INLINE_IDS:
+        return _job(body, deps, adapter, prompts, DEFAULT_COMPLETION_TOKENS, deadline)
+    return await asyncio.to_thread(_job, body, deps, adapter, prompts, DEFAULT_COMPLETION_TOKENS, deadline)
 
 
 async def chat_job(body: ChatBody, deps: GatewayDeps) -> Job:
@@ -51,12 +57,8 @@ async def chat_job(body: ChatBody, deps: GatewayDeps) -> Job:
     template = deps.tokenizer.chat_template
     if template is None:
         raise InvalidRequest("The served model has no chat template; use /v1/completions.", "messages")
-    text = template.render(
-        [message.model_dump(exclude_none=True) for message in body.messages],
-        add_generation_prompt=body.add_generation_prompt,
-        continue_final_message=body.continue_final_message,
-        variables=body.chat_template_kwargs,
-    )
+    text = _render(body, template) if _is_short(body) else await asyncio.to_thread(_render, body, template)
+    _check_length(text, body, deps)
     prompts = await deps.tokenizer.encode([text], add_special_tokens=body.add_special_tokens)
     if not prompts[0]:
         raise InvalidRequest("The messages make an empty prompt.", "messages")
@@ -64,24 +66,55 @@ async def chat_job(body: ChatBody, deps: GatewayDeps) -> Job:
 
 
 def resolve_model(name: str, deps: GatewayDeps) -> AdapterRef | None:
-    """The adapter version behind `name`, or None for the base model. Raises ModelNotFound."""
-    if name == deps.model_name:
-        return None
+    """The adapter version behind `name`, or None for the base model. Raises ModelNotFound, also if it could be both."""
     adapter = deps.catalog.get(name)
+    if name == deps.model_name:
+        if adapter is not None:  # another server that shares the catalog, but not the base model's name, has added it
+            raise ModelNotFound(f"The model {name!r} is ambiguous: the base model and an adapter have this name.")
+        return None
     if adapter is None:
         raise ModelNotFound(f"The model {name!r} does not exist.")
     return AdapterRef(adapter.name, adapter.digest, adapter.source)
 
 
-async def _token_ids(
-    prompts: Sequence[Prompt], tokenizer: Tokenizer, *, add_special_tokens: bool
-) -> Sequence[tuple[int, ...]]:
-    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-    encoded = iter(await tokenizer.encode(texts, add_special_tokens=add_special_tokens))
-    ids = [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
+def _is_short(body: ChatBody) -> bool:
+    """Whether its template is rendered at once. Lists and objects in template variables can be as large as the body."""
+    variables = body.chat_template_kwargs
+    return (
+        len(body.messages) + len(variables) <= INLINE_MESSAGES
+        and sum(len(message.content) for message in body.messages) <= INLINE_CHARS
+        and not any(isinstance(value, list | dict) for value in variables.values())
+    )
+
+
+def _render(body: ChatBody, template: ChatTemplate) -> str:
+    return template.render(
+        [message.model_dump(exclude_none=True) for message in body.messages],
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+        variables=body.chat_template_kwargs,
+    )
+
+
+async def _token_ids(body: CompletionBody, deps: GatewayDeps) -> Sequence[tuple[int, ...]]:
+    texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
+    for text in texts:
+        _check_length(text, body, deps)
+    encoded = iter(await deps.tokenizer.encode(texts, add_special_tokens=body.add_special_tokens))
+    ids = [next(encoded) if isinstance(prompt, str) else prompt for prompt in body.prompt]
     if not all(ids):
         raise InvalidRequest("The prompt has no tokens.", "prompt")
     return ids
+
+
+def _check_length(text: str, body: GenerationBody, deps: GatewayDeps) -> None:
+    """Refuses what can't be short enough before it is tokenized, which takes 80 times its memory."""
+    if len(text) > deps.max_model_len * deps.tokenizer.chars_per_token:
+        raise InvalidRequest(
+            f"The prompt has {len(text)} characters, more than fit into the model's context of {deps.max_model_len}"
+            " tokens.",
+            body.prompt_param,
+        )
 
 
 def _check_ids(ids: Iterable[int], tokenizer: Tokenizer, param: str) -> None:
@@ -164,10 +197,18 @@ def _sampling(body: GenerationBody, tokenizer: Tokenizer, max_tokens: int) -> Sa
         presence_penalty=body.presence_penalty,
         frequency_penalty=body.frequency_penalty,
         repetition_penalty=defaults.repetition_penalty if body.repetition_penalty is None else body.repetition_penalty,
-        seed=None if body.seed == -1 else body.seed,  # vLLM's way to say "none"
+        seed=_seed(body),
         ignore_eos=body.ignore_eos,
         eos_token_ids=tokenizer.eos_token_ids,
         stop_token_ids=tuple(dict.fromkeys(body.stop_token_ids)),
         logit_bias=body.logit_bias,
         logprobs=body.wanted_logprobs,
     )
+
+
+def _seed(body: GenerationBody) -> int | None:
+    """-1 is vLLM's way to say "none". As choice i gets `seed + i`, seeds that would count up to -1 start lower."""
+    seed = body.seed
+    if seed is None or seed == -1:
+        return None
+    return seed - body.n if seed < -1 < seed + body.n else seed

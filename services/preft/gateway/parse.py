@@ -93,7 +93,9 @@ def _first_problem(error: ValidationError) -> InvalidRequest:
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
+    if isinstance(value, list | dict):  # it may be as large as the body
+        return "a list" if isinstance(value, list) else "an object"
+    text = repr(value[:80] if isinstance(value, str) else value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

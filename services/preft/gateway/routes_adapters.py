@@ -15,7 +15,7 @@ from preft.gateway.adapter_schemas import (
     UnloadAdapterBody,
     UploadQuery,
 )
-from preft.gateway.add_stream import AddStream
+from preft.gateway.add_stream import AddStream, added
 from preft.gateway.deps import GatewayDeps
 from preft.gateway.listing import adapter_json, entry, page, page_json, place_json
 from preft.gateway.parse import parse_query, read_body
@@ -36,7 +36,8 @@ def adapter_routes(deps: GatewayDeps) -> APIRouter:
         body = await read_body(request, AddAdapterBody, deps.max_body_bytes)
         if body.stream:
             return AddStream(lambda told: catalog.add(body.name, body.origin, replace=body.replace, progress=told))
-        return JSONResponse(adapter_json(await catalog.add(body.name, body.origin, replace=body.replace)))
+        adapter = await added(request, catalog.add(body.name, body.origin, replace=body.replace))
+        return JSONResponse(adapter_json(adapter))
 
     @router.get("/v1/adapters/{name:path}", response_class=Response)
     async def show_adapter(name: str) -> Response:
@@ -75,7 +76,7 @@ def vllm_adapter_routes(deps: GatewayDeps) -> APIRouter:
                 f"The lora adapter {body.lora_name!r} has already been loaded. Set load_inplace to replace it.",
                 "lora_name",
             )
-        await deps.catalog.add(body.lora_name, body.lora_path, replace=body.load_inplace)
+        await added(request, deps.catalog.add(body.lora_name, body.lora_path, replace=body.load_inplace))
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     @router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)

@@ -13,6 +13,7 @@ from grpc_reflection.v1alpha import reflection
 
 from preft.core.errors import ConfigError
 from preft.core.ports import Generator
+from preft.core.settings import host_and_port
 from preft.gateway.deps import GatewayDeps
 from preft.gateway.inference import InferenceService
 from preft.gateway.rpc_adapters import AdaptersService
@@ -45,10 +46,11 @@ async def serve_grpc(deps: GatewayDeps, host: str, port: int) -> RpcServer:
     adapters_pb2_grpc.add_AdaptersServicer_to_server(AdaptersService(deps), server)  # type: ignore[no-untyped-call]
     health_pb2_grpc.add_HealthServicer_to_server(_Health(deps.generator), server)
     reflection.enable_server_reflection((_INFERENCE, _ADAPTERS, _HEALTH, reflection.SERVICE_NAME), server)
+    address = host_and_port(host, port)
     try:
-        bound = server.add_insecure_port(f"{host}:{port}")
+        bound = server.add_insecure_port(address)
     except RuntimeError as error:
-        raise ConfigError(f"grpc_port: can't listen on {host}:{port}: {error}") from error
+        raise ConfigError(f"grpc_port: can't listen on {address}: {error}") from error
     await server.start()
     return RpcServer(bound, server)
 

@@ -10,7 +10,17 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
 from preft.core.errors import InvalidRequest
-from preft.gateway.values import Prompt, read_content, read_logit_bias, read_message, read_prompts, read_stops
+from preft.gateway.values import (
+    MAX_MESSAGES,
+    MAX_TOKEN_IDS,
+    Prompt,
+    at_most,
+    read_content,
+    read_logit_bias,
+    read_message,
+    read_prompts,
+    read_stops,
+)
 
 INT64_MAX = 2**63 - 1
 INT32_MAX = 2**31 - 1
@@ -54,7 +64,7 @@ class GenerationBody(Strict):
     min_tokens: Annotated[int, Field(ge=0)] = 0
     ignore_eos: bool = False
     stop: Annotated[tuple[str, ...], PlainValidator(read_stops)] = ()
-    stop_token_ids: list[int] = Field(default_factory=list)
+    stop_token_ids: Annotated[list[int], BeforeValidator(at_most(MAX_TOKEN_IDS))] = Field(default_factory=list)
     logit_bias: Annotated[dict[int, float], PlainValidator(read_logit_bias)] = Field(default_factory=dict)
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
@@ -118,7 +128,11 @@ class ChatBody(GenerationBody):
     id_prefix = "chatcmpl"
     prompt_param = "messages"
 
-    messages: Annotated[list[Annotated[Message, BeforeValidator(read_message)]], Field(min_length=1)]
+    messages: Annotated[
+        list[Annotated[Message, BeforeValidator(read_message)]],
+        Field(min_length=1),
+        BeforeValidator(at_most(MAX_MESSAGES)),
+    ]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None  # wins over max_tokens
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None

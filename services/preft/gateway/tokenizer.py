@@ -18,12 +18,16 @@ from preft.gateway.model_folder import ModelFolder, SamplingDefaults, read_model
 
 # About 5 ms of tokenizing; longer texts go to a thread so that streams keep flowing.
 INLINE_CHARS = 8_192
+HUGE_CHARS = 1 << 20  # 100 MB and half a second: longer texts are tokenized one at a time
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class Tokenizer:
     """One model's tokenizer. `vocab_size` bounds the ids a prompt may hold; `special_ids` are left out of visible text;
     `eos_token_ids` is the union of what generation_config.json, config.json and the tokenizer name, sorted.
+    A text of more than `chars_per_token` characters per token is too long, whatever it says: this is four times the
+    longest token, as NFC composes up to four characters into one. Only a text that is hardly anything but dropped
+    spaces, or long runs taken for one unknown token, could have fewer tokens.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, folder: ModelFolder) -> None:
@@ -41,8 +45,10 @@ class Tokenizer:
         )
         eos = backend.token_to_id(folder.special_tokens.get("eos_token", ""))
         self.eos_token_ids: tuple[int, ...] = tuple(sorted({*folder.eos_token_ids, *([] if eos is None else [eos])}))
+        self.chars_per_token: int = 4 * max(map(len, backend.get_vocab(with_added_tokens=True)), default=1)
         self._anchor = self._find_anchor()
         self._texts: dict[int, str] = {}
+        self._huge = asyncio.Lock()
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
@@ -58,12 +64,19 @@ class Tokenizer:
 
     async def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[tuple[int, ...]]:
         """Token ids of each text. Long texts are tokenized in a thread, without holding the interpreter lock."""
-        if sum(map(len, texts)) <= INLINE_CHARS:
+        chars = sum(map(len, texts))
+        if chars <= INLINE_CHARS:
             encode = self._backend.encode
             return [tuple(encode(text, add_special_tokens=add_special_tokens).ids) for text in texts]
-        encodings = await asyncio.to_thread(
-            self._backend.encode_batch_fast, list(texts), add_special_tokens=add_special_tokens
-        )
+        if chars <= HUGE_CHARS:
+            return await asyncio.to_thread(self._encode_batch, list(texts), add_special_tokens)
+        await self._huge.acquire()
+        task = asyncio.create_task(asyncio.to_thread(self._encode_batch, list(texts), add_special_tokens))
+        task.add_done_callback(lambda _: self._huge.release())
+        return await asyncio.shield(task)  # if nobody waits any more, the thread goes on all the same
+
+    def _encode_batch(self, texts: list[str], add_special_tokens: bool) -> list[tuple[int, ...]]:
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
         return [tuple(encoding.ids) for encoding in encodings]
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:

@@ -5,10 +5,13 @@ All raise ValueError with a clause that follows the field's name.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 MAX_PROMPTS = 1024
 MAX_STOPS = 16
+MAX_MESSAGES = 65_536
+MAX_TOKEN_IDS = 1024  # that one parameter singles out; they go to the workers with every choice
 
 Prompt = str | tuple[int, ...]
 
@@ -47,9 +50,22 @@ def read_stops(value: object) -> tuple[str, ...]:
     return tuple(stops)
 
 
+def at_most(limit: int) -> Callable[[object], object]:
+    """Refuses a longer list before any of its items is looked at."""
+
+    def check(value: object) -> object:
+        if isinstance(value, list) and len(value) > limit:
+            raise ValueError(f"holds {len(value)} items, the limit is {limit}")
+        return value
+
+    return check
+
+
 def read_logit_bias(value: object) -> dict[int, float]:
     if not isinstance(value, dict):
         raise ValueError("must be an object of token ids and numbers")
+    if len(value) > MAX_TOKEN_IDS:
+        raise ValueError(f"holds {len(value)} tokens, the limit is {MAX_TOKEN_IDS}")
     biases: dict[int, float] = {}
     for key, bias in value.items():
         if not (isinstance(key, str) and key.isascii() and key.isdigit()):

@@ -35,7 +35,7 @@ class Choice:
     stopped: bool = False
     failures: int = 0  # attempts in a row that ended early without a new token
     counted: int = 0  # tokens at the last such end
-    attempt: Attempt | None = None
+    attempt: Attempt | None = None  # the latest
 
     @property
     def open(self) -> bool:
@@ -89,6 +89,8 @@ class Attempt:
         self.blamed: frozenset[str] = frozenset()
         self._job = job
         self._choices = {choice.index: choice for choice in choices}
+        for choice in choices:
+            choice.attempt = self
         self._lease = lease
         self._colocated = lease.prefill.role is Role.COLOCATED
         self._channels = channels

@@ -180,7 +180,8 @@ class AffinityPolicy:
             blocks = ledger.blocks(worker.id) + demand.blocks(worker) * demand.choices
             running = ledger.sequences(worker.id)
             batch = worker.max_num_seqs * (1 + self.queued_share) if worker.max_num_seqs else float("inf")
-            if blocks > total or (running and running + demand.choices > batch):
+            crowd = min(demand.choices, max(1, batch - worker.max_num_seqs))  # what is more waits in the engine
+            if blocks > total or (running and running + crowd > batch):
                 continue
             key = (max(blocks / total, running / batch), worker.load.running, worker.id)
             if key < best_key:

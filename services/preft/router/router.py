@@ -68,6 +68,7 @@ class Router:
         self._counters = Counters()
         self._workers: Mapping[str, Worker] = {}  # as registered
         self._snapshot = ClusterSnapshot({}, 0.0)
+        self._read_at = 0.0  # time.time() of the last answer of the store
         self._lost_at: dict[str, float] = {}  # worker id -> time.time() of a broken call
         self._polling: asyncio.Task[None] | None = None
 
@@ -144,6 +145,7 @@ class Router:
 
     def _registered(self, workers: Iterable[Worker]) -> None:
         """Takes over the registry's list."""
+        self._read_at = time.time()
         self._workers = {worker.id: worker for worker in workers if worker.id.startswith(self._prefix)}
         self._lost_at = {
             worker_id: lost
@@ -162,7 +164,7 @@ class Router:
             self._look()
 
     def _look(self) -> None:
-        now = time.time()
+        now = self._read_at  # while the store can't be read, silence is the store's
         self._snapshot = ClusterSnapshot({key: self._judged(worker, now) for key, worker in self._workers.items()}, now)
         self._admission.update(Roster.of(self._snapshot))
 

@@ -12,8 +12,9 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from shutil import disk_usage
 from typing import TypeVar
 
 from preft.core.cluster import Adapter, Worker
@@ -25,6 +26,7 @@ T = TypeVar("T")
 
 SCHEMA_VERSION = 3  # of tables and records
 BUSY_SECONDS = 20.0  # how long a writer waits for another process's write
+ROOM_BYTES = 5 << 20  # the log starts over at 1,000 pages (4 MiB), or somewhat later if somebody reads just then
 # Each change of the catalog has a revision of its own, so that a poll reads what changed and nothing else. A removed
 # adapter's row stays, without a record, to tell those who knew it.
 SCHEMA = """
@@ -115,17 +117,36 @@ class SqliteStore:
                         f"the state store {self._path} has schema version {version}, this program needs "
                         f"{SCHEMA_VERSION}: use another state_dir or the program that wrote it"
                     )
+            self._make_room(db)
         except BaseException:
             db.close()
             raise
         return db
+
+    def _make_room(self, db: sqlite3.Connection) -> None:
+        """Gives the log the size that it grows to, and the file as many free pages, or heartbeats end on a full disk.
+
+        The log goes with the last process that has it open, so the next one does this again. If the disk is nearly full
+        by then, the store stays as it is.
+        """
+        log = Path(f"{self._path.resolve()}-wal")
+        with suppress(sqlite3.OperationalError, OSError):
+            with _transaction(db, durable=False):
+                if log.stat().st_size >= ROOM_BYTES or disk_usage(log.parent).free < 3 * ROOM_BYTES:
+                    return
+                db.execute("CREATE TABLE IF NOT EXISTS room (zeros BLOB)")
+                db.execute("INSERT INTO room VALUES (zeroblob(?))", (ROOM_BYTES,))
+            with _transaction(db, durable=False):
+                db.execute("DROP TABLE IF EXISTS room")
 
     def _write(self, statement: str, *values: str, durable: bool) -> int:
         with _transaction(self._db, durable=durable):
             return self._db.execute(statement, values).rowcount
 
     def _workers(self) -> list[Worker]:
-        return [worker_from_json(record) for (record,) in self._db.execute("SELECT record FROM workers ORDER BY id")]
+        # At once: while somebody reads, the log can't start over.
+        rows = self._db.execute("SELECT record FROM workers ORDER BY id").fetchall()
+        return [worker_from_json(record) for (record,) in rows]
 
     def _put_adapter(self, adapter: Adapter, expect: Adapter | None) -> bool:
         with _transaction(self._db, durable=True):

@@ -196,7 +196,8 @@ class StagedKvConnector(KVConnectorBase_V1):
             try:
                 self._load(load)
             except StaleRegion:
-                self._failed_blocks.update(load.block_ids[load.skip :])
+                # Block 0 stands for those that have left a sliding window, in everybody's requests.
+                self._failed_blocks.update(block for block in load.block_ids[load.skip :] if block)
 
     def _load(self, load: Load) -> None:
         count = len(load.block_ids)

@@ -28,8 +28,11 @@ STATUS_OF: dict[Refusal, grpc.StatusCode] = {
 }
 _REFUSAL_OF = {status: refusal for refusal, status in STATUS_OF.items()}
 
-# A worker may come back on the same port: don't wait two minutes before trying again.
-_CHANNEL_OPTIONS = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1000)]
+_CHANNEL_OPTIONS = [
+    ("grpc.initial_reconnect_backoff_ms", 100),  # a worker may come back on the same port
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.enable_http_proxy", 0),
+]
 
 
 class GrpcKvSender:

@@ -77,8 +77,9 @@ class StagingArena:
         self._free = FreeSpans(capacity)
         self._live: dict[int, Region] = {}  # by payload offset
         self._evictable: OrderedDict[Region, Callable[[], None]] = OrderedDict()  # least recently used first
+        self._pinned: set[Region] = set()
         self._lingering: list[Region] = []  # released, but the engine is still in there
-        self._waiters: deque[tuple[int, asyncio.Future[Region]]] = deque()
+        self._waiters: deque[tuple[int, bool, asyncio.Future[Region]]] = deque()  # size, pinned
         self._recheck: asyncio.TimerHandle | None = None
         self._closed = False
         self.capacity = capacity
@@ -101,21 +102,22 @@ class StagingArena:
         """Regions reserved now."""
         return len(self._live)
 
-    async def reserve(self, size: int, *, timeout: float) -> Region:
+    async def reserve(self, size: int, *, timeout: float, pinned: bool = False) -> Region:
         """A region for `size` bytes, with undefined content: write all of it. Release it, whatever happens.
 
         First come, first served: a large request isn't overtaken by small ones. Evictable regions go, least recently
-        used first, before anybody waits. Raises InvalidRequest if it could never fit, TransferFailed after `timeout`
-        seconds.
+        used first, before anybody waits. The region is `pinned` from the start, or not; of pinned regions, a pinned one
+        takes the place of smaller ones only, so that two never push each other out in turn. Raises InvalidRequest if it
+        could never fit, TransferFailed after `timeout` seconds.
         """
         if size < 1 or span_of(size) > self.capacity:
             raise InvalidRequest(f"{size} bytes of KV don't fit into {self.capacity} bytes of staging memory")
         if self._closed:
             raise TransferFailed("the staging memory is closed")
-        if not self._waiters and (region := self._allocate(size)) is not None:
+        if not self._waiters and (region := self._allocate(size, pinned)) is not None:
             return region
         future: asyncio.Future[Region] = asyncio.get_running_loop().create_future()
-        waiter = (size, future)
+        waiter = (size, pinned, future)
         self._waiters.append(waiter)
         try:
             async with asyncio.timeout(timeout):
@@ -143,6 +145,13 @@ class StagingArena:
         """From now on the region stays until it is released, or marked evictable again."""
         self._evictable.pop(region, None)
 
+    def pin(self, region: Region, pinned: bool) -> None:
+        """A pinned region, when evictable, goes only for one that would fit nowhere if all but the pinned ones went."""
+        if pinned and self._live.get(region.offset) == region:
+            self._pinned.add(region)
+        else:
+            self._pinned.discard(region)
+
     def view(self, region: Region) -> memoryview:
         """The payload, `region.size` writable bytes. Don't touch it after the release. Raises StaleRegion."""
         if self._live.get(region.offset) != region:
@@ -156,7 +165,7 @@ class StagingArena:
         self._closed = True
         if self._recheck is not None:
             self._recheck.cancel()
-        for _, future in self._waiters:
+        for *_, future in self._waiters:
             if not future.done():
                 future.set_exception(TransferFailed("the staging memory is closed"))
         self._waiters.clear()
@@ -167,23 +176,24 @@ class StagingArena:
         with suppress(BufferError):  # somebody still looks at a payload; the mapping goes with the last view
             self._map.close()
 
-    def _allocate(self, size: int) -> Region | None:
+    def _allocate(self, size: int, pinned: bool) -> Region | None:
         span = span_of(size)
         if self._free.find(span) is None:
-            self._evict_for(span)
+            self._evict_for(span, pinned)
         start = self._free.take(span)
         if start is None:
             return None
         region = Region(start + HEADER_BYTES, size, os.urandom(16))
         _HEADER.pack_into(self._memory, start, _MAGIC, region.nonce, size)
         self._live[region.offset] = region
+        self.pin(region, pinned)
         return region
 
-    def _evict_for(self, span: int) -> None:
+    def _evict_for(self, span: int, pinned: bool) -> None:
         """Evicts least recently used regions; none if that makes no hole of `span` bytes, and none outside the hole."""
         trial = self._free.copy()
         candidates = []
-        for region in self._evictable:
+        for region in self._candidates(span, pinned):
             candidates.append(region)
             trial.give(region.start, region.span)
             if (start := trial.find(span)) is not None:
@@ -196,11 +206,28 @@ class StagingArena:
                 self._drop(region)
                 on_evict()
 
+    def _candidates(self, span: int, pinned: bool) -> Iterator[Region]:
+        """What may go for `span` bytes, in this order: of pinned regions the smallest first, if they go at all."""
+        yield from (region for region in self._evictable if region not in self._pinned)
+        if not self._fits_beside_pinned(span):
+            loose = (region for region in self._evictable if region in self._pinned)
+            yield from sorted((r for r in loose if r.span < span or not pinned), key=lambda r: r.span)
+
+    def _fits_beside_pinned(self, span: int) -> bool:
+        """Whether there is a hole of `span` bytes once all others are gone: then it is worth waiting for them."""
+        end = 0
+        for region in sorted(self._pinned, key=lambda region: region.start):
+            if region.start - end >= span:
+                return True
+            end = region.start + region.span
+        return self.capacity - end >= span
+
     def _drop(self, region: Region) -> None:
         if self._live.get(region.offset) != region:
             return
         del self._live[region.offset]
         self._evictable.pop(region, None)
+        self._pinned.discard(region)
         self._memory[region.start : region.offset] = bytes(HEADER_BYTES)
         if self._held(region):
             self._lingering.append(region)
@@ -211,16 +238,16 @@ class StagingArena:
     def _admit(self) -> None:
         """Serves those who wait, in order, as far as there is room."""
         while self._waiters:
-            size, future = self._waiters[0]
+            size, pinned, future = self._waiters[0]
             if not future.done():
-                region = self._allocate(size)
+                region = self._allocate(size, pinned)
                 if region is None:
                     return
                 future.set_result(region)
             self._waiters.popleft()
 
-    def _leave(self, waiter: tuple[int, asyncio.Future[Region]]) -> None:
-        _, future = waiter
+    def _leave(self, waiter: tuple[int, bool, asyncio.Future[Region]]) -> None:
+        *_, future = waiter
         if waiter in self._waiters:
             self._waiters.remove(waiter)
         elif future.done() and not future.cancelled() and future.exception() is None:

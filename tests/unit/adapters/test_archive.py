@@ -9,6 +9,7 @@ import lzma
 import random
 import struct
 import tarfile
+import threading
 import tracemalloc
 import zipfile
 from collections.abc import Callable
@@ -95,6 +96,16 @@ def test_the_limit_is_on_the_files_together(kind: str, unpack: Callable[..., obj
     (tmp_path / "small").mkdir()
     with pytest.raises(InvalidAdapter, match=f"more than the limit of {len(CONTENT) + 1} bytes"):
         unpack_archive(tmp_path / "archive", tmp_path / "small", len(CONTENT) + 1)
+
+
+@every_kind
+def test_an_archive_is_unpacked_no_further_once_stopped(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "archive").write_bytes(PACKERS[kind](pairs()))
+    (tmp_path / "target").mkdir()
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(Unavailable, match="nobody waits for it"):
+        unpack_archive(tmp_path / "archive", tmp_path / "target", LIMIT, stop)
 
 
 @tar_and_zip

@@ -11,12 +11,16 @@ import os
 import shutil
 import sqlite3
 import tarfile
+import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from preft.adapters.archive import unpack_archive
 from preft.adapters.base_model import BaseModel, read_base_model
 from preft.adapters.catalog import Catalog, CatalogLimits, CatalogView
 from preft.adapters.digest import LORA_FILES, adapter_digest
@@ -37,6 +41,7 @@ from preft.state import open_store
 from preft.state.sqlite import SqliteStore
 from support.faulty_http import Faults, serve_folder
 from support.lora_folders import lora_config, lora_tensors, write_base, write_lora
+from support.worker_services import until
 
 LIMITS = CatalogLimits(max_rank=8, pinned_bytes=1_000_000, max_adapter_bytes=100_000, source_timeout=5.0)
 
@@ -325,6 +330,73 @@ async def test_a_refused_upload_leaves_nothing(catalog: Catalog, tmp_path: Path)
         await catalog.add_archive("bob", tmp_path / "empty.tar")
     assert list(catalog.list()) == [first]
     assert uploads(tmp_path) == []
+
+
+# Adds that are given up
+
+
+@contextlib.asynccontextmanager
+async def adding(adds: Sequence[Coroutine[Any, Any, Adapter]]) -> AsyncIterator[list[asyncio.Task[Adapter]]]:
+    """The adds under way. They are cancelled at the end, which is soon."""
+    tasks = [asyncio.create_task(add) for add in adds]
+    try:
+        yield tasks
+    finally:
+        for task in tasks:
+            task.cancel()
+        async with asyncio.timeout(5):
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(isinstance(result, asyncio.CancelledError) for result in results)
+
+
+@pytest.mark.parametrize("faults", [Faults(stall=True), Faults(stall_after=100)], ids=["no answer", "half"])
+async def test_slow_sources_keep_nobody_else_waiting_and_can_be_given_up(
+    store: StateStore, disk: DiskTier, base: BaseModel, tmp_path: Path, faults: Faults
+) -> None:
+    catalog = Catalog(store, disk, tmp_path / "uploads", base, "base", dataclasses.replace(LIMITS, source_timeout=30))
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
+    write_lora(tmp_path / "served" / "ada")
+    with serve_folder(tmp_path / "served", faults) as server:
+        async with adding([catalog.add(str(number), f"{server.url}/ada") for number in range(4)]):
+            await until(lambda: len(server.requests) >= 8 if faults.stall else len(kept(tmp_path)) == 4)
+            await asyncio.wait_for(asyncio.to_thread(int), 5)
+            await catalog.add("local", str(write_lora(tmp_path / "local")))
+    assert [entry.name for entry in catalog.list()] == ["local"]
+    assert kept(tmp_path) == [catalog.list()[0].digest]
+
+
+async def test_an_add_that_waits_for_its_turn_can_be_given_up(
+    store: StateStore, disk: DiskTier, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("preft.adapters.catalog.FETCHES", 1)
+    catalog = Catalog(store, disk, tmp_path / "uploads", base, "base", dataclasses.replace(LIMITS, source_timeout=30))
+    write_lora(tmp_path / "served" / "ada")
+    with serve_folder(tmp_path / "served", Faults(stall_after=100)) as server:
+        local = str(write_lora(tmp_path / "local"))
+        async with adding([catalog.add("ada", f"{server.url}/ada")]):
+            await until(lambda: len(kept(tmp_path)) == 1)
+            async with adding([catalog.add("bob", local)]) as (waiting,):
+                await asyncio.wait({waiting}, timeout=0.1)
+        assert kept(tmp_path) == []
+        await catalog.add("carol", local)
+    assert [entry.name for entry in catalog.list()] == ["carol"]
+
+
+async def test_an_upload_that_is_given_up_leaves_nothing(
+    catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unpacked = threading.Event()
+
+    def unpack(archive: Path, target: Path, max_bytes: int, stop: threading.Event) -> None:
+        unpack_archive(archive, target, max_bytes, stop)
+        unpacked.set()
+        assert stop.wait(5)  # too late: it is all there
+
+    monkeypatch.setattr("preft.adapters.catalog.unpack_archive", unpack)
+    async with adding([catalog.add_archive("ada", tar_of(write_lora(tmp_path / "ada")))]):
+        await until(unpacked.is_set)
+    assert uploads(tmp_path) == []
+    assert (list(catalog.list()), kept(tmp_path)) == ([], [])
 
 
 # Pinning

@@ -105,6 +105,8 @@ def test_a_rank_pattern_is_understood(tmp_path: Path, base: BaseModel, pattern: 
         ({"rank_pattern": {"q_proj": 9}}, r"rank_pattern\['q_proj'\] is 9, more"),
         ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\['q_proj'\] is 0"),
         ({"rank_pattern": {"(": 4}}, "not a valid pattern"),
+        ({"rank_pattern": {"(([a-z_.0-9])+)+!": 4}}, "take more than 1 s to match"),
+        ({"alpha_pattern": {"(.|[^A-Z])" * 24 + "!": 4}}, "take more than 1 s to match"),
         ({"rank_pattern": [4]}, "rank_pattern is not an object"),
         ({"alpha_pattern": {"q_proj": "x"}}, r"alpha_pattern\['q_proj'\]"),
         ({"lora_alpha": None}, "lora_alpha is None"),

@@ -7,7 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -287,6 +287,35 @@ def test_a_web_server_that_does_not_answer_is_given_up_in_time(server: FaultySer
         with pytest.raises(Unavailable, match="nothing came"):
             ask()
         assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [Faults(stall=True), Faults(stall_after=0), Faults(stall_after=100), Faults(stall_after=2_000_000)],
+    ids=["no answer", "no byte", "100 bytes", "2 MB"],
+)
+def test_a_reading_that_is_stopped_waits_for_nothing(tmp_path: Path, faults: Faults) -> None:
+    write_files(tmp_path / "ada", CONFIG, WEIGHTS)
+    stop = threading.Event()
+    with serve_folder(tmp_path, faults) as server, ThreadPoolExecutor(2) as threads:
+        source = open_source(f"{server.url}/ada", timeout=30, stop=stop)
+        asked = [threads.submit(whole, source, WEIGHTS)]
+        if faults.stall:
+            asked.append(threads.submit(source.files))
+        assert not wait(asked, 0.3).done
+        stop.set()
+        for future in asked:
+            with pytest.raises(Unavailable, match="nobody waits for it"):
+                future.result(5)
+
+
+def test_a_folder_is_read_no_further_once_stopped(tmp_path: Path) -> None:
+    stop = threading.Event()
+    chunks = open_source(str(write_files(tmp_path, CONFIG, WEIGHTS)), stop=stop).read(WEIGHTS)
+    assert next(chunks)
+    stop.set()
+    with pytest.raises(Unavailable, match="nobody waits for it"):
+        next(chunks)
 
 
 def test_a_server_that_is_gone_is_unavailable(server: FaultyServer, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from preft.core.cluster import Role, Tier
 from preft.core.errors import EngineFailed, InvalidAdapter, PreftError, SourceNotFound, Unavailable, WorkerLost
 from preft.core.request import AdapterRef, Sampling
 from preft.engine.port import EngineRequest
-from preft.transfer.staging import StagingArena, span_of
+from preft.transfer.staging import Region, StagingArena, span_of
 from support.fake_engine import FakeEngine
 from support.faulty_http import FaultyServer, serve_folder
 from support.worker_services import until
@@ -60,6 +60,19 @@ class HesitantEngine(FakeEngine):
     async def aborted(self) -> None:
         self.asked += 1
         await self.settled.wait()
+
+
+class SlowEngine(FakeEngine):
+    """Takes those in `slow` only when that event is set."""
+
+    def __init__(self, role: Role, arena: str, adapter_arena: str) -> None:
+        super().__init__(role, arena, adapter_arena)
+        self.slow: dict[str, asyncio.Event] = {}  # by digest
+
+    async def place_adapter(self, adapter: AdapterRef, region: Region) -> None:
+        await super().place_adapter(adapter, region)
+        if adapter.digest in self.slow:
+            await self.slow[adapter.digest].wait()
 
 
 class LostEngine(FakeEngine):
@@ -245,6 +258,26 @@ async def test_a_waiter_that_is_cancelled_does_not_end_the_load(tmp_path: Path, 
         assert fetches(server, ann) == 1
 
 
+@pytest.mark.timeout(20)
+async def test_what_goes_as_soon_as_it_is_there_comes_again(tmp_path: Path) -> None:
+    """A request steps in between the end of its load and that one's callback, in the same turn of the loop."""
+    ann, bob, cay, dan = (write(tmp_path / name) for name in ("ann", "bob", "cay", "dan"))
+    async with rig(tmp_path, engine=SlowEngine) as the:
+        assert isinstance(the.engine, SlowEngine)
+        placed = the.engine.slow[ann.digest] = asyncio.Event()
+        async with the.held(bob, cay):
+            prefetch = asyncio.create_task(the.store.prefetch(ann))
+            await until(lambda: ann.digest in the.engine.loaded)
+            dans = asyncio.create_task(the.serve(dan))
+            await until(lambda: the.disk.find(dan.digest) is not None)
+            await asyncio.sleep(0.02)  # it waits for room
+            placed.set()
+            await asyncio.sleep(0)  # in the next turn ann has come, and gone
+            await the.serve(ann)
+            await asyncio.gather(prefetch, dans)
+        assert the.engine.loaded.count(ann.digest) == 2
+
+
 # Room in host memory
 
 
@@ -316,6 +349,97 @@ async def test_what_is_pinned_stays_and_what_is_no_longer_may_go(tmp_path: Path)
             await the.serve(other)
         assert ann.digest not in the.in_host()
         assert set(the.disk.pinned) == {others[0].digest}
+
+
+async def in_the_way(the: Rig, tmp_path: Path) -> tuple[list[AdapterRef], AdapterRef]:
+    """Five adapters fill the memory; the second and the fourth are pinned. And one that fits nowhere beside these."""
+    adapters = [write(tmp_path / str(number)) for number in range(5)]
+    for adapter in adapters:
+        await the.serve(adapter)
+    the.store.pin([adapters[1].digest, adapters[3].digest])
+    return adapters, write(tmp_path / "large", SIZE + SIZE // 4)
+
+
+async def test_what_is_pinned_is_not_in_the_way_for_good(tmp_path: Path) -> None:
+    span = packed_span(Path(write(tmp_path / "measured").source))
+    async with rig(tmp_path, host_bytes=5 * span) as the:
+        adapters, large = await in_the_way(the, tmp_path)
+        pinned = {adapters[1].digest, adapters[3].digest}
+        await the.serve(large)
+        await until(lambda: pinned < the.in_host())
+        assert large.digest in the.in_host()
+        assert [the.engine.loaded.count(digest) for digest in sorted(pinned)] in ([1, 2], [2, 1])
+        for adapter in (*adapters, large, *adapters):
+            await the.serve(adapter)
+            await until(lambda: pinned < the.in_host())
+
+
+async def test_what_is_pinned_and_in_use_stays_wherever_it_is(tmp_path: Path) -> None:
+    span = packed_span(Path(write(tmp_path / "measured").source))
+    async with rig(tmp_path, host_bytes=5 * span, room_timeout=0.05) as the:
+        adapters, large = await in_the_way(the, tmp_path)
+        async with the.held(adapters[1], adapters[3]):
+            with pytest.raises(Unavailable, match="taken by others that are in use"):
+                await the.serve(large)
+        async with the.held(adapters[1]):
+            await the.serve(large)
+            await the.step(adapters[1])
+
+
+async def test_what_is_pinned_comes_back_when_there_is_room_again(tmp_path: Path) -> None:
+    span = packed_span(Path(write(tmp_path / "measured").source))
+    async with rig(tmp_path, host_bytes=5 * span, room_timeout=0.05) as the:
+        adapters, large = await in_the_way(the, tmp_path)
+        async with the.held(adapters[0], adapters[4]):
+            async with the.held(large):
+                (gone,) = {adapters[1].digest, adapters[3].digest} - the.in_host()
+                await asyncio.sleep(0.2)  # it has tried, and given up
+                assert gone not in the.in_host()
+            await until(lambda: gone in the.in_host())
+        the.store.pin([])
+
+
+async def test_who_closes_need_not_wait_for_what_is_pinned(tmp_path: Path) -> None:
+    span = packed_span(Path(write(tmp_path / "measured").source))
+    async with rig(tmp_path, host_bytes=5 * span, room_timeout=60) as the:
+        adapters, large = await in_the_way(the, tmp_path)
+        async with the.held(adapters[0], adapters[4], large):
+            async with asyncio.timeout(2):
+                await the.store.close()
+            assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_loads_that_wait_for_room_hold_no_files_open(tmp_path: Path) -> None:
+    adapters = [write(tmp_path / str(number)) for number in range(30)]
+    async with rig(tmp_path) as the:
+
+        def open_files() -> int:
+            count = 0
+            for descriptor in os.listdir("/proc/self/fd"):
+                with contextlib.suppress(OSError):  # what listed them
+                    count += os.readlink(f"/proc/self/fd/{descriptor}").startswith(f"{the.disk.root}/")
+            return count
+
+        async with the.held(*adapters[:THREE]):
+            waiting = [asyncio.create_task(the.serve(adapter)) for adapter in adapters]
+            await until(lambda: all((the.disk.root / adapter.digest).is_dir() for adapter in adapters))
+            await until(lambda: open_files() == 0)
+        await asyncio.gather(*waiting)
+
+
+async def test_a_copy_that_leaves_the_disk_while_its_load_waits_is_fetched_again(
+    tmp_path: Path, server: FaultyServer
+) -> None:
+    ann = served(server, tmp_path, "ann")
+    others = [write(tmp_path / str(number)) for number in range(THREE)]
+    async with rig(tmp_path) as the:
+        async with the.held(*others):
+            waiting = asyncio.create_task(the.serve(ann))
+            await until(lambda: the.disk.find(ann.digest) is not None)
+            await asyncio.sleep(0.02)
+            the.disk.discard(ann.digest)
+        await waiting
+        assert fetches(server, ann) == 2
 
 
 async def test_a_load_waits_until_one_of_the_used_is_free(tmp_path: Path) -> None:

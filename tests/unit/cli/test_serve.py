@@ -65,6 +65,8 @@ def test_a_named_flag_wins_over_set(served: list[Settings]) -> None:
         (["--model", "/m", "--set", "decode.max_loras=1"], "decode.max_loras"),
         (["--model", "/m", "--set", "seed=[1"], "seed"),
         (["--model", "/m", "--set", "prefill=3", "--prefill", "2"], "prefill"),
+        (["--model", "/m", "--set", "adapters=5", "--adapter", "a=/x"], "--adapter: adapters is already set"),
+        (["--model", "/m", "--set", "adapters=null", "--adapter", "a=/x"], "--adapter: adapters is already set"),
         (["--model", "/m", "--adapter", "a=/x", "--adapter", "a=/y"], "'a' is given twice"),
         (["--config", "/no/such/file.yaml"], "/no/such/file.yaml"),
     ],

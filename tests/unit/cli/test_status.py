@@ -54,10 +54,11 @@ def test_json_has_what_a_script_needs(tmp_path: Path, capsys: pytest.CaptureFixt
         (WorkerState.READY, 1.0, "ready"),
         (WorkerState.READY, 60.0, "dead"),
         (WorkerState.DRAINING, 60.0, "dead"),
-        (WorkerState.STARTING, 60.0, "starting"),
+        (WorkerState.STARTING, 3500.0, "starting"),
+        (WorkerState.STARTING, 3700.0, "dead"),
     ],
 )
-def test_a_silent_worker_is_dead_unless_it_starts(
+def test_a_silent_worker_is_dead_later_if_it_starts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], state: WorkerState, age: float, shown: str
 ) -> None:
     remember(tmp_path, worker("decode-0", Role.DECODE, state, age))

@@ -7,11 +7,15 @@ import os
 import time
 from pathlib import Path
 
+import pytest
+
 from preft.adapters.digest import adapter_digest
 from preft.cluster.adapters import following_catalog, open_catalog, open_disk_tier
-from preft.core.cluster import Role, Tier
+from preft.core.cluster import Adapter, Role, Tier
+from preft.core.errors import ConfigError
 from preft.core.request import AdapterRef
 from preft.core.settings import MiB, Settings, load_settings
+from preft.state import open_store
 from preft.transfer.staging import StagingArena
 from support.adapter_tiers import adapter_store
 from support.fake_engine import FakeEngine
@@ -37,6 +41,15 @@ async def test_configured_adapters_and_a_watched_folder_are_there(tmp_path: Path
         assert [adapter.name for adapter in again.list()] == ["ada", "bob"]
 
 
+async def test_a_base_model_that_takes_an_adapters_name_is_refused(tmp_path: Path) -> None:
+    """It would answer the requests for the adapter."""
+    async with open_catalog(settings_in(tmp_path)) as catalog:
+        await catalog.add("ada", str(write_lora(tmp_path / "ada")))
+    with pytest.raises(ConfigError, match=r"^served_model_name: 'ada' is the name of an adapter"):
+        async with open_catalog(settings_in(tmp_path, served_model_name="ada")):
+            pass
+
+
 async def test_leftovers_of_uploads_go_after_a_day(tmp_path: Path) -> None:
     uploads = tmp_path / "state" / "uploads"
     for name in (".unfinished-1", "upload-2", ".unfinished-3", "kept-4"):
@@ -45,6 +58,34 @@ async def test_leftovers_of_uploads_go_after_a_day(tmp_path: Path) -> None:
         os.utime(uploads / name, (0, time.time() - 90_000))
     async with open_catalog(settings_in(tmp_path)):
         assert sorted(entry.name for entry in uploads.iterdir()) == [".unfinished-3", "kept-4"]
+
+
+async def test_uploads_that_no_catalog_names_go_after_a_day(tmp_path: Path) -> None:
+    """Their process was killed before it wrote the entry, or before it removed what an entry had named."""
+    uploads = tmp_path / "state" / "uploads"
+    other, own, killed, fresh = (str(number) * 32 for number in range(4))
+    store = open_store(tmp_path / "state" / "models" / "another" / "catalog.sqlite")
+    await store.put_adapter(Adapter("ada", "d", str(uploads / other), 8), expect=None)
+    await store.close()
+    async with open_catalog(settings_in(tmp_path)) as catalog:
+        await catalog.add("bob", str(write_lora(uploads / own)))
+    for name in (other, own, killed, fresh):
+        (uploads / name).mkdir(parents=True, exist_ok=True)
+        os.utime(uploads / name, (0, time.time() - (3600 if name == fresh else 90_000)))
+    async with open_catalog(settings_in(tmp_path)):
+        assert sorted(entry.name for entry in uploads.iterdir()) == [other, own, fresh]
+
+
+async def test_no_upload_goes_while_a_catalog_cannot_be_read(tmp_path: Path) -> None:
+    uploads = tmp_path / "state" / "uploads"
+    for name in ("0" * 32, "upload-1"):
+        (uploads / name).mkdir(parents=True)
+        os.utime(uploads / name, (0, time.time() - 90_000))
+    broken = tmp_path / "state" / "models" / "another" / "catalog.sqlite"
+    broken.parent.mkdir(parents=True)
+    broken.write_bytes(b"of another version" * 100)
+    async with open_catalog(settings_in(tmp_path)):
+        assert [entry.name for entry in uploads.iterdir()] == ["0" * 32]
 
 
 async def test_a_worker_learns_of_pins_and_of_what_has_left(tmp_path: Path) -> None:

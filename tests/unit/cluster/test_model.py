@@ -8,28 +8,34 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from preft.cluster.model import SAMPLE_BYTES, model_identity, with_model_length
+from preft.cluster.model import SAMPLE_BYTES, SAMPLES, model_identity, with_model_length
 from preft.core.errors import ConfigError
 from preft.core.settings import Settings
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """Two weight files, one of them larger than what is read of it."""
+    """Two weight files, one with a tensor that is larger than what is read of it."""
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 100}))
-    (folder / "a.safetensors").write_bytes(b"a" * 1000)
-    (folder / "b.safetensors").write_bytes(b"b" * (3 * SAMPLE_BYTES))
+    save_file({"norm": np.ones(10, np.float32), "none": np.ones(0, np.float32)}, folder / "a.safetensors")
+    weights = {"q": np.zeros((SAMPLES * SAMPLE_BYTES, 2), np.float32), "k": np.ones((4, 4), np.float32)}
+    save_file(weights, folder / "b.safetensors")
     return folder
 
 
-def set_byte(path: Path, position: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(position)
-        file.write(b"!")
+def change_tensor(path: Path, name: str, *, shape: tuple[int, ...] | None = None, only: Any = slice(None)) -> None:
+    tensors = {key: value.copy() for key, value in load_file(path).items()}
+    if shape is None:
+        tensors[name].reshape(-1)[only] += 1
+    else:
+        tensors[name] = tensors[name].reshape(shape)
+    save_file(tensors, path)
 
 
 def test_equal_folders_are_one_model(model: Path, tmp_path: Path) -> None:
@@ -42,13 +48,14 @@ def test_equal_folders_are_one_model(model: Path, tmp_path: Path) -> None:
     "change",
     [
         lambda folder: (folder / "config.json").write_text("{}"),
-        lambda folder: set_byte(folder / "a.safetensors", 0),
-        lambda folder: set_byte(folder / "a.safetensors", 999),
-        lambda folder: set_byte(folder / "b.safetensors", SAMPLE_BYTES - 1),
-        lambda folder: set_byte(folder / "b.safetensors", 2 * SAMPLE_BYTES),
-        lambda folder: (folder / "b.safetensors").write_bytes(b"b" * (3 * SAMPLE_BYTES + 1)),
+        lambda folder: change_tensor(folder / "a.safetensors", "norm", only=3),
+        lambda folder: change_tensor(folder / "b.safetensors", "q"),
+        lambda folder: change_tensor(folder / "b.safetensors", "q", only=0),
+        lambda folder: change_tensor(folder / "b.safetensors", "q", only=-1),
+        lambda folder: change_tensor(folder / "b.safetensors", "q", shape=(2, SAMPLES * SAMPLE_BYTES)),
+        lambda folder: change_tensor(folder / "b.safetensors", "k"),
         lambda folder: (folder / "b.safetensors").rename(folder / "c.safetensors"),
-        lambda folder: (folder / "c.safetensors").write_bytes(b""),
+        lambda folder: save_file({"v": np.ones(3)}, folder / "c.safetensors"),
         lambda folder: (folder / "a.safetensors").unlink(),
     ],
 )
@@ -66,6 +73,7 @@ def test_any_difference_is_another_model(model: Path, change: Callable[[Path], A
         (lambda folder: (folder / "config.json").write_bytes(b"\xff{"), "is not JSON"),
         (lambda folder: (folder / "config.json").write_text("[]"), "is not a JSON object"),
         (lambda folder: [path.unlink() for path in folder.glob("*.safetensors")], r"holds no .safetensors file"),
+        (lambda folder: (folder / "b.safetensors").write_bytes(b"b"), r"b.safetensors: it is not a safetensors file"),
     ],
 )
 def test_what_is_no_model_is_said(model: Path, change: Callable[[Path], Any], says: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from preft.core.errors import ConfigError
-from preft.core.settings import Settings, load_settings
+from preft.core.settings import Settings, host_and_port, load_settings
 
 
 def test_the_model_alone_is_enough() -> None:
@@ -58,6 +58,31 @@ def test_a_mistake_names_its_key(overrides: dict[str, Any], key: str) -> None:
         load_settings(overrides=overrides)
     assert key in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "store.source_timeout",
+        "router.request_timeout",
+        "router.transfer_timeout",
+        "router.worker_timeout",
+        "router.poll_interval",
+        "router.restart_grace",
+    ],
+)
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e12, 86_401, -1])
+def test_a_time_that_no_timer_keeps_is_refused(key: str, value: float) -> None:
+    group, name = key.split(".")
+    with pytest.raises(ConfigError, match=f"^{key}: "):
+        load_settings(overrides={"model": "/m", group: {name: value}})
+    load_settings(overrides={"model": "/m", group: {name: 86_400}})
+
+
+def test_ipv6_addresses_have_brackets() -> None:
+    assert host_and_port("::1", 80) == "[::1]:80"
+    assert host_and_port("127.0.0.1", 80) == "127.0.0.1:80"
+    assert host_and_port("localhost", 80) == "localhost:80"
 
 
 @pytest.mark.parametrize(

@@ -375,6 +375,23 @@ async def test_a_client_that_leaves_cancels_its_add(served):
     assert served.catalog.get("bob") is None
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("adapters", {"name": "bob", "source": "/bob"}),
+        ("load_lora_adapter", {"lora_name": "bob", "lora_path": "/bob"}),
+    ],
+)
+async def test_a_client_that_leaves_without_watching_cancels_its_add(served, path, body):
+    served.catalog.gate = asyncio.Event()
+    with pytest.raises(httpx.ReadTimeout):
+        await served.client.post(path, json=body, timeout=0.2)
+    await until(lambda: served.catalog.cancelled == ["bob"])
+    await until(lambda: served.metric("preft_http_responses_total", {"route": f"/v1/{path}", "status": "499"}))
+    served.catalog.gate.set()
+    assert served.catalog.get("bob") is None
+
+
 async def test_a_large_catalog_is_listed_from_the_middle(served):
     entries = many(100_000)
     served.catalog.put(*entries)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from preft.core.cluster import Adapter
 from preft.core.errors import EngineFailed, QueueFull, TransferFailed, Unavailable, WorkerLost
 from preft.core.request import AdapterRef, FinishReason
+from preft.gateway import job
 from preft.gateway.app import create_app
 from preft.gateway.deps import GatewayDeps
 from preft.gateway.tokenizer import Tokenizer
@@ -154,6 +156,15 @@ async def test_an_unknown_model_is_404(gateway, api):
     assert gateway.generator.requests == []
 
 
+@pytest.mark.parametrize("api", ["complete", "chat"])
+async def test_a_name_that_could_be_base_or_adapter_is_neither(gateway, api):
+    """Another server that shares the catalog calls its base model otherwise."""
+    other = FakeCatalog.of(base="/adapters/other")
+    gateway.catalog.put(other.get("base"))
+    assert "ambiguous" in error(await getattr(gateway, api)(), 404)["message"]
+    assert gateway.generator.requests == []
+
+
 async def test_several_prompts_and_choices(gateway):
     answers = {gateway.ids("one"): "first", gateway.ids("two"): "other"}
     gateway.generator.script = lambda request: Script(gateway.letters(answers[request.prompt_token_ids]), delay=0.001)
@@ -200,6 +211,73 @@ async def test_lengths_are_judged_before_any_work(gateway):
     await gateway.complete(prompt=long[:60])
     await gateway.complete()
     assert [request.sampling.max_tokens for request in gateway.generator.requests] == [4, 16]
+
+
+async def test_a_text_that_cant_be_short_enough_is_refused_before_it_is_tokenized(gateway, monkeypatch):
+    most = MAX_LEN * gateway.tokenizer.chars_per_token
+    assert "tokens" in error(await gateway.complete(prompt="x" * most), 400)["message"].split("characters")[0]
+
+    async def encode(*_: Any, **__: Any) -> None:
+        raise AssertionError("it was tokenized")
+
+    monkeypatch.setattr(gateway.tokenizer, "encode", encode)
+    for prompt in ("x" * (most + 1), ["hi", "x" * (most + 1)]):
+        found = error(await gateway.complete(prompt=prompt), 400)
+        assert (found["param"], f"{most + 1} characters" in found["message"]) == ("prompt", True)
+    found = error(await gateway.chat(messages=[{"role": "user", "content": "x" * most}]), 400)
+    assert (found["param"], "characters" in found["message"]) == ("messages", True)
+
+
+@pytest.mark.parametrize(
+    ("body", "in_thread"),
+    [
+        ({}, False),
+        ({"chat_template_kwargs": {"thinking": False}}, False),
+        ({"messages": USER * 2000}, True),
+        ({"messages": [{"role": "user", "content": "x" * 10_000}]}, True),
+        ({"chat_template_kwargs": {"custom_tools": [{}]}}, True),
+    ],
+)
+async def test_large_chats_are_rendered_in_a_thread(gateway, monkeypatch, body, in_thread):
+    render, threads = gateway.tokenizer.chat_template.render, []
+
+    def watched(*arguments: Any, **options: Any) -> str:
+        threads.append(threading.current_thread())
+        return render(*arguments, **options)
+
+    monkeypatch.setattr(gateway.tokenizer.chat_template, "render", watched)
+    await gateway.chat(**body)
+    assert [thread is not threading.main_thread() for thread in threads] == [in_thread]
+
+
+async def test_many_token_ids_are_checked_in_a_thread(gateway, monkeypatch):
+    check, threads = job._check_ids, []
+
+    def watched(*arguments: Any) -> None:
+        threads.append(threading.current_thread())
+        check(*arguments)
+
+    monkeypatch.setattr(job, "_check_ids", watched)
+    monkeypatch.setattr(job, "INLINE_IDS", 100)
+    for count, in_thread in (2, False), (3, True):
+        threads.clear()
+        assert (await gateway.complete(prompt=[[5] * 50] * count)).status_code == 200
+        assert {thread is not threading.main_thread() for thread in threads} == {in_thread}
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+async def test_no_choice_of_a_seeded_request_goes_without_a_seed(gateway, n):
+    """Choice i has `seed + i`, and -1 is none for vLLM."""
+    for seed in range(-7, 3):
+        gateway.generator.requests.clear()
+        await gateway.complete(seed=seed, n=n)
+        [request] = gateway.generator.requests
+        if seed == -1:
+            assert request.sampling.seed is None
+        else:
+            seeds = [request.sampling.seed + index for index in range(n)]
+            assert -1 not in seeds
+            assert seeds[0] == seed or -1 in range(seed, seed + n)
 
 
 @pytest.mark.parametrize(

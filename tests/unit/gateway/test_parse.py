@@ -38,8 +38,8 @@ BAD_VALUES = [
     ("min_tokens", -1),
     ("ignore_eos", "yes", 1),
     ("stop", "", [""], [1], ["x"] * 17, {"a": 1}),
-    ("stop_token_ids", 5, [1.5], ["1"]),
-    ("logit_bias", [], {"a": 1}, {"-1": 1}, {"1": 101}, {"1": "x"}, {"1": True}),
+    ("stop_token_ids", 5, [1.5], ["1"], [1] * 1025),
+    ("logit_bias", [], {str(i): 1 for i in range(1025)}, {"a": 1}, {"-1": 1}, {"1": 101}, {"1": "x"}, {"1": True}),
     ("stream", 1, "true"),
     ("return_token_ids", 1),
     ("skip_special_tokens", "no"),
@@ -74,6 +74,22 @@ def test_prompts_in_four_forms(value, prompts):
 
 def test_too_many_prompts():
     assert refused(completion, prompt=["a"] * 1025).param == "prompt"
+
+
+def test_too_many_messages():
+    error = refused(chat, messages=CHAT["messages"] * 65_537)
+    assert (error.param, str(error)) == ("messages", "messages: holds 65537 items, the limit is 65536.")
+    assert len(chat(messages=CHAT["messages"] * 65_536).messages) == 65_536
+
+
+def test_as_many_tokens_as_are_allowed():
+    body = completion(stop_token_ids=[1] * 1024, logit_bias={str(i): 1 for i in range(1024)})
+    assert (len(body.stop_token_ids), len(body.logit_bias)) == (1024, 1024)
+
+
+def test_an_error_does_not_show_what_may_be_as_large_as_the_body():
+    for value, shown in ([1] * 100, "a list"), ({"a": 1}, "an object"), ("x" * 100, repr("x" * 100)[:77] + "..."):
+        assert str(refused(completion, temperature=value)).endswith(f", got {shown}.")
 
 
 def test_what_is_missing_is_named():

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import threading
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 
@@ -12,6 +14,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from preft.core.cluster import Adapter
 from preft.core.errors import ConfigError, QueueFull, TransferFailed
 from preft.core.request import FinishReason
+from preft.gateway import inference
 from preft.gateway.deps import GatewayDeps
 from preft.gateway.rpc_server import serve_grpc
 from preft.rpc import adapters_pb2, adapters_pb2_grpc, common_pb2, inference_pb2, inference_pb2_grpc
@@ -50,6 +53,30 @@ async def test_generate(served):
     assert request.adapter.name == "ann"
     assert request.deadline is None
     assert (request.sampling.max_tokens, request.sampling.temperature, request.sampling.seed) == (16, 1.0, None)
+
+
+async def test_large_messages_are_checked_in_a_thread(served, monkeypatch):
+    check, threads = inference._checked, []
+
+    def watched(request):
+        threads.append(threading.current_thread())
+        return check(request)
+
+    monkeypatch.setattr(inference, "_checked", watched)
+    for count in (5, 300_000):
+        with pytest.raises(grpc.aio.AioRpcError, match="context"):
+            [_ async for _ in served.inference.Generate(Request(model="base", tokens={"ids": [5] * 64 * count}))]
+    assert [thread is threading.main_thread() for thread in threads] == [True, False]
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
+@pytest.mark.parametrize("host", ["::1", "::"])
+async def test_ipv6_addresses(served, host):
+    server = await serve_grpc(served.deps, host, 0)
+    async with grpc.aio.insecure_channel(f"[::1]:{server.port}") as channel:
+        call = inference_pb2_grpc.InferenceStub(channel).Generate(Request(model="base", text="hi"))
+        assert "".join([reply.text async for reply in call]) == "hello world"
+    await server.stop()
 
 
 async def test_explicit_zeros_are_not_defaults(served):

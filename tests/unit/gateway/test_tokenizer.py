@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+import unicodedata
 
 import pytest
 import tokenizers as library
@@ -45,6 +46,51 @@ async def test_long_texts_give_the_same_ids_without_blocking_the_loop(tokenizer)
     watcher.cancel()
     assert len(lags) > took / 0.005 / 10  # the loop kept running
     assert ids == tuple(tokenizer._backend.encode(text).ids)
+
+
+async def test_huge_texts_are_tokenized_one_at_a_time(tmp_path, monkeypatch):
+    tokenizer = Tokenizer.load(small_tokenizers.byte_level(tmp_path))
+    text = "the quick brown fox " * (module.HUGE_CHARS // 20 + 1)
+    running, most = [], []
+    encode = tokenizer._encode_batch
+
+    def watched(*arguments):
+        running.append(1)
+        most.append(len(running))
+        time.sleep(0.05)
+        try:
+            return encode(["fox"], *arguments[1:])
+        finally:
+            running.pop()
+
+    monkeypatch.setattr(tokenizer, "_encode_batch", watched)
+    tasks = [asyncio.create_task(tokenizer.encode([text], add_special_tokens=False)) for _ in range(4)]
+    await asyncio.sleep(0.02)
+    tasks[0].cancel()  # while its thread runs
+    tasks[2].cancel()  # while it waits
+    done = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [isinstance(result, asyncio.CancelledError) for result in done] == [True, False, True, False]
+    assert most == [1, 1, 1]
+
+
+async def test_no_text_has_fewer_tokens_than_its_length_allows(tmp_path, tokenizers):
+    """Also where it shrinks before it is tokenized: four characters become one here."""
+    composed = "\u1faf" * 8
+    raw = library.Tokenizer(library.models.BPE({composed[: 1 << i]: i for i in range(4)}, _doubled("\u1faf", 3)))
+    raw.normalizer = library.normalizers.NFC()
+    raw.save(str(tmp_path / "tokenizer.json"))
+    greek = Tokenizer.load(tmp_path)
+    decomposed = unicodedata.normalize("NFD", composed) * 100
+    [ids] = await greek.encode([decomposed], add_special_tokens=False)
+    assert len(decomposed) == len(ids) * greek.chars_per_token
+    for kind in ("bytes", "metaspace"):
+        for text in ("the quick brown fox", " " * 500, "\0\u0301\u200b", "<|eos|></s>", "你好🙂", "hello" * 99):
+            [ids] = await tokenizers[kind].encode([text], add_special_tokens=False)
+            assert len(text) <= len(ids) * tokenizers[kind].chars_per_token
+
+
+def _doubled(char, times):
+    return [(char * (1 << i), char * (1 << i)) for i in range(times)]
 
 
 def test_truncation_and_padding_of_the_file_are_off(tmp_path):

@@ -279,6 +279,16 @@ def test_a_batch_has_its_limit_but_takes_any_single_request() -> None:
     assert POLICY.place(a_demand(), roster, ledger, NONE) is Refusal.NO_DECODE
 
 
+def test_a_request_of_many_choices_need_not_wait_for_an_empty_batch() -> None:
+    """It would keep the worker from everybody until its last sequence has ended. Its own wait in the engine."""
+    roster = roster_of(p("p0"), d("d0", blocks=1000, max_num_seqs=8))
+    ledger = Ledger()
+    ledger.add_decode("d0", blocks=1, sequences=8)
+    assert place(roster, ledger, a_demand(choices=100)).decode is not None
+    ledger.add_decode("d0", blocks=1, sequences=1)
+    assert POLICY.place(a_demand(choices=100), roster, ledger, NONE) is Refusal.NO_DECODE
+
+
 def test_heartbeats_tell_what_others_use() -> None:
     ledger = Ledger()
     ledger.observe([d("d0", heartbeat=1.0, used=0)])

@@ -168,6 +168,25 @@ async def test_an_only_worker_is_tried_again(harness: Harness) -> None:
     assert await harness.collect(request) == foretold(request)
 
 
+async def test_a_broken_call_while_the_store_is_away_condemns_no_other_worker() -> None:
+    async with running(Harness(), worker_timeout=0.3) as harness:
+        await harness.second()
+        workers = harness.cluster.workers
+
+        async def away() -> Any:
+            raise Unavailable("disk I/O error")
+
+        harness.cluster.workers = away  # type: ignore[method-assign]
+        await asyncio.sleep(0.5)
+        await harness.p.die()
+        for seed in range(4):
+            request = a_request(adapter=None, prompt=range(seed + 3))
+            assert await harness.collect(request) == foretold(request)
+        states = {key: worker.state for key, worker in harness.router.snapshot.workers.items()}
+        assert [key for key, state in states.items() if state is WorkerState.DEAD] == ["p0"]
+        harness.cluster.workers = workers  # type: ignore[method-assign]
+
+
 async def test_a_dead_prefill_worker_is_left_alone(harness: Harness) -> None:
     p1, _ = await harness.second()
     await harness.p.die()
@@ -765,6 +784,20 @@ async def test_stopping_one_choice_leaves_the_others(harness: Harness) -> None:
     await harness.clean()
     assert sorted(decode.index for decode in harness.d.requests) == [1, 2]
     assert harness.d.released == [harness.p.requests[0].target.handle]
+
+
+async def test_a_stopped_choice_is_cancelled_at_once_though_others_go_on(harness: Harness) -> None:
+    harness.d.delay = 0.01
+    request = a_request(max_tokens=60, n=2)
+    async with harness.router.generate(request) as generation:
+        seen: Counter[int] = Counter()
+        async for delta in generation:
+            seen[delta.index] += len(delta.token_ids)
+            if seen[0] == 3 and delta.index == 0:
+                generation.stop(0)
+            if seen[1] == 40:
+                assert (harness.d.running, harness.d.cancelled) == (1, 1)
+    assert seen[1] == 60
 
 
 async def test_stopping_from_another_task_wakes_the_reader(harness: Harness) -> None:

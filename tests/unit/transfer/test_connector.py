@@ -322,6 +322,14 @@ async def test_only_the_blocks_that_were_to_be_loaded_are_reported(decode: Side,
     assert step(receiver, KvMetadata(loads=[Load("b", (4, 11, 3), 2, 70, 64, 4096, bytes(16))])) == {3}
 
 
+async def test_the_block_that_stands_for_what_left_the_window_is_never_reported(
+    decode: Side, arena: StagingArena
+) -> None:
+    """All requests of a sliding-window model have it: vLLM would fail every one of them."""
+    receiver, _ = decode.worker(*SHAPES[0])
+    assert step(receiver, KvMetadata(loads=[Load("b", (0, 0, 4, 3), 1, 120, 64, 4096, bytes(16))])) == {4, 3}
+
+
 @pytest.mark.parametrize("wrong", ["released", "size"])
 async def test_nothing_is_saved_into_a_region_that_is_not_it(prefill: Side, arena: StagingArena, wrong: str) -> None:
     sender, source = prefill.worker(*SHAPES[0])

@@ -154,6 +154,42 @@ async def test_evicts_nothing_in_vain_and_nothing_outside_the_hole(arena: Stagin
     arena.view(a), arena.view(b)
 
 
+async def test_pinned_ones_go_only_for_what_fits_nowhere_beside_them(arena: StagingArena) -> None:
+    a, b, c, d = [await arena.reserve(1000, timeout=1) for _ in range(4)]
+    evicted: list[str] = []
+    for region, name in ((b, "b"), (d, "d"), (a, "a")):
+        arena.pin(region, name != "a")
+        arena.mark_evictable(region, lambda name=name: evicted.append(name))
+    assert (await arena.reserve(1000, timeout=0.01)).offset == a.offset  # b was used less recently
+    with pytest.raises(TransferFailed):
+        await arena.reserve(1000, timeout=0.01)  # there would be room without c
+    assert evicted == ["a"]
+    waiting = asyncio.create_task(arena.reserve(2 * span_of(1000) - HEADER_BYTES, timeout=5))
+    await asyncio.sleep(0)
+    assert not waiting.done()  # in vain, as long as c is in use
+    arena.mark_evictable(c, lambda: evicted.append("c"))
+    assert (await waiting).offset == b.offset
+    assert sorted(evicted) == ["a", "b", "c"]
+    arena.pin(d, False)
+    assert (await arena.reserve(1000, timeout=0.01)).offset == d.offset
+
+
+async def test_a_pinned_one_takes_the_place_of_smaller_pinned_ones_only() -> None:
+    arena, double = StagingArena.create(6 * span_of(1000)), 2 * span_of(1000) - HEADER_BYTES
+    sizes = (1000, 1000, 1000, double, 1000)
+    first, small, _, large, _ = [await arena.reserve(size, timeout=1, pinned=True) for size in sizes]
+    arena.release(first)
+    evicted: list[Region] = []
+    arena.mark_evictable(large, lambda: evicted.append(large))
+    with pytest.raises(TransferFailed):
+        await arena.reserve(double, timeout=0.01, pinned=True)
+    arena.mark_evictable(small, lambda: evicted.append(small))
+    assert (await arena.reserve(double, timeout=0.01, pinned=True)).offset == first.offset
+    assert evicted == [small]
+    assert (await arena.reserve(double, timeout=0.01)).offset == large.offset
+    arena.close()
+
+
 async def test_a_stale_region_can_not_be_held(arena: StagingArena, view: StagingView) -> None:
     region = await arena.reserve(1000, timeout=1)
     for offset, size, nonce in (
@@ -233,7 +269,7 @@ async def test_closing_refuses_waiters_and_newcomers() -> None:
 
 
 STEP = st.tuples(
-    st.sampled_from(["reserve", "release", "cancel", "evictable", "keep", "hold", "unhold"]), st.integers(1, 900)
+    st.sampled_from(["reserve", "release", "cancel", "evictable", "keep", "pin", "hold", "unhold"]), st.integers(1, 900)
 )
 
 
@@ -277,6 +313,8 @@ def test_regions_never_overlap_are_served_in_order_and_all_come_back(steps: list
             elif chosen is not None and action == "keep":
                 kept.add(chosen)
                 arena.keep(chosen)
+            elif chosen is not None and action == "pin":
+                arena.pin(chosen, argument % 3 > 0)
             elif chosen is not None and action == "hold":
                 stack = contextlib.ExitStack()
                 payload = stack.enter_context(view.hold(chosen.offset, chosen.size, chosen.nonce))

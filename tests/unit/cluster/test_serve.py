@@ -1,0 +1,140 @@
+"""`preft serve` ends when it is told to, whatever else goes on. Ray is left out."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import httpx
+import pytest
+
+from preft.cluster.serve import _serve
+from preft.core.cluster import Role, Worker, WorkerState
+from preft.core.errors import SourceNotFound
+from preft.core.settings import Settings, load_settings
+from preft.state import open_store
+from support.faulty_http import Faults, FaultyServer, serve_folder
+from support.lora_folders import write_base, write_lora
+from support.small_tokenizers import byte_level
+from support.worker_services import until
+
+
+class FakeRay:
+    """A RayCluster without workers."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+
+    def __call__(self, settings: Settings, cluster_id: str, store_path: Path) -> FakeRay:
+        return self
+
+    def start(self) -> None:
+        self.done.append("start")
+
+    def close(self) -> None:
+        self.done.append("close")
+
+    async def wait_failed(self) -> str:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
+@pytest.fixture(autouse=True)
+def cluster(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
+    module = ModuleType("preft.cluster.ray_cluster")
+    module.RayCluster = cluster = FakeRay()  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "preft.cluster.ray_cluster", module)
+    return cluster
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Iterator[FaultyServer]:
+    """Where an adapter begins to come, and never ends."""
+    write_lora(tmp_path / "served" / "ada")
+    with serve_folder(tmp_path / "served", Faults(stall_after=100)) as server:
+        yield server
+
+
+def settings_in(folder: Path, **changes: object) -> Settings:
+    model = write_base(byte_level(folder / "model"))
+    given = {"model": str(model), "state_dir": str(folder / "state"), "port": 0, "max_model_len": 64, **changes}
+    return load_settings(None, given)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_a_signal_ends_the_loading_of_adapters(
+    cluster: FakeRay, tmp_path: Path, source: FaultyServer, number: int
+) -> None:
+    own = settings_in(tmp_path, adapters={"ada": f"{source.url}/ada"}, store={"source_timeout": 30})
+    serving = asyncio.create_task(_serve(own))
+    await until(lambda: any("GET" in request for request in source.requests))
+    os.kill(os.getpid(), number)
+    await asyncio.wait_for(serving, 5)
+    assert cluster.done == []
+    assert [entry.name for entry in (tmp_path / "state" / "adapters").iterdir()] == [".lock"]
+
+
+async def test_a_signal_ends_the_adding_of_adapters(
+    cluster: FakeRay,
+    tmp_path: Path,
+    source: FaultyServer,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("preft.cluster.gateway_process.SHUTDOWN_SECONDS", 0.2)
+    adapters = tmp_path / "state" / "adapters"
+    serving = asyncio.create_task(_serve(settings_in(tmp_path, store={"source_timeout": 30})))
+    await until(lambda: cluster.done == ["start"])
+    url = capsys.readouterr().out.split()[-1]
+    async with httpx.AsyncClient(base_url=url) as client:
+        bodies = [{"name": "ada", "source": f"{source.url}/ada", "stream": stream} for stream in (False, True)]
+        asking = [asyncio.create_task(client.post("/v1/adapters", json=body)) for body in bodies]
+        await until(lambda: len(list(adapters.iterdir())) == 3)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.wait_for(serving, 5)
+        await until(lambda: [entry.name for entry in adapters.iterdir()] == [".lock"])
+        await asyncio.gather(*asking, return_exceptions=True)
+
+
+async def test_an_adapter_that_can_not_be_loaded_is_said(tmp_path: Path) -> None:
+    with pytest.raises(SourceNotFound):
+        await _serve(settings_in(tmp_path, adapters={"ada": str(tmp_path / "nowhere")}))
+
+
+async def test_the_cluster_is_closed_while_other_threads_are_busy(cluster: FakeRay, tmp_path: Path) -> None:
+    over = threading.Event()
+    serving = asyncio.create_task(_serve(settings_in(tmp_path)))
+    try:
+        await until(lambda: cluster.done == ["start"])
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(ThreadPoolExecutor(1))
+        busy = loop.run_in_executor(None, over.wait)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.wait_for(serving, 5)
+        assert cluster.done == ["start", "close"]
+    finally:
+        over.set()
+    await busy
+
+
+async def test_workers_of_killed_clusters_are_forgotten(cluster: FakeRay, tmp_path: Path) -> None:
+    killed = Worker("killed", Role.DECODE, WorkerState.STARTING, "", "", 1, heartbeat=time.time() - 4000)
+    living = replace(killed, id="living", heartbeat=time.time())
+    store = open_store(tmp_path / "state" / "state.sqlite")
+    await store.put_worker(killed)
+    await store.put_worker(living)
+    serving = asyncio.create_task(_serve(settings_in(tmp_path)))
+    await until(lambda: cluster.done == ["start"])
+    assert await store.workers() == [living]
+    os.kill(os.getpid(), signal.SIGTERM)
+    await asyncio.wait_for(serving, 5)
+    await store.close()

@@ -63,7 +63,7 @@ async def test_large_messages_are_checked_in_a_thread(served, monkeypatch):
         return check(request)
 
     monkeypatch.setattr(inference, "_checked", watched)
-    for count in (5, 300_000):
+    for count in (5, 5_000):
         with pytest.raises(grpc.aio.AioRpcError, match="context"):
             [_ async for _ in served.inference.Generate(Request(model="base", tokens={"ids": [5] * 64 * count}))]
     assert [thread is threading.main_thread() for thread in threads] == [True, False]

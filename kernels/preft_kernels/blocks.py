@@ -85,7 +85,7 @@ def by_rule(work: Work, processors: int) -> Blocks:
 
 
 def candidates(work: Work, processors: int) -> Iterator[Blocks]:
-    """What is worth measuring for this work, the rule's choice first. Raises nothing; some may not fit on a GPU."""
+    """What is worth measuring for this work, the rule's choice first. Some may not fit on a GPU."""
     rule = by_rule(work, processors)
     yield rule
     high = _power(work.rank)
@@ -145,6 +145,9 @@ def tuning_file(folder: Path, device: str) -> Path:
 
 
 def _checked(blocks: Blocks) -> Blocks:
+    """`blocks`, unless a launch with them would leave out work in silence. Raises ValueError."""
+    if any(type(value) is not int or value < (name != "splits") for name, value in asdict(blocks).items()):
+        raise ValueError(f"all sizes must be whole numbers from 1 on, and splits from 0 on: {blocks}")
     sizes = (blocks.m, blocks.n, blocks.k, blocks.r)
     if any(size < 16 or size & (size - 1) for size in sizes) or blocks.m > TILE:
         raise ValueError(f"block sizes must be powers of two from 16 on, and m at most {TILE}: {blocks}")

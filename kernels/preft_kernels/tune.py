@@ -23,6 +23,7 @@ import triton
 
 from preft_kernels.blocks import FOLDER, SHIPPED, Blocks, Work, candidates, write
 from preft_kernels.low_rank_delta import launch_delta, processors
+from preft_kernels.timing import seconds_on_gpu
 from preft_kernels.token_groups import TokenGroups
 
 KEEP = 0.97
@@ -121,17 +122,9 @@ class _Mix:
         return y
 
 
-def _seconds(run: Run, runs: int = 20) -> float:
-    """Of one run on the GPU, which is kept waiting until all are queued: what the host takes doesn't count."""
+def _seconds(run: Run) -> float:
     run()
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda._sleep(5_000_000)  # cycles
-    begin.record()
-    for _ in range(runs):
-        run()
-    end.record()
-    torch.cuda.synchronize()
-    return float(begin.elapsed_time(end)) / 1000 / runs
+    return seconds_on_gpu(run, 20)
 
 
 def _start(lock: Any) -> None:

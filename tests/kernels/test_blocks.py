@@ -99,10 +99,18 @@ def test_a_broken_file_is_named(folder: Path, text: str) -> None:
         choose(WORK, GPU, PROCESSORS)
 
 
-@pytest.mark.parametrize("change", [{"m": 2 * TILE}, {"n": 48}, {"k": 8}, {"r": 0}])
+@pytest.mark.parametrize("change", [{"m": 2 * TILE}, {"n": 48}, {"k": 8}])
 def test_impossible_block_sizes_are_named(folder: Path, change: dict[str, int]) -> None:
     tuned(folder, (WORK, replace(TUNED, **change)))
     with pytest.raises(ValueError, match="powers of two"):
+        choose(WORK, GPU, PROCESSORS)
+
+
+@pytest.mark.parametrize("change", [{"programs": 0}, {"splits": -1}, {"warps": 0}, {"programs": 2.5}, {"splits": True}])
+def test_a_choice_that_would_leave_work_out_is_refused(folder: Path, change: dict[str, Any]) -> None:
+    """A launch of no program changes nothing: requests would be answered without their adapter."""
+    tuned(folder, (WORK, replace(TUNED, **change)))
+    with pytest.raises(ValueError, match="whole numbers"):
         choose(WORK, GPU, PROCESSORS)
 
 

@@ -21,6 +21,7 @@ import torch
 from preft_kernels.kv_blocks import KvBlocks
 from preft_kernels.low_rank_delta import low_rank_delta_
 from preft_kernels.residual_delta import residual_delta_
+from preft_kernels.timing import seconds_on_gpu
 from preft_kernels.token_groups import TokenGroups
 from preft_loadgen.results import RESULTS, save
 
@@ -222,17 +223,7 @@ def _timer(work: Work, graph: bool) -> Callable[[], float]:
         with torch.cuda.graph(captured):
             work()
         run = captured.replay
-
-    def on_gpu(runs: int = 50) -> float:
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        for _ in range(runs):
-            run()
-        end.record()
-        torch.cuda.synchronize()
-        return float(begin.elapsed_time(end)) / 1000 / runs
-
-    return on_gpu
+    return lambda: seconds_on_gpu(run, 50)
 
 
 def _random(*shape: int) -> torch.Tensor:

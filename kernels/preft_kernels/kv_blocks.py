@@ -1,8 +1,8 @@
-"""KV blocks: a request's blocks over all layers into one contiguous buffer, and back, one launch each on GPU.
+"""KV blocks over all layers: into one contiguous buffer and back, made zero, checked for NaN; one launch each on GPU.
 
 Owns the layout of that buffer: for every layer in order of name, the request's blocks in order, as they lie in memory;
-where a layer's blocks of keys and of values lie apart, first all of the one. Moves bytes; what they mean is up to the
-attention backend.
+where a layer's blocks of keys and of values lie apart, first all of the one. Moves bytes; where in a block a token's
+keys lie is up to the attention backend.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch
 from preft_kernels._triton import by_kernel, tl, triton
 
 WORD = 8  # bytes that are copied at once
-CHUNK = 1024  # words that one program copies
+CHUNK = 1024  # words that one program works on
+EXPONENTS = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 
 
 @triton.jit
@@ -37,14 +38,51 @@ def copy_blocks_kernel(  # type: ignore[no-untyped-def]
         tl.store(in_packed, tl.load(in_cache, mask=inside), mask=inside)
 
 
+@triton.jit
+def zero_blocks_kernel(  # type: ignore[no-untyped-def]
+    bases, strides, sizes, block_ids, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Zeros in one chunk of one block of one segment. Programs and sizes as in `copy_blocks_kernel`."""
+    segment = tl.program_id(0)
+    word = tl.program_id(2) * CHUNK + tl.arange(0, CHUNK)
+    block = tl.load(block_ids + tl.program_id(1)).to(tl.int64)
+    at = tl.load(bases + segment).to(tl.pointer_type(tl.int64)) + block * tl.load(strides + segment) + word
+    tl.store(at, tl.zeros((CHUNK,), dtype=tl.int64), mask=word < tl.load(sizes + segment))
+
+
+@triton.jit
+def not_finite_kernel(  # type: ignore[no-untyped-def]
+    bases, strides, sizes, block_ids, flags, EXPONENT: tl.constexpr, BITS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """flags[number] = 1 if a value in the chunk has all bits of its exponent set (IEEE 754: it is NaN or infinity).
+
+    Programs and sizes as in `copy_blocks_kernel`; values are of BITS bits, and EXPONENT masks their exponent.
+    """
+    segment = tl.program_id(0)
+    number = tl.program_id(1)
+    word = tl.program_id(2) * CHUNK + tl.arange(0, CHUNK)
+    block = tl.load(block_ids + number).to(tl.int64)
+    at = tl.load(bases + segment).to(tl.pointer_type(tl.int64)) + block * tl.load(strides + segment) + word
+    words = tl.load(at, mask=word < tl.load(sizes + segment), other=0)
+    found = tl.zeros((CHUNK,), dtype=tl.int32)
+    for value in tl.static_range(64 // BITS):
+        found = found | (((words >> (value * BITS)) & EXPONENT) == EXPONENT).to(tl.int32)
+    if tl.max(found, axis=0) > 0:
+        tl.store(flags + number, 1)
+
+
 class KvBlocks:
     """The KV caches of all layers, as an engine has registered them."""
 
     def __init__(self, caches: Mapping[str, torch.Tensor], num_blocks: int) -> None:
         """`caches`: by layer name, [num_blocks, ...] or [k, num_blocks, ...], their dimensions in any order in memory.
 
-        But a block (of each of k) must be one piece of memory. Raises ValueError naming a layer where it isn't.
+        But a block (of each of k) must be one piece of memory, and all caches of one type. Raises ValueError naming a
+        layer where that isn't so.
         """
+        dtype = next(iter(caches.values())).dtype
+        if other := next((name for name, cache in caches.items() if cache.dtype != dtype), None):
+            raise ValueError(f"{other}: a KV cache of {caches[other].dtype} beside others of {dtype}")
         parts = {name: _parts(name, cache, num_blocks) for name, cache in sorted(caches.items())}
         self._segments = [
             part.as_strided((num_blocks, part[0].numel()), (part.stride(0), 1)) for of in parts.values() for part in of
@@ -67,6 +105,7 @@ class KvBlocks:
         )
         self._table = [column.to(self._device) for column in columns]
         self._chunks = -(-int(words.max()) // CHUNK)
+        self._dtype = self._segments[0].dtype
 
     def pack(self, block_ids: Sequence[int], packed: torch.Tensor) -> None:
         """Copies these blocks into `packed`: uint8, [len(block_ids) * block_bytes], in host memory."""
@@ -90,11 +129,45 @@ class KvBlocks:
         for segment, part in self._packed(packed, len(block_ids)):
             segment.index_copy_(0, index, part[skip:])
 
+    def zero(self, block_ids: Sequence[int]) -> None:
+        """Makes these blocks all zeros."""
+        if by_kernel(self._device):
+            zero_blocks_kernel[self._grid(block_ids)](*self._table[:3], self._ids(block_ids), CHUNK=CHUNK)
+            return
+        index = torch.tensor(block_ids, dtype=torch.int64)
+        for segment in self._segments:
+            segment.index_fill_(0, index, 0)
+
+    def not_finite(self, block_ids: Sequence[int]) -> torch.Tensor:
+        """int32 [len(block_ids)], on the caches' device: 1 for a block that holds NaN or infinity in any layer, else 0.
+
+        Caches of another type than float32, bfloat16 and float16 are taken for finite.
+        """
+        flags = torch.zeros(len(block_ids), dtype=torch.int32, device=self._device)
+        if self._dtype not in EXPONENTS:
+            return flags
+        if by_kernel(self._device):
+            not_finite_kernel[self._grid(block_ids)](
+                *self._table[:3], self._ids(block_ids), flags,
+                EXPONENT=EXPONENTS[self._dtype], BITS=8 * self._dtype.itemsize, CHUNK=CHUNK,
+            )  # fmt: skip
+            return flags
+        index = torch.tensor(block_ids, dtype=torch.int64)
+        for segment in self._segments:
+            flags |= ~segment.index_select(0, index).isfinite().all(dim=1)
+        return flags
+
+    def _grid(self, block_ids: Sequence[int]) -> tuple[int, int, int]:
+        return len(self._segments), len(block_ids), self._chunks
+
+    def _ids(self, block_ids: Sequence[int]) -> torch.Tensor:
+        return on_device(block_ids, self._device, torch.int32)
+
     def launch(self, block_ids: Sequence[int], packed: torch.Tensor, skip: int = 0, *, unpack: bool = False) -> None:
         """What `pack` and `unpack` do on GPU, with `packed` there too."""
         count = len(block_ids)
         if count > skip:
-            index = torch.tensor(block_ids, dtype=torch.int32).to(self._device)
+            index = self._ids(block_ids)
             copy_blocks_kernel[(len(self._segments), count - skip, self._chunks)](
                 *self._table, index, packed.view(torch.int64), count, skip, UNPACK=unpack, CHUNK=CHUNK
             )
@@ -112,6 +185,11 @@ class KvBlocks:
             end = begin + count * segment.shape[1] * segment.element_size()
             yield segment, packed[begin:end].view(segment.dtype).view(count, segment.shape[1])
             begin = end
+
+
+def on_device(numbers: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    """[len(numbers)]. From pinned memory: a copy from any other waits for what runs on the GPU."""
+    return torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def _parts(name: str, cache: torch.Tensor, num_blocks: int) -> list[torch.Tensor]:

@@ -13,6 +13,7 @@ import torch
 
 from support.local_cluster import LocalCluster, local_cluster
 from support.models import make_lora, make_model, make_reft
+from support.overflow import with_overflowing_token
 from support.reference import Reference
 
 torch.set_num_threads(1)  # the reference's matrices are tiny, and the engines need the other core
@@ -32,6 +33,8 @@ class Folders:
 
     def __init__(self, root: Path, arch: str) -> None:
         self.model = make_model(root / f"{arch}-tiny", arch, seed=1)  # type: ignore[arg-type]
+        if arch in ("llama", "qwen2"):
+            with_overflowing_token(self.model)
         self.adapters = {name: make_lora(root / name, self.model, rank=rank, seed=rank) for name, rank in RANKS.items()}
         make_lora(
             root / "both",

@@ -18,7 +18,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from preft_kernels.blocks import Blocks, Work, by_rule
-from preft_kernels.kv_blocks import CHUNK, copy_blocks_kernel
+from preft_kernels.kv_blocks import CHUNK, EXPONENTS, copy_blocks_kernel, not_finite_kernel, zero_blocks_kernel
 from preft_kernels.low_rank_delta import EXPAND, FUSED, SHRINK, delta_kernel
 from preft_kernels.token_groups import RANK_STEP, TILE
 
@@ -97,9 +97,14 @@ def main() -> int:
                 narrow = text.count("ld.global.b16")
                 assert not narrow, f"{narrow} loads of single values"
                 print(target, pointer, slices, rank, cut, f"{used} registers, {made.metadata.shared} bytes shared")
-        types = dict.fromkeys(("bases", "strides", "sizes", "begins", "packed"), "*i64") | {"block_ids": "*i32"}
+        types = dict.fromkeys(("bases", "strides", "sizes", "begins", "packed"), "*i64")
+        types |= dict.fromkeys(("block_ids", "flags"), "*i32")
         for unpack in (False, True):
             assert compiled(copy_blocks_kernel, types, {"UNPACK": unpack, "CHUNK": CHUNK}, target).asm["cubin"]
+        assert compiled(zero_blocks_kernel, types, {"CHUNK": CHUNK}, target).asm["cubin"]
+        for dtype, exponent in EXPONENTS.items():
+            constants = {"EXPONENT": exponent, "BITS": 8 * dtype.itemsize, "CHUNK": CHUNK}
+            assert compiled(not_finite_kernel, types, constants, target).asm["cubin"]
     return 0
 
 

@@ -73,6 +73,41 @@ def test_larger_than_one_program_copies() -> None:
         assert torch.equal(caches["layers.0"][block], expected)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8], ids=str)
+def test_zeroed_blocks_are_zero_and_no_others(layout: str, dtype: torch.dtype) -> None:
+    caches = filled(layout, dtype)
+    before = {name: cache.clone() for name, cache in caches.items()}
+    KvBlocks(caches, BLOCKS).zero(IDS)
+    for name, cache in caches.items():
+        for block in range(BLOCKS):
+            expected = torch.zeros_like(of_block(cache, block)) if block in IDS else of_block(before[name], block)
+            assert torch.equal(of_block(cache, block), expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_one_value_that_is_not_finite_is_found(layout: str, dtype: torch.dtype, value: float) -> None:
+    """Wherever in its block: in any layer, first and last; the largest finite values are none."""
+    caches = filled(layout, dtype)
+    first, last = caches["layers.0"], caches["layers.2"]
+    for index, (cache, block) in enumerate(((first, 7), (last, 8), (first, 0))):
+        part = of_block(cache, block)
+        part[(0 if index else -1,) * part.dim()] = value
+    part = of_block(last, 3)
+    part[(0,) * part.dim()], part[(-1,) * part.dim()] = torch.finfo(dtype).max, torch.finfo(dtype).min
+    flags = KvBlocks(caches, BLOCKS).not_finite((7, 3, 8, 1, 0))
+    assert flags.tolist() == [1, 0, 1, 0, 1]
+
+
+def test_a_value_far_into_a_large_block_is_found() -> None:
+    """More than one program checks the block."""
+    cache = torch.zeros(BLOCKS, 2, 700, 16).to(DEVICE)
+    cache[4, 1, 650, 3] = torch.nan
+    assert KvBlocks({"layers.0": cache}, BLOCKS).not_finite((3, 4)).tolist() == [0, 1]
+
+
 def test_no_blocks() -> None:
     KvBlocks(filled("one piece"), BLOCKS).pack((), torch.empty(0, dtype=torch.uint8))
 
@@ -97,6 +132,12 @@ def test_layouts_tell_apart_what_can_not_be_exchanged() -> None:
 def test_what_can_not_be_packed_is_named(cache: torch.Tensor, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         KvBlocks({"layers.0": cache.to(DEVICE)}, BLOCKS)
+
+
+def test_caches_of_two_types_are_refused() -> None:
+    caches = filled("one piece") | {"layers.9": LAYOUTS["one piece"]().to(DEVICE, torch.bfloat16)}
+    with pytest.raises(ValueError, match=r"layers.9: a KV cache of torch.bfloat16 beside others of torch.float32"):
+        KvBlocks(caches, BLOCKS)
 
 
 def test_a_buffer_of_another_size_is_refused() -> None:

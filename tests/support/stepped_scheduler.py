@@ -109,9 +109,13 @@ class Side:
         return output, metadata if isinstance(metadata, KvMetadata) else KvMetadata()
 
     def finish_step(
-        self, output: SchedulerOutput, tokens: dict[str, int], failed: Sequence[int] = ()
+        self,
+        output: SchedulerOutput,
+        tokens: dict[str, int],
+        failed: Sequence[int] = (),
+        not_finite: Sequence[str] = (),
     ) -> list[EngineCoreOutput]:
-        """`tokens` are those sampled; `failed` are blocks that couldn't be loaded."""
+        """`tokens` are those sampled; `failed` are blocks that couldn't be loaded, `not_finite` requests with NaN."""
         ids = list(output.num_scheduled_tokens)
         by_client = self.scheduler.update_from_output(
             output,
@@ -120,6 +124,7 @@ class Side:
                 req_id_to_index={name: row for row, name in enumerate(ids)},
                 sampled_token_ids=[[tokens[name]] if name in tokens else [] for name in ids],
                 kv_connector_output=KVConnectorOutput(invalid_block_ids=set(failed)),
+                num_nans_in_logits={name: int(name in not_finite) for name in ids},
             ),
         )
         return [output for outputs in by_client.values() for output in outputs.outputs]

@@ -12,6 +12,7 @@ PreftError
 │   └── WorkerLost        503  a worker died or became unreachable during the request
 ├── TransferFailed        502  the KV cache didn't arrive, or not as it was sent
 ├── EngineFailed          500  the engine gave up on the request
+│   └── NumbersNotFinite  500  the request's own numbers overflowed
 └── ConfigError           -    settings or set-up are wrong (start-up only)
 """
 
@@ -76,6 +77,10 @@ class EngineFailed(PreftError):
     """The engine ended the request with an error."""
 
 
+class NumbersNotFinite(EngineFailed):
+    """NaN or infinity in the request's KV cache or logits: every worker would compute the same."""
+
+
 class ConfigError(PreftError):
     """A setting is unknown, malformed or contradicts another. Names the key."""
 
@@ -102,6 +107,7 @@ ERROR_MAP: dict[type[PreftError], ErrorMapping] = {
     WorkerLost: ErrorMapping(503, "service_unavailable_error", "worker_lost", "UNAVAILABLE"),
     Unavailable: ErrorMapping(503, "service_unavailable_error", "unavailable", "UNAVAILABLE"),
     TransferFailed: ErrorMapping(502, "server_error", "kv_transfer_failed", "DATA_LOSS"),
+    NumbersNotFinite: ErrorMapping(500, "server_error", "numbers_not_finite", "INTERNAL"),
     EngineFailed: ErrorMapping(500, "server_error", "engine_failed", "INTERNAL"),
     PreftError: ErrorMapping(500, "server_error", "internal_error", "INTERNAL"),
 }

@@ -10,7 +10,7 @@ from contextlib import aclosing
 
 import grpc.aio
 
-from preft.core.errors import EngineFailed, InvalidRequest, TransferFailed
+from preft.core.errors import EngineFailed, InvalidRequest, NumbersNotFinite, TransferFailed
 from preft.core.request import TokenDelta
 from preft.decode.choices import ChoiceService, choice_sampling
 from preft.engine.port import Engine, EngineRequest, KvRegion
@@ -51,6 +51,8 @@ class DecodeService(ChoiceService):
                 async for delta in deltas:
                     claim.loaded()
                     yield delta
+        except NumbersNotFinite:
+            raise
         except EngineFailed as error:
             raise TransferFailed(f"the prompt's KV cache is no longer there: {error}") from error
         finally:

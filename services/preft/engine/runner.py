@@ -16,10 +16,11 @@ from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.v1.core.sched.output import SchedulerOutput
 
+from preft.engine.numbers import FiniteRunner
 from preft.transfer.connector import output_so_far
 
 
-class HandoverRunner:
+class HandoverRunner(FiniteRunner):
     """Mixed in before a V1 model runner class. Uses `_may_reorder_batch`, `set_active_loras` and `load_lora_model`."""
 
     def _may_reorder_batch(self: Any, scheduler_output: SchedulerOutput) -> None:

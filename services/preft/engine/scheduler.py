@@ -1,4 +1,4 @@
-"""vLLM's scheduler for a colocated engine: a request has its adapter while its prompt is computed, and no longer.
+"""vLLM's schedulers with our rules. In a colocated engine a request has its adapter while its prompt is computed only.
 
 Extension points used: `scheduler_cls`; `Scheduler.add_request`, `_update_after_schedule`, `_preempt_request` and
 `_free_request`; `Request.lora_request` and `_block_hasher`. After its prompt a request counts for no adapter slot, and
@@ -17,6 +17,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
+from preft.engine.numbers import FiniteScheduler
 from preft.transfer.connector import split_output
 
 
@@ -76,9 +77,17 @@ class _PromptAdapters:
         return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
 
 
-class PromptAdapterScheduler(_PromptAdapters, Scheduler):
-    """Where steps don't overlap (CPU)."""
+class PreftScheduler(FiniteScheduler, Scheduler):
+    """Of a prefill or decode engine whose steps don't overlap (CPU)."""
 
 
-class AsyncPromptAdapterScheduler(_PromptAdapters, AsyncScheduler):
-    """Where the next step is scheduled while one runs."""
+class AsyncPreftScheduler(FiniteScheduler, AsyncScheduler):
+    """Of a prefill or decode engine whose next step is scheduled while one runs."""
+
+
+class PromptAdapterScheduler(_PromptAdapters, FiniteScheduler, Scheduler):
+    """Of a colocated engine whose steps don't overlap."""
+
+
+class AsyncPromptAdapterScheduler(_PromptAdapters, FiniteScheduler, AsyncScheduler):
+    """Of a colocated engine whose next step is scheduled while one runs."""

@@ -22,9 +22,10 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from preft.adapters.base_model import TARGETS
 from preft.core.cluster import Role
-from preft.core.errors import EngineFailed, InvalidAdapter, InvalidRequest, WorkerLost
+from preft.core.errors import EngineFailed, InvalidAdapter, InvalidRequest, NumbersNotFinite, WorkerLost
 from preft.core.request import AdapterRef, FinishReason, Sampling, TokenDelta, TokenLogprob
 from preft.core.settings import GiB, PrefillSettings, Settings
+from preft.engine.numbers import ENVIRONMENT, NOT_FINITE
 from preft.engine.port import EngineInfo, EngineRequest, EngineStats, KvRegion
 from preft.transfer.connector import OUTPUT_SO_FAR
 from preft.transfer.staging import Region
@@ -59,10 +60,10 @@ def engine_args(settings: Settings, role: Role, arena: str) -> AsyncEngineArgs:
         "worker_cls": "preft.engine.cpu_worker.PreftCPUWorker" if on_cpu else "preft.engine.gpu_worker.PreftGPUWorker",
         "additional_config": {"preft": CODE_VERSION, "role": role.value},
     }
-    if role is Role.COLOCATED:
-        scheduler = "PromptAdapterScheduler" if on_cpu else "AsyncPromptAdapterScheduler"
-        args |= {"scheduler_cls": f"preft.engine.scheduler.{scheduler}", "async_scheduling": not on_cpu}
-    else:
+    scheduler = "PromptAdapterScheduler" if role is Role.COLOCATED else "PreftScheduler"
+    args["scheduler_cls"] = f"preft.engine.scheduler.{'' if on_cpu else 'Async'}{scheduler}"
+    args["async_scheduling"] = not on_cpu
+    if role is not Role.COLOCATED:
         args["kv_transfer_config"] = KVTransferConfig(
             kv_connector="StagedKvConnector",
             kv_connector_module_path="preft.transfer.connector",
@@ -168,6 +169,7 @@ class VllmEngine:
         """
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # where Triton is installed it is the default; ours is V1
+        os.environ.update(ENVIRONMENT)
         if current_platform.is_cpu():
             os.environ.setdefault("GOMP_SPINCOUNT", SPIN)
         stats = EngineStats()
@@ -229,6 +231,8 @@ class VllmEngine:
                 tells_cached = request.index == 0 and not request.output_token_ids
                 async for output in outputs:
                     choice = output.outputs[0]
+                    if choice.stop_reason == NOT_FINITE:
+                        raise NumbersNotFinite(_not_finite(request))
                     if choice.finish_reason in ("error", "abort"):
                         raise EngineFailed("the engine gave the request up")
                     yield _delta(request, choice, output.num_cached_tokens or 0 if tells_cached else 0)
@@ -247,6 +251,15 @@ class VllmEngine:
 
     async def close(self) -> None:
         await asyncio.to_thread(self._llm.shutdown)
+
+
+def _not_finite(request: EngineRequest) -> str:
+    if request.adapter is None:
+        return "the model computed NaN or infinity in this request"
+    return (
+        f"adapter {request.adapter.name!r} made the model compute NaN or infinity: its weights or its scaling are too "
+        f"large for this model and prompt"
+    )
 
 
 def _delta(request: EngineRequest, choice: Any, cached_tokens: int) -> TokenDelta:

@@ -14,7 +14,15 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 
-from preft.core.errors import AdapterExists, DeadlineExceeded, EngineFailed, InvalidRequest, ModelNotFound, PreftError
+from preft.core.errors import (
+    AdapterExists,
+    DeadlineExceeded,
+    EngineFailed,
+    InvalidRequest,
+    ModelNotFound,
+    NumbersNotFinite,
+    PreftError,
+)
 from preft.core.request import GenerateRequest, TokenDelta
 from preft.core.settings import RouterSettings
 from preft.router.admission import Admission, Ticket
@@ -26,7 +34,8 @@ from preft.rpc.convert import sampling_to_proto
 
 logger = logging.getLogger(__name__)
 
-FINAL = (InvalidRequest, ModelNotFound, AdapterExists, DeadlineExceeded)  # another worker would say the same
+# Another worker would say the same.
+FINAL = (InvalidRequest, ModelNotFound, AdapterExists, DeadlineExceeded, NumbersNotFinite)
 KV_ALLOWANCE = 64  # output tokens per choice for which decode must have room at the start
 GATHERING_SECONDS = 0.02  # a lost worker fails all its choices, but not in the same instant
 

@@ -13,6 +13,7 @@ from preft.core.errors import (
     DeadlineExceeded,
     EngineFailed,
     InvalidRequest,
+    NumbersNotFinite,
     PreftError,
     TransferFailed,
     WorkerLost,
@@ -192,6 +193,13 @@ async def test_the_engine_gives_the_request_up(rig: DecodeRig, made: int) -> Non
     tokens, error = await failed(rig.call(PROMPT, ALL[:1], digest=DIGEST))
     assert (tokens, type(error)) == (ALL[1 : 1 + made], TransferFailed)
     assert "the prompt's KV cache is no longer there: no reason" in str(error)
+
+
+async def test_numbers_that_overflow_are_no_lost_kv(rig: DecodeRig) -> None:
+    rig.engine.failing = lambda request, tokens: NumbersNotFinite("overflow") if tokens == 1 else None
+    await rig.sink.deliver("h", DIGEST, PROMPT)
+    tokens, error = await failed(rig.call(PROMPT, ALL[:1], digest=DIGEST))
+    assert (tokens, type(error), str(error)) == (ALL[1:2], NumbersNotFinite, "overflow")
 
 
 async def test_a_dead_engine_is_a_lost_worker(rig: DecodeRig) -> None:

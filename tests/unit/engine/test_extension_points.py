@@ -36,6 +36,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 from vllm.v1.outputs import KVConnectorOutput
@@ -43,7 +44,7 @@ from vllm.v1.request import Request
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_input_batch import InputBatch
-from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.gpu_model_runner import AsyncGPUModelRunnerOutput, ExecuteModelState, GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
@@ -341,6 +342,33 @@ def test_failed_loads_can_be_made_to_fail_requests() -> None:
     )
     assert (config.is_kv_consumer, config.is_kv_producer) == (True, False)
     assert 'kv_load_failure_policy == "recompute"' in inspect.getsource(Scheduler.__init__)
+
+
+# Numbers that aren't finite
+
+
+def test_the_runner_zeroes_what_the_scheduler_names() -> None:
+    """Before a KV load of the same step, which comes with the forward pass."""
+    assert in_order(GPUModelRunner._update_states, "new_block_ids_to_zero", "self._zero_block_ids(")
+    assert in_order(GPUModelRunner.execute_model, "self._update_states(", "self.maybe_get_kv_connector_output(")
+    assert "kv_cache_config.needs_kv_cache_zeroing" in inspect.getsource(Scheduler.__init__)
+    assert isinstance(KVCacheConfig.needs_kv_cache_zeroing, property)
+
+
+def test_rows_marked_after_sampling_are_counted() -> None:
+    """On GPU the count follows on the device."""
+    assert {"scheduler_output", "logits"} <= set(ExecuteModelState._fields)
+    assert in_order(
+        GPUModelRunner.sample_tokens, "self.execute_model_state", "self._sample(logits", "_bookkeeping_sync("
+    )
+    assert in_order(
+        GPUModelRunner._bookkeeping_sync,
+        "envs.VLLM_COMPUTE_NANS_IN_LOGITS",
+        "count_nans_per_row(logits)",
+        "self._get_nans_in_logits(logits)",
+    )
+    assert "count_nans_per_row(logits)" in inspect.getsource(GPUModelRunner._get_nans_in_logits)
+    assert "output.num_nans_in_logits = " in inspect.getsource(AsyncGPUModelRunnerOutput.get_output)
 
 
 # The engine

@@ -13,7 +13,7 @@ import grpc
 import grpc.aio
 import pytest
 
-from preft.core.errors import EngineFailed, PreftError, WorkerLost
+from preft.core.errors import EngineFailed, NumbersNotFinite, PreftError, WorkerLost
 from preft.core.request import AdapterRef, FinishReason, Sampling
 from preft.engine.port import EngineRequest
 from preft.transfer.seal import SEAL, read_seal
@@ -223,6 +223,7 @@ async def test_a_prompt_that_never_fits_into_staging_memory() -> None:
     [
         (EngineFailed("no reason"), grpc.StatusCode.INTERNAL, "engine_failed"),
         (WorkerLost("no reason"), grpc.StatusCode.UNAVAILABLE, "worker_lost"),
+        (NumbersNotFinite("no reason"), grpc.StatusCode.INTERNAL, "numbers_not_finite"),
     ],
 )
 @pytest.mark.parametrize("index", [0, 2])

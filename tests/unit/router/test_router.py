@@ -20,6 +20,7 @@ from preft.core.errors import (
     InvalidAdapter,
     InvalidRequest,
     ModelNotFound,
+    NumbersNotFinite,
     PreftError,
     QueueFull,
     SourceNotFound,
@@ -144,7 +145,11 @@ async def test_another_worker_is_tried_before_the_first_token(harness: Harness, 
 
 @pytest.mark.parametrize(
     ("error", "expected"),
-    [(InvalidRequest("too long", param="prompt"), InvalidRequest), (ModelNotFound("no such adapter"), ModelNotFound)],
+    [
+        (InvalidRequest("too long", param="prompt"), InvalidRequest),
+        (ModelNotFound("no such adapter"), ModelNotFound),
+        (NumbersNotFinite("overflow"), NumbersNotFinite),
+    ],
 )
 async def test_what_every_worker_would_refuse_is_not_retried(
     harness: Harness, error: PreftError, expected: type[PreftError]
@@ -153,6 +158,13 @@ async def test_what_every_worker_would_refuse_is_not_retried(
     with pytest.raises(expected, match=str(error)):
         await harness.collect(a_request())
     assert harness.p.calls == 1
+
+
+async def test_numbers_that_overflow_after_the_first_token_are_not_resumed(harness: Harness) -> None:
+    harness.d.faults = [Fault(NumbersNotFinite("overflow"), 2)]
+    with pytest.raises(NumbersNotFinite, match="overflow"):
+        await harness.collect(a_request())
+    assert (harness.p.calls, harness.d.calls) == (1, 1)
 
 
 async def test_the_last_error_is_raised_when_retries_are_used_up(harness: Harness) -> None:

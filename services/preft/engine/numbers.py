@@ -6,9 +6,9 @@ is computed. A request with a block or a logit that isn't finite ends before its
 prefix cache.
 
 The worker side (`FiniteRunner`) finds such requests, the scheduler side (`FiniteScheduler`) ends them. Between the two,
-vLLM's own count of NaN per request travels (`VLLM_COMPUTE_NANS_IN_LOGITS`). Extension points used: the V1 runner's
-`initialize_kv_cache_tensors`, `_zero_block_ids`, `sample_tokens` and `_sample`; `Scheduler.update_from_output` and
-`KVCacheConfig.needs_kv_cache_zeroing`.
+vLLM's own count of NaN per request travels (`VLLM_COMPUTE_NANS_IN_LOGITS`). Extension points used:
+`KVCacheConfig.needs_kv_cache_zeroing`, `Scheduler.update_from_output`; the V1 runner's `initialize_kv_cache_tensors`,
+`_zero_block_ids`, `sample_tokens` and `_bookkeeping_sync`.
 """
 
 from __future__ import annotations
@@ -111,11 +111,10 @@ class FiniteRunner:
             self._bad_rows = bad | bad_logits(state.logits)
         return super().sample_tokens(grammar_output)  # type: ignore[misc]
 
-    def _sample(self: Any, logits: torch.Tensor | None, *args: Any) -> Any:
-        sampled = super()._sample(logits, *args)  # type: ignore[misc]
-        if logits is not None and self._bad_rows is not None:
-            logits[:, 0].masked_fill_(self._bad_rows, torch.nan)  # what vLLM counts next
-        return sampled
+    def _bookkeeping_sync(self: Any, scheduler_output: Any, sampler_output: Any, logits: Any, *args: Any) -> Any:
+        """vLLM looks at the logits here only to count NaN: it gets one column, NaN for each row that was found."""
+        marks = None if self._bad_rows is None else torch.where(self._bad_rows, torch.nan, 0.0).unsqueeze(1)
+        return super()._bookkeeping_sync(scheduler_output, sampler_output, marks, *args)  # type: ignore[misc]
 
 
 class ZeroedKvCacheConfig(KVCacheConfig):

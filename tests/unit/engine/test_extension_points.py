@@ -9,6 +9,7 @@ import dataclasses
 import importlib
 import importlib.util
 import inspect
+import re
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any
@@ -355,12 +356,13 @@ def test_the_runner_zeroes_what_the_scheduler_names() -> None:
     assert isinstance(KVCacheConfig.needs_kv_cache_zeroing, property)
 
 
-def test_rows_marked_after_sampling_are_counted() -> None:
-    """On GPU the count follows on the device."""
+def test_rows_that_were_marked_are_counted() -> None:
+    """On GPU the count follows on the device. Nothing else is read from the logits there."""
     assert {"scheduler_output", "logits"} <= set(ExecuteModelState._fields)
-    assert in_order(
-        GPUModelRunner.sample_tokens, "self.execute_model_state", "self._sample(logits", "_bookkeeping_sync("
-    )
+    assert in_order(GPUModelRunner.sample_tokens, "self.execute_model_state", "self._bookkeeping_sync(")
+    assert parameters(GPUModelRunner._bookkeeping_sync)[:3] == ["scheduler_output", "sampler_output", "logits"]
+    uses = re.findall(r"\blogits\b", inspect.getsource(GPUModelRunner._bookkeeping_sync))
+    assert len(uses) == 4  # the parameter, and three for the count
     assert in_order(
         GPUModelRunner._bookkeeping_sync,
         "envs.VLLM_COMPUTE_NANS_IN_LOGITS",

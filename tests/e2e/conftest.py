@@ -143,7 +143,7 @@ def either(request: pytest.FixtureRequest) -> Served:
     return request.getfixturevalue(request.param)  # type: ignore[no-any-return]
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2", "llama_colocated", "qwen2_colocated"])
+@pytest.fixture(scope="session", params=["llama", "qwen2", "llama_colocated", "qwen2_colocated"])
 def tight(
     request: pytest.FixtureRequest, folders: Callable[[str], Folders], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:

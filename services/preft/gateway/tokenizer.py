@@ -6,8 +6,9 @@ Owns the `tokenizers` object. Incremental decoding is in `detokenizer`, chat ren
 from __future__ import annotations
 
 import asyncio
+import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import tokenizers
@@ -46,7 +47,7 @@ class Tokenizer:
         eos = backend.token_to_id(folder.special_tokens.get("eos_token", ""))
         self.eos_token_ids: tuple[int, ...] = tuple(sorted({*folder.eos_token_ids, *([] if eos is None else [eos])}))
         self.chars_per_token: int = 4 * max(map(len, backend.get_vocab(with_added_tokens=True)), default=1)
-        self._anchor = self._find_anchor()
+        self.anchor: list[int] = self._find_anchor()
         self._texts: dict[int, str] = {}
         self._huge = asyncio.Lock()
 
@@ -84,6 +85,14 @@ class Tokenizer:
         text: str = self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
         return text
 
+    def decode_stream(self, context: Sequence[int]) -> Callable[[int], str | None]:
+        """Decodes one token after the other behind `context`: the text that became final, None while there is none.
+
+        Special tokens are shown. A token raises if it changes text that is out already, which only invalid bytes do.
+        """
+        stream = tokenizers.decoders.DecodeStream(ids=list(context), skip_special_tokens=False)
+        return functools.partial(stream.step, self._backend)
+
     def token_text(self, token_id: int) -> str:
         """One token as it looks inside a text (leading space kept), special tokens included. Not always valid alone:
         a part of a character shows as U+FFFD.
@@ -106,19 +115,18 @@ class Tokenizer:
         return text.encode()
 
     def _decode_one(self, token_id: int) -> str:
-        if self._anchor is not None:
-            before, both = self.decode([self._anchor], skip_special_tokens=False), [self._anchor, token_id]
-            text = self.decode(both, skip_special_tokens=False)
-            if text.startswith(before) and "\ufffd" not in text:
-                return text[len(before) :]
+        before = self.decode(self.anchor, skip_special_tokens=False)
+        text = self.decode([*self.anchor, token_id], skip_special_tokens=False)
+        if text.startswith(before) and "\ufffd" not in text:
+            return text[len(before) :]
         return self.decode([token_id], skip_special_tokens=False)
 
-    def _find_anchor(self) -> int | None:
-        """An ordinary token to decode others after: many decoders drop the space of the first token."""
+    def _find_anchor(self) -> list[int]:
+        """An ordinary token to decode others after, if there is one: many decoders drop the first token's space."""
         for token_id in range(min(self._backend.get_vocab_size(with_added_tokens=True), 1024)):
             if token_id not in self.special_ids and self.decode([token_id], skip_special_tokens=False).isalnum():
-                return token_id
-        return None
+                return [token_id]
+        return []
 
 
 def _mark_special(backend: tokenizers.Tokenizer, tokens: Iterable[str]) -> None:

@@ -91,7 +91,7 @@ def test_endless_invalid_bytes_are_not_held_for_ever(tokenizer):
     lone = tokenizer._backend.token_to_id("Ģ")  # 0x80, a continuation byte
     text = detokenizer.push([lone] * 1000)
     assert len(text) > 900
-    assert len(detokenizer._window) < 100
+    assert len(detokenizer._held) < 100
     assert text + detokenizer.flush() == "\ufffd" * 1000
 
 
@@ -125,3 +125,46 @@ def test_what_the_prompt_leaves_unfinished_is_not_output(tokenizer):
     assert tokenizer.decode(cut, skip_special_tokens=True) == "\ufffd"
     detokenizer = Detokenizer(tokenizer, cut)
     assert detokenizer.push([next(iter(tokenizer.special_ids))]) + detokenizer.flush() == ""
+
+
+@pytest.mark.parametrize("before", ["", "hello "])
+@pytest.mark.parametrize("kind", ["bytes", "metaspace"])
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_a_prompt_that_ends_inside_a_character(tokenizers, kind, before, cut):
+    tokenizer = tokenizers[kind]
+    if kind == "bytes":
+        smile = [tokenizer._backend.token_to_id(c) for c in "ðŁĻĤ"]
+    else:
+        smile = [tokenizer._backend.token_to_id(f"<0x{byte:02X}>") for byte in "🙂".encode()]
+    prompt = [*(encode(tokenizer, before) if before else []), *smile[:cut]]
+    a = tokenizer._backend.token_to_id("a")
+
+    def text(output):
+        return "".join(chunked(tokenizer, prompt, output, [])[0]) + chunked(tokenizer, prompt, output, [])[1]
+
+    assert text([a] * 4) == "aaaa"
+    assert text([*smile[cut:], a]) == "🙂a"
+    assert text([*smile, a]) == "🙂a"
+    assert text([a, *smile[:1], a]) == "a\ufffda"
+    assert text(smile[:1]) == "\ufffd"
+    assert text([]) == ""
+
+
+def test_bytes_that_take_back_what_was_shown(tokenizers):
+    """Behind "你" in byte tokens a stray byte makes the decoder call all four bytes invalid."""
+    tokenizer = tokenizers["metaspace"]
+    ids = [tokenizer._backend.token_to_id(f"<0x{byte:02X}>") for byte in "你".encode() + b"\xe5"]
+    world = tokenizer._backend.token_to_id("▁world")
+    pieces, tail = chunked(tokenizer, encode(tokenizer, "hello"), [*ids, world, world], [1] * 5)
+    assert (pieces, tail) == (["", "", "你", "", "\ufffd world", " world"], "")
+
+
+@pytest.mark.parametrize("kind", ["bytes", "metaspace"])
+def test_words_keep_their_space_behind_broken_text(tokenizers, kind):
+    tokenizer = tokenizers[kind]
+    lone = tokenizer._backend.token_to_id("Ģ" if kind == "bytes" else "<0x80>")
+    word = encode(tokenizer, "hello world" if kind == "bytes" else " world")
+    world = word[-1:] if kind == "metaspace" else encode(tokenizer, " world")
+    for prompt in ([lone] * 20, [*encode(tokenizer, "hello"), *[lone] * 20]):
+        pieces, tail = chunked(tokenizer, prompt, [lone] * 40 + world, [])
+        assert "".join(pieces) + tail == "\ufffd" * 40 + " world"

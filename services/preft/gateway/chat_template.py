@@ -1,6 +1,7 @@
-"""Renders chat messages into a prompt with the model's own Jinja template, under Hugging Face's conventions.
+"""Renders a conversation into a prompt with the model's own Jinja template, under Hugging Face's conventions.
 
-Templates come with the model folder, never from a request; they run in Jinja's immutable sandbox all the same.
+Templates come with the model folder, never from a request; they run in Jinja's immutable sandbox all the same. What a
+template makes of a conversation is judged in `chat_prompt`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -20,7 +22,12 @@ from preft.core.errors import ConfigError, InvalidRequest
 
 # Ends in a space so that a template which trims the message is recognised (see `_cut_after_final_message`).
 _END_OF_FINAL_MESSAGE = "<<end-of-final-message>> "
-_RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
+_RESERVED = frozenset(
+    {
+        "messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template",
+        "tokenize",
+    }
+)  # fmt: skip
 
 
 class _GenerationBlock(jinja2.ext.Extension):
@@ -28,15 +35,21 @@ class _GenerationBlock(jinja2.ext.Extension):
 
     tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
 
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)  # a scope of its own
+
+    def _body(self, caller: Any) -> str:
+        text: str = caller()
+        return text
 
 
 class ChatTemplate:
     """One compiled template. `special_tokens` (bos_token, eos_token, ...) are visible to it by name.
 
-    Raises ConfigError if `source` isn't valid Jinja.
+    `variables` are the names that the template reads; `knows_developer` says whether it names that role. Raises
+    ConfigError if `source` isn't valid Jinja.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
@@ -48,16 +61,20 @@ class ChatTemplate:
         environment.globals["strftime_now"] = _strftime_now
         try:
             self._template = environment.from_string(source)
+            self.variables = frozenset(jinja2.meta.find_undeclared_variables(environment.parse(source)))
         except jinja2.TemplateError as error:
             raise ConfigError(f"the model's chat template is not valid Jinja: {error}") from error
+        self.knows_developer = "'developer'" in source or '"developer"' in source
         self._special_tokens = dict(special_tokens)
 
     def render(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt text. `variables` are further template variables of the caller.
@@ -69,25 +86,35 @@ class ChatTemplate:
         if clash := _RESERVED.intersection(variables):
             raise InvalidRequest(f"chat_template_kwargs can't set {min(clash)!r}", "chat_template_kwargs")
         if continue_final_message:
-            final = dict(messages[-1])
-            final["content"] += _END_OF_FINAL_MESSAGE
-            messages = [*messages[:-1], final]
+            messages = [*messages[:-1], _with_end(messages[-1])]
         try:
             rendered = self._template.render(
                 {
                     **self._special_tokens,
                     **variables,
                     "messages": messages,
-                    "tools": None,
-                    "documents": None,
+                    "tools": tools,
+                    "documents": documents,
                     "add_generation_prompt": add_generation_prompt,
                 }
             )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        except (
+            jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError,
+        ) as error:  # fmt: skip
             raise InvalidRequest(
                 f"the model's chat template can't render these messages: {error}", "messages"
             ) from error
         return _cut_after_final_message(rendered) if continue_final_message else rendered
+
+
+def _with_end(message: Mapping[str, Any]) -> dict[str, Any]:
+    content = message["content"]
+    if isinstance(content, str):
+        return {**message, "content": content + _END_OF_FINAL_MESSAGE}
+    if not content:
+        raise InvalidRequest("the final message has no text to continue", "continue_final_message")
+    final = {**content[-1], "text": content[-1]["text"] + _END_OF_FINAL_MESSAGE}
+    return {**message, "content": [*content[:-1], final]}
 
 
 def _cut_after_final_message(rendered: str) -> str:

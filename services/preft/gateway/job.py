@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from preft.core.errors import InvalidRequest, ModelNotFound
 from preft.core.request import AdapterRef, GenerateRequest, Sampling
-from preft.gateway.chat_template import ChatTemplate
+from preft.gateway.chat_prompt import ChatPrompt
 from preft.gateway.choice import TextOptions
 from preft.gateway.deps import GatewayDeps
 from preft.gateway.schemas import ChatBody, CompletionBody, GenerationBody
@@ -54,10 +54,10 @@ async def completion_job(body: CompletionBody, deps: GatewayDeps, *, deadline: f
 async def chat_job(body: ChatBody, deps: GatewayDeps) -> Job:
     """Raises ModelNotFound or InvalidRequest, also for a model without a chat template."""
     adapter = resolve_model(body.model, deps)
-    template = deps.tokenizer.chat_template
-    if template is None:
+    prompt = deps.tokenizer.chat_prompt
+    if prompt is None:
         raise InvalidRequest("The served model has no chat template; use /v1/completions.", "messages")
-    text = _render(body, template) if _is_short(body) else await asyncio.to_thread(_render, body, template)
+    text = _render(body, prompt) if _is_short(body) else await asyncio.to_thread(_render, body, prompt)
     _check_length(text, body, deps)
     prompts = await deps.tokenizer.encode([text], add_special_tokens=body.add_special_tokens)
     if not prompts[0]:
@@ -78,21 +78,25 @@ def resolve_model(name: str, deps: GatewayDeps) -> AdapterRef | None:
 
 
 def _is_short(body: ChatBody) -> bool:
-    """Whether its template is rendered at once. Lists and objects in template variables can be as large as the body."""
+    """Whether its template is rendered at once. What else the template sees can be as large as the body."""
     variables = body.chat_template_kwargs
     return (
         len(body.messages) + len(variables) <= INLINE_MESSAGES
-        and sum(len(message.content) for message in body.messages) <= INLINE_CHARS
+        and sum(len(text) for message in body.messages for text in message.content.texts) <= INLINE_CHARS
         and not any(isinstance(value, list | dict) for value in variables.values())
+        and not (body.tools or body.documents or any(message.tool_calls for message in body.messages))
     )
 
 
-def _render(body: ChatBody, template: ChatTemplate) -> str:
-    return template.render(
-        [message.model_dump(exclude_none=True) for message in body.messages],
+def _render(body: ChatBody, prompt: ChatPrompt) -> str:
+    return prompt.render(
+        body.messages,
+        tools=[tool.fields() for tool in body.tools],
+        documents=body.documents,
+        reasoning_effort=body.reasoning_effort,
+        variables=body.chat_template_kwargs,
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
-        variables=body.chat_template_kwargs,
     )
 
 

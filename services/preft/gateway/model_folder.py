@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from preft.core.errors import ConfigError
+from preft.gateway.added_tokens import NamedTokens, read_tokens
 
-SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_NAMED_TEMPLATES = "additional_chat_templates"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,19 +31,21 @@ class SamplingDefaults:
 
 @dataclass(frozen=True, slots=True)
 class ModelFolder:
-    """The parsed files. `special_tokens` maps names such as `eos_token` to their text; `vocab_size` is the model's own
-    (rows of its embedding), None if config.json doesn't say; `chat_template` is Jinja source.
+    """The parsed files. `vocab_size` is the model's own (rows of its embedding), None if config.json doesn't say;
+    `chat_templates` are Jinja sources by name, among them `default` if there are any.
     """
 
-    special_tokens: Mapping[str, str]
+    tokens: NamedTokens
+    split_special_tokens: bool
     vocab_size: int | None
     eos_token_ids: frozenset[int]
     defaults: SamplingDefaults
-    chat_template: str | None
+    chat_templates: Mapping[str, str]
 
 
 def read_model_folder(folder: Path) -> ModelFolder:
-    """Reads config, generation_config, tokenizer_config, special_tokens_map (.json) and chat_template.jinja.
+    """Reads config, generation_config, tokenizer_config, special_tokens_map, added_tokens, chat_template (.json),
+    chat_template.jinja and additional_chat_templates.
 
     Each may be missing. Raises ConfigError if one is malformed.
     """
@@ -50,10 +53,13 @@ def read_model_folder(folder: Path) -> ModelFolder:
     text_config = {**config, **config.get("text_config", {})} if isinstance(config.get("text_config"), dict) else config
     generation = _read_json(folder / "generation_config.json")
     tokenizer_config = _read_json(folder / "tokenizer_config.json")
-    special = _special_tokens({**_read_json(folder / "special_tokens_map.json"), **tokenizer_config})
+    tokens = read_tokens(
+        tokenizer_config, _read_json(folder / "special_tokens_map.json"), _read_json(folder / "added_tokens.json")
+    )
     vocab_size = text_config.get("vocab_size")
     return ModelFolder(
-        special_tokens=special,
+        tokens=tokens,
+        split_special_tokens=tokenizer_config.get("split_special_tokens") is True,
         vocab_size=vocab_size if isinstance(vocab_size, int) else None,
         eos_token_ids=frozenset(
             {
@@ -62,7 +68,7 @@ def read_model_folder(folder: Path) -> ModelFolder:
             }
         ),
         defaults=_sampling_defaults(generation),
-        chat_template=_chat_template(folder, tokenizer_config),
+        chat_templates=_chat_templates(folder, tokenizer_config),
     )
 
 
@@ -76,18 +82,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path} must hold a JSON object")
     return loaded
-
-
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """Token texts by name; a token is written as a string or as an object with `content`."""
-    tokens: dict[str, str] = {}
-    for name in SPECIAL_TOKEN_NAMES:
-        value = config.get(name)
-        if isinstance(value, dict):
-            value = value.get("content")
-        if isinstance(value, str):
-            tokens[name] = value
-    return tokens
 
 
 def _ids(value: object, source: str) -> Iterable[int]:
@@ -120,16 +114,27 @@ def _sampling_defaults(generation: Mapping[str, Any]) -> SamplingDefaults:
     return SamplingDefaults(**values)
 
 
-def _chat_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
-    """chat_template.jinja wins over tokenizer_config.json, whose value may be a list of named templates."""
-    try:
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    except FileNotFoundError:
-        pass
-    template = tokenizer_config.get("chat_template")
+def _chat_templates(folder: Path, tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
+    """Templates by name; empty without one named `default`. Files win over tokenizer_config.json, as in transformers.
+
+    chat_template.json is where processors of several media kept theirs.
+    """
+    template = tokenizer_config.get("chat_template") or _read_json(folder / "chat_template.json").get("chat_template")
     if isinstance(template, list):
-        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
-        template = named.get("default")
-    if template is not None and not isinstance(template, str):
+        template = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
+    named = {"default": template} if isinstance(template, str) else template or {}
+    if not isinstance(named, dict) or not all(isinstance(item, str) for pair in named.items() for item in pair):
         raise ConfigError("tokenizer_config.json: chat_template must be a string or a list of named templates")
-    return template
+    files = {path.stem: path for path in (folder / _NAMED_TEMPLATES).glob("*.jinja")}
+    default = folder / "chat_template.jinja"
+    if default.is_file():
+        files["default"] = default
+    templates = {**named, **{name: _read_text(path) for name, path in files.items()}}
+    return templates if "default" in templates else {}
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"can't read {path}: {error}") from error

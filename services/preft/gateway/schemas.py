@@ -10,14 +10,12 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
 from preft.core.errors import InvalidRequest
+from preft.gateway.messages import MAX_DOCUMENTS, MAX_MESSAGES, MAX_TOOLS, Message, Tool
 from preft.gateway.values import (
-    MAX_MESSAGES,
     MAX_TOKEN_IDS,
     Prompt,
     at_most,
-    read_content,
     read_logit_bias,
-    read_message,
     read_prompts,
     read_stops,
 )
@@ -36,12 +34,6 @@ class StreamOptions(Strict):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
     include_obfuscation: bool | None = None  # padding against traffic analysis, of OpenAI's own service
-
-
-class Message(Strict):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, PlainValidator(read_content)]
-    name: str | None = None
 
 
 class GenerationBody(Strict):
@@ -128,11 +120,7 @@ class ChatBody(GenerationBody):
     id_prefix = "chatcmpl"
     prompt_param = "messages"
 
-    messages: Annotated[
-        list[Annotated[Message, BeforeValidator(read_message)]],
-        Field(min_length=1),
-        BeforeValidator(at_most(MAX_MESSAGES)),
-    ]
+    messages: Annotated[list[Message], Field(min_length=1), BeforeValidator(at_most(MAX_MESSAGES))]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None  # wins over max_tokens
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -140,6 +128,10 @@ class ChatBody(GenerationBody):
     continue_final_message: bool = False
     add_special_tokens: bool = False
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    documents: Annotated[list[dict[str, Any]], BeforeValidator(at_most(MAX_DOCUMENTS))] = Field(default_factory=list)
+    tools: Annotated[list[Tool], BeforeValidator(at_most(MAX_TOOLS))] = Field(default_factory=list)
+    tool_choice: Any = None
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
@@ -147,6 +139,9 @@ class ChatBody(GenerationBody):
             raise InvalidRequest("top_logprobs needs logprobs=true.", "top_logprobs")
         if self.continue_final_message and self.add_generation_prompt:
             raise InvalidRequest("continue_final_message needs add_generation_prompt=false.", "continue_final_message")
+        if self.tool_choice not in (("none",) if self.tools else (None, "none", "auto")):
+            param = "tools" if self.tool_choice in (None, "auto") else "tool_choice"
+            raise InvalidRequest("Tool calls aren't supported; tools need tool_choice='none'.", param)
         return self
 
     @property

@@ -1,6 +1,6 @@
 """Text to token ids and back for one model folder, with what requests need to know of its vocabulary.
 
-Owns the `tokenizers` object. Incremental decoding is in `detokenizer`, chat rendering in `chat_template`.
+Owns the `tokenizers` object. Incremental decoding is in `detokenizer`, chat rendering in `chat_prompt`.
 """
 
 from __future__ import annotations
@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 import functools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import tokenizers
 
 from preft.core.errors import ConfigError
-from preft.gateway.chat_template import ChatTemplate
+from preft.gateway.added_tokens import add_tokens
+from preft.gateway.chat_prompt import ChatPrompt
 from preft.gateway.model_folder import ModelFolder, SamplingDefaults, read_model_folder
 
 # About 5 ms of tokenizing; longer texts go to a thread so that streams keep flowing.
@@ -35,16 +36,17 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        self.special_tokens = dict(folder.special_tokens)
-        _mark_special(backend, self.special_tokens.values())
+        backend.encode_special_tokens = folder.split_special_tokens
+        add_tokens(backend, folder.tokens, folder.vocab_size)
         added = backend.get_added_tokens_decoder()
         self.special_ids: frozenset[int] = frozenset(id for id, token in added.items() if token.special)
         self.vocab_size: int = folder.vocab_size or backend.get_vocab_size(with_added_tokens=True)
         self.defaults: SamplingDefaults = folder.defaults
-        self.chat_template: ChatTemplate | None = (
-            ChatTemplate(folder.chat_template, self.special_tokens) if folder.chat_template is not None else None
+        special = folder.tokens.special
+        self.chat_prompt: ChatPrompt | None = (
+            ChatPrompt(folder.chat_templates, special) if folder.chat_templates else None
         )
-        eos = backend.token_to_id(folder.special_tokens.get("eos_token", ""))
+        eos = backend.token_to_id(special.get("eos_token", ""))
         self.eos_token_ids: tuple[int, ...] = tuple(sorted({*folder.eos_token_ids, *([] if eos is None else [eos])}))
         self.chars_per_token: int = 4 * max(map(len, backend.get_vocab(with_added_tokens=True)), default=1)
         self.anchor: list[int] = self._find_anchor()
@@ -127,14 +129,6 @@ class Tokenizer:
             if token_id not in self.special_ids and self.decode([token_id], skip_special_tokens=False).isalnum():
                 return [token_id]
         return []
-
-
-def _mark_special(backend: tokenizers.Tokenizer, tokens: Iterable[str]) -> None:
-    """Named special tokens count as special even where tokenizer.json lists them as plain words."""
-    marked = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
-    backend.add_special_tokens(
-        [token for token in tokens if token not in marked and backend.token_to_id(token) is not None]
-    )
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -10,7 +10,6 @@ from typing import Any
 
 MAX_PROMPTS = 1024
 MAX_STOPS = 16
-MAX_MESSAGES = 65_536
 MAX_TOKEN_IDS = 1024  # that one parameter singles out; they go to the workers with every choice
 
 Prompt = str | tuple[int, ...]
@@ -74,35 +73,6 @@ def read_logit_bias(value: object) -> dict[int, float]:
             raise ValueError(f"the bias of token {key} must be a number from -100 to 100")
         biases[int(key)] = float(bias)
     return biases
-
-
-def read_content(value: object) -> str:
-    """Message content is a text, or a list of text parts, which are joined by newlines as vLLM does."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise ValueError("must be a string or a list of content parts")
-    texts: list[str] = []
-    for part in value:
-        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-            raise ValueError("a content part must be an object with a type")
-        if part["type"] != "text":
-            raise ValueError(f"content parts of type {part['type']!r} aren't supported, only text")
-        if not isinstance(part.get("text"), str) or part.keys() - {"type", "text"}:
-            raise ValueError("a text part must be an object of type and text")
-        texts.append(part["text"])
-    return "\n".join(texts)
-
-
-def read_message(value: object) -> object:
-    """Drops what a client copies from a reply without meaning anything: nulls and empty lists."""
-    if not isinstance(value, dict):
-        return value
-    kept = {name: item for name, item in value.items() if item is not None and item != []}
-    for name in ("tool_calls", "function_call", "tool_call_id", "audio"):
-        if name in kept:
-            raise ValueError(f"{name} isn't supported")
-    return kept
 
 
 def read_flag(value: object) -> bool:

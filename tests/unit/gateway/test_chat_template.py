@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from preft.core.errors import ConfigError, InvalidRequest
 from preft.gateway.chat_template import ChatTemplate
+from preft.gateway.messages import Message
 from preft.gateway.tokenizer import Tokenizer
 from support import small_tokenizers
 
@@ -12,6 +15,11 @@ TALK = [{"role": "user", "content": " hi "}, {"role": "assistant", "content": "h
 
 def template(source: str) -> ChatTemplate:
     return ChatTemplate(source, {"bos_token": "<s>"})
+
+
+def rendered_by(tokenizer: Tokenizer, **options: Any) -> str:
+    assert tokenizer.chat_prompt is not None
+    return tokenizer.chat_prompt.render([Message(role="user", content="hi")], **options)
 
 
 def test_a_conversation():
@@ -65,14 +73,18 @@ def test_an_invalid_template_is_a_set_up_error(tmp_path):
     with pytest.raises(ConfigError, match="chat template"):
         template("{% if %}")
     folder = small_tokenizers.byte_level(tmp_path)
-    (folder / "chat_template.jinja").write_text("from the file")
+    (folder / "chat_template.jinja").write_text("from the file {{ messages[0].content }}")
     loaded = Tokenizer.load(folder)  # the file wins over tokenizer_config.json
-    assert loaded.chat_template is not None
-    assert loaded.chat_template.render(TALK) == "from the file"
+    assert rendered_by(loaded) == "from the file hi"
 
 
 def test_named_templates_in_the_tokenizer_config(tmp_path):
-    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
+    named = [{"name": name, "template": name + " {{ messages[0].content }}"} for name in ("tool_use", "default")]
     loaded = Tokenizer.load(small_tokenizers.byte_level(tmp_path, chat_template=named))  # type: ignore[arg-type]
-    assert loaded.chat_template is not None
-    assert loaded.chat_template.render(TALK) == "plain"
+    assert rendered_by(loaded) == "default hi"
+    assert rendered_by(loaded, tools=[{}]) == "tool_use hi"
+    templates = tmp_path / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "tool_use.jinja").write_text("a file {{ messages[0].content }}")
+    assert rendered_by(Tokenizer.load(tmp_path), tools=[{}]) == "a file hi"
+    assert rendered_by(Tokenizer.load(tmp_path)) == "default hi"

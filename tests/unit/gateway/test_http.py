@@ -239,13 +239,13 @@ async def test_a_text_that_cant_be_short_enough_is_refused_before_it_is_tokenize
     ],
 )
 async def test_large_chats_are_rendered_in_a_thread(gateway, monkeypatch, body, in_thread):
-    render, threads = gateway.tokenizer.chat_template.render, []
+    render, threads = gateway.tokenizer.chat_prompt.render, []
 
     def watched(*arguments: Any, **options: Any) -> str:
         threads.append(threading.current_thread())
         return render(*arguments, **options)
 
-    monkeypatch.setattr(gateway.tokenizer.chat_template, "render", watched)
+    monkeypatch.setattr(gateway.tokenizer.chat_prompt, "render", watched)
     await gateway.chat(**body)
     assert [thread is not threading.main_thread() for thread in threads] == [in_thread]
 

@@ -1,0 +1,183 @@
+"""Chat messages and tools as clients send them, in every form that OpenAI's clients and agents use, strictly checked.
+
+Owns what a message may hold and which of its fields mean nothing to the prompt. `chat_prompt` makes a prompt of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+
+import pydantic_core
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
+
+MAX_MESSAGES = 65_536
+MAX_TOOLS = 1024
+MAX_DOCUMENTS = 1024
+
+# What clients copy from replies or keep for themselves; templates don't read it.
+_BOOKKEEPING = frozenset(
+    {
+        "annotations", "cache_control", "citations", "created_at", "id", "index", "metadata", "parsed",
+        "parsed_arguments", "provider_specific_fields", "status", "timestamp",
+    }
+)  # fmt: skip
+_TEXT_FIELDS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """A message's text: one string, or with `is_list` a list of text parts."""
+
+    texts: tuple[str, ...] = ()
+    is_list: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call that an assistant message made: its fields in the client's order, and its arguments as a JSON text too."""
+
+    name: str
+    fields: Mapping[str, Any]
+    arguments: str
+
+
+def read_content(value: object) -> Content:
+    """Raises ValueError with a clause that follows the field's name, as the other readers do."""
+    if isinstance(value, str):
+        return Content((value,))
+    if not isinstance(value, list):
+        raise ValueError("must be a string or a list of content parts")
+    return Content(tuple(map(_read_part, value)), is_list=True)
+
+
+def _read_part(part: object) -> str:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(part, dict) or not isinstance(kind, str):
+        raise ValueError("a content part must be an object with a type")
+    field = _TEXT_FIELDS.get(kind)
+    if field is None:
+        raise ValueError(f"content parts of type {kind!r} aren't supported, only text")
+    text = part.get(field)
+    if not isinstance(text, str):
+        raise ValueError(f"a content part of type {kind!r} must have a string {field!r}")
+    if others := _meaningful(part).keys() - {"type", field}:
+        raise ValueError(f"content parts with {min(others)!r} aren't supported")
+    return text
+
+
+def read_tool_call(value: object) -> ToolCall:
+    """Arguments in a JSON text become what the text stands for, as templates expect; other texts stay texts."""
+    function = value.get("function") if isinstance(value, dict) else None
+    if not isinstance(value, dict) or not isinstance(function, dict) or value.get("type", "function") != "function":
+        raise ValueError("a tool call must be an object of id, type 'function' and function")
+    fields = _meaningful(function)
+    if not isinstance(fields.get("name"), str) or not fields["name"]:
+        raise ValueError("the function of a tool call must have a name")
+    text = fields.get("arguments")
+    if not isinstance(text, str):
+        text = json.dumps({} if text is None else text, ensure_ascii=False)
+    fields["arguments"] = _parsed(text) if text.strip() else {}
+    call = {key: item for key, item in value.items() if item is not None and (key == "id" or key not in _BOOKKEEPING)}
+    if others := (call.keys() - {"id", "type", "function"}) | (fields.keys() - {"name", "arguments"}):
+        raise ValueError(f"a tool call can't have {min(others)!r}")
+    if not isinstance(call.get("id", ""), str):
+        raise ValueError("the id of a tool call must be a string")
+    return ToolCall(fields["name"], {**call, "type": "function", "function": fields}, text)
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return pydantic_core.from_json(text)
+    except ValueError:
+        return text
+
+
+def _meaningful(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Without null fields and bookkeeping."""
+    return {name: value for name, value in given.items() if value is not None and name not in _BOOKKEEPING}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class ToolFunction(_Strict):
+    """A function that a tool offers. `parameters` is a JSON schema, which only the template looks at."""
+
+    name: Annotated[str, Field(min_length=1)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(_Strict):
+    """A tool of the request, for the template to describe."""
+
+    type: Literal["function"] = "function"
+    function: ToolFunction
+
+    def fields(self) -> dict[str, Any]:
+        """What the template sees, as in vLLM: an absent description is null, an absent `strict` is left out."""
+        absent = {"strict"} if self.function.strict is None else set()
+        return {"type": self.type, "function": self.function.model_dump(exclude=absent)}
+
+
+class Message(_Strict):
+    """One message. `reasoning` and `reasoning_content` are two names of what the model thought before it answered."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[
+        Content, PlainValidator(read_content, json_schema_input_type=str | list[str | dict[str, Any]] | None)
+    ]
+    name: str | None = None
+    refusal: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[Annotated[ToolCall, PlainValidator(read_tool_call, json_schema_input_type=dict[str, Any])]] = (
+        Field(default_factory=list)
+    )
+    tool_call_id: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_bookkeeping(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        kept = {name: item for name, item in _meaningful(value).items() if item != []}
+        for name in ("function_call", "audio"):
+            if name in kept:
+                raise ValueError(f"{name} isn't supported")
+        return {"content": "", **kept} if kept.get("role") in ("assistant", "tool") else kept
+
+    @model_validator(mode="after")
+    def _fits_its_role(self) -> Self:
+        for name, role in _ROLE_OF_FIELD.items():
+            if getattr(self, name) and role != self.role:
+                raise ValueError(f"a {self.role} message can't have {name}")
+        return self
+
+    @property
+    def said(self) -> Content:
+        """Everything that the message says: a refusal is text of the assistant too."""
+        if self.refusal is None:
+            return self.content
+        texts = [text for text in self.content.texts if text]
+        return Content((*texts, self.refusal), is_list=self.content.is_list or bool(texts))
+
+    @property
+    def thoughts(self) -> str | None:
+        return self.reasoning_content if self.reasoning is None else self.reasoning
+
+
+_ROLE_OF_FIELD = {
+    "refusal": "assistant",
+    "reasoning": "assistant",
+    "reasoning_content": "assistant",
+    "tool_calls": "assistant",
+    "tool_call_id": "tool",
+}

@@ -21,7 +21,7 @@ from preft.gateway.tokenizer import INLINE_CHARS, Tokenizer
 MAX_CHOICES = 1024
 DEFAULT_COMPLETION_TOKENS = 16
 # About 2 ms; what is larger goes to a thread.
-INLINE_MESSAGES = 1_024
+INLINE_MESSAGES = 64
 INLINE_IDS = 65_536
 
 

@@ -81,7 +81,8 @@ def read_tool_call(value: object) -> ToolCall:
     text = fields.get("arguments")
     if not isinstance(text, str):
         text = json.dumps({} if text is None else text, ensure_ascii=False)
-    fields["arguments"] = _parsed(text) if text.strip() else {}
+    text = text if text.strip() else "{}"
+    fields["arguments"] = _parsed(text)
     call = {key: item for key, item in value.items() if item is not None and (key == "id" or key not in _BOOKKEEPING)}
     if others := (call.keys() - {"id", "type", "function"}) | (fields.keys() - {"name", "arguments"}):
         raise ValueError(f"a tool call can't have {min(others)!r}")

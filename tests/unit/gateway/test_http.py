@@ -236,6 +236,7 @@ async def test_a_text_that_cant_be_short_enough_is_refused_before_it_is_tokenize
         ({"messages": USER * 2000}, True),
         ({"messages": [{"role": "user", "content": "x" * 10_000}]}, True),
         ({"chat_template_kwargs": {"custom_tools": [{}]}}, True),
+        ({"tools": [{"function": {"name": "f"}}], "tool_choice": "none"}, True),
     ],
 )
 async def test_large_chats_are_rendered_in_a_thread(gateway, monkeypatch, body, in_thread):
@@ -447,6 +448,43 @@ async def test_an_error_after_the_answer_does_not_spoil_it(gateway, caplog):
     assert (await gateway.complete()).json()["choices"][0]["text"] == "hello world"
     assert events(await gateway.complete(stream=True))[-1]["choices"][0]["finish_reason"] == "length"
     assert caplog.text.count("releasing the handle") >= 2
+
+
+PARTS_ONLY = (
+    "{% for m in messages %}<{{ m['role'] }}>"
+    "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("content", ["hello world", [{"type": "text", "text": "hello world", "annotations": None}]])
+async def test_a_template_that_walks_content_parts(tmp_path, content):
+    parts = Gateway(Tokenizer.load(byte_level(tmp_path, chat_template=PARTS_ONLY)))
+    async with parts.client:
+        await parts.chat(messages=[{"role": "system", "content": "be"}, {"role": "user", "content": content}])
+    [request] = parts.generator.requests
+    assert request.prompt_token_ids == parts.ids("<system>be<user>hello world")
+
+
+async def test_a_text_that_the_template_leaves_out(tmp_path):
+    template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    deaf = Gateway(Tokenizer.load(byte_level(tmp_path, chat_template=template)))
+    async with deaf.client:
+        assert (await deaf.chat()).status_code == 200
+        found = error(await deaf.chat(messages=[*USER, {"role": "assistant", "content": "no"}]), 400)
+    assert found["param"] == "messages[1].content"
+    assert "out of the prompt" in found["message"]
+
+
+async def test_tools_are_shown_if_none_may_be_called(tmp_path):
+    template = "{% for t in tools %}{{ t.function.name }}{% endfor %}{{ messages[0].content }}"
+    shows = Gateway(Tokenizer.load(byte_level(tmp_path, chat_template=template)))
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    async with shows.client:
+        assert (await shows.chat(tools=tools, tool_choice="none")).status_code == 200
+        assert error(await shows.chat(tools=tools), 400)["param"] == "tools"
+        assert error(await shows.chat(tools=tools, tool_choice={"type": "function"}), 400)["param"] == "tool_choice"
+        assert (await shows.chat(tools=[], tool_choice="auto")).status_code == 200
+    assert shows.generator.requests[0].prompt_token_ids == shows.ids("lookhi")
 
 
 async def test_no_chat_template(tmp_path):

@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from openai.types.chat import ChatCompletionMessage
 from pydantic import ValidationError
 
 from preft.gateway.messages import Content, Message, Tool
@@ -70,6 +71,14 @@ def test_what_clients_copy_from_replies_is_accepted():
     assert message(role="user", content="hi", id="1", tool_calls=None, tool_call_id=None).name is None
 
 
+@pytest.mark.parametrize("content", ["hi", None])
+def test_a_reply_of_the_openai_client_as_history(content):
+    calls = [{"id": "1", "type": "function", "function": FUNCTION}]
+    reply = ChatCompletionMessage.model_validate({"role": "assistant", "content": content, "tool_calls": calls})
+    [call] = Message.model_validate(reply.model_dump()).tool_calls
+    assert call.name == "look"
+
+
 @pytest.mark.parametrize("content", [{}, {"content": None}, {"content": []}, {"content": ""}])
 @pytest.mark.parametrize("role", ["assistant", "tool"])
 def test_an_assistant_or_a_tool_may_say_nothing(role, content):
@@ -118,7 +127,7 @@ def test_a_refusal_is_text():
         ('{"a":  1}', {"a": 1}, '{"a":  1}'),
         ({"a": "é"}, {"a": "é"}, '{"a": "é"}'),
         (None, {}, "{}"),
-        ("", {}, ""),
+        (" ", {}, "{}"),
         ("{oops", "{oops", "{oops"),
         ('{"a": "\\ud800"}', '{"a": "\\ud800"}', '{"a": "\\ud800"}'),
         ("[" * 10_000, "[" * 10_000, "[" * 10_000),

@@ -19,9 +19,8 @@ from preft.gateway.messages import Message
 from preft.gateway.tokenizer import Tokenizer
 from support.tokenizer_families import FAMILIES
 
-TEMPLATES = {
-    path.stem: path.read_text() for path in (Path(__file__).parents[2] / "data" / "chat_templates").glob("*.jinja")
-}
+DATA = Path(__file__).parents[2] / "data" / "chat_templates"
+TEMPLATES = {path.stem: path.read_text() for path in sorted(DATA.glob("*.jinja"))}
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 
 USER = {"role": "user", "content": " Hello world! <|im_start|> naïve 你好 🙂 \n"}
@@ -164,7 +163,7 @@ async def test_templates_that_want_arguments_as_text_and_no_content(families, pr
     wanted, _ = theirs(TEMPLATES[name], talk, families["llama3"]) or ("", [])
     assert '{"city":  "Köln"}' in wanted
     rendered = prompts[name].render([Message.model_validate(message) for message in talk])
-    assert rendered.replace("<｜Assistant｜><｜tool", "<｜tool") == wanted.replace("<｜Assistant｜><｜tool", "<｜tool")
+    assert rendered == wanted
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

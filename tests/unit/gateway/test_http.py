@@ -476,7 +476,7 @@ async def test_a_text_that_the_template_leaves_out(tmp_path):
 
 
 async def test_tools_are_shown_if_none_may_be_called(tmp_path):
-    template = "{% for t in tools %}{{ t.function.name }}{% endfor %}{{ messages[0].content }}"
+    template = "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}{{ messages[0].content }}"
     shows = Gateway(Tokenizer.load(byte_level(tmp_path, chat_template=template)))
     tools = [{"type": "function", "function": {"name": "look"}}]
     async with shows.client:

@@ -24,6 +24,7 @@ _BOOKKEEPING = frozenset(
         "parsed_arguments", "provider_specific_fields", "status", "timestamp",
     }
 )  # fmt: skip
+_UNSUPPORTED = ("audio", "function_call")
 _TEXT_FIELDS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 
 
@@ -103,6 +104,22 @@ def _meaningful(given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None and name not in _BOOKKEEPING}
 
 
+class ContentPart(BaseModel, extra="allow"):
+    """A part of a message's content, for the API's description alone: `read_content` checks it."""
+
+    type: Literal["text", "input_text", "output_text", "refusal"]
+    text: str | None = None
+    refusal: str | None = None
+
+
+class CallOfTool(BaseModel, extra="allow"):
+    """A tool call of an assistant message, for the API's description alone: `read_tool_call` checks it."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: dict[str, Any]
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -128,19 +145,30 @@ class Tool(_Strict):
         return {"type": self.type, "function": self.function.model_dump(exclude=absent)}
 
 
+def _describe_bookkeeping(schema: dict[str, Any]) -> None:
+    """What is taken beside the fields, and what may be absent."""
+    fields = schema["properties"]
+    fields |= {name: {"description": "Taken without effect."} for name in sorted(_BOOKKEEPING)}
+    fields |= {name: {"type": "null"} for name in _UNSUPPORTED}
+    fields["tool_calls"] = {"anyOf": [fields["tool_calls"], {"type": "null"}]}
+    schema["required"] = ["role"]
+
+
 class Message(_Strict):
     """One message. `reasoning` and `reasoning_content` are two names of what the model thought before it answered."""
 
+    model_config = ConfigDict(json_schema_extra=_describe_bookkeeping)
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[
-        Content, PlainValidator(read_content, json_schema_input_type=str | list[str | dict[str, Any]] | None)
+        Content, PlainValidator(read_content, json_schema_input_type=str | list[str | ContentPart] | None)
     ]
     name: str | None = None
     refusal: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
-    tool_calls: list[Annotated[ToolCall, PlainValidator(read_tool_call, json_schema_input_type=dict[str, Any])]] = (
-        Field(default_factory=list)
+    tool_calls: list[Annotated[ToolCall, PlainValidator(read_tool_call, json_schema_input_type=CallOfTool)]] = Field(
+        default_factory=list
     )
     tool_call_id: str | None = None
 
@@ -149,8 +177,11 @@ class Message(_Strict):
     def _without_bookkeeping(cls, value: object) -> object:
         if not isinstance(value, dict):
             return value
-        kept = {name: item for name, item in _meaningful(value).items() if item != []}
-        for name in ("function_call", "audio"):
+        kept = _meaningful(value)
+        for name in ("content", "tool_calls"):
+            if kept.get(name) == []:
+                del kept[name]
+        for name in _UNSUPPORTED:
             if name in kept:
                 raise ValueError(f"{name} isn't supported")
         return {"content": "", **kept} if kept.get("role") in ("assistant", "tool") else kept

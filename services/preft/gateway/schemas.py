@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
 
 from preft.core.errors import InvalidRequest
 from preft.gateway.messages import MAX_DOCUMENTS, MAX_MESSAGES, MAX_TOOLS, Message, Tool
@@ -131,7 +131,7 @@ class ChatBody(GenerationBody):
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     documents: Annotated[list[dict[str, Any]], BeforeValidator(at_most(MAX_DOCUMENTS))] = Field(default_factory=list)
     tools: Annotated[list[Tool], BeforeValidator(at_most(MAX_TOOLS))] = Field(default_factory=list)
-    tool_choice: Any = None
+    tool_choice: Annotated[Any, WithJsonSchema({"enum": ["none", "auto", None]})] = None
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:

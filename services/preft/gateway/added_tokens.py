@@ -47,7 +47,7 @@ def read_tokens(config: Mapping[str, Any], special_map: Mapping[str, Any], added
             listed = [_token(text, special=text in texts) for text in sorted(added, key=lambda text: int(added[text]))]
         else:
             listed = [_token(decoder[id]) for id in sorted(decoder, key=int)]
-    except (TypeError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise ConfigError(f"tokenizer_config.json: added or extra tokens are malformed: {error}") from error
     return NamedTokens({name: token.content for name, token in special.items()}, listed, extra)
 

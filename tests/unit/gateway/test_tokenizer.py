@@ -141,6 +141,48 @@ def test_a_special_token_by_name_alone_is_not_shown(tokenizers):
     assert words.eos_token_ids == (1,)
 
 
+async def test_a_token_beyond_the_models_vocabulary_stays_text(tmp_path):
+    folder = small_tokenizers.byte_level(tmp_path)
+    [size] = {Tokenizer.load(folder).vocab_size}
+    edit(folder / "tokenizer_config.json", pad_token="<pad>", extra_special_tokens=["<more>"])
+    assert "<pad>" in Tokenizer.load(folder).decode(
+        (await Tokenizer.load(folder).encode(["a<pad>"], add_special_tokens=False))[0], skip_special_tokens=True
+    )
+    edit(folder / "config.json", vocab_size=size + 1)
+    [ids] = await Tokenizer.load(folder).encode(["<pad><more>"], add_special_tokens=False)
+    assert ids[0] == size
+    assert max(ids) == size
+
+
+async def test_special_tokens_in_texts_can_be_split(tmp_path):
+    folder = small_tokenizers.byte_level(tmp_path)
+    [whole] = await Tokenizer.load(folder).encode(["<|eot|>"], add_special_tokens=False)
+    assert whole == (2,)
+    edit(folder / "tokenizer_config.json", split_special_tokens=True)
+    [pieces] = await Tokenizer.load(folder).encode(["<|eot|>"], add_special_tokens=False)
+    assert len(pieces) > 1
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"eos_token": {"text": "x"}},
+        {"added_tokens_decoder": {"x": {"content": "a"}}},
+        {"added_tokens_decoder": {"5": 5}},
+        {"added_tokens_decoder": [1]},
+        {"extra_special_tokens": [5]},
+        {"extra_special_tokens": 5},
+        {"chat_template": 5},
+        {"chat_template": [{"name": "default", "template": 5}]},
+    ],
+)
+def test_malformed_tokens_and_templates_are_named(tmp_path, config):
+    folder = small_tokenizers.byte_level(tmp_path)
+    edit(folder / "tokenizer_config.json", **config)
+    with pytest.raises(ConfigError, match=r"tokenizer_config\.json"):
+        Tokenizer.load(folder)
+
+
 @pytest.mark.parametrize("broken", ["tokenizer.json", "config.json", "tokenizer_config.json", "generation_config.json"])
 def test_a_malformed_file_is_named(tmp_path, broken):
     folder = small_tokenizers.byte_level(tmp_path)

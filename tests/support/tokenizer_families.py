@@ -68,7 +68,7 @@ def qwen2(folder: Path) -> Path:
     return _write(folder, tokenizer, {**config, "bos_token": None, "added_tokens_decoder": listed})
 
 
-def llama2(folder: Path) -> Path:
+def llama2(folder: Path, **more: Any) -> Path:
     """SentencePiece BPE: a space before the text, spaces as ▁, bytes for what has no token, a BOS rule."""
     tokenizer = _sentencepiece_bpe()
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -77,7 +77,22 @@ def llama2(folder: Path) -> Path:
     )
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokens = {"bos_token": _token("<s>"), "eos_token": _token("</s>"), "unk_token": "<unk>", "pad_token": None}
-    return _write(folder, tokenizer, {**tokens, "tokenizer_class": "PreTrainedTokenizerFast", "legacy": False})
+    return _write(folder, tokenizer, {**tokens, "tokenizer_class": "LlamaTokenizerFast", **more}, model_type="llama")
+
+
+def llama2_legacy(folder: Path) -> Path:
+    """As `llama2` with a space behind each special token."""
+    return llama2(folder, legacy=True)
+
+
+def llama2_without_prefix(folder: Path) -> Path:
+    """As `llama2` without the space before the text."""
+    return llama2(folder, add_prefix_space=False)
+
+
+def sentencepiece_file(folder: Path) -> Path:
+    """As `llama2` for a class that takes tokenizer.json as it is."""
+    return llama2(folder, tokenizer_class="PreTrainedTokenizerFast")
 
 
 def mistral(folder: Path) -> Path:
@@ -131,9 +146,9 @@ def wordpiece(folder: Path) -> Path:
     return _write(folder, tokenizer, {"cls_token": "[CLS]", "eos_token": "[SEP]", "unk_token": "[UNK]"})
 
 
-FAMILIES: dict[str, Callable[[Path], Path]] = {
-    family.__name__: family for family in (gpt2, llama3, qwen2, llama2, mistral, gemma, unigram, wordpiece)
-}
+_LLAMA2 = (llama2, llama2_legacy, llama2_without_prefix, sentencepiece_file)
+_ALL = (gpt2, llama3, qwen2, *_LLAMA2, mistral, gemma, unigram, wordpiece)
+FAMILIES: dict[str, Callable[[Path], Path]] = {family.__name__: family for family in _ALL}
 
 
 def _token(content: str, **flags: bool) -> dict[str, Any]:
@@ -173,8 +188,10 @@ def _sentencepiece_bpe() -> Tokenizer:
     return tokenizer
 
 
-def _write(folder: Path, tokenizer: Tokenizer, config: dict[str, Any]) -> Path:
+def _write(folder: Path, tokenizer: Tokenizer, config: dict[str, Any], **model: str) -> Path:
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    (folder / "config.json").write_text(json.dumps({"vocab_size": 1024}))
+    (folder / "config.json").write_text(
+        json.dumps({"vocab_size": 1024} | ({"model_type": model_type} if model_type else {}))
+    )
     return folder

@@ -36,7 +36,8 @@ class ModelFolder:
     """
 
     tokens: NamedTokens
-    split_special_tokens: bool
+    tokenizer_config: Mapping[str, Any]
+    model_type: str | None
     vocab_size: int | None
     eos_token_ids: frozenset[int]
     defaults: SamplingDefaults
@@ -59,7 +60,8 @@ def read_model_folder(folder: Path) -> ModelFolder:
     vocab_size = text_config.get("vocab_size")
     return ModelFolder(
         tokens=tokens,
-        split_special_tokens=tokenizer_config.get("split_special_tokens") is True,
+        tokenizer_config=tokenizer_config,
+        model_type=config.get("model_type"),
         vocab_size=vocab_size if isinstance(vocab_size, int) else None,
         eos_token_ids=frozenset(
             {

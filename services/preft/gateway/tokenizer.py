@@ -16,6 +16,7 @@ import tokenizers
 from preft.core.errors import ConfigError
 from preft.gateway.added_tokens import add_tokens
 from preft.gateway.chat_prompt import ChatPrompt
+from preft.gateway.llama_form import apply_llama_form
 from preft.gateway.model_folder import ModelFolder, SamplingDefaults, read_model_folder
 
 # About 5 ms of tokenizing; longer texts go to a thread so that streams keep flowing.
@@ -36,7 +37,8 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        backend.encode_special_tokens = folder.split_special_tokens
+        apply_llama_form(backend, folder.tokenizer_config, folder.model_type)
+        backend.encode_special_tokens = folder.tokenizer_config.get("split_special_tokens") is True
         add_tokens(backend, folder.tokens, folder.vocab_size)
         added = backend.get_added_tokens_decoder()
         self.special_ids: frozenset[int] = frozenset(id for id, token in added.items() if token.special)

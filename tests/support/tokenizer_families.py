@@ -191,7 +191,5 @@ def _sentencepiece_bpe() -> Tokenizer:
 def _write(folder: Path, tokenizer: Tokenizer, config: dict[str, Any], **model: str) -> Path:
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    (folder / "config.json").write_text(
-        json.dumps({"vocab_size": 1024} | ({"model_type": model_type} if model_type else {}))
-    )
+    (folder / "config.json").write_text(json.dumps({"vocab_size": 1024, **model}))
     return folder

@@ -82,7 +82,8 @@ def _is_short(body: ChatBody) -> bool:
     variables = body.chat_template_kwargs
     return (
         len(body.messages) + len(variables) <= INLINE_MESSAGES
-        and sum(len(text) for message in body.messages for text in message.content.texts) <= INLINE_CHARS
+        and sum(len(text) for message in body.messages for text in (*message.said.texts, message.thoughts or ""))
+        <= INLINE_CHARS
         and not any(isinstance(value, list | dict) for value in variables.values())
         and not (body.tools or body.documents or any(message.tool_calls for message in body.messages))
     )

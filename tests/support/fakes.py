@@ -20,6 +20,7 @@ from preft.core.errors import (
     PreftError,
     SourceNotFound,
 )
+from preft.core.names import adapter_name, normal_name
 from preft.core.ports import Progress
 from preft.core.request import AdapterRef, FinishReason, GenerateRequest, TokenDelta, TokenLogprob
 
@@ -162,7 +163,7 @@ class FakeCatalog:
         self._sorted = tuple(adapter for _, adapter in sorted(self._entries.items()))
 
     def get(self, name: str) -> Adapter | None:
-        return self._entries.get(name)
+        return self._entries.get(normal_name(name))
 
     def list(self) -> Sequence[Adapter]:
         return self._sorted
@@ -205,6 +206,7 @@ class FakeCatalog:
     def _point(self, name: str, source: str, content: bytes, replace: bool) -> Adapter:
         if self.fail is not None:
             raise self.fail
+        name = adapter_name(name)
         if name == self.base:
             raise InvalidAdapter(f"{name!r} is the base model's name", "name")
         if b"broken" in content:

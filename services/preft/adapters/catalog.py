@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import shutil
 import tempfile
 import threading
@@ -28,6 +27,7 @@ from preft.adapters.folder import AdapterSummary, check_adapter
 from preft.adapters.sources import AdapterSource, open_source
 from preft.core.cluster import Adapter
 from preft.core.errors import AdapterExists, InvalidAdapter, InvalidRequest, ModelNotFound, PreftError, Unavailable
+from preft.core.names import adapter_name, normal_name
 from preft.core.ports import Progress, StateStore
 
 T = TypeVar("T")
@@ -38,7 +38,6 @@ NOT_PREFILL_ONLY = (
     'its configuration doesn\'t say "prefill_only": true. Here an adapter acts on the prompt alone; '
     "one that was trained to act on the output too answers worse, up to not at all"
 )
-NAME = re.compile(r"[A-Za-z0-9._/-]{1,128}")
 PINNED_SHARE = 0.5  # of host memory and of the disk tier: what isn't pinned needs room as well
 FETCHES = 16  # sources and archives at a time; further ones wait for their turn
 
@@ -56,7 +55,7 @@ class CatalogView:
 
     def get(self, name: str) -> Adapter | None:
         """The version `name` points to."""
-        return self._by_name.get(name)
+        return self._by_name.get(normal_name(name))
 
     def list(self) -> Sequence[Adapter]:
         """All entries by name; the same object until something changes."""
@@ -157,7 +156,7 @@ class Catalog(CatalogView):
         Raises InvalidAdapter, SourceNotFound, AdapterExists (other content and no `replace`), Unavailable, and
         InvalidRequest if the name is pinned and there is no room for its new content.
         """
-        self._check_name(name)
+        name = self._new_name(name)
         stop = threading.Event()
         opened = open_source(source, timeout=self._limits.source_timeout, stop=stop)
         adapter = await self._in_thread(stop, lambda: self._fetch(name, opened, progress))
@@ -165,7 +164,7 @@ class Catalog(CatalogView):
 
     async def add_archive(self, name: str, archive: Path, *, replace: bool = False) -> Adapter:
         """Like `add`, with the content of a tar or zip file, which stays until no name points to it any more."""
-        self._check_name(name)
+        self._new_name(name)
         stop = threading.Event()
         folder = self._uploads / uuid.uuid4().hex
         try:
@@ -183,7 +182,7 @@ class Catalog(CatalogView):
         """
         async with self._writing:
             while True:
-                current = await self._store.adapter(name)
+                current = await self._store.adapter(normal_name(name))
                 if current is None:
                     raise ModelNotFound(f"no adapter is named {name!r}")
                 changed = replace(current, pinned=pinned)
@@ -195,7 +194,7 @@ class Catalog(CatalogView):
 
     async def remove(self, name: str) -> Adapter:
         """Forgets `name`. Requests that run finish on its content. Raises ModelNotFound."""
-        removed = await self._store.delete_adapter(name)
+        removed = await self._store.delete_adapter(normal_name(name))
         if removed is None:
             raise ModelNotFound(f"no adapter is named {name!r}")
         await self.refresh()
@@ -238,13 +237,12 @@ class Catalog(CatalogView):
                 param="pinned",
             )
 
-    def _check_name(self, name: str) -> None:
-        if not NAME.fullmatch(name):
-            raise InvalidAdapter(
-                f"{name!r} can't name an adapter: use 1 to 128 letters, digits, '.', '_', '/' or '-'", param="name"
-            )
-        if name == self._base_name:
+    def _new_name(self, text: str) -> str:
+        """The name that `text` spells, if a new entry may have it. Raises InvalidAdapter."""
+        name = adapter_name(text)
+        if name == normal_name(self._base_name):
             raise InvalidAdapter(f"{name!r} is the base model's name: give the adapter another", param="name")
+        return name
 
     async def _in_thread(self, stop: threading.Event, work: Callable[[], T]) -> T:
         """What `work` returns. It must end soon once `stop` is set: a cancellation sets it, and waits for the end."""

@@ -14,10 +14,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from preft.adapters.catalog import NAME
 from preft.adapters.sources import AdapterSource, open_source
 from preft.core.cluster import Adapter
-from preft.core.errors import ModelNotFound, PreftError, Unavailable
+from preft.core.errors import InvalidAdapter, ModelNotFound, PreftError, Unavailable
+from preft.core.names import adapter_name, normal_name
 from preft.core.ports import AdapterCatalog
 
 logger = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ class FolderWatch:
         self._interval = interval
         self._pause = interval
         self._last = _Look()
+        self._folders: dict[str, str] = {}  # by name: the subfolder, whose spelling may not be the normal one
         self._sources: dict[str, AdapterSource] = {}
         self._added: dict[str, tuple[str, str]] = {}  # by name: the stamp, and the digest that it stood for
         self._refused: dict[str, str] = {}  # by name: the stamp
@@ -89,12 +90,13 @@ class FolderWatch:
     def _look(self, entries: Mapping[str, Adapter]) -> _Look:
         """Holds the folder against the catalog's entries. Raises OSError if it can't be listed."""
         with os.scandir(self._folder) as listing:
-            names = sorted(entry.name for entry in listing if _may_be_folder(entry))
+            self._folders = {normal_name(entry.name): entry.name for entry in listing if _may_be_folder(entry)}
+        names = sorted(self._folders)
         look = _Look()
         for name in names:
             entry = entries.get(name)
-            if name.startswith(".") or not NAME.fullmatch(name):
-                self._warn(name, "it is left out, as an adapter can't have its name")
+            if fault := _name_fault(name):
+                self._warn(name, f"it is left out: {fault}")
             elif entry is not None and not self._owns(entry):
                 self._warn(name, f"it is left out, as the adapter of that name is from {entry.source}")
             else:
@@ -154,16 +156,27 @@ class FolderWatch:
             self._warn(name, f"it is gone, but: {error}")
 
     def _owns(self, entry: Adapter) -> bool:
-        return entry.source == self._path(entry.name)
+        return normal_name(entry.source) == normal_name(self._path(entry.name))
 
     def _path(self, name: str) -> str:
-        return f"{self._folder.rstrip('/')}/{name}"
+        return f"{self._folder.rstrip('/')}/{self._folders.get(name, name)}"
 
     def _warn(self, name: str, message: str) -> None:
         """Logs it, unless it was the last that was logged of this subfolder."""
         if self._told.get(name) != message:
             self._told[name] = message
             logger.warning("adapter folder %s: %s", self._path(name), message)
+
+
+def _name_fault(name: str) -> str | None:
+    """Why a subfolder's name can't be an adapter's."""
+    if name.startswith("."):
+        return "its name begins with '.'"
+    try:
+        adapter_name(name)
+    except InvalidAdapter as error:
+        return str(error)
+    return None
 
 
 def _may_be_folder(entry: os.DirEntry[str]) -> bool:

@@ -132,7 +132,7 @@ def _entries(args: argparse.Namespace) -> Iterator[Entry]:
 
 
 def _path(name: str) -> str:
-    return f"/v1/adapters/{quote(name, safe='')}"
+    return f"/v1/adapters/{quote(name, safe='', errors='surrogateescape')}"
 
 
 def _row(entry: Entry) -> list[str]:

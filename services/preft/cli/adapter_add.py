@@ -94,7 +94,7 @@ def _add(server: Server, name: str, source: str, tell: Tell, *, replace: bool, u
         if "://" in source:
             raise InvalidAdapter("--upload sends a folder of this machine: leave it out, then the server fetches it")
         package = Package.of(Path(_folder(source)))
-        path = f"/v1/adapters/{quote(name, safe='')}?replace={'true' if replace else 'false'}"
+        path = f"/v1/adapters/{quote(name, safe='', errors='surrogateescape')}?replace={'true' if replace else 'false'}"
         entry: Entry = server.upload(path, _told(package, tell), package.size)
         return entry
     body = {"name": name, "source": source if "://" in source else _folder(source), "replace": replace, "stream": True}

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from preft.core.cluster import Role
-from preft.core.errors import ConfigError
+from preft.core.errors import ConfigError, InvalidAdapter
+from preft.core.names import adapter_name, normal_name
 
 GiB = 1 << 30
 MiB = 1 << 20
@@ -100,15 +101,21 @@ class Settings(_Strict):
 
     @field_validator("adapters")
     @classmethod
-    def _absolute_folders(cls, value: dict[str, str]) -> dict[str, str]:
+    def _names_and_folders(cls, value: dict[str, str]) -> dict[str, str]:
+        try:
+            names = {name: adapter_name(name) for name in value}
+        except InvalidAdapter as error:
+            raise ValueError(str(error)) from None
+        if len(set(names.values())) < len(names):
+            raise ValueError("two names differ only in how Unicode writes the same letters")
         return {
-            name: source if "://" in source else os.path.abspath(os.path.expanduser(source))
+            names[name]: source if "://" in source else os.path.abspath(os.path.expanduser(source))
             for name, source in value.items()
         }
 
     @model_validator(mode="after")
     def _names_are_distinct(self) -> Settings:
-        if self.model_name in self.adapters:
+        if normal_name(self.model_name) in self.adapters:
             raise ValueError(f"adapters: {self.model_name!r} is the base model's name")
         return self
 

@@ -15,6 +15,7 @@ from preft.core.request import AdapterRef, GenerateRequest, Sampling
 from preft.gateway.chat_prompt import ChatPrompt
 from preft.gateway.choice import TextOptions
 from preft.gateway.deps import GatewayDeps
+from preft.gateway.listing import served_version
 from preft.gateway.schemas import ChatBody, CompletionBody, GenerationBody
 from preft.gateway.tokenizer import INLINE_CHARS, Tokenizer
 
@@ -65,15 +66,13 @@ async def chat_job(body: ChatBody, deps: GatewayDeps) -> Job:
     return _job(body, deps, adapter, prompts, deps.tokenizer.defaults.max_tokens)
 
 
-def resolve_model(name: str, deps: GatewayDeps) -> AdapterRef | None:
-    """The adapter version behind `name`, or None for the base model. Raises ModelNotFound, also if it could be both."""
-    adapter = deps.catalog.get(name)
-    if name == deps.model_name:
-        if adapter is not None:  # another server that shares the catalog, but not the base model's name, has added it
-            raise ModelNotFound(f"The model {name!r} is ambiguous: the base model and an adapter have this name.")
+def resolve_model(model: str, deps: GatewayDeps) -> AdapterRef | None:
+    """The adapter version behind `model`, or None for the base model. Raises ModelNotFound, also if it could be both."""
+    if model == deps.model_name:
+        if deps.catalog.get(model) is not None:  # added by a server whose base model has another name
+            raise ModelNotFound(f"The model {model!r} is ambiguous: the base model and an adapter have this name.")
         return None
-    if adapter is None:
-        raise ModelNotFound(f"The model {name!r} does not exist.")
+    adapter = served_version(deps.catalog, model)
     return AdapterRef(adapter.name, adapter.digest, adapter.source)
 
 

@@ -5,6 +5,7 @@ Owns no transport: HTTP and gRPC list through the same `page`.
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from preft.core.cluster import Adapter, AdapterPlace
 from preft.core.errors import ModelNotFound
 from preft.core.ports import AdapterCatalog
 from preft.gateway.adapter_schemas import ListQuery
+
+_DIGEST = re.compile(r"[0-9a-f]{12,64}")  # in full, or its beginning, of which tables show 12 digits
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,21 @@ def entry(catalog: AdapterCatalog, name: str) -> Adapter:
     adapter = catalog.get(name)
     if adapter is None:
         raise ModelNotFound(f"no adapter is named {name!r}")
+    return adapter
+
+
+def served_version(catalog: AdapterCatalog, model: str) -> Adapter:
+    """The version that a request means by NAME, NAME@VERSION or NAME@DIGEST: the current one, or none.
+
+    Raises ModelNotFound, also for a version that the name no longer points to, or not yet.
+    """
+    name, at, version = model.rpartition("@")
+    adapter = catalog.get(name if at else model)
+    if adapter is None:
+        raise ModelNotFound(f"The model {model!r} does not exist.")
+    is_digest = _DIGEST.fullmatch(version) and adapter.digest.startswith(version)
+    if at and version != str(adapter.version) and not is_digest:
+        raise ModelNotFound(f"The model {model!r} does not exist: version {adapter.version} of {name!r} is served now.")
     return adapter
 
 

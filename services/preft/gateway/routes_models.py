@@ -10,8 +10,8 @@ from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
 from preft.core.cluster import Adapter
-from preft.core.errors import ModelNotFound
 from preft.gateway.deps import GatewayDeps
+from preft.gateway.listing import served_version
 
 SLICE = 1000  # entries written at a stretch: a few milliseconds, then running token streams have their turn
 
@@ -33,10 +33,7 @@ def model_routes(deps: GatewayDeps) -> APIRouter:
     async def model(name: str) -> Response:
         if name == deps.model_name:
             return JSONResponse(_base_card(deps))
-        adapter = deps.catalog.get(name)
-        if adapter is None:
-            raise ModelNotFound(f"The model {name!r} does not exist.")
-        return JSONResponse(_adapter_card(adapter, deps))
+        return JSONResponse(_adapter_card(served_version(deps.catalog, name), deps))
 
     return router
 

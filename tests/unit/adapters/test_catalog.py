@@ -13,6 +13,7 @@ import sqlite3
 import tarfile
 import threading
 import time
+import unicodedata
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -221,11 +222,34 @@ async def test_a_removed_name_is_gone(catalog: Catalog, tmp_path: Path) -> None:
         await catalog.remove("ada")
 
 
-@pytest.mark.parametrize("name", ["", "a b", "é", "a" * 129, "a\n", "a:b"])
+@pytest.mark.parametrize("name", ["", "a@1", "..", "a/../b", "a" * 129, "a\n", "--help"])
 async def test_a_bad_name_is_refused(catalog: Catalog, tmp_path: Path, name: str) -> None:
     for add in (catalog.add(name, str(tmp_path)), catalog.add_archive(name, tmp_path)):
         with pytest.raises(InvalidAdapter, match="can't name an adapter"):
             await add
+
+
+async def test_a_name_is_found_however_unicode_writes_it(catalog: Catalog, tmp_path: Path) -> None:
+    one, other = "org/Müller Söhne:5", unicodedata.normalize("NFD", "org/Müller Söhne:5")
+    source = str(write_lora(tmp_path / "one"))
+    added = await catalog.add(other, source)
+    assert added.name == one
+    assert await catalog.add(one, source) == added
+    assert catalog.get(other) == catalog.get(one) == added
+    assert (await catalog.pin(other, True)).pinned
+    assert (await catalog.remove(other)).name == one
+
+
+@pytest.mark.parametrize("name", ["..", "a//b", "/", "-x", "a/"])
+async def test_names_of_an_older_rule_are_served_and_can_be_removed(
+    catalog: Catalog, tmp_path: Path, name: str
+) -> None:
+    entry = Adapter(name, "d" * 64, str(tmp_path), rank=8)
+    assert await catalog._store.put_adapter(entry, expect=None)
+    await catalog.refresh()
+    assert catalog.get(name) == entry
+    assert await catalog.remove(name) == entry
+    assert catalog.get(name) is None
 
 
 async def test_the_base_models_name_is_taken(catalog: Catalog, tmp_path: Path) -> None:

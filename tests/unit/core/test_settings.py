@@ -51,6 +51,10 @@ def test_an_empty_file_sets_nothing(tmp_path: Path) -> None:
         ({"model": "/m", "store": {"host_bytes": 8}}, "store.host_bytes"),
         ({"model": "/m", "adapters": {"m": "/a"}}, "adapters"),
         ({"model": "/m", "adapters": {"alice": 3}}, "adapters.alice"),
+        ({"model": "/m", "adapters": {"name@5": "/a"}}, "adapters"),
+        ({"model": "/m", "adapters": {"a/../b": "/a"}}, "adapters"),
+        ({"model": "/m", "adapters": {"\u00e9": "/a", "e\u0301": "/b"}}, "adapters"),
+        ({"model": "/\u00e9", "adapters": {"e\u0301": "/a"}}, "adapters"),
     ],
 )
 def test_a_mistake_names_its_key(overrides: dict[str, Any], key: str) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import http.client
 import json
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -74,6 +77,18 @@ async def names(served: SimpleNamespace, **query: Any) -> list[str]:
     return [entry["name"] for entry in (await served.client.get("adapters", params=query)).json()["data"]]
 
 
+async def as_written(served: SimpleNamespace, method: str, name: str) -> tuple[int, dict[str, Any]]:
+    """Status and body of a request for an adapter by a client that leaves its path as it is."""
+
+    def send() -> tuple[int, dict[str, Any]]:
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", served.port, timeout=10)) as connection:
+            connection.request(method, f"/v1/adapters/{name}", b"weights" if method == "PUT" else None)
+            reply = connection.getresponse()
+            return reply.status, json.load(reply)
+
+    return await asyncio.to_thread(send)
+
+
 async def test_add_show_and_remove(served):
     async def add(**body: object) -> httpx.Response:
         return await served.client.post("adapters", json={"name": "team/bob.v1", **body})
@@ -115,12 +130,33 @@ async def test_add_show_and_remove(served):
         ({"name": "bob", "source": "/a", "pinned": True}, 400, "pinned"),
         ({"name": "bob", "source": "/a", "stream": "yes"}, 400, "stream"),
         ({"name": "base", "source": "/a"}, 400, "name"),
+        ({"name": "bob@2", "source": "/a"}, 400, "name"),
+        ({"name": "..", "source": "/a", "stream": False}, 400, "name"),
         ({"name": "bob", "source": "/missing"}, 404, None),
     ],
 )
 async def test_refused_adds(served, body, status, param):
     assert error(await served.client.post("adapters", json=body), status)["param"] == param
     assert served.catalog.get("bob") is None
+
+
+@pytest.mark.parametrize("name", ["..", "a%2F..%2Fb", "a%2Fb%2F", "--help", "bob%402", "%20", "%FF", "a%00", "a" * 129])
+async def test_names_that_are_refused_in_a_path(served, name):
+    status, body = await as_written(served, "PUT", name)
+    assert (status, "can't name an adapter" in body["error"]["message"]) == (400, True)
+    assert list(served.catalog.list()) == [served.catalog.get("ann")]
+
+
+@pytest.mark.parametrize("name", ["..", "a//b", "a/", "-x", "/a"])
+async def test_entries_of_an_older_rule_can_be_removed(served, name):
+    """By a client that sends the name as it is, and by vLLM's way for all others."""
+    entry = Adapter(name, "d" * 64, "/a", 8)
+    served.catalog.put(entry)
+    assert (await as_written(served, "DELETE", quote(name, safe="")))[1]["name"] == name
+    served.catalog.put(entry)
+    unload = await served.client.post("unload_lora_adapter", json={"lora_name": name})
+    assert unload.status_code == 200
+    assert list(served.catalog.list()) == [served.catalog.get("ann")]
 
 
 async def test_an_entry_says_where_it_is(served):

@@ -148,6 +148,38 @@ async def test_adapters_are_resolved_to_their_version(gateway, stream):
 
 
 @pytest.mark.parametrize("api", ["complete", "chat"])
+async def test_a_model_may_name_the_current_version_and_no_other(gateway, api):
+    await gateway.catalog.add("ann", "/adapters/ann-2", replace=True)
+    adapter = gateway.catalog.get("ann")
+    assert adapter.version == 2
+    for version in ("2", adapter.digest, adapter.digest[:12], adapter.digest[:16]):
+        response = await getattr(gateway, api)(model=f"ann@{version}")
+        assert response.json()["model"] == f"ann@{version}"
+        assert gateway.generator.requests.pop().adapter == AdapterRef("ann", adapter.digest, adapter.source)
+        assert (await gateway.client.get(f"/v1/models/ann@{version}")).json()["id"] == "ann"
+    old = FakeCatalog.of(ann="/adapters/ann").get("ann").digest
+    for version in (
+        "1",
+        "3",
+        "02",
+        "",
+        "latest",
+        old,
+        old[:16],
+        adapter.digest[:11],
+        adapter.digest.upper(),
+        "@2",
+        "2@2",
+    ):
+        found = error(await getattr(gateway, api)(model=f"ann@{version}"), 404)
+        assert found["code"] == "model_not_found"
+        error(await gateway.client.get(f"/v1/models/ann@{version}"), 404)
+    for model in ("bob@1", "base@1", "@1", "@"):
+        error(await getattr(gateway, api)(model=model), 404)
+    assert gateway.generator.requests == []
+
+
+@pytest.mark.parametrize("api", ["complete", "chat"])
 async def test_an_unknown_model_is_404(gateway, api):
     found = error(await getattr(gateway, api)(model="bob", stream=True), 404)
     assert found["code"] == "model_not_found"

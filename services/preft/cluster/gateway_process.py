@@ -64,6 +64,8 @@ async def run_gateway(
         model_root=str(settings.model),
         max_adapter_bytes=settings.store.max_adapter_bytes,
         upload_folder=settings.state_dir / "uploads",
+        allowed_hosts=(settings.host, listener.getsockname()[0], *settings.allowed_hosts),
+        allowed_origins=tuple(settings.allowed_origins),
     )
     config = uvicorn.Config(
         create_app(deps),

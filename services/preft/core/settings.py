@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from preft.core.cluster import Role
 from preft.core.errors import ConfigError, InvalidAdapter
 from preft.core.names import adapter_name, normal_name
+from preft.core.web import read_host, read_origin
 
 GiB = 1 << 30
 MiB = 1 << 20
@@ -79,6 +80,8 @@ class Settings(_Strict):
     served_model_name: str | None = None  # default: the last part of `model`
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000  # 0: any free port
+    allowed_hosts: list[str] = Field(default_factory=list)  # names in Host, beside loopback's and `host`
+    allowed_origins: list[str] = Field(default_factory=list)  # web pages that may use the server, beside its own
     grpc_port: Annotated[int, Field(ge=0, le=65535)] | None = None  # None: no public gRPC service
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None  # None: float32 on CPU, auto on GPU
     max_model_len: Annotated[int, Field(ge=1)] | None = None  # None: the model's own
@@ -98,6 +101,16 @@ class Settings(_Strict):
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
         return value and Path(os.path.abspath(value.expanduser()))
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _hosts(cls, value: list[str]) -> list[str]:
+        return [str(read_host(host)) for host in value]
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _origins(cls, value: list[str]) -> list[str]:
+        return list(map(read_origin, value))
 
     @field_validator("adapters")
     @classmethod

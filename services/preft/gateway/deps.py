@@ -23,6 +23,7 @@ class GatewayDeps:
     `max_body_bytes` is per HTTP request, but for uploaded adapters, which `max_adapter_bytes` limits. While one comes,
     it is kept in `upload_folder` (None: the system's for temporary files). Without `places` no entry says where it is,
     without `workers` there are no metrics of them.
+    `allowed_hosts` are the server's names beside loopback's, `allowed_origins` the pages that may use it.
     `generator` is wrapped so that every request, over HTTP or gRPC, is counted in `registry`: one registry per object.
     """
 
@@ -37,6 +38,8 @@ class GatewayDeps:
     max_body_bytes: int = 32 << 20
     max_adapter_bytes: int = 2 << 30
     upload_folder: Path | None = None
+    allowed_hosts: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
     places: AdapterPlaces | None = None
     workers: Callable[[], Iterable[Worker]] | None = None
 

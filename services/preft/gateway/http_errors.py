@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
 from preft.core.errors import InvalidRequest, PreftError, QueueFull, mapping_of
+from preft.gateway.http_methods import methods_at, options_response
 
 CLIENT_GONE = 499  # for the metrics: nobody is there to read it
 _INTERNAL = "The server met an unexpected error."
@@ -37,6 +38,11 @@ def error_response(error: BaseException) -> JSONResponse:
     return JSONResponse(error_body(error), status, headers)
 
 
+def plain_error(status: int, message: str, code: str) -> JSONResponse:
+    """The response for what is refused before, or beside, the routes."""
+    return JSONResponse(_body(message, _kind(status), None, code), status)
+
+
 def install_error_handlers(app: FastAPI) -> None:
     """Makes every error of `app`, its own 404 and 405 included, answer with OpenAI's error body."""
 
@@ -46,12 +52,17 @@ def install_error_handlers(app: FastAPI) -> None:
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         status = HTTPStatus(error.status_code)
+        headers = dict(error.headers or {})
+        if status == HTTPStatus.METHOD_NOT_ALLOWED:
+            methods = methods_at(request.app.routes, request.scope)
+            if request.method == "OPTIONS":
+                return options_response(methods)
+            headers["Allow"] = ", ".join(methods)
         message = str(error.detail)
         if message == status.phrase:
             message = f"{request.method} {request.url.path}: {status.phrase}."
-        kind = "invalid_request_error" if status < 500 else "server_error"
-        body = _body(message, kind, None, status.phrase.lower().replace(" ", "_"))
-        return JSONResponse(body, status, error.headers)
+        body = _body(message, _kind(status), None, status.phrase.lower().replace(" ", "_"))
+        return JSONResponse(body, status, headers)
 
     async def invalid(_: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
@@ -66,6 +77,10 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(ClientDisconnect, gone)
     app.add_exception_handler(Exception, known)
+
+
+def _kind(status: int) -> str:
+    return "invalid_request_error" if status < 500 else "server_error"
 
 
 def _body(message: str, kind: str, param: str | None, code: str) -> dict[str, Any]:

@@ -67,7 +67,7 @@ async def chat_job(body: ChatBody, deps: GatewayDeps) -> Job:
 
 
 def resolve_model(model: str, deps: GatewayDeps) -> AdapterRef | None:
-    """The adapter version behind `model`, or None for the base model. Raises ModelNotFound, also if it could be both."""
+    """The adapter version behind `model`, None for the base model. Raises ModelNotFound, also if it could be both."""
     if model == deps.model_name:
         if deps.catalog.get(model) is not None:  # added by a server whose base model has another name
             raise ModelNotFound(f"The model {model!r} is ambiguous: the base model and an adapter have this name.")

@@ -1,4 +1,4 @@
-"""From bytes to checked bodies: JSON, parameter names, values. An InvalidRequest names the first offender."""
+"""From JSON to checked bodies: parameter names, values. An InvalidRequest names the first offender."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-import pydantic_core
+import jiter
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
-from starlette.exceptions import HTTPException
 
 from preft.core.errors import InvalidRequest
+from preft.gateway.content import read_json_bytes
 from preft.gateway.parameters import known_parameters
 
 INLINE_BYTES = 256 << 10  # a few milliseconds; larger bodies are parsed in a thread
@@ -20,23 +20,11 @@ Body = TypeVar("Body", bound=BaseModel)
 
 
 async def read_body(request: Request, kind: type[Body], limit: int) -> Body:
-    """Raises InvalidRequest for a bad body and HTTPException 413 for one of more than `limit` bytes."""
-    if (declared_length(request) or 0) > limit:
-        raise too_large(limit)
-    data = bytearray()
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > limit:
-            raise too_large(limit)
+    """Raises InvalidRequest for a bad body, HTTPException 415 and 413 as `read_json_bytes` does."""
+    data = await read_json_bytes(request, limit)
     if len(data) <= INLINE_BYTES:
-        return _parse(kind, bytes(data))
-    return await asyncio.to_thread(_parse, kind, bytes(data))
-
-
-def declared_length(request: Request) -> int | None:
-    """The bytes that the body should have, None if the request doesn't say it."""
-    declared = request.headers.get("content-length", "")
-    return int(declared) if declared.isdecimal() else None
+        return _parse(kind, data)
+    return await asyncio.to_thread(_parse, kind, data)
 
 
 def _parse(kind: type[Body], data: bytes) -> Body:
@@ -46,7 +34,7 @@ def _parse(kind: type[Body], data: bytes) -> Body:
 def parse_json(data: bytes) -> dict[str, Any]:
     """The JSON object in a request body. Raises InvalidRequest."""
     try:
-        value = pydantic_core.from_json(data, allow_inf_nan=False)
+        value = jiter.from_json(data, allow_inf_nan=False, catch_duplicate_keys=True)
     except ValueError as error:
         raise InvalidRequest(f"The request body is not valid JSON: {error}.") from error
     if not isinstance(value, dict):
@@ -97,8 +85,3 @@ def _shown(value: object) -> str:
         return "a list" if isinstance(value, list) else "an object"
     text = repr(value[:80] if isinstance(value, str) else value)
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def too_large(limit: int) -> HTTPException:
-    """The 413 of a body that may have `limit` bytes."""
-    return HTTPException(413, f"The request body is larger than {limit} bytes.")

@@ -13,7 +13,7 @@ from typing import BinaryIO
 from fastapi import Request
 
 from preft.core.errors import InvalidRequest, Unavailable
-from preft.gateway.parse import declared_length, too_large
+from preft.gateway.content import check_archive_type, declared_length, too_large
 
 WRITE_BYTES = 1 << 20  # a disk can be slow: each write goes to a thread, so they shouldn't be small
 
@@ -22,9 +22,10 @@ WRITE_BYTES = 1 << 20  # a disk can be slow: each write goes to a thread, so the
 async def received(request: Request, limit: int, folder: Path | None) -> AsyncIterator[Path]:
     """The body of `request` as a file in `folder`, which is removed when the context is left.
 
-    Entering raises HTTPException 413 for more than `limit` bytes, InvalidRequest if fewer came than were declared,
-    ClientDisconnect if the client left before its end, and Unavailable if the disk fails.
+    Entering raises HTTPException 415 for what is no archive, 413 for more than `limit` bytes, InvalidRequest if fewer
+    came than were declared, ClientDisconnect if the client left before its end, and Unavailable if the disk fails.
     """
+    check_archive_type(request)
     if (declared_length(request) or 0) > limit:
         raise too_large(limit)
     try:

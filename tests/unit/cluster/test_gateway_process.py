@@ -18,7 +18,7 @@ from support.fake_workers import FakeCluster
 from support.fakes import FakeCatalog
 from support.small_tokenizers import byte_level
 
-HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
 MANY = b"x-name: value\r\n" * 100
 
 
@@ -57,7 +57,7 @@ async def answer(gateway: RunningGateway, start: bytes, part: bytes) -> bytes:
         (HEAD, MANY),
         (HEAD + b"x-name: ", b"x" * 4096),
         (b"GET /", b"x" * 4096),
-        (b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" + HEAD, MANY),
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" + HEAD, MANY),
     ],
     ids=["many", "one", "path", "second request"],
 )
@@ -66,7 +66,7 @@ async def test_headers_that_never_end_are_refused(gateway: RunningGateway, start
 
 
 async def test_trailers_that_never_end_are_refused(gateway: RunningGateway) -> None:
-    chunked = HEAD + b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n0\r\n"
+    chunked = HEAD + b"Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n{\r\n0\r\n"
     assert await answer(gateway, chunked, MANY) == b""  # the request has begun: nothing is mixed into its answer
 
 

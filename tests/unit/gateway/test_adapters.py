@@ -171,7 +171,9 @@ async def test_an_entry_says_where_it_is(served):
 
 async def test_nobody_knows_where(tokenizer):
     deps = GatewayDeps("base", tokenizer, 64, FakeGenerator(lambda request: Script()), FakeCatalog.of(ann="/a"))
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(create_app(deps)), base_url="http://gateway") as client:
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(create_app(deps)), base_url="http://localhost"
+    ) as client:
         assert (await client.get("/v1/adapters/ann")).json()["workers"] == []
 
 
@@ -269,7 +271,9 @@ async def test_an_upload(served, chunked):
             yield archive[start : start + 50_000]
 
     content = pieces() if chunked else archive
-    response = await served.client.put("adapters/team/bob", content=content, headers={"content-type": "text/plain"})
+    response = await served.client.put(
+        "adapters/team/bob", content=content, headers={"content-type": "application/x-tar"}
+    )
     assert response.json()["name"] == "team/bob"
     assert response.json()["size"] == len(archive)
     assert served.catalog.archives == {"team/bob": archive}
@@ -302,7 +306,7 @@ async def test_an_upload_over_the_limit(served, chunked):
 @pytest.mark.parametrize("ending", ["abort", "close"])
 async def test_a_client_that_goes_away_half_way_adds_nothing(served, framing, ending):
     reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
-    writer.write(b"PUT /v1/adapters/bob HTTP/1.1\r\nHost: x\r\n" + framing + b"\r\n\r\n")
+    writer.write(b"PUT /v1/adapters/bob HTTP/1.1\r\nHost: localhost\r\n" + framing + b"\r\n\r\n")
     piece = b"x" * 1_500_000
     writer.write(piece if b"Length" in framing else b"%x\r\n%s\r\n" % (len(piece), piece))
     await until(lambda: served.uploads.exists() and [file for file in served.uploads.iterdir() if file.stat().st_size])
@@ -327,7 +331,9 @@ async def test_a_body_shorter_than_declared_is_not_added(served, tokenizer, tmp_
     async def short() -> AsyncIterator[bytes]:
         yield b"half"
 
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(create_app(deps)), base_url="http://gateway") as client:
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(create_app(deps)), base_url="http://localhost"
+    ) as client:
         found = error(await client.put("/v1/adapters/bob", content=short(), headers={"content-length": "8"}), 400)
     assert "4 of 8 bytes" in found["message"]
     assert served.catalog.get("bob") is None
@@ -339,7 +345,9 @@ async def test_a_disk_that_fails_is_503(served, tokenizer, tmp_path):
     deps = GatewayDeps(
         "base", tokenizer, 64, FakeGenerator(lambda request: Script()), served.catalog, upload_folder=tmp_path / "file"
     )
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(create_app(deps)), base_url="http://gateway") as client:
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(create_app(deps)), base_url="http://localhost"
+    ) as client:
         assert error(await client.put("/v1/adapters/bob", content=b"x"), 503)["code"] == "unavailable"
 
 

@@ -20,6 +20,7 @@ from support.fakes import FakeCatalog, FakeGenerator, Script
 from support.small_tokenizers import byte_level
 
 MAX_LEN = 64
+JSON = {"content-type": "application/json"}
 USER = [{"role": "user", "content": "hi"}]
 
 
@@ -34,7 +35,7 @@ class Gateway:
         self.deps = GatewayDeps("base", tokenizer, MAX_LEN, self.generator, self.catalog, **deps)
         self.app = create_app(self.deps)
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
-        self.client = httpx.AsyncClient(transport=transport, base_url="http://gateway")
+        self.client = httpx.AsyncClient(transport=transport, base_url="http://localhost")
 
     def ids(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer._backend.encode(text, add_special_tokens=False).ids)
@@ -534,12 +535,13 @@ async def test_no_chat_template(tmp_path):
 async def test_wrong_paths_and_methods(gateway, method, path, status, code):
     response = await gateway.client.request(method, path)
     assert error(response, status)["code"] == code
-    assert (response.headers.get("allow") == "POST") == (status == 405)
+    assert (response.headers.get("allow") == "OPTIONS, POST") == (status == 405)
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"model": "base", "prompt": "hi"'])
 async def test_malformed_json(gateway, data):
-    assert error(await gateway.client.post("/v1/completions", content=data), 400)["code"] == "invalid_request"
+    response = await gateway.client.post("/v1/completions", content=data, headers=JSON)
+    assert error(response, 400)["code"] == "invalid_request"
 
 
 async def test_bodies_over_the_limit(tokenizer):
@@ -551,7 +553,7 @@ async def test_bodies_over_the_limit(tokenizer):
             for _ in range(3):
                 yield b"x" * 400
 
-        error(await small.client.post("/v1/completions", content=chunks()), 413)
+        error(await small.client.post("/v1/completions", content=chunks(), headers=JSON), 413)
 
 
 async def test_large_bodies_are_parsed_in_a_thread(gateway):

@@ -81,7 +81,8 @@ async def request(port: int, **body: object) -> AsyncIterator[asyncio.StreamRead
     """A request on a socket of its own, which is closed without reading on when the context is left."""
     data = json.dumps({"model": "base", "prompt": "hi", "max_tokens": 400, **body}).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(data), data))
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    writer.write(head + b"Content-Length: %d\r\n\r\n" % len(data) + data)
     await writer.drain()
     try:
         yield reader

@@ -43,6 +43,7 @@ class Script:
     cached: int = 0
     finish_apart: bool = False  # the finish reason comes in a delta of its own, without tokens
     never_finish: bool = False
+    logprobs: Sequence[TokenLogprob] | None = None  # one for each of `tokens`, instead of made-up ones
 
 
 class FakeGeneration:
@@ -75,7 +76,7 @@ class FakeGeneration:
                 yield TokenDelta(
                     index,
                     ids,
-                    self._logprobs(ids),
+                    self._logprobs(ids, start),
                     finish if end else None,
                     script.stop_token_id if end else None,
                     cached_tokens=script.cached if index == start == 0 else 0,
@@ -86,11 +87,13 @@ class FakeGeneration:
             if script.finish_apart and index not in self.stopped:
                 yield TokenDelta(index, (), (), finish, script.stop_token_id)
 
-    def _logprobs(self, token_ids: tuple[int, ...]) -> tuple[TokenLogprob, ...]:
+    def _logprobs(self, token_ids: tuple[int, ...], start: int) -> tuple[TokenLogprob, ...]:
         """-0.5 for the sampled token, which is the likeliest; its successors by id follow at -1.0, -1.5, ..."""
         count = self._request.sampling.logprobs
         if count is None:
             return ()
+        if self._script.logprobs is not None:
+            return tuple(self._script.logprobs[start : start + len(token_ids)])
         return tuple(
             TokenLogprob(token_id, -0.5, 1, tuple((token_id + i, -0.5 * (i + 1)) for i in range(count)))
             for token_id in token_ids

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Self
 
 from preft.core.errors import EngineFailed
 from preft.core.ports import Generator
-from preft.core.request import GenerateRequest
+from preft.core.request import GenerateRequest, TokenLogprob
 from preft.gateway.choice import Choice, ChoiceDelta
 from preft.gateway.job import Job
 from preft.gateway.tokenizer import Tokenizer
@@ -75,6 +77,7 @@ class Completion:
         try:
             async with self._generator.generate(request) as generation:
                 async for delta in generation:
+                    _check_numbers(delta.logprobs)
                     self.cached_tokens += delta.cached_tokens
                     choice = choices[delta.index]
                     if choice.finished:
@@ -98,3 +101,10 @@ class Completion:
     def _wake(self) -> None:
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
+
+
+def _check_numbers(entries: Iterable[TokenLogprob]) -> None:
+    """Raises EngineFailed for log probabilities that no distribution has; minus infinity is one of a distribution."""
+    for entry in entries:
+        if not all(value < math.inf for value in (entry.logprob, *(logprob for _, logprob in entry.top))):
+            raise EngineFailed("the model's numbers are no longer finite: this request can't be answered")

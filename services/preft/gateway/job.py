@@ -16,7 +16,7 @@ from preft.gateway.chat_prompt import ChatPrompt
 from preft.gateway.choice import TextOptions
 from preft.gateway.deps import GatewayDeps
 from preft.gateway.listing import served_version
-from preft.gateway.schemas import ChatBody, CompletionBody, GenerationBody
+from preft.gateway.schemas import INT64_MAX, ChatBody, CompletionBody, GenerationBody
 from preft.gateway.tokenizer import INLINE_CHARS, Tokenizer
 
 MAX_CHOICES = 1024
@@ -140,14 +140,16 @@ def _job(
     tokenizer = deps.tokenizer
     _check_ids(body.stop_token_ids, tokenizer, "stop_token_ids")
     _check_ids(body.logit_bias, tokenizer, "logit_bias")
-    job_id = f"{body.id_prefix}-{uuid.uuid4().hex}"
+    unique = uuid.uuid4().hex
+    job_id = f"{body.id_prefix}-{body.request_id or unique}"
+    request_id = f"{job_id}-{unique}" if body.request_id else job_id  # a caller may use an id twice, workers can't
     requests = []
     for number, prompt in enumerate(prompts):
         max_tokens = _max_tokens(body, len(prompt), default_tokens, deps.max_model_len)
         _check_ids(prompt, tokenizer, body.prompt_param)
         requests.append(
             GenerateRequest(
-                request_id=job_id if len(prompts) == 1 else f"{job_id}-{number}",
+                request_id=request_id if len(prompts) == 1 else f"{request_id}-{number}",
                 prompt_token_ids=prompt,
                 sampling=_sampling(body, tokenizer, max_tokens),
                 adapter=adapter,
@@ -211,8 +213,9 @@ def _sampling(body: GenerationBody, tokenizer: Tokenizer, max_tokens: int) -> Sa
 
 
 def _seed(body: GenerationBody) -> int | None:
-    """-1 is vLLM's way to say "none". As choice i gets `seed + i`, seeds that would count up to -1 start lower."""
+    """The seed of choice 0. As choice i gets `seed + i`, seeds that would count up to -1, or too far, start lower."""
     seed = body.seed
-    if seed is None or seed == -1:
+    if seed is None:
         return None
-    return seed - body.n if seed < -1 < seed + body.n else seed
+    last = seed + body.n - 1
+    return seed - body.n if seed < -1 <= last or last > INT64_MAX else seed

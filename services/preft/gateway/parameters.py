@@ -10,11 +10,18 @@ from typing import Any
 
 from preft.core.errors import InvalidRequest
 
-# For the caller's own bookkeeping; no effect on the tokens.
-METADATA = frozenset(
+# No effect on the tokens here, whatever the value: the caller's own bookkeeping, ...
+ACCEPTED = frozenset(
     {
         "user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
         "session_id",
+        # ... the size of stream chunks, ...
+        "stream_interval",
+        # ... what only counts beside a parameter that is refused, ...
+        "length_penalty", "truncation_side", "parallel_tool_calls",
+        # ... and what only counts for images, expert models or vLLM's render endpoints.
+        "media_io_kwargs", "mm_payload", "mm_processor_kwargs", "return_mm_kwargs", "return_token_offsets",
+        "routed_experts_prompt_start",
     }
 )  # fmt: skip
 
@@ -25,6 +32,7 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "bad_words": ([],),
     "cache_salt": (),
     "chat_template": (),
+    "detokenize": (True,),
     "ec_transfer_params": (),
     "echo": (False,),
     "function_call": ("none", "auto"),
@@ -37,32 +45,22 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "guided_whitespace_pattern": (),
     "include_reasoning": (True,),
     "kv_transfer_params": (),
-    "length_penalty": (1,),
     "logit_processors": ([],),
     "logits_processors": ([],),
     "logprob_token_ids": ([],),
-    "media_io_kwargs": ({},),
-    "mm_payload": ("tensors", "none"),
-    "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),
     "prediction": (),
     "priority": (0,),
     "prompt_embeds": (),
     "prompt_logprobs": (),
     "repetition_detection": (),
-    "request_id": (),
     "response_format": ({"type": "text"},),
     "return_prompt_text": (False,),
-    "return_token_offsets": (False,),
-    "routed_experts_prompt_start": (0,),
     "spaces_between_special_tokens": (True,),
-    "stream_interval": (1,),
     "structured_outputs": (),
     "suffix": ("",),
     "thinking_token_budget": (-1,),
     "truncate_prompt_tokens": (),
-    "truncation_side": ("left", "right"),
     "use_beam_search": (False,),
     "verbosity": ("medium",),
     "vllm_xargs": ({},),
@@ -79,14 +77,14 @@ def known_parameters(given: Mapping[str, Any], fields: Iterable[str]) -> dict[st
     fields = frozenset(fields)
     kept: dict[str, Any] = {}
     for name, value in given.items():
-        if value is None or name in METADATA:
+        if value is None:
             continue
         if name in fields:
             kept[name] = value
         elif name in UNSUPPORTED:
             if not any(_same(value, neutral) for neutral in UNSUPPORTED[name]):
                 raise InvalidRequest(f"Parameter {name!r} isn't supported with this value.", name)
-        else:
+        elif name not in ACCEPTED:
             raise InvalidRequest(f"Unknown parameter: {name!r}.", name)
     return kept
 

@@ -17,7 +17,7 @@ from preft.gateway.job import Job
 from preft.gateway.logprobs import LogprobFormat
 from preft.gateway.tokenizer import Tokenizer
 
-_dumps = JSONEncoder(separators=(",", ":")).encode
+_dumps = JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class _Base:
     whole_object: str
     chunk_object: str
     plain_head: str  # a choice up to its text, without the index
-    plain_tail: str  # and from there on
+    plain_tail: str  # and from there on, without the end of the event
 
     def __init__(self, job: Job, tokenizer: Tokenizer, options: ReplyOptions) -> None:
         self._job = job
@@ -90,17 +90,18 @@ class _Base:
         self._detailed = self._logprobs is not None or options.token_ids or options.continuous_usage
         head = _dumps({**self._envelope, "object": self.chunk_object})[:-1]
         self._heads = [f'data: {head},"choices":[{{"index":{i},{self.plain_head}' for i in range(choices)]
+        self._tail = self.plain_tail + (',"usage":null}\n\n' if options.usage else "}\n\n")
 
     def chunk(self, delta: ChoiceDelta) -> str:
         index = delta.index
-        self._generated[index] += len(delta.token_ids)
         opening = "" if self._started[index] else self._open(index)
+        self._generated[index] += len(delta.token_ids)
         if self._detailed or delta.finish_reason is not None:
-            return opening + self._event([self._chunk_choice(delta)], **self._continuous_usage(index))
+            return opening + self._event([self._chunk_choice(delta)], **self._usage_so_far(index))
         if not delta.text:
             return opening
         # The hot path, once per token: one JSON string between two prepared pieces.
-        return f"{opening}{self._heads[index]}{quote(delta.text)}{self.plain_tail}"
+        return f"{opening}{self._heads[index]}{quote(delta.text)}{self._tail}"
 
     def end(self, cached_tokens: int) -> str:
         if not self._options.usage:
@@ -131,10 +132,11 @@ class _Base:
         body = {**self._envelope, "object": self.chunk_object, "choices": choices, **more}
         return f"data: {_dumps(body)}\n\n"
 
-    def _continuous_usage(self, index: int) -> dict[str, Any]:
-        if not self._options.continuous_usage:
-            return {}
-        return {"usage": self._usage(len(self._prompt(index)), self._generated[index])}
+    def _usage_so_far(self, index: int) -> dict[str, Any]:
+        """What a chunk says of usage: in OpenAI's streams with usage, null until the last chunk."""
+        if self._options.continuous_usage:
+            return {"usage": self._usage(len(self._prompt(index)), self._generated[index])}
+        return {"usage": None} if self._options.usage else {}
 
     def _prompt(self, index: int) -> tuple[int, ...]:
         return self._job.requests[index // self._job.n].prompt_token_ids
@@ -157,7 +159,7 @@ class CompletionShape(_Base):
     whole_object = "text_completion"
     chunk_object = "text_completion"
     plain_head = '"text":'
-    plain_tail = ',"logprobs":null,"finish_reason":null,"stop_reason":null}]}\n\n'
+    plain_tail = ',"logprobs":null,"finish_reason":null,"stop_reason":null}]'
 
     def __init__(self, job: Job, tokenizer: Tokenizer, options: ReplyOptions) -> None:
         super().__init__(job, tokenizer, options)
@@ -207,15 +209,14 @@ class ChatShape(_Base):
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
     plain_head = '"delta":{"content":'
-    plain_tail = '},"logprobs":null,"finish_reason":null}]}\n\n'
+    plain_tail = '},"logprobs":null,"finish_reason":null}]'
 
     def _open(self, index: int) -> str:
         """A choice starts with its role."""
         self._started[index] = True
         delta = {"role": "assistant", "content": ""}
         more: dict[str, Any] = {"prompt_token_ids": self._prompt(index)} if self._options.token_ids else {}
-        if self._options.continuous_usage:
-            more["usage"] = self._usage(len(self._prompt(index)), 0)
+        more |= self._usage_so_far(index)
         return self._event([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}], **more)
 
     def whole(self, choices: list[WholeChoice], cached_tokens: int) -> dict[str, Any]:

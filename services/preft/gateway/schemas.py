@@ -7,7 +7,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    WithJsonSchema,
+    model_validator,
+)
 
 from preft.core.errors import InvalidRequest
 from preft.gateway.messages import MAX_DOCUMENTS, MAX_MESSAGES, MAX_TOOLS, Message, Tool
@@ -17,11 +26,16 @@ from preft.gateway.values import (
     at_most,
     read_logit_bias,
     read_prompts,
+    read_seed,
     read_stops,
+    whole,
 )
 
 INT64_MAX = 2**63 - 1
 INT32_MAX = 2**31 - 1
+
+
+Integer = Annotated[int, BeforeValidator(whole)]
 
 
 class Strict(BaseModel):
@@ -45,23 +59,26 @@ class GenerationBody(Strict):
     model: Annotated[str, Field(min_length=1)]
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=INT32_MAX)] | None = None  # -1 and 0: all tokens
+    top_k: Annotated[Integer, Field(ge=-1, le=INT32_MAX)] | None = None  # -1 and 0: all tokens
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    seed: Annotated[int, Field(ge=-INT64_MAX - 1, le=INT64_MAX)] | None = None
-    n: Annotated[int, Field(ge=1, le=128)] = 1
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    min_tokens: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[Integer, Field(ge=-INT64_MAX - 1, le=INT64_MAX), AfterValidator(read_seed)] | None = None
+    n: Annotated[Integer, Field(ge=1, le=128)] = 1
+    max_tokens: Annotated[Integer, Field(ge=1)] | None = None
+    min_tokens: Annotated[Integer, Field(ge=0)] = 0
     ignore_eos: bool = False
-    stop: Annotated[tuple[str, ...], PlainValidator(read_stops)] = ()
-    stop_token_ids: Annotated[list[int], BeforeValidator(at_most(MAX_TOKEN_IDS))] = Field(default_factory=list)
-    logit_bias: Annotated[dict[int, float], PlainValidator(read_logit_bias)] = Field(default_factory=dict)
+    stop: Annotated[tuple[str, ...], PlainValidator(read_stops, json_schema_input_type=str | list[str])] = ()
+    stop_token_ids: Annotated[list[Integer], BeforeValidator(at_most(MAX_TOKEN_IDS))] = Field(default_factory=list)
+    logit_bias: Annotated[
+        dict[int, float], PlainValidator(read_logit_bias, json_schema_input_type=dict[str, float])
+    ] = Field(default_factory=dict)
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
+    request_id: Annotated[str, Field(pattern=r"^[!-~]{1,128}$")] | None = None  # a part of the reply's id
     stream: bool = False
     stream_options: StreamOptions | None = None
 
@@ -98,9 +115,12 @@ class CompletionBody(GenerationBody):
     id_prefix = "cmpl"
     prompt_param = "prompt"
 
-    prompt: Annotated[tuple[Prompt, ...], PlainValidator(read_prompts)]
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    best_of: Annotated[int, Field(ge=1)] | None = None
+    prompt: Annotated[
+        tuple[Prompt, ...],
+        PlainValidator(read_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+    ]
+    logprobs: Annotated[Integer, Field(ge=0, le=20)] | None = None
+    best_of: Annotated[Integer, Field(ge=1)] | None = None
     add_special_tokens: bool = True
 
     @model_validator(mode="after")
@@ -121,9 +141,9 @@ class ChatBody(GenerationBody):
     prompt_param = "messages"
 
     messages: Annotated[list[Message], Field(min_length=1), BeforeValidator(at_most(MAX_MESSAGES))]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None  # wins over max_tokens
+    max_completion_tokens: Annotated[Integer, Field(ge=1)] | None = None  # wins over max_tokens
     logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[Integer, Field(ge=0, le=20)] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool = False

@@ -13,20 +13,29 @@ MAX_STOPS = 16
 MAX_TOKEN_IDS = 1024  # that one parameter singles out; they go to the workers with every choice
 
 Prompt = str | tuple[int, ...]
+_NO_PROMPT = "must be a string, a list of strings, a list of token ids, or a list of lists of token ids"
+
+
+def whole(value: object) -> object:
+    """16.0 is 16: JSON knows one kind of number."""
+    return int(value) if type(value) is float and value.is_integer() else value
 
 
 def read_prompts(value: object) -> tuple[Prompt, ...]:
     """A prompt is a text or token ids; a list of either is several prompts."""
     if isinstance(value, str):
         prompts: tuple[Prompt, ...] = (value,)
-    elif isinstance(value, list) and (not value or _are_ids(value)):
-        prompts = (tuple(value),)
-    elif isinstance(value, list) and all(isinstance(item, str) for item in value):
+    elif isinstance(value, list) and all(isinstance(item, str) for item in value) and value:
         prompts = tuple(value)
-    elif isinstance(value, list) and all(isinstance(item, list) and _are_ids(item) for item in value):
-        prompts = tuple(tuple(item) for item in value)
+    elif isinstance(value, list) and (ids := _ids(value)) is not None:
+        prompts = (ids,)
+    elif isinstance(value, list) and all(isinstance(item, list) for item in value):
+        several = [_ids(item) for item in value]
+        prompts = tuple(ids for ids in several if ids is not None)
+        if len(prompts) < len(several):
+            raise ValueError(_NO_PROMPT)
     else:
-        raise ValueError("must be a string, a list of strings, a list of token ids, or a list of lists of token ids")
+        raise ValueError(_NO_PROMPT)
     if len(prompts) > MAX_PROMPTS:
         raise ValueError(f"holds {len(prompts)} prompts, the limit is {MAX_PROMPTS}")
     if not all(prompts):
@@ -34,8 +43,20 @@ def read_prompts(value: object) -> tuple[Prompt, ...]:
     return prompts
 
 
-def _are_ids(value: list[Any]) -> bool:
-    return all(type(item) is int for item in value)
+def _ids(value: list[Any]) -> tuple[int, ...] | None:
+    """Token ids, if that is what the list holds."""
+    if not all(type(item) is int for item in value):
+        value = [whole(item) for item in value]
+        if not all(type(item) is int for item in value):
+            return None
+    return tuple(value)
+
+
+def read_seed(value: int) -> int:
+    """-1 means no seed to vLLM, and would to its engines."""
+    if value == -1:
+        raise ValueError("-1 is not a seed, leave it out for output that differs each time")
+    return value
 
 
 def read_stops(value: object) -> tuple[str, ...]:

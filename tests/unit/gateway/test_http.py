@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections.abc import Callable
 from contextlib import asynccontextmanager
@@ -11,7 +12,7 @@ import pytest
 
 from preft.core.cluster import Adapter
 from preft.core.errors import EngineFailed, QueueFull, TransferFailed, Unavailable, WorkerLost
-from preft.core.request import AdapterRef, FinishReason
+from preft.core.request import AdapterRef, FinishReason, TokenLogprob
 from preft.gateway import job
 from preft.gateway.app import create_app
 from preft.gateway.deps import GatewayDeps
@@ -113,7 +114,8 @@ async def test_a_streamed_completion(gateway):
     assert {chunk["id"] for chunk in chunks} == {response.headers["x-request-id"]}
     assert usage["choices"] == []
     assert usage["usage"]["completion_tokens"] == len(gateway.script.tokens)
-    assert all("usage" not in chunk for chunk in chunks)
+    assert {chunk["usage"] for chunk in chunks} == {None}
+    assert all("usage" not in chunk for chunk in events(await gateway.complete(stream=True)))
 
 
 async def test_a_chat(gateway):
@@ -301,17 +303,69 @@ async def test_many_token_ids_are_checked_in_a_thread(gateway, monkeypatch):
 
 @pytest.mark.parametrize("n", [1, 2, 5])
 async def test_no_choice_of_a_seeded_request_goes_without_a_seed(gateway, n):
-    """Choice i has `seed + i`, and -1 is none for vLLM."""
-    for seed in range(-7, 3):
+    """Choice i has `seed + i`, and -1 is none for vLLM, which takes 64 bits."""
+    ends = (-(2**63), 2**63 - 1)
+    for seed in (*range(-7, -1), *range(3), *ends, ends[0] + 1, ends[1] - 3):
         gateway.generator.requests.clear()
         await gateway.complete(seed=seed, n=n)
         [request] = gateway.generator.requests
-        if seed == -1:
-            assert request.sampling.seed is None
-        else:
-            seeds = [request.sampling.seed + index for index in range(n)]
-            assert -1 not in seeds
-            assert seeds[0] == seed or -1 in range(seed, seed + n)
+        seeds = [request.sampling.seed + index for index in range(n)]
+        assert -1 not in seeds
+        assert all(ends[0] <= number <= ends[1] for number in seeds)
+        assert seeds[0] == seed or not -1 < seed + n - 1 <= ends[1] or seed < 0
+
+
+@pytest.mark.parametrize("seed", [-1, -1.0])
+async def test_minus_one_is_no_seed(gateway, seed):
+    found = error(await gateway.complete(seed=seed), 400)
+    assert (found["param"], "leave it out" in found["message"]) == ("seed", True)
+
+
+@pytest.mark.parametrize("api", ["complete", "chat"])
+async def test_a_callers_id_is_a_part_of_the_replys(gateway, api):
+    """Twice the same id is fine: workers see another each time."""
+    prefix = {"complete": "cmpl", "chat": "chatcmpl"}[api]
+    for stream in (False, True):
+        response = await getattr(gateway, api)(request_id="my-1", stream=stream)
+        assert response.headers["x-request-id"] == f"{prefix}-my-1"
+        ids = [event["id"] for event in events(response)] if stream else [response.json()["id"]]
+        assert set(ids) == {f"{prefix}-my-1"}
+    first, second = (request.request_id for request in gateway.generator.requests)
+    assert first != second
+    assert first.startswith(f"{prefix}-my-1-")
+    for bad in ("", "a b", "a\r\nx: y", "é", "x" * 129, "a\n", 5):
+        assert error(await getattr(gateway, api)(request_id=bad), 400)["param"] == "request_id"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("api", ["complete", "chat"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("place", ["sampled", "top"])
+async def test_numbers_that_are_no_probabilities_end_the_request(gateway, api, stream, value, place):
+    entry = TokenLogprob(70, value, 1) if place == "sampled" else TokenLogprob(70, -1.0, 1, ((70, -1.0), (71, value)))
+    gateway.script = Script((70, 70, 70), logprobs=(entry, entry, entry))
+    wanted = {"logprobs": 2} if api == "complete" else {"logprobs": True, "top_logprobs": 2}
+    response = await getattr(gateway, api)(stream=stream, **wanted)
+    assert "no longer finite" in error(response, 500)["message"]
+
+
+@pytest.mark.parametrize("api", ["complete", "chat"])
+async def test_what_can_not_be_sampled_has_a_number_in_json(gateway, api):
+    entry = TokenLogprob(70, -math.inf, 1, ((70, -1.0), (71, -math.inf)))
+    gateway.script = Script((70,), logprobs=(entry,))
+    wanted = {"logprobs": 2} if api == "complete" else {"logprobs": True, "top_logprobs": 2}
+    for stream in (False, True):
+        text = (await getattr(gateway, api)(stream=stream, **wanted)).text
+        assert text.count("-9999.0") >= 2
+        assert "Infinity" not in text
+
+
+async def test_streams_of_chats_say_usage_last(gateway):
+    body = {"stream": True, "stream_options": {"include_usage": True}}
+    for more in ({}, {"logprobs": True}, {"return_token_ids": True}, {"n": 2, "temperature": 1}):
+        *chunks, last = events(await gateway.chat(**body, **more))
+        assert {chunk["usage"] for chunk in chunks} == {None}
+        assert (last["choices"], last["usage"]["completion_tokens"]) == ([], 11 * more.get("n", 1))
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,8 @@ BAD_VALUES = [
     ("repetition_penalty", 0, -1),
     ("presence_penalty", -2.1, 2.1),
     ("frequency_penalty", -2.1, 2.1),
-    ("seed", 2**63, -(2**63) - 1, 1.5),
-    ("n", 0, -1, 129, 1.0, "1"),
+    ("seed", 2**63, -(2**63) - 1, 1.5, -1, 1e19, float("inf")),
+    ("n", 0, -1, 129, 1.5, "1", True, 1e300),
     ("max_tokens", 0, -5, "16", 1.5, True),
     ("min_tokens", -1),
     ("ignore_eos", "yes", 1),
@@ -129,6 +129,10 @@ def test_an_unknown_parameter_is_named(parse):
         (chat, "audio", {"voice": "x"}),
         (chat, "priority", 1),
         (chat, "priority", False),
+        (chat, "echo", True),
+        (completion, "cache_salt", "secret"),
+        (chat, "cache_salt", ""),
+        (completion, "detokenize", False),
     ],
 )
 def test_what_is_not_supported_says_so(parse, name, value):
@@ -143,6 +147,44 @@ def test_neutral_values_and_metadata_are_accepted():
     assert completion(n=2, best_of=2).n == 2
     neutral = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "parallel_tool_calls": True}
     assert chat(**neutral, **metadata, priority=0).model_copy(update={"tool_choice": None}) == chat()
+
+
+WHOLE = ("max_tokens", "min_tokens", "n", "top_k", "seed")
+
+
+@pytest.mark.parametrize("parse", [completion, chat])
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_whole_number_is_an_integer_however_it_is_written(parse, name):
+    value = getattr(parse(**{name: 16.0}), name)
+    assert (value, type(value)) == (16, int)
+    assert refused(parse, **{name: 16.5}).param == name
+
+
+def test_whole_numbers_of_one_api_and_in_lists():
+    body = completion(logprobs=2.0, stop_token_ids=[3.0, 4], best_of=1.0, prompt=[1.0, 2])
+    assert (body.logprobs, body.stop_token_ids, body.best_of, body.prompt) == (2, [3, 4], 1, ((1, 2),))
+    assert completion(prompt=[[1, 2.0], [3]]).prompt == ((1, 2), (3,))
+    assert all(type(token_id) is int for token_id in completion(prompt=[1.0]).prompt[0])
+    assert chat(max_completion_tokens=5.0, logprobs=True, top_logprobs=2.0).wanted_logprobs == 2
+    assert refused(completion, stop_token_ids=[3.5]).param == "stop_token_ids[0]"
+    assert refused(completion, prompt=[1.5]).param == refused(completion, prompt=[[1], [True]]).param == "prompt"
+
+
+def test_every_integer_field_takes_whole_numbers():
+    """Also one that is added later."""
+    for kind in (CompletionBody, ChatBody):
+        schema = kind.model_json_schema()["properties"]
+        integers = {
+            name
+            for name, field in schema.items()
+            if any(form.get("type") == "integer" for form in (field, *field.get("anyOf", ())))
+        }
+        assert integers >= set(WHOLE)
+        for name in integers:
+            more = {"n": 4.0, "best_of": 4.0} if name == "best_of" else {name: 4.0, "logprobs": True}
+            more = more if kind is ChatBody or name == "best_of" else {name: 4.0}
+            value = getattr((chat if kind is ChatBody else completion)(**more), name)
+            assert (name, value, type(value)) == (name, 4, int)
 
 
 def test_null_means_absent():
@@ -212,7 +254,32 @@ def test_messages_that_are_accepted():
     assert refused(chat, messages=[]).param == "messages"
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"5", b'{"a": NaN}', b'{"a": "\\ud800"}', b"\xff", b"[" * 10_000])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"5",
+        b'{"a": NaN}',
+        b'{"a": "\\ud800"}',
+        b"\xff",
+        b"[" * 10_000,
+        b'{"a": 1, "a": 1}',
+        b'{"m": [{"a": 1, "\\u0061": 2}]}',
+        b'{"a": Infinity}',
+        b'{"a": -Infinity}',
+        b'{"a": "\\udfff\\ud800"}',
+        b'{"a":' * 5000,
+        b"nul",
+        b"{} {}",
+        b'{"a": %s}' % (b"9" * 5000),
+        b'{"a": 01}',
+        b"{'a': 1}",
+        b'{"a": 1,}',
+        b"\x00",
+    ],
+)
 def test_a_body_that_is_no_json_object(data):
     with pytest.raises(InvalidRequest):
         parse_json(data)

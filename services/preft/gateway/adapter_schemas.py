@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
 from preft.core.errors import InvalidRequest
-from preft.gateway.schemas import Strict
+from preft.gateway.schemas import Integer, Strict
 from preft.gateway.values import read_flag, read_kind
 
 DEFAULT_LIMIT = 100
@@ -29,6 +29,7 @@ class UnloadAdapterBody(Strict):
     """POST /v1/unload_lora_adapter, vLLM's."""
 
     lora_name: Name
+    lora_int_id: Integer | None = None  # vLLM's own number, which says nothing here
 
 
 class AddAdapterBody(Strict):
@@ -73,7 +74,7 @@ class ListQuery(_Query):
     after: str = ""
     search: str = ""
     kind: Annotated[Literal["lora", "reft", "lora+reft"], BeforeValidator(read_kind)] | None = None
-    pinned: Annotated[bool, PlainValidator(read_flag)] | None = None
+    pinned: Annotated[bool, PlainValidator(read_flag, json_schema_input_type=bool)] | None = None
 
     @property
     def filters(self) -> bool:
@@ -84,4 +85,4 @@ class ListQuery(_Query):
 class UploadQuery(_Query):
     """PUT /v1/adapters/{name}."""
 
-    replace: Annotated[bool, PlainValidator(read_flag)] = False
+    replace: Annotated[bool, PlainValidator(read_flag, json_schema_input_type=bool)] = False

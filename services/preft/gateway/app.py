@@ -10,6 +10,7 @@ from preft.gateway.deps import GatewayDeps
 from preft.gateway.http_errors import install_error_handlers
 from preft.gateway.http_methods import HeadAndSlashes
 from preft.gateway.metrics import CountResponses
+from preft.gateway.openapi import DescribedApp
 from preft.gateway.routes_adapters import adapter_routes, vllm_adapter_routes
 from preft.gateway.routes_models import model_routes
 from preft.gateway.routes_openai import openai_routes
@@ -18,7 +19,7 @@ from preft.gateway.routes_operations import operations_routes
 
 def create_app(deps: GatewayDeps) -> FastAPI:
     """The OpenAI-compatible HTTP API over `deps`. One app per GatewayDeps: its metrics are registered once."""
-    app = FastAPI(title="PreFT Serve", version=__version__, openapi_url=None, redirect_slashes=False)
+    app = DescribedApp(title="PreFT Serve", version=__version__, redoc_url=None, redirect_slashes=False)
     for routes in (openai_routes, model_routes, adapter_routes, vllm_adapter_routes, operations_routes):
         app.include_router(routes(deps))
     install_error_handlers(app)

@@ -10,12 +10,12 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
 
 from preft.core.cluster import Adapter, AdapterPlace
 from preft.core.errors import ModelNotFound
 from preft.core.ports import AdapterCatalog
 from preft.gateway.adapter_schemas import ListQuery
+from preft.gateway.reply_types import AdapterList, AdapterReply, PlaceReply
 
 _DIGEST = re.compile(r"[0-9a-f]{12,64}")  # in full, or its beginning, of which tables show 12 digits
 
@@ -68,7 +68,7 @@ def page(entries: Sequence[Adapter], query: ListQuery) -> Page:
     return Page(shown, len(entries), start + len(shown) < len(entries))
 
 
-def page_json(found: Page) -> dict[str, Any]:
+def page_json(found: Page) -> AdapterList:
     """A page in the form of OpenAI's lists; an entry's id is its name."""
     names = [adapter.name for adapter in found.entries]
     return {
@@ -81,7 +81,7 @@ def page_json(found: Page) -> dict[str, Any]:
     }
 
 
-def adapter_json(adapter: Adapter) -> dict[str, Any]:
+def adapter_json(adapter: Adapter) -> AdapterReply:
     """One entry. `size` in bytes, `created` in seconds."""
     return {
         "name": adapter.name,
@@ -98,7 +98,7 @@ def adapter_json(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def place_json(place: AdapterPlace) -> dict[str, Any]:
+def place_json(place: AdapterPlace) -> PlaceReply:
     """Where one worker has the adapter. `last_used` in seconds, 0 if never there."""
     return {
         "worker": place.worker_id,

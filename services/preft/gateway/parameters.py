@@ -14,7 +14,7 @@ from preft.core.errors import InvalidRequest
 ACCEPTED = frozenset(
     {
         "user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-        "session_id",
+        "prompt_cache_options", "session_id",
         # ... the size of stream chunks, ...
         "stream_interval",
         # ... what only counts beside a parameter that is refused, ...
@@ -49,6 +49,7 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "logits_processors": ([],),
     "logprob_token_ids": ([],),
     "modalities": (["text"],),
+    "moderation": (),
     "prediction": (),
     "priority": (0,),
     "prompt_embeds": (),

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from preft.core.errors import InvalidRequest
 from preft.gateway.content import read_json_bytes
 from preft.gateway.parameters import known_parameters
+from preft.gateway.schemas import GenerationBody
 
 INLINE_BYTES = 256 << 10  # a few milliseconds; larger bodies are parsed in a thread
 
@@ -43,9 +44,11 @@ def parse_json(data: bytes) -> dict[str, Any]:
 
 
 def parse_body(kind: type[Body], given: Mapping[str, Any]) -> Body:
-    """The checked body. Raises InvalidRequest with the first offending parameter's path, as in `messages[0].role`."""
+    """The checked body; null means absent. Raises InvalidRequest that names a parameter, such as `messages[0].role`."""
+    if issubclass(kind, GenerationBody):
+        given = known_parameters(given, kind.model_fields)
     try:
-        return kind.model_validate(known_parameters(given, kind.model_fields))
+        return kind.model_validate({name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
         raise _first_problem(error) from None
 

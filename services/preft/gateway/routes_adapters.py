@@ -18,7 +18,9 @@ from preft.gateway.adapter_schemas import (
 from preft.gateway.add_stream import AddStream, added
 from preft.gateway.deps import GatewayDeps
 from preft.gateway.listing import adapter_json, entry, page, page_json, place_json
+from preft.gateway.openapi import ERRORS, answers, archive_body, json_body, query
 from preft.gateway.parse import parse_query, read_body
+from preft.gateway.reply_types import AdapterList, AdapterReply, RemovedAdapter, ShownAdapter
 from preft.gateway.upload import received
 
 
@@ -27,11 +29,11 @@ def adapter_routes(deps: GatewayDeps) -> APIRouter:
     router = APIRouter(tags=["Adapters"])
     catalog = deps.catalog
 
-    @router.get("/v1/adapters", response_class=Response)
+    @router.get("/v1/adapters", responses=answers(AdapterList), openapi_extra=query(ListQuery))
     async def list_adapters(request: Request) -> Response:
         return JSONResponse(page_json(page(catalog.list(), parse_query(ListQuery, request))))
 
-    @router.post("/v1/adapters", response_class=Response)
+    @router.post("/v1/adapters", responses=answers(AdapterReply, stream=True), openapi_extra=json_body(AddAdapterBody))
     async def add_adapter(request: Request) -> Response:
         body = await read_body(request, AddAdapterBody, deps.max_body_bytes)
         if body.stream:
@@ -39,25 +41,29 @@ def adapter_routes(deps: GatewayDeps) -> APIRouter:
         adapter = await added(request, catalog.add(body.name, body.origin, replace=body.replace))
         return JSONResponse(adapter_json(adapter))
 
-    @router.get("/v1/adapters/{name:path}", response_class=Response)
+    @router.get("/v1/adapters/{name:path}", responses=answers(ShownAdapter))
     async def show_adapter(name: str) -> Response:
         adapter = entry(catalog, name)
         wanted = AdapterRef(adapter.name, adapter.digest, adapter.source)
         places = [] if deps.places is None else await deps.places.places(wanted)
         return JSONResponse({**adapter_json(adapter), "workers": [place_json(place) for place in places]})
 
-    @router.put("/v1/adapters/{name:path}", response_class=Response)
+    @router.put(
+        "/v1/adapters/{name:path}",
+        responses=answers(AdapterReply),
+        openapi_extra={**query(UploadQuery), **archive_body()},
+    )
     async def upload_adapter(name: str, request: Request) -> Response:
         query = parse_query(UploadQuery, request)
         async with received(request, deps.max_adapter_bytes, deps.upload_folder) as archive:
             return JSONResponse(adapter_json(await catalog.add_archive(name, archive, replace=query.replace)))
 
-    @router.patch("/v1/adapters/{name:path}", response_class=Response)
+    @router.patch("/v1/adapters/{name:path}", responses=answers(AdapterReply), openapi_extra=json_body(PinAdapterBody))
     async def pin_adapter(name: str, request: Request) -> Response:
         body = await read_body(request, PinAdapterBody, deps.max_body_bytes)
         return JSONResponse(adapter_json(await catalog.pin(name, body.pinned)))
 
-    @router.delete("/v1/adapters/{name:path}", response_class=Response)
+    @router.delete("/v1/adapters/{name:path}", responses=answers(RemovedAdapter))
     async def remove_adapter(name: str) -> Response:
         return JSONResponse({**adapter_json(await catalog.remove(name)), "deleted": True})
 
@@ -68,7 +74,12 @@ def vllm_adapter_routes(deps: GatewayDeps) -> APIRouter:
     """/v1/load_lora_adapter and /v1/unload_lora_adapter, which take and say what vLLM's do."""
     router = APIRouter(tags=["Adapters"])
 
-    @router.post("/v1/load_lora_adapter", response_class=PlainTextResponse)
+    @router.post(
+        "/v1/load_lora_adapter",
+        response_class=PlainTextResponse,
+        responses=ERRORS,
+        openapi_extra=json_body(LoadAdapterBody),
+    )
     async def load_lora_adapter(request: Request) -> Response:
         body = await read_body(request, LoadAdapterBody, deps.max_body_bytes)
         if not body.load_inplace and deps.catalog.get(body.lora_name) is not None:
@@ -79,7 +90,12 @@ def vllm_adapter_routes(deps: GatewayDeps) -> APIRouter:
         await added(request, deps.catalog.add(body.lora_name, body.lora_path, replace=body.load_inplace))
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
-    @router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)
+    @router.post(
+        "/v1/unload_lora_adapter",
+        response_class=PlainTextResponse,
+        responses=ERRORS,
+        openapi_extra=json_body(UnloadAdapterBody),
+    )
     async def unload_lora_adapter(request: Request) -> Response:
         body = await read_body(request, UnloadAdapterBody, deps.max_body_bytes)
         await deps.catalog.remove(body.lora_name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import Any
 
 from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
@@ -12,6 +11,8 @@ from starlette.responses import JSONResponse, Response
 from preft.core.cluster import Adapter
 from preft.gateway.deps import GatewayDeps
 from preft.gateway.listing import served_version
+from preft.gateway.openapi import answers
+from preft.gateway.reply_types import ModelCard, ModelList
 
 SLICE = 1000  # entries written at a stretch: a few milliseconds, then running token streams have their turn
 
@@ -20,7 +21,7 @@ def model_routes(deps: GatewayDeps) -> APIRouter:
     """/v1/models. OpenAI's list has no pages, so it holds every adapter."""
     router = APIRouter(tags=["Models"])
 
-    @router.get("/v1/models", response_class=Response)
+    @router.get("/v1/models", responses=answers(ModelList))
     async def models() -> Response:
         adapters = deps.catalog.list()
         cards = [json.dumps(_base_card(deps))]
@@ -29,7 +30,7 @@ def model_routes(deps: GatewayDeps) -> APIRouter:
             await asyncio.sleep(0)
         return Response(f'{{"object":"list","data":[{",".join(cards)}]}}', media_type="application/json")
 
-    @router.get("/v1/models/{name:path}", response_class=Response)
+    @router.get("/v1/models/{name:path}", responses=answers(ModelCard))
     async def model(name: str) -> Response:
         if name == deps.model_name:
             return JSONResponse(_base_card(deps))
@@ -38,16 +39,16 @@ def model_routes(deps: GatewayDeps) -> APIRouter:
     return router
 
 
-def _base_card(deps: GatewayDeps) -> dict[str, Any]:
+def _base_card(deps: GatewayDeps) -> ModelCard:
     root = deps.model_root or deps.model_name
     return _card(deps.model_name, deps.created, root, parent=None, max_model_len=deps.max_model_len)
 
 
-def _adapter_card(adapter: Adapter, deps: GatewayDeps) -> dict[str, Any]:
+def _adapter_card(adapter: Adapter, deps: GatewayDeps) -> ModelCard:
     return _card(adapter.name, int(adapter.created), adapter.source, parent=deps.model_name, max_model_len=None)
 
 
-def _card(name: str, created: int, root: str, parent: str | None, max_model_len: int | None) -> dict[str, Any]:
+def _card(name: str, created: int, root: str, parent: str | None, max_model_len: int | None) -> ModelCard:
     return {
         "id": name,
         "object": "model",

@@ -8,8 +8,10 @@ from starlette.responses import Response
 from preft.gateway.completion import Completion
 from preft.gateway.deps import GatewayDeps
 from preft.gateway.job import chat_job, completion_job
+from preft.gateway.openapi import answers, json_body
 from preft.gateway.parse import read_body
 from preft.gateway.reply import ChatShape, CompletionShape, ReplyOptions
+from preft.gateway.reply_types import ChatReply, CompletionReply
 from preft.gateway.respond import EventStream, WholeReply
 from preft.gateway.schemas import ChatBody, CompletionBody, GenerationBody
 
@@ -17,7 +19,9 @@ from preft.gateway.schemas import ChatBody, CompletionBody, GenerationBody
 def openai_routes(deps: GatewayDeps) -> APIRouter:
     router = APIRouter(tags=["OpenAI"])
 
-    @router.post("/v1/completions", response_class=Response)
+    @router.post(
+        "/v1/completions", responses=answers(CompletionReply, stream=True), openapi_extra=json_body(CompletionBody)
+    )
     async def completions(request: Request) -> Response:
         body = await read_body(request, CompletionBody, deps.max_body_bytes)
         job = await completion_job(body, deps)
@@ -25,7 +29,7 @@ def openai_routes(deps: GatewayDeps) -> APIRouter:
         completion = Completion(deps.generator, deps.tokenizer, job)
         return EventStream(completion, shape) if body.stream else WholeReply(completion, shape)
 
-    @router.post("/v1/chat/completions", response_class=Response)
+    @router.post("/v1/chat/completions", responses=answers(ChatReply, stream=True), openapi_extra=json_body(ChatBody))
     async def chat_completions(request: Request) -> Response:
         body = await read_body(request, ChatBody, deps.max_body_bytes)
         job = await chat_job(body, deps)

@@ -35,7 +35,9 @@ INT64_MAX = 2**63 - 1
 INT32_MAX = 2**31 - 1
 
 
-Integer = Annotated[int, BeforeValidator(whole)]
+WHOLE = BeforeValidator(whole)
+Integer = Annotated[int, WHOLE]
+NonEmpty = Annotated[str, Field(min_length=1)]
 
 
 class Strict(BaseModel):
@@ -59,17 +61,17 @@ class GenerationBody(Strict):
     model: Annotated[str, Field(min_length=1)]
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[Integer, Field(ge=-1, le=INT32_MAX)] | None = None  # -1 and 0: all tokens
+    top_k: Annotated[int, Field(ge=-1, le=INT32_MAX), WHOLE] | None = None  # -1 and 0: all tokens
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    seed: Annotated[Integer, Field(ge=-INT64_MAX - 1, le=INT64_MAX), AfterValidator(read_seed)] | None = None
-    n: Annotated[Integer, Field(ge=1, le=128)] = 1
-    max_tokens: Annotated[Integer, Field(ge=1)] | None = None
-    min_tokens: Annotated[Integer, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=-INT64_MAX - 1, le=INT64_MAX), WHOLE, AfterValidator(read_seed)] | None = None
+    n: Annotated[int, Field(ge=1, le=128), WHOLE] = 1
+    max_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
+    min_tokens: Annotated[int, Field(ge=0), WHOLE] = 0
     ignore_eos: bool = False
-    stop: Annotated[tuple[str, ...], PlainValidator(read_stops, json_schema_input_type=str | list[str])] = ()
+    stop: Annotated[tuple[str, ...], PlainValidator(read_stops, json_schema_input_type=NonEmpty | list[NonEmpty])] = ()
     stop_token_ids: Annotated[list[Integer], BeforeValidator(at_most(MAX_TOKEN_IDS))] = Field(default_factory=list)
     logit_bias: Annotated[
         dict[int, float], PlainValidator(read_logit_bias, json_schema_input_type=dict[str, float])
@@ -119,8 +121,8 @@ class CompletionBody(GenerationBody):
         tuple[Prompt, ...],
         PlainValidator(read_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
     ]
-    logprobs: Annotated[Integer, Field(ge=0, le=20)] | None = None
-    best_of: Annotated[Integer, Field(ge=1)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
+    best_of: Annotated[int, Field(ge=1), WHOLE] | None = None
     add_special_tokens: bool = True
 
     @model_validator(mode="after")
@@ -141,9 +143,9 @@ class ChatBody(GenerationBody):
     prompt_param = "messages"
 
     messages: Annotated[list[Message], Field(min_length=1), BeforeValidator(at_most(MAX_MESSAGES))]
-    max_completion_tokens: Annotated[Integer, Field(ge=1)] | None = None  # wins over max_tokens
+    max_completion_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None  # wins over max_tokens
     logprobs: bool = False
-    top_logprobs: Annotated[Integer, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool = False

@@ -1,0 +1,199 @@
+"""What the HTTP API answers, as types: those of the dicts that are sent, and of the schemas in /openapi.json.
+
+Tokens are never sent through these: `reply` writes them as JSON by hand.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, NotRequired
+
+from pydantic import ConfigDict, Field, with_config
+from typing_extensions import TypedDict
+
+_strict = with_config(ConfigDict(extra="forbid"))
+
+Tier = Literal["slot", "host", "disk", "source"]
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+@_strict
+class ErrorDetail(TypedDict):
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+@_strict
+class ErrorReply(TypedDict):
+    """Every error has this body."""
+
+    error: ErrorDetail
+
+
+@_strict
+class CachedTokens(TypedDict):
+    cached_tokens: int
+
+
+@_strict
+class Usage(TypedDict):
+    prompt_tokens: int
+    total_tokens: int
+    completion_tokens: int
+    prompt_tokens_details: NotRequired[CachedTokens]
+
+
+@_strict
+class CompletionLogprobs(TypedDict):
+    text_offset: list[int]
+    token_logprobs: list[float]
+    tokens: list[str]
+    top_logprobs: list[dict[str, float]]
+
+
+@_strict
+class CompletionChoice(TypedDict):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: Literal["stop", "length"]
+    stop_reason: str | int | None
+    token_ids: NotRequired[list[int]]
+    prompt_token_ids: NotRequired[list[int]]
+
+
+@_strict
+class CompletionReply(TypedDict):
+    """POST /v1/completions. `system_fingerprint` begins the digest of the adapter version that answered."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    system_fingerprint: str | None
+    choices: list[CompletionChoice]
+    service_tier: None
+    usage: Usage
+
+
+@_strict
+class TopLogprob(TypedDict):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+@_strict
+class ChatLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+@_strict
+class ChatLogprobs(TypedDict):
+    content: list[ChatLogprob]
+
+
+@_strict
+class ChatMessage(TypedDict):
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+@_strict
+class ChatChoice(TypedDict):
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"]
+    stop_reason: str | int | None
+    token_ids: NotRequired[list[int]]
+
+
+@_strict
+class ChatReply(TypedDict):
+    """POST /v1/chat/completions. `system_fingerprint` begins the digest of the adapter version that answered."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    system_fingerprint: str | None
+    choices: list[ChatChoice]
+    service_tier: None
+    usage: Usage
+    prompt_token_ids: NotRequired[list[int]]
+
+
+@_strict
+class ModelCard(TypedDict):
+    """The base model, or an adapter, whose `parent` is the base model."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: Literal["preft"]
+    root: str
+    parent: str | None
+    max_model_len: int | None
+
+
+@_strict
+class ModelList(TypedDict):
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+@_strict
+class AdapterReply(TypedDict):
+    """One entry of the catalog. `size` in bytes, `created` in seconds since 1970."""
+
+    name: str
+    object: Literal["adapter"]
+    version: int
+    digest: Digest
+    source: str
+    kind: str
+    rank: int
+    size: int
+    prefill_only: bool
+    pinned: bool
+    created: int
+
+
+@_strict
+class PlaceReply(TypedDict):
+    """Where one worker has the adapter. `last_used` in seconds since 1970, 0 if never there."""
+
+    worker: str
+    tier: Tier
+    last_used: float
+    users: int
+
+
+@_strict
+class ShownAdapter(AdapterReply):
+    workers: list[PlaceReply]
+
+
+@_strict
+class RemovedAdapter(AdapterReply):
+    deleted: bool
+
+
+@_strict
+class AdapterList(TypedDict):
+    """One page. `total` counts the entries that match on all pages."""
+
+    object: Literal["list"]
+    data: list[AdapterReply]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+    total: int
+
+
+@_strict
+class HealthReply(TypedDict):
+    status: str

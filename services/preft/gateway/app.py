@@ -12,6 +12,7 @@ from preft.gateway.http_methods import HeadAndSlashes
 from preft.gateway.metrics import CountResponses
 from preft.gateway.openapi import DescribedApp
 from preft.gateway.routes_adapters import adapter_routes, vllm_adapter_routes
+from preft.gateway.routes_docs import docs_routes
 from preft.gateway.routes_models import model_routes
 from preft.gateway.routes_openai import openai_routes
 from preft.gateway.routes_operations import operations_routes
@@ -19,9 +20,10 @@ from preft.gateway.routes_operations import operations_routes
 
 def create_app(deps: GatewayDeps) -> FastAPI:
     """The OpenAI-compatible HTTP API over `deps`. One app per GatewayDeps: its metrics are registered once."""
-    app = DescribedApp(title="PreFT Serve", version=__version__, redoc_url=None, redirect_slashes=False)
+    app = DescribedApp(title="PreFT Serve", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     for routes in (openai_routes, model_routes, adapter_routes, vllm_adapter_routes, operations_routes):
         app.include_router(routes(deps))
+    app.include_router(docs_routes())
     install_error_handlers(app)
     app.add_middleware(BrowserGuard, hosts=deps.allowed_hosts, origins=deps.allowed_origins)
     app.add_middleware(CountResponses, registry=deps.registry)

@@ -22,8 +22,9 @@ WRITE_BYTES = 1 << 20  # a disk can be slow: each write goes to a thread, so the
 async def received(request: Request, limit: int, folder: Path | None) -> AsyncIterator[Path]:
     """The body of `request` as a file in `folder`, which is removed when the context is left.
 
-    Entering raises HTTPException 415 for what is no archive, 413 for more than `limit` bytes, InvalidRequest if fewer
-    came than were declared, ClientDisconnect if the client left before its end, and Unavailable if the disk fails.
+    Entering raises HTTPException 415 for what is no archive, 413 for more than `limit` bytes, InvalidRequest if none or
+    fewer came than were declared, ClientDisconnect if the client left before its end, and Unavailable if the disk
+    fails.
     """
     check_archive_type(request)
     if (declared_length(request) or 0) > limit:
@@ -58,6 +59,8 @@ async def _write(request: Request, limit: int, file: BinaryIO) -> None:
     declared = declared_length(request)
     if declared is not None and size != declared:
         raise InvalidRequest(f"The body ended after {size} of {declared} bytes: send all of it again.")
+    if size == 0:
+        raise InvalidRequest("The request has no body: send the archive with the adapter's files.")
 
 
 def _create(folder: Path | None) -> BinaryIO:

@@ -1,0 +1,38 @@
+"""/docs: the API's description as a page to try it. All its parts come from this server, none from another site."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import fastapi_offline
+from fastapi import APIRouter, Request
+from fastapi.openapi.docs import get_swagger_ui_html
+from starlette.exceptions import HTTPException
+from starlette.responses import FileResponse, Response
+
+_FOLDER = Path(fastapi_offline.__file__).parent / "static"
+_FILES = frozenset({"swagger-ui-bundle.js", "swagger-ui.css", "favicon.png"})
+
+
+def docs_routes() -> APIRouter:
+    """/docs and the files of the page."""
+    router = APIRouter(include_in_schema=False)
+
+    @router.get("/docs")
+    async def docs(request: Request) -> Response:
+        root = request.scope.get("root_path", "")
+        return get_swagger_ui_html(
+            openapi_url=f"{root}/openapi.json",
+            title="PreFT Serve",
+            swagger_js_url=f"{root}/docs/swagger-ui-bundle.js",
+            swagger_css_url=f"{root}/docs/swagger-ui.css",
+            swagger_favicon_url=f"{root}/docs/favicon.png",
+        )
+
+    @router.get("/docs/{file}")
+    async def docs_file(file: str) -> Response:
+        if file not in _FILES:
+            raise HTTPException(404)
+        return FileResponse(_FOLDER / file)
+
+    return router

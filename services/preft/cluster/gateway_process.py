@@ -12,6 +12,7 @@ import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -22,6 +23,7 @@ from preft.core.ports import StateStore
 from preft.core.settings import Settings, host_and_port
 from preft.gateway.app import create_app
 from preft.gateway.deps import GatewayDeps
+from preft.gateway.http_errors import error_code, plain_error
 from preft.gateway.rpc_server import serve_grpc
 from preft.gateway.tokenizer import Tokenizer
 from preft.router.router import Router
@@ -103,8 +105,19 @@ class _LimitedHeaders(HttpToolsProtocol):
         super().data_received(data)
         if self._pending > MAX_HEADER_BYTES and not self.transport.is_closing():
             if self.cycle is None or self.cycle.response_complete:
-                self.transport.write(STATUS_LINE[431] + b"content-length: 0\r\nconnection: close\r\n\r\n")
+                message = f"The request's headers are larger than {MAX_HEADER_BYTES} bytes."
+                self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, message)
             self.transport.close()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(HTTPStatus.BAD_REQUEST, msg)
+
+    def _refuse(self, status: HTTPStatus, message: str) -> None:
+        """Answers what never becomes a request, with the error body that requests get too."""
+        body = plain_error(status, message, error_code(status)).body
+        head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
+        self.transport.write(STATUS_LINE[status] + head + body)
+        self.transport.close()
 
     def on_headers_complete(self) -> None:
         self._pending = 0

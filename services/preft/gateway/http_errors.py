@@ -43,6 +43,11 @@ def plain_error(status: int, message: str, code: str) -> JSONResponse:
     return JSONResponse(_body(message, _kind(status), None, code), status)
 
 
+def error_code(status: HTTPStatus) -> str:
+    """The code of errors that have none of their own: the status in words."""
+    return status.phrase.lower().replace(" ", "_")
+
+
 def install_error_handlers(app: FastAPI) -> None:
     """Makes every error of `app`, its own 404 and 405 included, answer with OpenAI's error body."""
 
@@ -61,7 +66,7 @@ def install_error_handlers(app: FastAPI) -> None:
         message = str(error.detail)
         if message == status.phrase:
             message = f"{request.method} {request.url.path}: {status.phrase}."
-        body = _body(message, _kind(status), None, status.phrase.lower().replace(" ", "_"))
+        body = _body(message, _kind(status), None, error_code(status))
         return JSONResponse(body, status, headers)
 
     async def invalid(_: Request, error: Exception) -> Response:

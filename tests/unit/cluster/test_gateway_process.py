@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -23,8 +24,8 @@ MANY = b"x-name: value\r\n" * 100
 
 
 @asynccontextmanager
-async def running(folder: Path, host: str = "127.0.0.1") -> AsyncIterator[RunningGateway]:
-    settings = Settings(model=byte_level(folder), host=host, port=0, max_model_len=64)
+async def running(folder: Path, host: str = "127.0.0.1", **more: Any) -> AsyncIterator[RunningGateway]:
+    settings = Settings(model=byte_level(folder), host=host, port=0, max_model_len=64, **more)
     async with run_gateway(settings, cast(Any, FakeCluster()), cast(Any, FakeCatalog.of()), "x") as gateway:
         yield gateway
 
@@ -62,7 +63,51 @@ async def answer(gateway: RunningGateway, start: bytes, part: bytes) -> bytes:
     ids=["many", "one", "path", "second request"],
 )
 async def test_headers_that_never_end_are_refused(gateway: RunningGateway, start: bytes, part: bytes) -> None:
-    assert b"HTTP/1.1 431 Request Header Fields Too Large\r\n" in await answer(gateway, start, part)
+    head, _, body = (await answer(gateway, start, part)).partition(b"HTTP/1.1 431 ")[2].partition(b"\r\n\r\n")
+    assert b"content-length: %d" % len(body) in head
+    assert json.loads(body)["error"]["code"] == "request_header_fields_too_large"
+
+
+NO_REQUESTS = (
+    b"GARBAGE", b"GET", b"GET / HTTP/9.9", b"G\0T / HTTP/1.1", b"GET /\xff\xfe HTTP/1.1", b"GET http://[::1 HTTP/1.1",
+    b"GET * HTTP/1.1", b"CONNECT evil.example:443 HTTP/1.1", b"GET //evil.example/v1/models HTTP/1.1",
+    b"GET /v1/models/%ff%00%0a HTTP/1.1", b"PRI * HTTP/2.0", b"\x16\x03\x01\x02\x00\x01",
+)  # fmt: skip
+
+
+async def test_what_is_no_request_gets_an_error_body(gateway: RunningGateway) -> None:
+    host, port = gateway.address.split(":")
+    for line in NO_REQUESTS:
+        reader, writer = await asyncio.open_connection(host, int(port))
+        try:
+            writer.write(line + b"\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            head, _, body = (await asyncio.wait_for(reader.read(), 5)).partition(b"\r\n\r\n")
+        finally:
+            writer.transport.abort()
+        assert head.startswith(b"HTTP/1.1 4"), line
+        assert b"\r\ncontent-type: application/json" in head
+        assert json.loads(body)["error"].keys() == {"message", "type", "param", "code"}
+
+
+async def test_hosts_and_origins_of_the_settings(tmp_path: Path) -> None:
+    more = {"allowed_hosts": ["gpu1.lan"], "allowed_origins": ["https://app.example.com"]}
+    async with running(tmp_path, **more) as gateway, httpx.AsyncClient(trust_env=False) as client:
+
+        async def status(**headers: str) -> int:
+            return (await client.get(f"http://{gateway.address}/health", headers=headers)).status_code
+
+        assert [await status(host=host) for host in ("gpu1.lan:80", "localhost", "evil.example", "10.0.0.1")] == [
+            200, 200, 400, 400,
+        ]  # fmt: skip
+        assert [await status(origin=f"https://{site}.example.com") for site in ("app", "evil")] == [200, 403]
+
+
+async def test_a_server_on_every_address_has_every_address_for_its_name(tmp_path: Path) -> None:
+    async with running(tmp_path, "0.0.0.0") as gateway, httpx.AsyncClient(trust_env=False) as client:
+        url = f"http://127.0.0.1:{gateway.address.split(':')[1]}/health"
+        hosts = ("10.0.0.1:8000", "[fd00::1]", socket.gethostname(), "evil.example")
+        statuses = [(await client.get(url, headers={"host": host})).status_code for host in hosts]
+        assert statuses == [200, 200, 200, 400]
 
 
 async def test_trailers_that_never_end_are_refused(gateway: RunningGateway) -> None:

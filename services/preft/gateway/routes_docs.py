@@ -12,6 +12,8 @@ from starlette.responses import FileResponse, Response
 
 _FOLDER = Path(fastapi_offline.__file__).parent / "static"
 _FILES = frozenset({"swagger-ui-bundle.js", "swagger-ui.css", "favicon.png"})
+# A page of another site that shows this one in a frame could lead a user's clicks to its buttons.
+_NOT_IN_FRAMES = {"content-security-policy": "frame-ancestors 'none'", "x-frame-options": "DENY"}
 
 
 def docs_routes() -> APIRouter:
@@ -21,13 +23,15 @@ def docs_routes() -> APIRouter:
     @router.get("/docs")
     async def docs(request: Request) -> Response:
         root = request.scope.get("root_path", "")
-        return get_swagger_ui_html(
+        page = get_swagger_ui_html(
             openapi_url=f"{root}/openapi.json",
             title="PreFT Serve",
             swagger_js_url=f"{root}/docs/swagger-ui-bundle.js",
             swagger_css_url=f"{root}/docs/swagger-ui.css",
             swagger_favicon_url=f"{root}/docs/favicon.png",
         )
+        page.headers.update(_NOT_IN_FRAMES)
+        return page
 
     @router.get("/docs/{file}")
     async def docs_file(file: str) -> Response:

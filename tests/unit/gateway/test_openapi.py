@@ -159,7 +159,9 @@ def test_no_value_of_any_field_is_taken_against_the_schema_or_fails(tokenizer, m
 
 
 async def test_the_docs_page_needs_no_other_site(served):
-    page = (await served.client.get("/docs")).text
+    response = await served.client.get("/docs")
+    assert response.headers["content-security-policy"] == "frame-ancestors 'none'"
+    page = response.text
     links = re.findall(r"""(?:href|src|url)\s*[=:]\s*["']([^"']+)""", page)
     assert "/openapi.json" in links
     assert len(links) == 4

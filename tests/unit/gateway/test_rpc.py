@@ -105,7 +105,9 @@ async def test_stops(served):
     ("request_", "code", "param"),
     [
         (Request(model="bob", text="hi"), grpc.StatusCode.NOT_FOUND, None),
+        (Request(model="ann@2", text="hi"), grpc.StatusCode.NOT_FOUND, None),
         (Request(model="base"), grpc.StatusCode.INVALID_ARGUMENT, "prompt"),
+        (Request(model="base", text="hi", seed=-1), grpc.StatusCode.INVALID_ARGUMENT, "seed"),
         (Request(model="base", text="hi", max_tokens=0), grpc.StatusCode.INVALID_ARGUMENT, "max_tokens"),
         (Request(model="base", text="hi", max_tokens=99), grpc.StatusCode.INVALID_ARGUMENT, "max_tokens"),
         (Request(model="base", text="hi", temperature=float("nan")), grpc.StatusCode.INVALID_ARGUMENT, "temperature"),
@@ -156,6 +158,16 @@ async def test_adapters(served):
     assert (await rpc.Pin(adapters_pb2.PinAdapterRequest(name="bob", pinned=True))).pinned is True
     assert (await rpc.Pin(adapters_pb2.PinAdapterRequest(name="bob"))).pinned is False
     assert (await rpc.Remove(adapters_pb2.RemoveAdapterRequest(name="bob"))).name == "bob"
+
+
+async def test_versions_and_names_are_as_over_http(served):
+    replies = [reply async for reply in served.inference.Generate(Request(model="ann@1", text="hi"))]
+    assert "".join(reply.text for reply in replies) == "hello world"
+    assert served.generator.requests[0].adapter.name == "ann"
+    for name in ("ann@2", "..", "a//b", "-x"):
+        with pytest.raises(grpc.aio.AioRpcError, match="can't name an adapter") as refused:
+            await served.adapters.Add(adapters_pb2.AddAdapterRequest(name=name, source="/a"))
+        assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
 async def test_adapters_are_listed_in_pages(served):

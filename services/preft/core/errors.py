@@ -95,6 +95,15 @@ class ErrorMapping:
     grpc: str
 
 
+MESSAGE_CHARS = 1000
+
+
+def message_of(error: BaseException) -> str:
+    """What a caller is told. What the caller sent stands in it, and may be as large as a request."""
+    text = str(error)
+    return text if len(text) <= MESSAGE_CHARS else f"{text[:MESSAGE_CHARS]}..."
+
+
 # Looked up along the MRO, so a subclass without an entry reports as its parent.
 ERROR_MAP: dict[type[PreftError], ErrorMapping] = {
     SourceNotFound: ErrorMapping(404, "invalid_request_error", "adapter_source_not_found", "NOT_FOUND"),

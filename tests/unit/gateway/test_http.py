@@ -598,6 +598,16 @@ async def test_malformed_json(gateway, data):
     assert error(response, 400)["code"] == "invalid_request"
 
 
+@pytest.mark.parametrize(
+    "body",
+    [{"model": "x" * 100_000}, {"x" * 100_000: 1}, {"logit_bias": {"9" * 100_000: 1}}, {"prompt": [10**4000]}],
+)
+async def test_an_error_is_short_whatever_was_sent(gateway, body):
+    response = await gateway.complete(**body)
+    assert response.status_code in (400, 404)
+    assert len(response.content) < 2000
+
+
 async def test_bodies_over_the_limit(tokenizer):
     small = Gateway(tokenizer, max_body_bytes=1000)
     async with small.client:

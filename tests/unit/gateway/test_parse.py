@@ -29,7 +29,7 @@ BAD_VALUES = [
     ("top_p", 0, 1.1, "1"),
     ("top_k", -2, 1.5, True),
     ("min_p", -0.1, 1.1),
-    ("repetition_penalty", 0, -1),
+    ("repetition_penalty", 0, -1, 5e-324, 1e308),
     ("presence_penalty", -2.1, 2.1),
     ("frequency_penalty", -2.1, 2.1),
     ("seed", 2**63, -(2**63) - 1, 1.5, -1, 1e19, float("inf")),

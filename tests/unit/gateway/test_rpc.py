@@ -160,6 +160,13 @@ async def test_adapters(served):
     assert (await rpc.Remove(adapters_pb2.RemoveAdapterRequest(name="bob"))).name == "bob"
 
 
+async def test_an_error_is_short_whatever_was_sent(served):
+    """gRPC sends it in headers, of which a client takes 8 KiB."""
+    with pytest.raises(grpc.aio.AioRpcError, match="xxx") as refused:
+        [_ async for _ in served.inference.Generate(Request(model="x" * 100_000, text="hi"))]
+    assert refused.value.code() == grpc.StatusCode.NOT_FOUND
+
+
 async def test_versions_and_names_are_as_over_http(served):
     replies = [reply async for reply in served.inference.Generate(Request(model="ann@1", text="hi"))]
     assert "".join(reply.text for reply in replies) == "hello world"

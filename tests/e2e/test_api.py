@@ -95,7 +95,8 @@ def test_bad_requests_name_the_parameter(llama: Served, change: dict[str, Any], 
 
 
 def test_malformed_json(llama: Served) -> None:
-    response = httpx.post(f"{llama.cluster.url}/v1/completions", content=b'{"model": ')
+    headers = {"content-type": "application/json"}
+    response = httpx.post(f"{llama.cluster.url}/v1/completions", content=b'{"model": ', headers=headers)
     assert response.status_code == 400
     assert "error" in response.json()
 

@@ -98,9 +98,8 @@ class ErrorMapping:
 MESSAGE_CHARS = 1000
 
 
-def message_of(error: BaseException) -> str:
-    """What a caller is told. What the caller sent stands in it, and may be as large as a request."""
-    text = str(error)
+def short(text: str) -> str:
+    """What a caller is told. What the caller sent may stand in it, and be as large as a request."""
     return text if len(text) <= MESSAGE_CHARS else f"{text[:MESSAGE_CHARS]}..."
 
 

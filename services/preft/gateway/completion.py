@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Self
 
-from preft.core.errors import EngineFailed
+from preft.core.errors import EngineFailed, NumbersNotFinite
 from preft.core.ports import Generator
 from preft.core.request import GenerateRequest, TokenLogprob
 from preft.gateway.choice import Choice, ChoiceDelta
@@ -104,7 +104,7 @@ class Completion:
 
 
 def _check_numbers(entries: Iterable[TokenLogprob]) -> None:
-    """Raises EngineFailed for log probabilities that no distribution has; minus infinity is one of a distribution."""
+    """Raises NumbersNotFinite for log probabilities that no distribution has; minus infinity is one of a distribution."""
     for entry in entries:
         if not all(value < math.inf for value in (entry.logprob, *(logprob for _, logprob in entry.top))):
-            raise EngineFailed("the model's numbers are no longer finite: this request can't be answered")
+            raise NumbersNotFinite("the model computed NaN or infinity in this request")

@@ -15,11 +15,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
-from preft.core.errors import InvalidRequest, PreftError, QueueFull, mapping_of, message_of
+from preft.core.errors import InvalidRequest, PreftError, QueueFull, mapping_of, short
 from preft.gateway.http_methods import methods_at, options_response
 
 CLIENT_GONE = 499  # for the metrics: nobody is there to read it
-PARAM_CHARS = 200  # an unknown name may have any length
 _INTERNAL = "The server met an unexpected error."
 
 
@@ -29,7 +28,7 @@ def error_body(error: BaseException) -> dict[str, Any]:
         return _body(_INTERNAL, "server_error", None, "internal_error")
     mapping = mapping_of(error)
     param = error.param if isinstance(error, InvalidRequest) else None
-    return _body(message_of(error), mapping.type, param and param[:PARAM_CHARS], mapping.code)
+    return _body(str(error), mapping.type, param and short(param), mapping.code)
 
 
 def error_response(error: BaseException) -> JSONResponse:
@@ -90,4 +89,4 @@ def _kind(status: int) -> str:
 
 
 def _body(message: str, kind: str, param: str | None, code: str) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    return {"error": {"message": short(message), "type": kind, "param": param, "code": code}}

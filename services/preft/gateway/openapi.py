@@ -23,7 +23,11 @@ BODIES: tuple[type[BaseModel], ...] = (
 )  # fmt: skip
 _COMPONENTS = "#/components/schemas/"
 _NULL = {"type": "null"}
-_EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
+_EVENT = {
+    "type": "object",
+    "properties": {"data": {"type": "string", "description": "JSON; after the last event of a reply [DONE]."}},
+    "required": ["data"],
+}
 
 Schema = dict[str, Any]
 
@@ -55,8 +59,7 @@ def json_body(kind: type[BaseModel]) -> Schema:
 
 def archive_body() -> Schema:
     """What a route that takes an archive adds to its description."""
-    archive = {"schema": {"type": "string", "format": "binary"}}
-    return {"requestBody": {"required": True, "content": dict.fromkeys(sorted(ARCHIVE_TYPES), archive)}}
+    return {"requestBody": {"required": True, "content": {kind: {} for kind in sorted(ARCHIVE_TYPES)}}}
 
 
 def query(kind: type[BaseModel]) -> Schema:
@@ -73,7 +76,7 @@ def answers(reply: Any, *, stream: bool = False) -> dict[int | str, Schema]:
     """The `responses` of a route: `reply` with 200, events too if it streams, and an error with any other status."""
     success: Schema = {"model": reply, "description": "Success"}
     if stream:
-        success["content"] = _EVENTS
+        success["content"] = {"text/event-stream": {"schema": _EVENT}}
     return {200: success, **ERRORS}
 
 

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import grpc
 
-from preft.core.errors import InvalidRequest, PreftError, QueueFull, mapping_of, message_of
+from preft.core.errors import InvalidRequest, PreftError, QueueFull, mapping_of, short
 
 
 @asynccontextmanager
@@ -28,5 +28,5 @@ async def _abort(context: Any, error: PreftError) -> NoReturn:
         trailing.append(("preft-param", error.param))
     if isinstance(error, QueueFull):
         trailing.append(("retry-after", str(math.ceil(error.retry_after))))
-    await context.abort(grpc.StatusCode[mapping.grpc], message_of(error), tuple(trailing))
+    await context.abort(grpc.StatusCode[mapping.grpc], short(str(error)), tuple(trailing))
     raise AssertionError("abort returns never")

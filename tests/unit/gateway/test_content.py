@@ -115,6 +115,12 @@ async def test_gzip_that_grows_takes_no_memory(served):
     error(await complete(served, b"x" * (LIMIT + 1), GZIP), 413)
 
 
+async def test_gzip_in_many_members_takes_no_time(served):
+    """Each one costs a copy of the rest."""
+    assert "16" in error(await complete(served, gzip.compress(b"") * 17 + gzip.compress(BODY), GZIP), 400)["message"]
+    assert (await complete(served, gzip.compress(b"") * 15 + gzip.compress(BODY), GZIP)).status_code == 200
+
+
 @pytest.mark.parametrize("kind", [None, *sorted(ARCHIVE_TYPES)])
 async def test_types_of_archives(served, kind):
     headers = {} if kind is None else {"content-type": kind}

@@ -104,7 +104,7 @@ class Completion:
 
 
 def _check_numbers(entries: Iterable[TokenLogprob]) -> None:
-    """Raises NumbersNotFinite for log probabilities that no distribution has; minus infinity is one of a distribution."""
+    """Raises NumbersNotFinite for log probabilities that no distribution has. Minus infinity is fine."""
     for entry in entries:
         if not all(value < math.inf for value in (entry.logprob, *(logprob for _, logprob in entry.top))):
             raise NumbersNotFinite("the model computed NaN or infinity in this request")

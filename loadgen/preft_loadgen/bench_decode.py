@@ -13,12 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import grpc.aio
-
 from preft.core.request import AdapterRef, Sampling
 from preft.router.decode_stream import DecodeStream
 from preft.rpc import common_pb2, workers_pb2, workers_pb2_grpc
 from preft.rpc.convert import adapter_to_proto, sampling_to_proto
+from preft.rpc.secret import ClusterChannel
 from preft_loadgen.bench_rig import VOCABULARY, Rig
 from preft_loadgen.comparison import Comparison, Side, steady_rate, take_turns
 from preft_loadgen.workload import Lengths, Request, Workload
@@ -49,7 +48,10 @@ class Prefilled:
 async def compare_decode(rig: Rig, rounds: int, step: Callable[[], None]) -> list[Comparison]:
     """One comparison per adapter count. `step` is called after each of `turns(SIDES, rounds)` measurements."""
     adapters = {adapter.name: adapter for adapter in rig.adapters}
-    async with grpc.aio.insecure_channel(rig.prefill) as to_prefill, grpc.aio.insecure_channel(rig.decode) as to_decode:
+    async with (
+        ClusterChannel(rig.prefill, rig.secret) as to_prefill,
+        ClusterChannel(rig.decode, rig.secret) as to_decode,
+    ):
         prefill = workers_pb2_grpc.PrefillWorkerStub(to_prefill)  # type: ignore[no-untyped-call]
         decode = DecodeStream(
             workers_pb2_grpc.DecodeWorkerStub(to_decode),  # type: ignore[no-untyped-call]

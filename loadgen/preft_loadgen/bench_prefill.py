@@ -10,10 +10,9 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import grpc.aio
-
 from preft.core.request import AdapterRef
 from preft.rpc import workers_pb2_grpc
+from preft.rpc.secret import ClusterChannel
 from preft_loadgen.bench_decode import prefill_once
 from preft_loadgen.bench_rig import LORA_RANK, REFT_RANK, VOCABULARY, Rig
 from preft_loadgen.comparison import Comparison, Side, take_turns
@@ -36,7 +35,7 @@ async def compare_prefill(rig: Rig, rounds: int, step: Callable[[], None]) -> li
     """One comparison per kind and number of adapters. `step` is called after each of `turns(SIDES, rounds)`."""
     reft = [adapter for adapter in rig.adapters if adapter.name.startswith("r")]
     lora = [adapter for adapter in rig.adapters if adapter.name.startswith("a")]
-    async with grpc.aio.insecure_channel(rig.prefill) as channel:
+    async with ClusterChannel(rig.prefill, rig.secret) as channel:
         stub = workers_pb2_grpc.PrefillWorkerStub(channel)  # type: ignore[no-untyped-call]
 
         async def speed(adapters: Sequence[AdapterRef | None], number: int) -> float:

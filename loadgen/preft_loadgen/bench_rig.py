@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from preft.cluster.secret import stored_secret
 from preft.core.errors import PreftError
 from preft.core.request import AdapterRef
+from preft.rpc.secret import ClusterSecret
 from preft_loadgen.http_stream import HttpClient
 from preft_loadgen.plain import PlainEngine, plain_engine
 from preft_loadgen.served import ServeFailed, served
@@ -31,11 +33,12 @@ MiB = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Rig:
-    """Everything that is up. Addresses are `host:port` of the two workers' gRPC services."""
+    """Everything that is up. Addresses are `host:port` of the two workers' gRPC services, which want the `secret`."""
 
     http: HttpClient
     prefill: str
     decode: str
+    secret: ClusterSecret
     adapters: tuple[AdapterRef, ...]
     plain: PlainEngine
     multi_lora: PlainEngine | None  # vLLM with adapters
@@ -79,7 +82,8 @@ async def bench_rig(folder: Path, say: Callable[[str], None], *, multi_lora: boo
             http = HttpClient(server.url)
             addresses = {worker["role"]: worker["address"] for worker in server.workers()}
             adapters = await _adapters(http, settings["adapters"])
-            yield Rig(http, addresses["prefill"], addresses["decode"], adapters, plain, lora, model)
+            secret = ClusterSecret(stored_secret(server.state_dir))
+            yield Rig(http, addresses["prefill"], addresses["decode"], secret, adapters, plain, lora, model)
 
 
 def _make_model(folder: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from types import MappingProxyType
 
 import grpc.aio
 
+from preft.rpc.secret import ClusterSecret
 from preft.transfer.grpc_push import GrpcKvSender
 from preft.transfer.grpc_receive import SERVER_OPTIONS, kv_transfer_handler, reuse_message_buffers
 from preft.transfer.handles import HandleTable
@@ -33,6 +34,7 @@ from preft.transfer.staging import StagingArena, span_of
 MiB = 1 << 20
 RUNS: Mapping[int, int] = MappingProxyType({16 * MiB: 45, 128 * MiB: 15})  # per size in bytes; the median counts
 TIMEOUT = 60.0  # seconds for anything
+SECRET = ClusterSecret("of both processes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ async def _measure(runs: Mapping[int, int], tcp_port: int, grpc_address: str) ->
     region = await arena.reserve(max(runs), timeout=TIMEOUT)
     memory = arena.view(region)
     memory[:] = bytes(range(256)) * (max(runs) // 256) + bytes(max(runs) % 256)
-    sender = GrpcKvSender()
+    sender = GrpcKvSender(SECRET)
     tcp = socket.create_connection(("127.0.0.1", tcp_port))
     tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     figures = []
@@ -136,7 +138,7 @@ async def _receive_grpc(capacity: int) -> None:
     handles = HandleTable(arena, fingerprint="bench", lease=0)  # nobody claims: free again as soon as it's ready
     receiver = KvReceiver(arena, handles, room_timeout=TIMEOUT, frame_timeout=TIMEOUT)
     server = grpc.aio.server(options=SERVER_OPTIONS)
-    server.add_generic_rpc_handlers((kv_transfer_handler(receiver),))
+    server.add_generic_rpc_handlers((kv_transfer_handler(receiver, SECRET),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     print(port, flush=True)

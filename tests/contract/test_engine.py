@@ -436,7 +436,7 @@ async def test_adapters_may_move(pair: Pair) -> None:
 
 
 async def test_a_broken_adapter_is_refused(pair: Pair) -> None:
-    broken = AdapterRef("broken", "broken" * 8, "")
+    broken = AdapterRef("broken", "b0" * 32, "")
     region = await pair.memory.reserve(1000, timeout=1)
     pair.memory.view(region)[:] = bytes(1000)
     if isinstance(pair.prefill, FakeEngine):

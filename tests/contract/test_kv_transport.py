@@ -9,6 +9,7 @@ import grpc.aio
 import pytest
 
 from preft.core.errors import TransferFailed
+from preft.rpc.secret import ClusterSecret
 from preft.transfer.grpc_push import FRAME_BYTES, HEADER_KEY, METHOD, GrpcKvSender
 from preft.transfer.grpc_receive import SERVER_OPTIONS, kv_transfer_handler
 from preft.transfer.handles import HandleTable
@@ -18,6 +19,7 @@ from preft.transfer.receive import KvReceiver
 from preft.transfer.staging import StagingArena
 
 CAPACITY = 8 << 20
+SECRET = ClusterSecret("of both sides")
 PROMPT = hash_prompt(range(17))
 FRAME_TIMEOUT = 0.3
 GONE = "the sender went away|only .* came"  # in gRPC, a sender that is gone looks like one that has finished
@@ -105,7 +107,7 @@ class Wire:
     async def __aenter__(self) -> "Wire":
         if self.kind == "grpc":
             self._server = grpc.aio.server(options=SERVER_OPTIONS)
-            self._server.add_generic_rpc_handlers((kv_transfer_handler(self.receiver),))
+            self._server.add_generic_rpc_handlers((kv_transfer_handler(self.receiver, SECRET),))
             self.port = self._server.add_insecure_port("127.0.0.1:0")
             self.address = f"127.0.0.1:{self.port}"
             await self._server.start()
@@ -113,7 +115,7 @@ class Wire:
 
     def sender(self, tamper: Tamper | None = None) -> KvSender:
         sender: TamperingLoopback | TamperingGrpc
-        sender = TamperingGrpc() if self.kind == "grpc" else TamperingLoopback({self.address: self.receiver})
+        sender = TamperingGrpc(SECRET) if self.kind == "grpc" else TamperingLoopback({self.address: self.receiver})
         sender.tamper = tamper or (lambda frames: frames)
         self._senders.append(sender)
         return sender

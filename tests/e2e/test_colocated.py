@@ -12,12 +12,13 @@ import httpx
 import pytest
 
 from e2e.conftest import REFTS, Served
+from preft.cluster.secret import cluster_secret
 from preft.core.request import AdapterRef, Sampling
 from preft.router.decode_stream import DecodeStream
 from preft.rpc import workers_pb2, workers_pb2_grpc
 from preft.rpc.convert import adapter_to_proto, sampling_to_proto
+from preft.rpc.secret import ClusterChannel
 from support.http import post
-from support.local_cluster import grpc_channel
 from support.models import make_lora
 from support.reference import Reference
 
@@ -120,7 +121,8 @@ def go_on(served: Served, prompt: list[int], output: list[int], adapter: str | N
     )
 
     async def run() -> list[int]:
-        async with await grpc_channel(served.cluster.decoding) as channel:
+        address, secret = served.cluster.decoding.record.address, cluster_secret(served.cluster.settings)
+        async with ClusterChannel(address, secret) as channel:
             stream = DecodeStream(workers_pb2_grpc.DecodeWorkerStub(channel), "w", lambda: None)
             call, tokens = stream.start(request, 60.0), []
             while True:

@@ -7,17 +7,18 @@ import json
 import random
 from typing import Any
 
-import grpc.aio
 import httpx
 import pytest
 
 from e2e.conftest import Served
+from preft.cluster.secret import cluster_secret
 from preft.core.cluster import Role
 from preft.core.errors import InvalidRequest, PreftError, TransferFailed
 from preft.core.request import AdapterRef, Sampling
 from preft.router.decode_stream import DecodeStream
 from preft.rpc import workers_pb2, workers_pb2_grpc
 from preft.rpc.convert import adapter_to_proto, sampling_to_proto
+from preft.rpc.secret import ClusterChannel
 from support.faulty_sender import Fault
 from support.http import Ask, complete_all, post
 from support.worker_services import rest
@@ -88,14 +89,15 @@ def test_a_lasting_fault_in_a_stream_ends_it_with_an_error(faulty: Served) -> No
 async def _decode(served: Served, **change: Any) -> list[int]:
     """A Decode call on KV that was pushed for a request of 40 tokens, changed by `change`."""
     cluster = served.cluster
+    secret = cluster_secret(cluster.settings)
     prompt = prompt_of(40, 4)
     adapter = cluster.gateway.catalog.get(ADAPTER)
     assert adapter is not None
     sampling = sampling_to_proto(Sampling(max_tokens=8, temperature=0.0))
     target = workers_pb2.KvTarget(address=cluster.worker(Role.DECODE).record.address, handle=change.pop("push"))
     async with (
-        grpc.aio.insecure_channel(cluster.worker(Role.PREFILL).record.address) as prefill_channel,
-        grpc.aio.insecure_channel(target.address) as decode_channel,
+        ClusterChannel(cluster.worker(Role.PREFILL).record.address, secret) as prefill_channel,
+        ClusterChannel(target.address, secret) as decode_channel,
     ):
         prefill = workers_pb2_grpc.PrefillWorkerStub(prefill_channel)
         decode = workers_pb2_grpc.DecodeWorkerStub(decode_channel)

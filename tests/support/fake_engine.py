@@ -15,9 +15,9 @@ from contextlib import aclosing
 from preft.adapters.digest import add_file_header
 from preft.adapters.packed import unpack
 from preft.core.cluster import Role
-from preft.core.errors import EngineFailed, InvalidAdapter, InvalidRequest, PreftError, WorkerLost
+from preft.core.errors import EngineFailed, InvalidAdapter, PreftError, WorkerLost
 from preft.core.request import AdapterRef, FinishReason, Sampling, TokenDelta, TokenLogprob
-from preft.engine.port import EngineInfo, EngineRequest, EngineStats, KvRegion
+from preft.engine.port import EngineInfo, EngineRequest, EngineStats, KvRegion, check_request
 from preft.transfer.seal import SEAL, read_seal, write_seal
 from preft.transfer.staging import Region, StagingView, StaleRegion
 
@@ -173,9 +173,7 @@ class FakeEngine:
             self._adapters.close()
 
     def _check(self, request: EngineRequest) -> None:
-        tokens = (*request.prompt_token_ids, *request.output_token_ids)
-        if not request.prompt_token_ids or max(tokens) >= VOCABULARY or len(tokens) >= self.info.max_model_len:
-            raise InvalidRequest("the engine refuses the request")
+        check_request(request, self.info)
         if (self._role is Role.DECODE) != bool(request.load and request.output_token_ids):
             raise AssertionError("a decode request has KV and tokens, a prefill request has neither")
 

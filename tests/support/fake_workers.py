@@ -20,12 +20,13 @@ import grpc.aio
 
 from preft.core.cluster import AdapterPlace, Role, Tier, Worker, WorkerLoad, WorkerState
 from preft.core.errors import InvalidRequest, PreftError, TransferFailed
-from preft.core.request import AdapterRef, FinishReason, GenerateRequest, Sampling, TokenDelta
+from preft.core.request import FinishReason, GenerateRequest, Sampling, TokenDelta
 from preft.decode.session import DecodeSession, Put
 from preft.rpc import common_pb2, workers_pb2, workers_pb2_grpc
 from preft.rpc.convert import delta_to_proto, place_to_proto
 from preft.rpc.liveness import ACCEPT_PINGS
 from preft.rpc.status import abort
+from support.readable_ref import ReadableRef
 
 EOS = 7
 
@@ -55,7 +56,7 @@ def a_request(
     deadline: float | None = None,
 ) -> GenerateRequest:
     """A request under the adapter whose digest is `<adapter>-digest`."""
-    reference = AdapterRef(adapter, f"{adapter}-digest", f"/adapters/{adapter}") if adapter else None
+    reference = ReadableRef(adapter, f"{adapter}-digest", f"/adapters/{adapter}") if adapter else None
     return GenerateRequest("r", tuple(prompt), Sampling(max_tokens=max_tokens), reference, n, deadline)
 
 

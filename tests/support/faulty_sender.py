@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from enum import Enum, auto
 
 from preft.core.errors import TransferFailed
+from preft.rpc.secret import ClusterSecret
 from preft.transfer.grpc_push import GrpcKvSender
 from preft.transfer.port import KvHeader
 
@@ -27,8 +28,8 @@ class Fault(Enum):
 class FaultySender(GrpcKvSender):
     """The real sender, but the next `count` pushes suffer `fault`."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, secret: ClusterSecret) -> None:
+        super().__init__(secret)
         self.fault: Fault | None = None
         self.count = 0
         self.pushes = 0

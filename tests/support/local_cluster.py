@@ -17,11 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-import grpc.aio
-
 from preft.cluster.adapters import open_catalog
 from preft.cluster.gateway_process import RunningGateway, run_gateway
 from preft.cluster.model import with_model_length
+from preft.cluster.secret import cluster_secret
 from preft.cluster.worker import StartEngine, WorkerServer
 from preft.core.cluster import Role, WorkerLoad
 from preft.core.ports import StateStore
@@ -143,7 +142,7 @@ async def _cluster(settings: Settings) -> AsyncIterator[LocalCluster]:
             for role in settings.roles
             for number in range(settings.engine(role).replicas)
         ]
-        sender = FaultySender()
+        sender = FaultySender(cluster_secret(settings))
         started = await asyncio.gather(
             *(
                 WorkerServer.start(settings, role, name, "127.0.0.1", store, StartEngine(), sender)
@@ -156,7 +155,3 @@ async def _cluster(settings: Settings) -> AsyncIterator[LocalCluster]:
         while not gateway.router.ready():
             await asyncio.sleep(0.05)
         yield LocalCluster(settings, gateway, workers, store, sender, asyncio.get_running_loop())
-
-
-async def grpc_channel(worker: WorkerServer) -> grpc.aio.Channel:
-    return grpc.aio.insecure_channel(worker.record.address)

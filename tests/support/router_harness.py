@@ -10,9 +10,11 @@ from typing import Any, TypeVar
 from preft.core.request import FinishReason, GenerateRequest
 from preft.core.settings import RouterSettings
 from preft.router.router import Router
+from preft.rpc.secret import ClusterSecret
 from support.fake_workers import EOS, FakeCluster, FakeDecode, FakePrefill
 
 H = TypeVar("H", bound="Harness")
+SECRET = ClusterSecret("of the tests")
 FAST = RouterSettings(poll_interval=0.02, transfer_timeout=2.0, retries=2, restart_grace=0.3)
 
 
@@ -24,7 +26,7 @@ class Harness:
 
     async def start(self, settings: RouterSettings) -> None:
         await self.add_workers()
-        self.router = Router(self.cluster, settings)  # type: ignore[arg-type]
+        self.router = Router(self.cluster, settings, SECRET)  # type: ignore[arg-type]
         await self.router.start()
 
     async def add_workers(self) -> None:

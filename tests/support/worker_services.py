@@ -109,7 +109,7 @@ async def channel_to(add: Callable[[Any, grpc.aio.Server], None], service: Any) 
 class KvSink:
     """The receiving half of a decode worker, known to senders as `address`."""
 
-    address = "decode"
+    address = "decode:1"
 
     def __init__(self, capacity: int = ARENA_BYTES, fingerprint: str = FINGERPRINT) -> None:
         self.arena = StagingArena.create(capacity)

@@ -91,6 +91,10 @@ def overrides_from(args: argparse.Namespace) -> dict[str, Any]:
     """The flags as nested settings: `--set` first, the named flags on top. Raises ConfigError."""
     overrides: dict[str, Any] = {}
     for key, text in args.set:
+        if key == "cluster_secret":
+            raise ConfigError(
+                "cluster_secret: every user of this machine can read flags: put it into the --config file"
+            )
         _put(overrides, key, _value(key, text))
     if args.colocated and args.decode is not None:
         raise ConfigError("--decode: a colocated cluster has no decode workers; --prefill says how many workers it has")

@@ -18,6 +18,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from preft.adapters.catalog import Catalog
+from preft.cluster.secret import cluster_secret
 from preft.core.errors import ConfigError
 from preft.core.ports import StateStore
 from preft.core.settings import Settings, host_and_port
@@ -54,7 +55,7 @@ async def run_gateway(
     assert settings.max_model_len is not None
     tokenizer = await asyncio.to_thread(Tokenizer.load, settings.model)
     listener = _listen(settings.host, settings.port)
-    router = Router(store, settings.router, cluster_id=cluster_id)
+    router = Router(store, settings.router, cluster_secret(settings), cluster_id=cluster_id)
     deps = GatewayDeps(
         model_name=settings.model_name,
         tokenizer=tokenizer,

@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from pydantic import SecretStr
 
+from preft.cluster.secret import read_secret
 from preft.cluster.worker import run_worker
 from preft.core.cluster import Role
 from preft.core.settings import Settings
@@ -36,12 +38,13 @@ OBJECT_STORE_BYTES = 80 << 20  # Ray's minimum: no tensor goes through it
 class WorkerActor:
     """One worker under Ray. The constructor starts it, so that a restarted actor is a restarted worker."""
 
-    def __init__(self, settings_json: str, role: str, worker_id: str, host: str, store_url: str) -> None:
+    def __init__(self, settings_json: str, secret: str, role: str, worker_id: str, host: str, store_url: str) -> None:
         self._decided = threading.Event()  # whether it starts or not
         self._failure: str | None = None
         host = host or ray.util.get_node_ip_address()
         os.environ["VLLM_HOST_IP"] = host
         settings = Settings.model_validate_json(settings_json)
+        settings = settings.model_copy(update={"cluster_secret": SecretStr(secret)})
         thread = threading.Thread(
             target=self._run, args=(settings, Role(role), worker_id, host, store_url), name=worker_id, daemon=True
         )
@@ -79,7 +82,7 @@ class RayCluster:
 
     def start(self) -> None:
         """Starts Ray (or joins it) and all workers; returns while their engines still load."""
-        address = self._settings.ray_address
+        address, secret = self._settings.ray_address, read_secret(self._settings)
         local = address is None
         if local:
             ray.init(
@@ -102,7 +105,7 @@ class RayCluster:
                 worker_id = f"{self._cluster_id}-{role.value}-{number}"
                 host = "127.0.0.1" if local else ""
                 self._actors.append(
-                    actor.remote(self._settings.model_dump_json(), role.value, worker_id, host, self._store_url)
+                    actor.remote(self._settings.model_dump_json(), secret, role.value, worker_id, host, self._store_url)
                 )
 
     async def wait_failed(self) -> str:

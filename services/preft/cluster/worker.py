@@ -16,11 +16,11 @@ from collections.abc import Callable
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from preft.adapters.store import AdapterStore
 from preft.cluster.adapters import following_catalog, open_disk_tier
 from preft.cluster.model import model_identity
+from preft.cluster.secret import cluster_secret
 from preft.colocated.service import ColocatedService
 from preft.core.cluster import AdapterLoad, Role, Worker, WorkerLoad, WorkerState
 from preft.core.errors import PreftError
@@ -32,7 +32,8 @@ from preft.prefill.service import PrefillService
 from preft.rpc import common_pb2, kv_transfer_pb2, workers_pb2, workers_pb2_grpc
 from preft.rpc.convert import adapter_from_proto, load_to_proto, place_to_proto
 from preft.rpc.liveness import ACCEPT_PINGS
-from preft.rpc.status import abort
+from preft.rpc.secret import ClusterSecret, OnlyTheCluster
+from preft.rpc.status import errors_reported
 from preft.transfer.grpc_push import GrpcKvSender
 from preft.transfer.grpc_receive import kv_transfer_handler
 from preft.transfer.handles import HandleTable
@@ -87,7 +88,7 @@ class WorkerServer:
 
         Raises what `start_engine` raises; then nothing is left.
         """
-        own = settings.engine(role)
+        own, secret = settings.engine(role), cluster_secret(settings)
         record = Worker(
             id=worker_id,
             role=role,
@@ -134,15 +135,17 @@ class WorkerServer:
                 )
                 opened.push_async_callback(adapters.close)
                 await opened.enter_async_context(following_catalog(settings, adapters))
-            sender = sender or GrpcKvSender()
+            sender = sender or GrpcKvSender(secret)
             opened.push_async_callback(sender.close)
-            server = grpc.aio.server(options=SERVER_OPTIONS)
+            guard = OnlyTheCluster(secret)
+            server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[guard])
             worker = cls(engine, server, store, record, sender, arena, adapters)
-            names = worker._add_services(settings, role)
+            names = worker._add_services(settings, role, secret)
             if worker._handles is not None:
                 opened.callback(worker._handles.close)
             port = server.add_insecure_port(host_and_port(host, 0))
             worker._record = dataclasses.replace(worker._record, address=host_and_port(host, port))
+            guard.serve_at(worker._record.address)
             await server.start()
             opened.push_async_callback(server.stop, 0)
             await worker._beat(WorkerState.READY)
@@ -186,9 +189,9 @@ class WorkerServer:
             tiers=self._adapters.load() if self._adapters else AdapterLoad(),
         )
 
-    def _add_services(self, settings: Settings, role: Role) -> list[str]:
+    def _add_services(self, settings: Settings, role: Role, secret: ClusterSecret) -> list[str]:
         descriptor = workers_pb2.DESCRIPTOR.services_by_name
-        names = [descriptor["WorkerStatus"].full_name, health.SERVICE_NAME, reflection.SERVICE_NAME]
+        names = [descriptor["WorkerStatus"].full_name, health.SERVICE_NAME]
         adapters = self._adapters
         if adapters is not None:
             workers_pb2_grpc.add_WorkerAdaptersServicer_to_server(_Adapters(adapters), self._server)  # type: ignore[no-untyped-call]
@@ -212,7 +215,7 @@ class WorkerServer:
             decode = DecodeService(self._engine, self._handles)
             self._running_of_service = lambda: decode.running
             workers_pb2_grpc.add_DecodeWorkerServicer_to_server(decode, self._server)  # type: ignore[no-untyped-call]
-            self._server.add_generic_rpc_handlers((kv_transfer_handler(receiver),))
+            self._server.add_generic_rpc_handlers((kv_transfer_handler(receiver, secret),))
             names += [
                 descriptor["DecodeWorker"].full_name,
                 kv_transfer_pb2.DESCRIPTOR.services_by_name["KvTransfer"].full_name,
@@ -221,7 +224,6 @@ class WorkerServer:
         servicer = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(servicer, self._server)
         servicer._server_status.update(dict.fromkeys(["", *names], health_pb2.HealthCheckResponse.SERVING))
-        reflection.enable_server_reflection(names, self._server)
         return names
 
     async def _beat(self, state: WorkerState) -> None:
@@ -260,14 +262,13 @@ class _Adapters(workers_pb2_grpc.WorkerAdaptersServicer):
     async def Prefetch(
         self, request: common_pb2.AdapterRef, context: grpc.aio.ServicerContext
     ) -> workers_pb2.PrefetchReply:
-        try:
+        async with errors_reported(context):
             await self._adapters.prefetch(adapter_from_proto(request))
-        except PreftError as error:
-            await abort(context, error)
         return workers_pb2.PrefetchReply()
 
     async def Where(self, request: common_pb2.AdapterRef, context: grpc.aio.ServicerContext) -> workers_pb2.WhereReply:
-        return place_to_proto(self._adapters.where(request.digest))
+        async with errors_reported(context):
+            return place_to_proto(self._adapters.where(adapter_from_proto(request).digest))
 
 
 class StartEngine:

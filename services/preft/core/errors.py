@@ -9,7 +9,8 @@ PreftError
 ├── QueueFull             429  try again after `retry_after` seconds
 ├── DeadlineExceeded      504  the request's own time limit passed
 ├── Unavailable           503  no worker can take the request now
-│   └── WorkerLost        503  a worker died or became unreachable during the request
+│   ├── WorkerLost        503  a worker died or became unreachable during the request
+│   └── AdapterUnavailable 503 the content of an adapter that was added can't be had now
 ├── TransferFailed        502  the KV cache didn't arrive, or not as it was sent
 ├── EngineFailed          500  the engine gave up on the request
 │   └── NumbersNotFinite  500  the request's own numbers overflowed
@@ -69,6 +70,10 @@ class WorkerLost(Unavailable):
     """A worker died or became unreachable while it held the request."""
 
 
+class AdapterUnavailable(Unavailable):
+    """A request names an adapter whose content has been lost since it was added. No fault of the caller."""
+
+
 class TransferFailed(PreftError):
     """The KV cache didn't reach the decode worker intact: unknown, stale, expired or corrupted handle."""
 
@@ -113,6 +118,7 @@ ERROR_MAP: dict[type[PreftError], ErrorMapping] = {
     QueueFull: ErrorMapping(429, "rate_limit_error", "queue_full", "RESOURCE_EXHAUSTED"),
     DeadlineExceeded: ErrorMapping(504, "timeout_error", "deadline_exceeded", "DEADLINE_EXCEEDED"),
     WorkerLost: ErrorMapping(503, "service_unavailable_error", "worker_lost", "UNAVAILABLE"),
+    AdapterUnavailable: ErrorMapping(503, "service_unavailable_error", "adapter_unavailable", "UNAVAILABLE"),
     Unavailable: ErrorMapping(503, "service_unavailable_error", "unavailable", "UNAVAILABLE"),
     TransferFailed: ErrorMapping(502, "server_error", "kv_transfer_failed", "DATA_LOSS"),
     NumbersNotFinite: ErrorMapping(500, "server_error", "numbers_not_finite", "INTERNAL"),

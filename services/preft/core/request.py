@@ -5,11 +5,16 @@ Everything here is in token ids; text exists only in the gateway.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
 
+from preft.core.errors import InvalidRequest
+
+DIGEST = re.compile(r"[0-9a-f]{64}")
+MAX_CHOICES = 1024  # of one request
 NO_BIAS: Mapping[int, float] = MappingProxyType({})
 
 
@@ -52,11 +57,16 @@ class AdapterRef:
     """One version of one adapter. `digest` (sha256 hex over config and weights) is its identity; `name` is for people.
 
     `source` is where the content can be fetched: a URI or local path. What it holds counts only if it has the digest.
+    A digest names folders on disk, so nothing else passes for one: InvalidRequest.
     """
 
     name: str
     digest: str
     source: str
+
+    def __post_init__(self) -> None:
+        if not DIGEST.fullmatch(self.digest):
+            raise InvalidRequest("an adapter's digest is 64 lowercase hexadecimal digits", param="digest")
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
 from preft.core.cluster import Role
 from preft.core.errors import ConfigError, InvalidAdapter
@@ -16,6 +16,7 @@ from preft.core.web import read_host, read_origin
 GiB = 1 << 30
 MiB = 1 << 20
 DAY = 86_400.0  # seconds
+SCHEMES = ("s3", "gs", "http", "https", "hf")  # of adapters that aren't local folders
 
 Seconds = Annotated[float, Field(gt=0, le=DAY)]
 """A wait. Timers overflow with far longer ones, and then don't wait at all."""
@@ -58,6 +59,7 @@ class StoreSettings(_Strict):
     host_bytes: Annotated[int, Field(ge=1 * MiB)] = 4 * GiB  # in host memory, per prefill worker
     max_adapter_bytes: Annotated[int, Field(ge=1)] = 2 * GiB  # a larger one is refused
     source_timeout: Seconds = 30.0  # without a byte, after which a source has failed
+    source_min_rate: Annotated[int, Field(ge=1)] = 64 << 10  # bytes per second that a remote source sends at least
 
 
 class RouterSettings(_Strict):
@@ -88,9 +90,12 @@ class Settings(_Strict):
     block_size: Literal[16, 32, 64, 128] | None = None  # tokens per KV block; None: 32 on CPU (its smallest), 16 on GPU
     seed: int = 0
     state_dir: Path = Path("~/.preft")
+    # Never written out with the other settings. None: `cluster.secret` makes one, in `state_dir`.
+    cluster_secret: Annotated[SecretStr, Field(min_length=16)] | None = Field(default=None, exclude=True, repr=False)
     ray_address: str | None = None  # None: a Ray of our own on this machine
     adapters: dict[str, str] = Field(default_factory=dict)  # name: folder or URI
     adapter_dir: Path | None = None  # a folder of adapters, watched
+    adapter_sources: tuple[str, ...] | None = None  # what adapters named in requests may start with; None: by `host`
     store: StoreSettings = Field(default_factory=StoreSettings)
     prefill: PrefillSettings = Field(default_factory=PrefillSettings)
     decode: DecodeSettings = Field(default_factory=DecodeSettings)
@@ -125,6 +130,17 @@ class Settings(_Strict):
             names[name]: source if "://" in source else os.path.abspath(os.path.expanduser(source))
             for name, source in value.items()
         }
+
+    @field_validator("adapter_sources")
+    @classmethod
+    def _absolute_sources(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for source in value or ():
+            scheme, separator, place = source.partition("://")
+            if separator and (scheme not in SCHEMES or "/.." in place):
+                raise ValueError(f"{source!r} is neither a folder nor starts with {', '.join(SCHEMES)} and ://")
+        return value and tuple(
+            source if "://" in source else os.path.abspath(os.path.expanduser(source)) for source in value
+        )
 
     @model_validator(mode="after")
     def _names_are_distinct(self) -> Settings:

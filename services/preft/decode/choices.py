@@ -17,8 +17,8 @@ from preft.core.errors import EngineFailed, PreftError
 from preft.core.request import Sampling, TokenDelta
 from preft.decode.session import DecodeSession, Put
 from preft.rpc import workers_pb2, workers_pb2_grpc
-from preft.rpc.convert import sampling_from_proto
-from preft.rpc.status import abort
+from preft.rpc.convert import check_decode, sampling_from_proto
+from preft.rpc.status import errors_reported
 
 logger = logging.getLogger(__name__)
 
@@ -37,17 +37,15 @@ class ChoiceService(workers_pb2_grpc.DecodeWorkerServicer):
         self, commands: AsyncIterator[workers_pb2.DecodeCommand], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[workers_pb2.DecodeEvents]:
         session = DecodeSession(self._serve)
-        try:
-            async with aclosing(session.run(commands)) as batches:
-                async for batch in batches:
-                    yield batch
-        except PreftError as error:
-            await abort(context, error)
+        async with errors_reported(context), aclosing(session.run(commands)) as batches:
+            async for batch in batches:
+                yield batch
 
     async def _serve(self, request: workers_pb2.DecodeRequest, put: Put) -> None:
         """Gives `put` everything there is to say of one choice: its deltas, the last one finished, or an error."""
         self.running += 1
         try:
+            check_decode(request)
             async with aclosing(self.generate(request)) as deltas:
                 async for delta in deltas:
                     put(delta)

@@ -15,6 +15,8 @@ from preft.core.request import TokenDelta
 from preft.decode.choices import ChoiceService, choice_sampling
 from preft.engine.port import Engine, EngineRequest, KvRegion
 from preft.rpc import workers_pb2
+from preft.rpc.checked import handle_of
+from preft.rpc.status import errors_reported
 from preft.transfer.handles import Claim, HandleTable
 from preft.transfer.port import hash_prompt
 
@@ -30,7 +32,8 @@ class DecodeService(ChoiceService):
     async def Release(
         self, request: workers_pb2.ReleaseRequest, context: grpc.aio.ServicerContext
     ) -> workers_pb2.ReleaseReply:
-        self._handles.release(request.handle)
+        async with errors_reported(context):
+            self._handles.release(handle_of(request.handle))
         return workers_pb2.ReleaseReply()
 
     async def generate(self, request: workers_pb2.DecodeRequest) -> AsyncGenerator[TokenDelta, None]:

@@ -41,7 +41,10 @@ async def _measure(model: Shape, folder: Path, prompts: int, tokens: int, rounds
     write_lora(folder / "lora", LORA_RANK, 1, model)
     write_reft(folder / "reft", REFT_RANK, 2, model)
     loras, refts = (
-        [AdapterRef(f"{kind}{number}", f"{number:032x}{kind:0>32}", str(folder / kind)) for number in range(prompts)]
+        [
+            AdapterRef(f"{kind}{number}", f"{number:032x}{kind.encode().hex():0>32}", str(folder / kind))
+            for number in range(prompts)
+        ]
         for kind in ("lora", "reft")
     )
     memory = StagingArena.create(GiB)

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Protocol
 
+from preft.core.errors import InvalidRequest
 from preft.core.request import AdapterRef, Sampling, TokenDelta
 from preft.transfer.staging import Region
 
@@ -51,6 +52,18 @@ class EngineInfo:
     max_model_len: int
     vocab_size: int
     pids: tuple[int, ...]
+
+
+def check_request(request: EngineRequest, info: EngineInfo) -> None:
+    """Raises InvalidRequest for ids, a length or a seed that would end an engine's process, or that it can't take."""
+    prompt, output, sampling = request.prompt_token_ids, request.output_token_ids, request.sampling
+    if not prompt or len(prompt) + len(output) >= info.max_model_len:
+        raise InvalidRequest("the engine refuses the request: it can't continue so many tokens", param="prompt")
+    named = (prompt, output, sampling.stop_token_ids, sampling.logit_bias)
+    if max(max(ids, default=0) for ids in named) >= info.vocab_size:
+        raise InvalidRequest("the engine refuses the request: a token id is not in the vocabulary", param="prompt")
+    if sampling.seed is not None and not -(2**63) <= sampling.seed < 2**63:
+        raise InvalidRequest("the engine refuses the request: a seed is out of range", param="seed")
 
 
 @dataclass(slots=True)

@@ -26,7 +26,7 @@ from preft.core.errors import EngineFailed, InvalidAdapter, InvalidRequest, Numb
 from preft.core.request import AdapterRef, FinishReason, Sampling, TokenDelta, TokenLogprob
 from preft.core.settings import GiB, PrefillSettings, Settings
 from preft.engine.numbers import ENVIRONMENT, NOT_FINITE
-from preft.engine.port import EngineInfo, EngineRequest, EngineStats, KvRegion
+from preft.engine.port import EngineInfo, EngineRequest, EngineStats, KvRegion, check_request
 from preft.transfer.connector import OUTPUT_SO_FAR
 from preft.transfer.staging import Region
 
@@ -219,12 +219,13 @@ class VllmEngine:
         )
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
+        check_request(request, self.info)
         prompt: dict[str, Any] = {"prompt_token_ids": [*request.prompt_token_ids, *request.output_token_ids]}
         if salt := request.salt or self._prompt_salt(request):
             prompt["cache_salt"] = salt
-        if max(prompt["prompt_token_ids"], default=0) >= self.info.vocab_size:
-            raise InvalidRequest("a token id is not in the vocabulary")  # it would end the engine process
         lora = self._lora_request(request.adapter) if request.adapter is not None else None
+        eos = tuple(token for token in request.sampling.eos_token_ids if token < self.info.vocab_size)
+        request = dataclasses.replace(request, sampling=dataclasses.replace(request.sampling, eos_token_ids=eos))
         try:
             params = sampling_params(request, self._role)
             async with aclosing(self._llm.generate(prompt, params, request.request_id, lora_request=lora)) as outputs:

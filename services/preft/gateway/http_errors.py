@@ -19,13 +19,13 @@ from preft.core.errors import InvalidRequest, PreftError, QueueFull, mapping_of,
 from preft.gateway.http_methods import methods_at, options_response
 
 CLIENT_GONE = 499  # for the metrics: nobody is there to read it
-_INTERNAL = "The server met an unexpected error."
+INTERNAL = "The server met an unexpected error."
 
 
 def error_body(error: BaseException) -> dict[str, Any]:
     """The body for any error; unexpected ones don't show their text."""
     if not isinstance(error, PreftError):
-        return _body(_INTERNAL, "server_error", None, "internal_error")
+        return _body(INTERNAL, "server_error", None, "internal_error")
     mapping = mapping_of(error)
     param = error.param if isinstance(error, InvalidRequest) else None
     return _body(str(error), mapping.type, param and short(param), mapping.code)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from preft.core.errors import InvalidRequest, ModelNotFound
-from preft.core.request import AdapterRef, GenerateRequest, Sampling
+from preft.core.request import MAX_CHOICES, AdapterRef, GenerateRequest, Sampling
 from preft.gateway.chat_prompt import ChatPrompt
 from preft.gateway.choice import TextOptions
 from preft.gateway.deps import GatewayDeps
@@ -19,7 +19,6 @@ from preft.gateway.listing import served_version
 from preft.gateway.schemas import INT64_MAX, ChatBody, CompletionBody, GenerationBody
 from preft.gateway.tokenizer import INLINE_CHARS, Tokenizer
 
-MAX_CHOICES = 1024
 DEFAULT_COMPLETION_TOKENS = 16
 # About 2 ms; what is larger goes to a thread.
 INLINE_MESSAGES = 64

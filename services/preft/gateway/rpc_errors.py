@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -10,15 +11,26 @@ from typing import Any, NoReturn
 import grpc
 
 from preft.core.errors import InvalidRequest, PreftError, QueueFull, mapping_of, short
+from preft.gateway.http_errors import INTERNAL
+
+logger = logging.getLogger(__name__)
 
 
 @asynccontextmanager
 async def errors_reported(context: Any) -> AsyncIterator[None]:
-    """Ends the call with the error's gRPC code; trailing metadata has `preft-code`, `preft-param`, `retry-after`."""
+    """Ends the call with the error's gRPC code; trailing metadata has `preft-code`, `preft-param`, `retry-after`.
+
+    Unexpected errors are logged, and don't show their text.
+    """
     try:
         yield
     except PreftError as error:
         await _abort(context, error)
+    except grpc.aio.AbortError:
+        raise
+    except Exception:
+        logger.exception("a call broke")
+        await _abort(context, PreftError(INTERNAL))
 
 
 async def _abort(context: Any, error: PreftError) -> NoReturn:

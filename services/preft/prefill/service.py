@@ -14,12 +14,12 @@ from contextlib import aclosing, nullcontext
 import grpc.aio
 
 from preft.adapters.store import AdapterStore
-from preft.core.errors import EngineFailed, PreftError, TransferFailed
+from preft.core.errors import EngineFailed, TransferFailed
 from preft.core.request import AdapterRef, FinishReason, Sampling, TokenDelta
 from preft.engine.port import Engine, EngineRequest, KvRegion
 from preft.rpc import workers_pb2, workers_pb2_grpc
-from preft.rpc.convert import adapter_from_proto, delta_to_proto, sampling_from_proto
-from preft.rpc.status import abort
+from preft.rpc.convert import adapter_from_proto, check_prefill, delta_to_proto, sampling_from_proto
+from preft.rpc.status import errors_reported
 from preft.transfer.port import KvHeader, KvSender, checksum_of, hash_prompt
 from preft.transfer.seal import SEAL, clear_seal, read_seal
 from preft.transfer.staging import Region, StagingArena
@@ -51,11 +51,9 @@ class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
     ) -> AsyncIterator[workers_pb2.PrefillEvent]:
         self.running += 1
         try:
-            async with aclosing(self._prefill(request, context.time_remaining())) as events:
+            async with errors_reported(context), aclosing(self._prefill(request, context.time_remaining())) as events:
                 async for event in events:
                     yield event
-        except PreftError as error:
-            await abort(context, error)
         finally:
             self.running -= 1
 
@@ -63,11 +61,13 @@ class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
         self, request: workers_pb2.PrefillRequest, time_remaining: float | None
     ) -> AsyncGenerator[workers_pb2.PrefillEvent, None]:
         timeout = 60.0 if time_remaining is None else time_remaining
+        check_prefill(request)
+        sampling = GREEDY if request.resume else sampling_from_proto(request.sampling)
         adapter = adapter_from_proto(request.adapter) if request.HasField("adapter") else None
         prompt = tuple(request.prompt_token_ids)
         if not request.HasField("target"):
             async with self._adapters.using(adapter) if adapter else nullcontext():
-                choices = await self._first_tokens(request, prompt, adapter, None)
+                choices = await self._first_tokens(request, prompt, sampling, adapter, None)
             yield _first_tokens_event(choices)
             return
         if adapter is not None:
@@ -77,7 +77,7 @@ class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
             clear_seal(self._arena.view(region))
             save = KvRegion(region.offset, region.size, region.nonce)
             async with self._adapters.using(adapter) if adapter else nullcontext():
-                choices = await self._first_tokens(request, prompt, adapter, save)
+                choices = await self._first_tokens(request, prompt, sampling, adapter, save)
             yield _first_tokens_event(choices)
             uses = request.n if request.resume else sum(choice.finish_reason is None for choice in choices)
             if uses:
@@ -93,11 +93,11 @@ class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
         self,
         request: workers_pb2.PrefillRequest,
         prompt: tuple[int, ...],
+        sampling: Sampling,
         adapter: AdapterRef | None,
         save: KvRegion | None,
     ) -> list[TokenDelta]:
         """The first token of each choice. The first pass computes (and saves) the KV, further ones reuse its cache."""
-        sampling = GREEDY if request.resume else sampling_from_proto(request.sampling)
         attempt = request.target.handle or "last"
 
         def choice(index: int) -> EngineRequest:

@@ -23,6 +23,7 @@ from preft.router.decode_stream import CallCancelled, DecodeCall, DecodeStream
 from preft.rpc import workers_pb2, workers_pb2_grpc
 from preft.rpc.convert import adapter_to_proto, place_from_proto
 from preft.rpc.liveness import ping_options
+from preft.rpc.secret import ClusterChannel, ClusterSecret
 from preft.rpc.status import error_from_rpc
 
 OPTIONS = [
@@ -40,7 +41,7 @@ DRAIN_SECONDS = 600.0  # a worker that left the registry may still finish what i
 class WorkerStubs:
     """One channel and the services on it. Which of them the worker has depends on its role."""
 
-    channel: grpc.aio.Channel
+    channel: ClusterChannel
     prefill: Any
     decode: Any
     adapters: Any
@@ -56,8 +57,9 @@ class WorkerStubs:
 class WorkerChannels:
     """Calls to workers. Use it inside one event loop."""
 
-    def __init__(self, on_lost: Callable[[Worker], None]) -> None:
+    def __init__(self, secret: ClusterSecret, on_lost: Callable[[Worker], None]) -> None:
         """`on_lost` is told of each worker that couldn't be reached or broke off."""
+        self._secret = secret
         self._on_lost = on_lost
         self._stubs: dict[str, WorkerStubs] = {}
         self._ending: set[Any] = set()
@@ -153,7 +155,7 @@ class WorkerChannels:
     def _stubs_of(self, address: str) -> WorkerStubs:
         stubs = self._stubs.get(address)
         if stubs is None:
-            channel = grpc.aio.insecure_channel(address, options=[*OPTIONS, *ping_options()])
+            channel = ClusterChannel(address, self._secret, [*OPTIONS, *ping_options()])
             stubs = self._stubs[address] = WorkerStubs(
                 channel,
                 workers_pb2_grpc.PrefillWorkerStub(channel),  # type: ignore[no-untyped-call]

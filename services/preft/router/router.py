@@ -24,6 +24,7 @@ from preft.router.generation import Counters, RoutedGeneration
 from preft.router.ledger import Ledger
 from preft.router.policy import AffinityPolicy, Policy, Roster
 from preft.router.prefetch import Prefetcher
+from preft.rpc.secret import ClusterSecret
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +45,17 @@ class Router:
     """A Generator. `async with Router(...)`, or `start` and `close`, inside one event loop."""
 
     def __init__(
-        self, store: StateStore, settings: RouterSettings, *, cluster_id: str = "", policy: Policy | None = None
+        self,
+        store: StateStore,
+        settings: RouterSettings,
+        secret: ClusterSecret,
+        *,
+        cluster_id: str = "",
+        policy: Policy | None = None,
     ) -> None:
         """Reads workers from `store`, which stays the caller's: those named `<cluster_id>-...`, or all without one.
 
-        `policy` is an AffinityPolicy unless given.
+        Calls to them carry the cluster's `secret`. `policy` is an AffinityPolicy unless given.
         """
         self._store = store
         self._prefix = f"{cluster_id}-" if cluster_id else ""
@@ -61,7 +68,7 @@ class Router:
             settings.restart_grace,
             lambda worker, adapter: self._prefetcher.want(worker, adapter),
         )
-        self._channels = WorkerChannels(self._lost)
+        self._channels = WorkerChannels(secret, self._lost)
         self._prefetcher = Prefetcher(
             self._channels, self._ledger, settings.request_timeout, self._admission.load_ended
         )

@@ -1,7 +1,8 @@
 """Between the core dataclasses and their protobuf messages, both directions, field by field.
 
-Owns no meaning: what the values stand for is said in `preft.core.request` and `preft.core.cluster`. Values that don't
-fit the message's type (a negative count) raise ValueError in protobuf; the edges check before they come here.
+Owns no meaning: what the values stand for is said in `preft.core.request` and `preft.core.cluster`. What comes from
+another process is checked here, and nowhere after: a caller's message that makes no sense raises InvalidRequest, a
+worker's EngineFailed. Values that don't fit the message's type (a negative count) raise ValueError in protobuf.
 """
 
 from __future__ import annotations
@@ -9,8 +10,23 @@ from __future__ import annotations
 from dataclasses import asdict, fields
 
 from preft.core.cluster import BY_TIER, AdapterLoad, AdapterPlace, Tier, WorkerLoad
-from preft.core.request import NO_BIAS, AdapterRef, FinishReason, Sampling, TokenDelta, TokenLogprob
+from preft.core.errors import EngineFailed
+from preft.core.request import MAX_CHOICES, NO_BIAS, AdapterRef, FinishReason, Sampling, TokenDelta, TokenLogprob
 from preft.rpc import common_pb2, workers_pb2
+from preft.rpc.checked import (
+    MAX_TEXT,
+    address_of,
+    count_of,
+    digest_of,
+    handle_of,
+    ids_of,
+    number_of,
+    seconds_of,
+    text_of,
+)
+
+INT32_MAX = 2**31 - 1
+MAX_LOGPROBS = 20  # vLLM's limit
 
 _FINISH_TO_PROTO = {
     None: common_pb2.FINISH_REASON_UNSPECIFIED,
@@ -42,24 +58,45 @@ def sampling_to_proto(sampling: Sampling) -> common_pb2.Sampling:
 
 
 def sampling_from_proto(message: common_pb2.Sampling) -> Sampling:
-    """What `sampling_to_proto` was given."""
+    """What `sampling_to_proto` was given, within vLLM's ranges. Raises InvalidRequest."""
+    bias = {token_id: number_of(message.logit_bias[token_id], "logit_bias") for token_id in message.logit_bias}
+    ids_of(bias, "logit_bias")
+    max_tokens = count_of(message.max_tokens, "max_tokens", 1, INT32_MAX)
     return Sampling(
-        max_tokens=message.max_tokens,
-        min_tokens=message.min_tokens,
-        temperature=message.temperature,
-        top_p=message.top_p,
-        top_k=message.top_k,
-        min_p=message.min_p,
-        presence_penalty=message.presence_penalty,
-        frequency_penalty=message.frequency_penalty,
-        repetition_penalty=message.repetition_penalty,
+        max_tokens=max_tokens,
+        min_tokens=count_of(message.min_tokens, "min_tokens", 0, max_tokens),
+        temperature=number_of(message.temperature, "temperature", 0),
+        top_p=number_of(message.top_p, "top_p", 0, 1),
+        top_k=count_of(message.top_k, "top_k", 0, INT32_MAX),
+        min_p=number_of(message.min_p, "min_p", 0, 1),
+        presence_penalty=number_of(message.presence_penalty, "presence_penalty", -2, 2),
+        frequency_penalty=number_of(message.frequency_penalty, "frequency_penalty", -2, 2),
+        repetition_penalty=number_of(message.repetition_penalty, "repetition_penalty", 0),
         seed=message.seed if message.HasField("seed") else None,
         ignore_eos=message.ignore_eos,
-        eos_token_ids=tuple(message.eos_token_ids),
-        stop_token_ids=tuple(message.stop_token_ids),
-        logit_bias=dict(message.logit_bias) if message.logit_bias else NO_BIAS,
-        logprobs=message.logprobs if message.HasField("logprobs") else None,
+        eos_token_ids=ids_of(message.eos_token_ids, "eos_token_ids"),
+        stop_token_ids=ids_of(message.stop_token_ids, "stop_token_ids"),
+        logit_bias=bias or NO_BIAS,
+        logprobs=count_of(message.logprobs, "logprobs", 0, MAX_LOGPROBS) if message.HasField("logprobs") else None,
     )
+
+
+def check_prefill(message: workers_pb2.PrefillRequest) -> None:
+    """Raises InvalidRequest if a field makes no sense; sampling and adapter are checked where they are translated."""
+    text_of(message.request_id, "request_id")
+    count_of(message.n, "n", 1, MAX_CHOICES)
+    if message.HasField("target"):
+        handle_of(message.target.handle)
+        address_of(message.target.address)
+
+
+def check_decode(message: workers_pb2.DecodeRequest) -> None:
+    """Raises InvalidRequest if a field makes no sense; sampling and adapter are checked where they are translated."""
+    text_of(message.request_id, "request_id")
+    handle_of(message.handle)
+    digest_of(message.adapter_digest)
+    count_of(message.index, "index", 0, MAX_CHOICES - 1)
+    seconds_of(message.kv_timeout, "kv_timeout")
 
 
 def adapter_to_proto(adapter: AdapterRef) -> common_pb2.AdapterRef:
@@ -68,8 +105,8 @@ def adapter_to_proto(adapter: AdapterRef) -> common_pb2.AdapterRef:
 
 
 def adapter_from_proto(message: common_pb2.AdapterRef) -> AdapterRef:
-    """What `adapter_to_proto` was given."""
-    return AdapterRef(name=message.name, digest=message.digest, source=message.source)
+    """What `adapter_to_proto` was given. Raises InvalidRequest."""
+    return AdapterRef(text_of(message.name, "name"), message.digest, text_of(message.source, "source", MAX_TEXT))
 
 
 def delta_to_proto(delta: TokenDelta) -> common_pb2.TokenDelta:
@@ -88,12 +125,14 @@ def delta_to_proto(delta: TokenDelta) -> common_pb2.TokenDelta:
 
 
 def delta_from_proto(message: common_pb2.TokenDelta) -> TokenDelta:
-    """What `delta_to_proto` was given. On the per-token path."""
+    """What `delta_to_proto` was given. On the per-token path. Raises EngineFailed for an unknown finish reason."""
+    if message.finish_reason not in _FINISH_FROM_PROTO:
+        raise EngineFailed(f"a worker ended a choice for the unknown reason {message.finish_reason}")
     return TokenDelta(
         message.index,
         tuple(message.token_ids),
         tuple([_logprob_from_proto(logprob) for logprob in message.logprobs]) if message.logprobs else (),
-        _FINISH_FROM_PROTO[message.finish_reason] if message.finish_reason else None,
+        _FINISH_FROM_PROTO[message.finish_reason],
         message.stop_token_id if message.HasField("stop_token_id") else None,
         message.cached_tokens,
     )
@@ -135,7 +174,9 @@ def place_to_proto(place: AdapterPlace) -> workers_pb2.WhereReply:
 
 
 def place_from_proto(worker_id: str, message: workers_pb2.WhereReply) -> AdapterPlace:
-    """What `place_to_proto` was given."""
+    """What `place_to_proto` was given. Raises EngineFailed for an unknown tier."""
+    if message.tier not in set(Tier):
+        raise EngineFailed(f"worker {worker_id} names the unknown tier {message.tier[:40]!r}")
     return AdapterPlace(worker_id, Tier(message.tier), message.last_used, message.users)
 
 

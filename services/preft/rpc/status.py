@@ -6,6 +6,10 @@ and the offending parameter in the trailing metadata. An error without them is g
 
 from __future__ import annotations
 
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
 import grpc
 import grpc.aio
 
@@ -23,6 +27,8 @@ from preft.core.errors import (
 )
 from preft.rpc import workers_pb2
 
+logger = logging.getLogger(__name__)
+
 CODE_KEY = "preft-error-code"
 PARAM_KEY = "preft-error-param"
 
@@ -39,7 +45,22 @@ _BY_STATUS: dict[grpc.StatusCode, type[PreftError]] = {
     grpc.StatusCode.INTERNAL: EngineFailed,
     grpc.StatusCode.DATA_LOSS: TransferFailed,
     grpc.StatusCode.UNIMPLEMENTED: EngineFailed,
+    grpc.StatusCode.UNAUTHENTICATED: Unavailable,  # its cluster_secret is another one
 }
+
+
+@asynccontextmanager
+async def errors_reported(context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
+    """Ends the server's call with the error that leaves the context. Unexpected ones don't show their text."""
+    try:
+        yield
+    except PreftError as error:
+        await abort(context, error)
+    except grpc.aio.AbortError:
+        raise
+    except Exception:
+        logger.exception("a call broke")
+        await abort(context, EngineFailed("an internal error ended the call"))
 
 
 async def abort(context: grpc.aio.ServicerContext, error: PreftError) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
@@ -12,10 +14,13 @@ import grpc.aio
 from preft.core.errors import TransferFailed
 from preft.rpc import kv_transfer_pb2
 from preft.rpc.liveness import ping_options
+from preft.rpc.secret import PROOF_KEY, ClusterChannel, ClusterSecret, equal_codes
 from preft.transfer.port import KvHeader, PushRefused, Refusal
 
 METHOD = "/preft.v1.KvTransfer/Push"
 HEADER_KEY = "preft-kv-header-bin"
+REFUSAL_SECONDS = 1.0  # for the status of a receiver that proves nothing
+MAX_CHANNELS = 256  # kept open; each restart of a worker is another address
 FRAME_BYTES = 1 << 20  # the fastest size measured: half or twice as much costs 10-30%
 
 STATUS_OF: dict[Refusal, grpc.StatusCode] = {
@@ -36,45 +41,79 @@ _CHANNEL_OPTIONS = [
 
 
 class GrpcKvSender:
-    """A KvSender with one channel per address."""
+    """A KvSender with one channel per address. Sends bytes to receivers that know the cluster's secret, to no other."""
 
-    def __init__(self) -> None:
-        self._channels: dict[str, grpc.aio.Channel] = {}
+    def __init__(self, secret: ClusterSecret) -> None:
+        self._secret = secret
+        self._channels: dict[str, ClusterChannel] = {}  # least recently used first
+        self._pushes: Counter[str] = Counter()  # under way, by address
 
     async def push(self, address: str, header: KvHeader, payload: memoryview, *, timeout: float) -> None:
         """See KvSender. `address` is `host:port` of the decode worker."""
-        channel = self._channels.get(address)
-        if channel is None:
-            channel = self._channels[address] = grpc.aio.insecure_channel(
-                address, options=[*_CHANNEL_OPTIONS, *ping_options()]
-            )
-        # A stream_unary call on the wire; but of a stream_unary that the receiver ends early grpc.aio loses the status.
-        call = channel.stream_stream(METHOD)(metadata=((HEADER_KEY, encode_header(header)),), timeout=timeout)
-        status = _status_of(call)
-        writing = asyncio.create_task(self._write(call, payload))
-        try:
-            await asyncio.wait({status, writing}, return_when=asyncio.FIRST_COMPLETED)
-            if writing.done():
-                writing.result()
-            code, details = await status
-        finally:
-            call.cancel()  # does nothing to a finished call
-            writing.cancel()
-            await asyncio.wait({writing})
+        async with self._channel(address) as channel:
+            # A stream_unary call on the wire; but of a stream_unary that the receiver ends early grpc.aio loses the
+            # status.
+            call = channel.stream_stream(METHOD)(metadata=((HEADER_KEY, encode_header(header)),), timeout=timeout)
+            status = _status_of(call)
+            known: asyncio.Future[bool] = asyncio.get_running_loop().create_future()  # whether it is of the cluster
+            writing = asyncio.create_task(self._write(call, header.handle, known, payload))
+            try:
+                await asyncio.wait({status, writing}, return_when=asyncio.FIRST_COMPLETED)
+                if writing.done():
+                    writing.result()
+                if known.done() and not known.result():  # a receiver that refuses says so, and proves nothing
+                    await asyncio.wait({status}, timeout=REFUSAL_SECONDS)
+                    if not status.done():
+                        raise _stranger(address)
+                code, details = await status
+            finally:
+                call.cancel()  # does nothing to a finished call
+                writing.cancel()
+                await asyncio.wait({writing})
         if code is not grpc.StatusCode.OK:
             sentence = f"the KV push to {address} failed: {details or code.name}"
             refusal = _REFUSAL_OF.get(code)
             raise TransferFailed(sentence) if refusal is None else PushRefused(sentence, refusal)
+        if not (known.done() and known.result()):
+            raise _stranger(address)
 
-    async def _write(self, call: grpc.aio.StreamStreamCall[bytes, bytes], payload: memoryview) -> None:
+    async def _write(
+        self,
+        call: grpc.aio.StreamStreamCall[bytes, bytes],
+        handle: str,
+        known: asyncio.Future[bool],
+        payload: memoryview,
+    ) -> None:
+        """Sends the payload, or nothing if the receiver's initial metadata doesn't show that it knows the secret."""
         try:
-            await call.initial_metadata()  # comes when there is room: gRPC alone would let megabytes wait over there
+            # It comes when there is room: gRPC alone would let megabytes wait over there.
+            shown = dict(await call.initial_metadata()).get(PROOF_KEY)
+            known.set_result(isinstance(shown, str) and equal_codes(shown, self._secret.proof(handle)))
+            if not known.result():
+                return
             async for frame in self.frames(payload):
                 await call.write(frame)
             await call.done_writing()
             await call.read()  # the reply; its status doesn't come before it is read
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             return  # the call has ended; its status says why
+
+    @asynccontextmanager
+    async def _channel(self, address: str) -> AsyncIterator[ClusterChannel]:
+        """The channel to `address`. Closes the least recently used idle ones if there are too many."""
+        channel = self._channels.pop(address, None)
+        if channel is None:
+            channel = ClusterChannel(address, self._secret, [*_CHANNEL_OPTIONS, *ping_options()])
+        self._channels[address] = channel
+        self._pushes[address] += 1
+        try:
+            yield channel
+        finally:
+            self._pushes[address] -= 1
+            self._pushes += Counter()  # drops zeros
+            idle = [other for other in self._channels if other not in self._pushes]
+            for other in idle[: max(0, len(self._channels) - MAX_CHANNELS)]:
+                await self._channels.pop(other).close()
 
     async def frames(self, payload: memoryview) -> AsyncIterator[bytes]:
         """The messages that go over the wire, in order."""
@@ -86,6 +125,10 @@ class GrpcKvSender:
         for channel in self._channels.values():
             await channel.close()
         self._channels.clear()
+
+
+def _stranger(address: str) -> TransferFailed:
+    return TransferFailed(f"the KV push to {address} failed: what answers there is no worker of this cluster")
 
 
 def encode_header(header: KvHeader) -> bytes:

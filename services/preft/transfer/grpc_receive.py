@@ -10,8 +10,12 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from preft.core.errors import PreftError
+from preft.core.errors import InvalidRequest
+from preft.core.request import MAX_CHOICES
 from preft.rpc import kv_transfer_pb2
+from preft.rpc.checked import count_of, digest_of, handle_of, text_of
+from preft.rpc.secret import PROOF_KEY, ClusterSecret
+from preft.rpc.status import errors_reported
 from preft.transfer.grpc_push import HEADER_KEY, STATUS_OF
 from preft.transfer.port import KvHeader, PushRefused, Refusal
 from preft.transfer.receive import KvReceiver
@@ -25,24 +29,27 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h
 SERVER_OPTIONS = [("grpc.max_receive_message_length", MAX_FRAME_BYTES)]
 
 
-def kv_transfer_handler(receiver: KvReceiver) -> grpc.GenericRpcHandler:
+def kv_transfer_handler(receiver: KvReceiver, secret: ClusterSecret) -> grpc.GenericRpcHandler:
     """For `grpc.aio.Server.add_generic_rpc_handlers`. Without serializers, so that messages stay raw bytes."""
 
     async def push(frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> bytes:
-        try:
-            await receiver.receive(decode_header(context.invocation_metadata()), _asked_for(frames, context))
-        except PushRefused as error:
-            await context.abort(STATUS_OF[error.refusal], str(error))
-        except PreftError as error:
-            await context.abort(grpc.StatusCode.INTERNAL, str(error))
+        async with errors_reported(context):
+            try:
+                header = decode_header(context.invocation_metadata())
+                proof = ((PROOF_KEY, secret.proof(header.handle)),)
+                await receiver.receive(header, _asked_for(frames, proof, context))
+            except PushRefused as error:
+                await context.abort(STATUS_OF[error.refusal], str(error))
         return bytes(kv_transfer_pb2.PushReply().SerializeToString())
 
     return grpc.method_handlers_generic_handler(SERVICE, {"Push": grpc.stream_unary_rpc_method_handler(push)})
 
 
-async def _asked_for(frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+async def _asked_for(
+    frames: AsyncIterator[bytes], proof: tuple[tuple[str, str]], context: grpc.aio.ServicerContext
+) -> AsyncIterator[bytes]:
     """The frames, which the sender holds back until the first is asked for: the initial metadata tells it so."""
-    start = asyncio.ensure_future(context.send_initial_metadata(()))
+    start = asyncio.ensure_future(context.send_initial_metadata(proof))
     try:
         await asyncio.shield(start)
     finally:
@@ -70,15 +77,17 @@ def decode_header(metadata: grpc.aio.Metadata | None) -> KvHeader:
         raise PushRefused(f"the push has no {HEADER_KEY} in its metadata", Refusal.MALFORMED)
     try:
         header = kv_transfer_pb2.KvHeader.FromString(encoded)
+        return KvHeader(
+            handle=handle_of(header.handle),
+            fingerprint=text_of(header.fingerprint, "fingerprint"),
+            adapter_digest=digest_of(header.adapter_digest),
+            num_tokens=header.num_tokens,
+            num_bytes=header.num_bytes,
+            checksum=header.checksum,
+            uses=count_of(header.uses, "uses", 1, MAX_CHOICES),
+            prompt_hash=header.prompt_hash,
+        )
     except DecodeError:
         raise PushRefused(f"{HEADER_KEY} is not a KvHeader", Refusal.MALFORMED) from None
-    return KvHeader(
-        handle=header.handle,
-        fingerprint=header.fingerprint,
-        adapter_digest=header.adapter_digest,
-        num_tokens=header.num_tokens,
-        num_bytes=header.num_bytes,
-        checksum=header.checksum,
-        uses=header.uses,
-        prompt_hash=header.prompt_hash,
-    )
+    except InvalidRequest as error:
+        raise PushRefused(str(error), Refusal.MALFORMED) from None

@@ -24,7 +24,11 @@ class StartFake(StartEngine):
 
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
 async def test_an_ipv6_address_is_registered_as_others_reach_it(tmp_path: Path) -> None:
-    overrides = {"model": str(write_base(tmp_path / "base")), "decode": {"staging_bytes": MiB}}
+    overrides = {
+        "model": str(write_base(tmp_path / "base")),
+        "decode": {"staging_bytes": MiB},
+        "state_dir": str(tmp_path / "state"),
+    }
     store = SqliteStore(tmp_path / "state.sqlite")
     worker = await WorkerServer.start(load_settings(None, overrides), Role.DECODE, "d0", "::1", store, StartFake())
     assert worker.record.address.startswith("[::1]:")

@@ -12,9 +12,10 @@ from preft.core.cluster import Role
 from preft.core.request import AdapterRef, Sampling
 from preft.engine.port import EngineRequest
 from preft.transfer.staging import StagingArena
+from support.readable_ref import ReadableRef
 from support.stepped_scheduler import BLOCK, Side, generate, tokens_of
 
-ALICE, BOB, CAROL = (AdapterRef(name, f"digest-{name}", "/nowhere") for name in "123")
+ALICE, BOB, CAROL = (ReadableRef(name, f"digest-{name}", "/nowhere") for name in "123")
 
 
 @pytest.fixture

@@ -20,12 +20,12 @@ from preft.core.errors import (
     SourceNotFound,
     Unavailable,
 )
-from preft.core.request import AdapterRef
 from preft.router import admission as admission_module
 from preft.router.admission import Admission, Ticket
 from preft.router.lease import Lease
 from preft.router.ledger import Ledger
 from preft.router.policy import AffinityPolicy, Demand, Roster
+from support.readable_ref import ReadableRef
 
 
 def a_worker(worker_id: str, role: Role, blocks: int = 10) -> Worker:
@@ -336,7 +336,7 @@ class Cluster:
         self.admission = Admission(AffinityPolicy(prefills), self.ledger, max_queue, 60.0, self.prefetch)
         self.beat()
 
-    def prefetch(self, worker: Worker, adapter: AdapterRef) -> None:
+    def prefetch(self, worker: Worker, adapter: ReadableRef) -> None:
         if not self.ledger.loading(worker.id, adapter.digest):
             assert worker.id in self.up
             self.ledger.load_begins(worker.id, adapter.digest)
@@ -366,7 +366,7 @@ class Cluster:
         self.admission.update(Roster.of(ClusterSnapshot({worker.id: worker for worker in members}, 0.0)))
 
     def enter(self, digest: str, blocks: int = 1, age: float = 0.0, **options: Any) -> Ticket:
-        adapter = AdapterRef(digest, digest, "/") if digest else None
+        adapter = ReadableRef(digest, digest, "/") if digest else None
         demand = Demand(digest, blocks * 16, blocks * 16, adapter=adapter)
         return self.admission.enter(demand, [0], since=asyncio.get_running_loop().time() - age, **options)
 

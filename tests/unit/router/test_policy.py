@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preft.core.cluster import ClusterSnapshot, Role, Worker, WorkerLoad, WorkerState
-from preft.core.request import AdapterRef
 from preft.router.lease import Lease
 from preft.router.ledger import Ledger
 from preft.router.policy import Absent, AffinityPolicy, Crowded, Demand, Pair, Refusal, Roster
+from support.readable_ref import ReadableRef
 
 POLICY = AffinityPolicy(max_inflight_prefills=8)
 NONE: frozenset[str] = frozenset()
@@ -197,7 +197,7 @@ def test_an_adapters_request_goes_only_where_the_adapter_is_and_has_a_slot(
     members: list[Worker], ledger: Ledger, demand: Demand, avoid: frozenset[str]
 ) -> None:
     roster, digest = roster_of(*members), demand.digest
-    demand = replace(demand, adapter=AdapterRef(digest, digest, "/") if digest else None)
+    demand = replace(demand, adapter=ReadableRef(digest, digest, "/") if digest else None)
     placed = POLICY.place(demand, roster, ledger, avoid)
     assert POLICY.place(demand, roster, ledger, avoid) == placed  # pure
     if isinstance(placed, Refusal):
@@ -426,7 +426,7 @@ def test_the_hottest_adapters_load_is_bounded() -> None:
 
 
 def loaded_demand(digest: str = "a", **options: int) -> Demand:
-    return replace(a_demand(digest, **options), adapter=AdapterRef(digest, digest, "/"))
+    return replace(a_demand(digest, **options), adapter=ReadableRef(digest, digest, "/"))
 
 
 def fill(ledger: Ledger, worker_id: str, *digests: str) -> None:

@@ -19,9 +19,10 @@ from preft.core.errors import (
 from preft.core.request import AdapterRef
 from preft.router.ledger import Ledger
 from preft.router.prefetch import Prefetcher
+from support.readable_ref import ReadableRef
 
 P0, P1 = (Worker(name, Role.PREFILL, WorkerState.READY, "h:1", "f", 1) for name in ("p0", "p1"))
-ADA, BOB = (AdapterRef(name, f"{name}-digest", "/") for name in ("ada", "bob"))
+ADA, BOB = (ReadableRef(name, f"{name}-digest", "/") for name in ("ada", "bob"))
 
 
 class Channels:

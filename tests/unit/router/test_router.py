@@ -28,14 +28,15 @@ from preft.core.errors import (
     Unavailable,
     WorkerLost,
 )
-from preft.core.request import AdapterRef, TokenDelta
+from preft.core.request import TokenDelta
 from preft.router import admission as admission_module
 from preft.router import router as router_module
 from preft.router.ledger import HEARTBEATS
 from preft.router.router import Router
 from preft.rpc import liveness
 from support.fake_workers import EOS, FakeDecode, Fault, a_request, foretold
-from support.router_harness import FAST, Harness, running
+from support.readable_ref import ReadableRef
+from support.router_harness import FAST, SECRET, Harness, running
 from support.silent_proxy import SilentProxy
 
 
@@ -675,7 +676,7 @@ async def test_where_an_adapter_is(harness: Harness, monkeypatch: pytest.MonkeyP
     await harness.seen(lambda: len(harness.router.snapshot.workers) == 8)
     await broken.server.stop(None)  # it still sends heartbeats
     started = time.monotonic()
-    places = await harness.router.places(AdapterRef("ada", "ada-digest", "/adapters/ada"))
+    places = await harness.router.places(ReadableRef("ada", "ada-digest", "/adapters/ada"))
     assert time.monotonic() - started < 2.0
     assert {place.worker_id: place.tier for place in places} == {
         "p0": Tier.HOST, "p1": Tier.SOURCE, "c0": Tier.HOST
@@ -926,7 +927,7 @@ async def test_only_fitting_workers_are_paired(harness: Harness) -> None:
 
 
 async def test_workers_of_another_cluster_are_not_ours(harness: Harness) -> None:
-    router = Router(harness.cluster, FAST, cluster_id="c1")  # type: ignore[arg-type]
+    router = Router(harness.cluster, FAST, SECRET, cluster_id="c1")  # type: ignore[arg-type]
     await router.start()
     assert not router.ready()
     await harness.cluster.add_prefill("c1-prefill-0")
@@ -947,7 +948,7 @@ async def test_a_silent_worker_takes_nothing() -> None:
 
 
 async def test_a_closed_router_refuses(harness: Harness) -> None:
-    router = Router(harness.cluster, FAST)  # type: ignore[arg-type]
+    router = Router(harness.cluster, FAST, SECRET)  # type: ignore[arg-type]
     async with router:
         assert router.ready()
     assert not router.ready()

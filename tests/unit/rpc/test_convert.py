@@ -17,23 +17,25 @@ id_tuples = st.lists(ids, max_size=4).map(tuple)
 floats = st.floats(allow_nan=False)
 tops = st.lists(st.tuples(ids, floats), max_size=3).map(tuple)
 logprobs = st.lists(st.builds(TokenLogprob, ids, floats, ids, tops), max_size=3).map(tuple)
-samplings = st.builds(
-    Sampling,
-    max_tokens=ids,
-    min_tokens=ids,
-    temperature=floats,
-    top_p=floats,
-    top_k=ids,
-    min_p=floats,
-    presence_penalty=floats,
-    frequency_penalty=floats,
-    repetition_penalty=floats,
-    seed=st.none() | st.integers(-(2**63), 2**63 - 1),
-    ignore_eos=st.booleans(),
-    eos_token_ids=id_tuples,
-    stop_token_ids=id_tuples,
-    logit_bias=st.dictionaries(ids, floats, max_size=3),
-    logprobs=st.none() | ids,
+samplings = st.integers(1, 2**31 - 1).flatmap(
+    lambda most: st.builds(
+        Sampling,
+        max_tokens=st.just(most),
+        min_tokens=st.integers(0, most),
+        temperature=st.floats(0, allow_infinity=False),
+        top_p=st.floats(0, 1),
+        top_k=st.integers(0, 2**31 - 1),
+        min_p=st.floats(0, 1),
+        presence_penalty=st.floats(-2, 2),
+        frequency_penalty=st.floats(-2, 2),
+        repetition_penalty=st.floats(0, allow_infinity=False),
+        seed=st.none() | st.integers(-(2**63), 2**63 - 1),
+        ignore_eos=st.booleans(),
+        eos_token_ids=id_tuples,
+        stop_token_ids=id_tuples,
+        logit_bias=st.dictionaries(ids, st.floats(allow_nan=False, allow_infinity=False), max_size=3),
+        logprobs=st.none() | st.integers(0, 20),
+    )
 )
 deltas = st.builds(TokenDelta, ids, id_tuples, logprobs, st.none() | st.sampled_from(FinishReason), st.none() | ids)
 loads = st.builds(
@@ -62,7 +64,7 @@ def test_load(load: WorkerLoad) -> None:
 
 
 def test_adapter() -> None:
-    adapter = AdapterRef("user/ada", "d1", "/adapters/d1")
+    adapter = AdapterRef("user/ada", "d1" * 32, "/adapters/d1")
     wire = convert.adapter_to_proto(adapter).SerializeToString()
     assert convert.adapter_from_proto(common_pb2.AdapterRef.FromString(wire)) == adapter
 

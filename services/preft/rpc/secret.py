@@ -1,0 +1,120 @@
+"""The secret that all processes of a cluster share: what a caller shows, and what a receiver of KV shows.
+
+The secret itself never travels. A call carries a code that is made of the secret and the called worker's address, so
+that a stranger who took over the port of a dead worker learns nothing that another worker would take. Traffic is not
+encrypted: who can read the network between machines can repeat a code to the address it is for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import grpc
+import grpc.aio
+
+CALL_KEY = "preft-cluster-call"
+PROOF_KEY = "preft-cluster-proof"
+HEALTH = "/grpc.health.v1.Health/"  # for probes, which have no secret; it says nothing but whether a service is there
+
+
+class ClusterSecret:
+    """One cluster's secret. Neither `repr` nor an error shows it."""
+
+    __slots__ = ("_key",)
+
+    def __init__(self, secret: str) -> None:
+        self._key = hashlib.sha256(secret.encode()).digest()
+
+    def call_code(self, address: str) -> str:
+        """What a call to the worker at `address` carries."""
+        return self._code("call", address)
+
+    def proof(self, handle: str) -> str:
+        """What a receiver answers before the first byte that is pushed to it under `handle`."""
+        return self._code("receive", handle)
+
+    def _code(self, use: str, what: str) -> str:
+        return hmac.new(self._key, f"{use} {what}".encode(), hashlib.sha256).hexdigest()
+
+
+class OnlyTheCluster(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Ends each call that doesn't carry this worker's call code, health checks apart. Set `address` before serving."""
+
+    def __init__(self, secret: ClusterSecret) -> None:
+        self._secret = secret
+        self._code: str | None = None
+
+    def serve_at(self, address: str) -> None:
+        """`address` is the one that others call: `host:port` as registered."""
+        self._code = self._secret.call_code(address)
+
+    async def intercept_service(
+        self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
+    ) -> Any:
+        if handler_call_details.method.startswith(HEALTH) or self._is_known(handler_call_details.invocation_metadata):
+            return await continuation(handler_call_details)
+        return _REFUSAL
+
+    def _is_known(self, metadata: Sequence[tuple[str, str | bytes]] | None) -> bool:
+        shown = dict(metadata or ()).get(CALL_KEY)
+        return self._code is not None and isinstance(shown, str) and equal_codes(shown, self._code)
+
+
+class ClusterChannel:
+    """A channel to the worker at `address` whose calls carry its call code; otherwise gRPC's own.
+
+    A client interceptor would do the same, but with grpc.aio it puts a queue and a task around each stream.
+    """
+
+    def __init__(self, address: str, secret: ClusterSecret, options: Sequence[tuple[str, Any]] = ()) -> None:
+        self._channel = grpc.aio.insecure_channel(address, options=options)
+        self._metadata = ((CALL_KEY, secret.call_code(address)),)
+
+    def unary_unary(self, *method: Any, **options: Any) -> Callable[..., Any]:
+        """See grpc.aio.Channel."""
+        return self._carrying(self._channel.unary_unary(*method, **options))
+
+    def unary_stream(self, *method: Any, **options: Any) -> Callable[..., Any]:
+        """See grpc.aio.Channel."""
+        return self._carrying(self._channel.unary_stream(*method, **options))
+
+    def stream_unary(self, *method: Any, **options: Any) -> Callable[..., Any]:
+        """See grpc.aio.Channel."""
+        return self._carrying(self._channel.stream_unary(*method, **options))
+
+    def stream_stream(self, *method: Any, **options: Any) -> Callable[..., Any]:
+        """See grpc.aio.Channel."""
+        return self._carrying(self._channel.stream_stream(*method, **options))
+
+    async def close(self, grace: float | None = None) -> None:
+        """See grpc.aio.Channel."""
+        await self._channel.close(grace)
+
+    async def __aenter__(self) -> ClusterChannel:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.close()
+
+    def _carrying(self, callable_: Any) -> Callable[..., Any]:
+        def call(*request: Any, metadata: Sequence[tuple[str, str | bytes]] = (), **options: Any) -> Any:
+            return callable_(*request, metadata=(*metadata, *self._metadata), **options)
+
+        return call
+
+
+def equal_codes(one: str, other: str) -> bool:
+    """Compares in a time that tells nothing of where they differ."""
+    return hmac.compare_digest(one.encode(), other.encode())
+
+
+async def _refuse(_: Any, context: grpc.aio.ServicerContext) -> None:
+    await context.abort(
+        grpc.StatusCode.UNAUTHENTICATED, "the call doesn't come from this cluster: its secret is another one"
+    )
+
+
+_REFUSAL = grpc.stream_stream_rpc_method_handler(_refuse)  # of this kind no message is read before the end

@@ -19,6 +19,7 @@ from preft.transfer.receive import KvReceiver
 from preft.transfer.staging import StagingArena
 
 CAPACITY = 8 << 20
+DIGEST = "d0" * 32
 SECRET = ClusterSecret("of both sides")
 PROMPT = hash_prompt(range(17))
 FRAME_TIMEOUT = 0.3
@@ -125,7 +126,7 @@ class Wire:
             self.address, make_header(payload, **header), memoryview(payload), timeout=timeout
         )
 
-    async def received(self, name: str = "h", adapter_digest: str = "d") -> bytes:
+    async def received(self, name: str = "h", adapter_digest: str = DIGEST) -> bytes:
         """What a Decode call gets. Uses the handle up."""
         with await self.handles.claim(
             name, adapter_digest=adapter_digest, prompt_hash=PROMPT, num_tokens=17, timeout=5
@@ -154,7 +155,7 @@ class Wire:
 
 
 def make_header(payload: bytes, **changes: object) -> KvHeader:
-    header = KvHeader("h", "fp", "d", 17, len(payload), checksum_of(payload), 1, PROMPT)
+    header = KvHeader("h", "fp", DIGEST, 17, len(payload), checksum_of(payload), 1, PROMPT)
     return replace(header, **changes)  # type: ignore[arg-type]
 
 
@@ -257,9 +258,9 @@ async def test_many_at_once_through_little_room(wire: Wire) -> None:
 
     async def one(number: int) -> None:
         payload = BIG[number:] + bytes(number)
-        header = make_header(payload, handle=f"h{number}", adapter_digest=f"d{number}")
+        header = make_header(payload, handle=f"h{number}", adapter_digest=f"{number:064x}")
         await sender.push(wire.address, header, memoryview(payload), timeout=10)
-        assert await wire.received(f"h{number}", f"d{number}") == payload
+        assert await wire.received(f"h{number}", f"{number:064x}") == payload
 
     await asyncio.gather(*(one(number) for number in range(7)))
 

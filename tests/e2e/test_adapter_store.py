@@ -255,12 +255,13 @@ def test_adapters_from_s3_come_back_after_they_were_evicted(store: Store, tmp_pa
     other = make_lora(tmp_path / "other", store.folders.model, rank=2, seed=72)
     store.s3.upload(other, "adapters/remote")  # overwritten behind the catalog's back
     refused = post(store.cluster.url, "/v1/completions", {"model": "remote", "prompt": [5], "max_tokens": 1})
-    assert refused.status_code == 400
+    assert refused.status_code == 503
     assert "no longer holds the version" in refused.json()["error"]["message"]
     store.s3.remove("adapters/remote")
     gone = post(store.cluster.url, "/v1/completions", {"model": "remote", "prompt": [5], "max_tokens": 1})
-    assert gone.status_code == 404
-    assert gone.json()["error"]["code"] == "adapter_source_not_found"
+    assert gone.status_code == 503
+    assert gone.json()["error"]["code"] == "adapter_unavailable"
+    assert "s3://" not in gone.json()["error"]["message"]
     folder = make_lora(tmp_path / "again", store.folders.model, rank=2, seed=71)
     store.s3.upload(folder, "adapters/remote")
     assert store.ask(ask) == [store.expected(ask, folder)]

@@ -24,6 +24,7 @@ from preft.adapters.base_model import read_base_model
 from preft.adapters.catalog import Catalog, CatalogLimits
 from preft.adapters.digest import LORA_FILES, adapter_digest
 from preft.adapters.disk_tier import LOCK, UNFINISHED, DiskTier
+from preft.adapters.source_limits import SourceLimits
 from preft.adapters.sources import open_source
 from preft.core.cluster import Adapter
 from preft.state import open_store
@@ -33,7 +34,7 @@ SERVICES = Path(disk_tier.__file__).parents[2]
 ROUNDS = 15  # with two victims each
 ADAPTERS = 8
 LIMIT = 1_000_000  # bytes on disk: three adapters
-LIMITS = CatalogLimits(max_rank=8, pinned_bytes=LIMIT, max_adapter_bytes=LIMIT, source_timeout=5.0)
+LIMITS = CatalogLimits(max_rank=8, pinned_bytes=LIMIT, max_adapter_bytes=LIMIT, sources=SourceLimits(5.0))
 
 FORKING = """
 import asyncio, os, random, signal, sys
@@ -41,12 +42,13 @@ from pathlib import Path
 from preft.adapters.base_model import read_base_model
 from preft.adapters.catalog import Catalog, CatalogLimits
 from preft.adapters.disk_tier import DiskTier
+from preft.adapters.source_limits import SourceLimits
 from preft.adapters.sources import open_source
 from preft.core.errors import ModelNotFound, Unavailable
 from preft.state import open_store
 
 here, limit = Path(sys.argv[1]), int(sys.argv[2])
-limits = CatalogLimits(8, limit, limit, 5.0)
+limits = CatalogLimits(8, limit, limit, SourceLimits())
 
 def fetch(chosen):
     tier = DiskTier(here / 'tier', limit, limit)

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from preft.adapters.disk_tier import DiskTier
+from preft.adapters.source_limits import SourceLimits
 from preft.adapters.store import AdapterEngine, AdapterStore
 from preft.core.settings import MiB
 from preft.transfer.staging import StagingArena
@@ -25,7 +26,7 @@ async def adapter_store(
     """Ends it afterwards; `engine` and `memory` stay the caller's."""
     with tempfile.TemporaryDirectory() as folder:
         disk = DiskTier(Path(folder) / "adapters", disk_bytes, disk_bytes)
-        store = AdapterStore("w", disk, memory, engine, slots, source_timeout)
+        store = AdapterStore("w", disk, memory, engine, slots, SourceLimits(source_timeout))
         try:
             yield store
         finally:

@@ -147,6 +147,10 @@ class FakeEngine:
         self._find_adapter(adapter.digest)
         self.loaded.append(adapter.digest)
 
+    def forget_adapter(self, digest: str) -> None:
+        """See Engine."""
+        self._regions.pop(digest, None)
+
     async def aborted(self) -> None:
         """See Engine."""
         await asyncio.sleep(0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import logging
 import lzma
 import os
 import stat
@@ -23,6 +24,8 @@ from typing import IO, Any, BinaryIO, cast
 
 from preft.adapters.digest import LORA_FILES, REFT_FILES
 from preft.core.errors import InvalidAdapter, PreftError, Unavailable
+
+logger = logging.getLogger(__name__)
 
 ADAPTER_FILES = frozenset((*LORA_FILES, *REFT_FILES))
 CHUNK = 1 << 20  # bytes
@@ -216,7 +219,8 @@ def _disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise Unavailable(f"{path} can't be written: {error.strerror}") from error
+        logger.warning("%s can't be written: %s", path, error)
+        raise Unavailable(f"the archive can't be unpacked on the server's disk: {error.strerror}") from error
 
 
 @contextmanager
@@ -227,7 +231,8 @@ def _errors(archive: Path) -> Iterator[None]:
         raise
     except OSError as error:
         if error.errno is not None:
-            raise Unavailable(f"{archive} can't be read: {error.strerror}") from error
+            logger.warning("%s can't be read: %s", archive, error)
+            raise Unavailable(f"the archive can't be read from the server's disk: {error.strerror}") from error
         raise _broken(error) from error  # a decompressor's
     except BROKEN as error:
         raise _broken(error) from error

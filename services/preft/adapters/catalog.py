@@ -14,7 +14,6 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +22,9 @@ from typing import TypeVar
 from preft.adapters.archive import unpack_archive
 from preft.adapters.base_model import BaseModel
 from preft.adapters.disk_tier import DiskTier
+from preft.adapters.fetch_threads import FetchThreads
 from preft.adapters.folder import AdapterSummary, check_adapter
+from preft.adapters.source_limits import SourceLimits
 from preft.adapters.sources import AdapterSource, open_source
 from preft.core.cluster import Adapter
 from preft.core.errors import AdapterExists, InvalidAdapter, InvalidRequest, ModelNotFound, PreftError, Unavailable
@@ -39,7 +40,6 @@ NOT_PREFILL_ONLY = (
     "one that was trained to act on the output too answers worse, up to not at all"
 )
 PINNED_SHARE = 0.5  # of host memory and of the disk tier: what isn't pinned needs room as well
-FETCHES = 16  # sources and archives at a time; further ones wait for their turn
 
 
 class CatalogView:
@@ -111,12 +111,12 @@ class CatalogView:
 
 @dataclass(frozen=True, slots=True)
 class CatalogLimits:
-    """`max_rank`: the highest rank served. `pinned_bytes`: of all pinned adapters. `source_timeout` in seconds."""
+    """`max_rank`: the highest rank served. `pinned_bytes`: of all pinned adapters. `sources`: of what is added."""
 
     max_rank: int
     pinned_bytes: int
     max_adapter_bytes: int
-    source_timeout: float
+    sources: SourceLimits
 
 
 class Catalog(CatalogView):
@@ -143,7 +143,7 @@ class Catalog(CatalogView):
         self._base_name = base_name
         self._limits = limits
         self._writing = asyncio.Lock()
-        self._threads = ThreadPoolExecutor(FETCHES, "adapter-add")
+        self._threads = FetchThreads("adapter-add")
 
     async def refresh(self) -> Collection[str]:
         left = await super().refresh()
@@ -153,14 +153,21 @@ class Catalog(CatalogView):
     async def add(self, name: str, source: str, *, replace: bool = False, progress: Progress | None = None) -> Adapter:
         """Fetches `source` and checks it, and points `name` to it; equal content under the name is fine.
 
+        What the name has from there already, and what hasn't changed since, isn't fetched again.
+
         Raises InvalidAdapter, SourceNotFound, AdapterExists (other content and no `replace`), Unavailable, and
         InvalidRequest if the name is pinned and there is no room for its new content.
         """
         name = self._new_name(name)
         stop = threading.Event()
-        opened = open_source(source, timeout=self._limits.source_timeout, stop=stop)
-        adapter = await self._in_thread(stop, lambda: self._fetch(name, opened, progress))
+        opened = open_source(source, self._limits.sources, stop=stop)
+        known = self.get(name)
+        adapter = await self._threads.run(opened.place, lambda: self._fetch(name, opened, known, progress), stop)
         return await self._put(adapter, replace)
+
+    def has_copy(self, adapter: Adapter) -> bool:
+        """Whether this machine holds the content of `adapter`, whatever has become of its source."""
+        return self._disk.has(adapter.digest)
 
     async def add_archive(self, name: str, archive: Path, *, replace: bool = False) -> Adapter:
         """Like `add`, with the content of a tar or zip file, which stays until no name points to it any more."""
@@ -168,7 +175,7 @@ class Catalog(CatalogView):
         stop = threading.Event()
         folder = self._uploads / uuid.uuid4().hex
         try:
-            await self._in_thread(stop, lambda: self._unpack(archive, folder, stop))
+            await self._threads.run("", lambda: self._unpack(archive, folder, stop), stop)
             return await self.add(name, str(folder), replace=replace)
         except (PreftError, asyncio.CancelledError):
             with suppress(PreftError):
@@ -244,19 +251,11 @@ class Catalog(CatalogView):
             raise InvalidAdapter(f"{name!r} is the base model's name: give the adapter another", param="name")
         return name
 
-    async def _in_thread(self, stop: threading.Event, work: Callable[[], T]) -> T:
-        """What `work` returns. It must end soon once `stop` is set: a cancellation sets it, and waits for the end."""
-        job = self._threads.submit(work)
-        try:
-            return await asyncio.wrap_future(job)
-        except asyncio.CancelledError:
-            stop.set()
-            if not job.cancel():
-                await asyncio.gather(asyncio.wrap_future(job), return_exceptions=True)
-            raise
-
-    def _fetch(self, name: str, source: AdapterSource, progress: Progress | None) -> Adapter:
+    def _fetch(self, name: str, source: AdapterSource, known: Adapter | None, progress: Progress | None) -> Adapter:
         stamp = source.stamp()
+        if known is not None and stamp and (known.source, known.stamp) == (source.uri, stamp):
+            if self._disk.find(known.digest) is not None:
+                return known
         digest, found = self._disk.fetch(source, self._check, progress=progress)
         if not found.prefill_only:
             logger.warning("adapter %r: %s", name, NOT_PREFILL_ONLY)
@@ -278,7 +277,7 @@ class Catalog(CatalogView):
     def _unpack(self, archive: Path, target: Path, stop: threading.Event) -> None:
         """The archive's content in the folder `target`, which no other upload shares."""
         try:
-            self._uploads.mkdir(parents=True, exist_ok=True)
+            self._uploads.mkdir(mode=0o700, parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self._uploads, prefix=".unfinished-") as unpacked:
                 folder = Path(unpacked) / "adapter"
                 folder.mkdir()
@@ -286,7 +285,8 @@ class Catalog(CatalogView):
                 self._check(folder)
                 folder.rename(target)
         except OSError as error:
-            raise Unavailable(f"the archive can't be kept in {self._uploads}: {error.strerror or error}") from error
+            logger.warning("an archive can't be kept in %s: %s", self._uploads, error)
+            raise Unavailable(f"the archive can't be kept on the server's disk: {error.strerror or error}") from error
 
     async def _drop_upload(self, source: str) -> None:
         """Removes the content of an archive that no name has as its source any more."""

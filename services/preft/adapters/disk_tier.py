@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import os
-import re
 import shutil
 import threading
 import uuid
@@ -22,14 +22,16 @@ from typing import TypeVar
 
 from preft.adapters.digest import add_file_header, read_chunks
 from preft.adapters.sources import AdapterSource
-from preft.core.errors import InvalidAdapter, Unavailable
+from preft.core.errors import InvalidAdapter, InvalidRequest, Unavailable
 from preft.core.ports import Progress
+from preft.core.request import DIGEST
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 LOCK = ".lock"
 UNFINISHED = ".unfinished-"
-DIGEST = re.compile(r"[0-9a-f]{64}")
 GROWTH = 8 << 20  # bytes reserved at a time for files whose size the source doesn't tell
 
 
@@ -50,17 +52,30 @@ class DiskTier:
         self._sizes: dict[str, int] = {}  # digest -> bytes, of copies seen before: they never change
         with _disk_errors(root):
             root.mkdir(parents=True, exist_ok=True)
+            with suppress(PermissionError):  # another user's folder
+                root.chmod(0o700)  # adapters are personal
             self.used()
+
+    def folder_of(self, digest: str) -> Path:
+        """Where the copy lies, or would lie. Raises InvalidRequest if `digest` is none, as it becomes a path here."""
+        if not DIGEST.fullmatch(digest):
+            raise InvalidRequest("an adapter's digest is 64 lowercase hexadecimal digits", param="digest")
+        return self.root / digest
+
+    def has(self, digest: str) -> bool:
+        """Whether the copy is there. That doesn't count as a use."""
+        return self.folder_of(digest).is_dir()
 
     def find(self, digest: str) -> Path | None:
         """The copy's folder, which counts as a use, or None. It may be evicted at any time: open its files at once."""
-        folder = self.root / digest
+        folder = self.folder_of(digest)
         try:
             os.utime(folder)
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise Unavailable(f"adapters can't be read from {self.root}: {error.strerror}") from error
+            logger.warning("adapters can't be read from %s: %s", self.root, error)
+            raise Unavailable(f"adapters can't be read from the server's disk: {error.strerror}") from error
         return folder
 
     def fetch(
@@ -128,7 +143,7 @@ class DiskTier:
 
     def _finish(self, copy: _Unfinished, digest: str) -> None:
         with self._locked():
-            target = self.root / digest
+            target = self.folder_of(digest)
             if target.exists():
                 os.utime(target)  # another was quicker, with the same content
                 return
@@ -162,8 +177,8 @@ class DiskTier:
         copies = [name for name in sizes if not name.startswith(UNFINISHED) and name not in self.pinned]
         if used + size - sum(sizes[name] for name in copies) > self.limit:
             raise Unavailable(
-                f"{self.root} holds {self.limit} bytes, all taken by pinned adapters and those on their way: try again "
-                "later, or raise store.disk_bytes"
+                f"the server keeps {self.limit} bytes of adapters, all taken by pinned ones and those on their way: "
+                "try again later, or raise store.disk_bytes"
             )
         for name in sorted(copies, key=self._last_use):
             if used + size <= self.limit:
@@ -207,13 +222,13 @@ class DiskTier:
         return 0
 
     def _last_use(self, name: str) -> float:
-        return (self.root / name).stat().st_mtime
+        return self.folder_of(name).stat().st_mtime
 
     def _remove(self, digest: str) -> None:
         """Takes the copy's name away first: nobody finds half of it. Who has its files open can read on."""
         gone = self.root / f"{UNFINISHED}{uuid.uuid4().hex}-0"
         with suppress(FileNotFoundError):
-            (self.root / digest).rename(gone)
+            self.folder_of(digest).rename(gone)
             shutil.rmtree(gone)
 
     @contextmanager
@@ -236,7 +251,7 @@ class _Unfinished:
         self.reserved = size
         self.written = 0
         self.path = tier.root / f"{UNFINISHED}{self._id}-{size}"
-        self.path.mkdir()
+        self.path.mkdir(mode=0o700)
         self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
 
@@ -276,7 +291,7 @@ class _Unfinished:
                     digest.update(chunk)
             elif length != size:
                 raise _changed(source, name)
-            os.chmod(self.path / name, 0o444)
+            os.chmod(self.path / name, 0o400)
         return digest.hexdigest()
 
     def remove(self) -> int:
@@ -317,4 +332,5 @@ def _disk_errors(root: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise Unavailable(f"adapters can't be kept in {root}: {error.strerror or error}") from error
+        logger.warning("adapters can't be kept in %s: %s", root, error)
+        raise Unavailable(f"adapters can't be kept on the server's disk: {error.strerror or error}") from error

@@ -7,21 +7,37 @@ Credentials, endpoints and proxies come from the environment as the libraries be
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import os
+import socket
 import threading
 import time
-from collections.abc import Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import wait
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import fsspec
 import fsspec.asyn
-from aiohttp import ClientResponseError, ClientTimeout
+from aiohttp import (
+    ClientConnectionError,
+    ClientHandlerType,
+    ClientRequest,
+    ClientResponse,
+    ClientResponseError,
+    ClientSession,
+    ClientTimeout,
+    TCPConnector,
+)
+from aiohttp.connector import AddrInfoType
 
+from preft.adapters.source_limits import SourceLimits, SourceRules, is_public
 from preft.core.errors import InvalidAdapter, PreftError, SourceNotFound, Unavailable
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -47,15 +63,16 @@ class FoundFile:
 
 
 class RemoteFolder:
-    """The folder at `uri`; `timeout` is in seconds. Once `stop` is set, waiting for it ends with Unavailable.
+    """The folder at `uri`, within `limits`. Once `stop` is set, waiting for it ends with Unavailable.
 
     Google's files and the hub's are waited for by their own libraries, which can't be stopped in the middle of a call.
     """
 
-    def __init__(self, scheme: str, uri: str, timeout: float, stop: threading.Event) -> None:
+    def __init__(self, scheme: str, uri: str, limits: SourceLimits, stop: threading.Event) -> None:
         self._scheme = scheme
         self._uri = uri
-        self._timeout = timeout
+        self._timeout = limits.timeout
+        self._limits = limits
         self._stop = stop
 
     def find(self, names: Iterable[str]) -> dict[str, FoundFile]:
@@ -69,16 +86,17 @@ class RemoteFolder:
             return {name: _found(info) for name, info in infos.items()}
 
     def read(self, name: str) -> Iterator[bytes]:
-        """The file's bytes. Raises InvalidAdapter if it isn't there, Unavailable if not all of it comes."""
+        """The file's bytes. Raises InvalidAdapter if it isn't there, Unavailable if not all of it comes in time."""
         with self._errors(InvalidAdapter(f"{name} is missing in {self._uri}")):
             files = self._filesystem()
             path = f"{files._strip_protocol(self._uri)}/{name}"
+            pace = _Pace(self._limits)
             if self._scheme in ("http", "https", "s3"):
-                yield from self._read_stream(files, path)
+                yield from self._read_stream(files, path, pace)
             else:
                 # The hub's files stream if the block size is 0; Google's come in ranges.
                 with files.open(path, "rb", block_size=0 if self._scheme == "hf" else BLOCK) as file:
-                    while chunk := file.read(CHUNK):
+                    while chunk := pace.timed(lambda: file.read(CHUNK)):
                         yield chunk
 
     def _filesystem(self) -> Any:
@@ -93,9 +111,9 @@ class RemoteFolder:
         if self._scheme == "hf":
             return fsspec.filesystem("hf", skip_instance_cache=True)
         # Compressed answers have no length to hold them against.
-        options = {"headers": {"Accept-Encoding": "identity"}, "trust_env": True}
+        options = {"headers": {"Accept-Encoding": "identity"}, "trust_env": True, "rules": self._limits.rules}
         timeouts = ClientTimeout(connect=self._timeout, sock_connect=self._timeout, sock_read=self._timeout)
-        return fsspec.filesystem("http", client_kwargs={**options, "timeout": timeouts})
+        return fsspec.filesystem("http", get_client=_web_session, client_kwargs={**options, "timeout": timeouts})
 
     def _list(self, files: Any, names: frozenset[str]) -> dict[str, Mapping[str, Any]]:
         root = files._strip_protocol(self._uri)
@@ -111,27 +129,33 @@ class RemoteFolder:
         infos = await asyncio.gather(*(_web_info(files, f"{self._uri}/{name}") for name in names))
         return {name: info for name, info in zip(names, infos, strict=True) if info is not None}
 
-    def _read_stream(self, files: Any, path: str) -> Iterator[bytes]:
+    def _read_stream(self, files: Any, path: str, pace: _Pace) -> Iterator[bytes]:
         size = {} if self._scheme == "s3" else {"size": 0}  # spares a web server the question how long the file is
         file = self._wait(files, files.open_async(path, "rb", **size))
         try:
             # The first bytes with the limit on the whole call, as it holds a request that may be retried inside; from
-            # then on the connection has the limit.
-            chunk = self._wait(files, file.read(CHUNK), self._timeout)
+            # then on the connection has the limit on silence, and the pace the one on slowness.
+            chunk = pace.timed(lambda: self._wait(files, file.read(CHUNK), self._timeout))
             while chunk:
                 yield chunk
-                chunk = self._wait(files, _fill(file))
+                chunk = pace.timed(lambda: self._wait(files, _fill(file), pace.left, TooSlow))
         finally:
             asyncio.run_coroutine_threadsafe(_close(file), files.loop)
 
-    def _wait(self, files: Any, work: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
-        """What `work` returns, in the file system's loop. Raises TimeoutError, and Unavailable if stopped."""
+    def _wait(
+        self,
+        files: Any,
+        work: Coroutine[Any, Any, T],
+        timeout: float | None = None,
+        late: type[Exception] = TimeoutError,
+    ) -> T:
+        """What `work` returns, in the file system's loop. Raises `late`, and Unavailable if stopped."""
         running = asyncio.run_coroutine_threadsafe(work, files.loop)
         limit = math.inf if timeout is None else time.monotonic() + timeout
         while not wait([running], LOOK_SECONDS).done:
             if self._stop.is_set() or time.monotonic() > limit:
                 running.cancel()
-                raise stopped(self._uri) if self._stop.is_set() else TimeoutError
+                raise stopped(self._uri) if self._stop.is_set() else late
         return running.result()
 
     @contextmanager
@@ -144,19 +168,83 @@ class RemoteFolder:
         except FileNotFoundError as error:
             raise missing from error
         except Exception as error:
+            logger.warning("%s can't be read: %s", self._uri, " ".join(str(error).split()) or type(error).__name__)
             raise Unavailable(f"{self._uri} can't be read: {self._reason(error)}") from error
 
     def _reason(self, error: Exception) -> str:
+        """For the caller. What a library says of files, names and addresses is for the log alone."""
         if isinstance(error, ClientResponseError):
-            return f"the server answered {error.status} {error.message}".rstrip()
+            return f"the server answered {error.status}"
+        if isinstance(error, TooSlow):
+            return f"less than {self._limits.min_rate} bytes per second came"
         if isinstance(error, TimeoutError):
             return f"nothing came for {self._timeout:g} seconds"
-        return " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, ClientConnectionError):
+            return "the connection failed"
+        return f"the library behind {self._scheme}:// failed; the server's log has its words"
+
+
+class TooSlow(Exception):
+    """A source sends less than `SourceLimits.min_rate`."""
+
+
+class _Pace:
+    """Measures how long one file's bytes are waited for. Doesn't count the time that the reader takes for itself."""
+
+    def __init__(self, limits: SourceLimits) -> None:
+        self._limits = limits
+        self._waited = 0.0
+        self._bytes = 0
+
+    @property
+    def left(self) -> float:
+        """Seconds in which the next CHUNK bytes must come."""
+        return self._limits.timeout + (self._bytes + CHUNK) / self._limits.min_rate - self._waited
+
+    def timed(self, read: Callable[[], bytes]) -> bytes:
+        """What `read` returns. Raises TooSlow if that took too long in all."""
+        started = time.monotonic()
+        chunk = read()
+        self._waited += time.monotonic() - started
+        self._bytes += len(chunk)
+        if self._waited > self._limits.timeout + self._bytes / self._limits.min_rate:
+            raise TooSlow
+        return chunk
 
 
 def stopped(uri: str) -> Unavailable:
     """What is raised for a source that nobody waits for any more."""
     return Unavailable(f"{uri} is not read any further: nobody waits for it")
+
+
+_only_public: ContextVar[bool] = ContextVar("only_public", default=False)  # of the request that wants a connection
+
+
+async def _web_session(*, rules: SourceRules, **options: Any) -> ClientSession:
+    """A session whose requests, redirected ones too, and connections keep to `rules`."""
+    if rules.allowed is None:
+        return ClientSession(**options)
+
+    async def check(request: ClientRequest, handler: ClientHandlerType) -> ClientResponse:
+        # A proxy finds the address itself: which ones it reaches is for its own rules.
+        _only_public.set(rules.check_uri(str(request.url)) and request.proxy is None)
+        return await handler(request)
+
+    # A connection that is used again has no address checked.
+    connector = TCPConnector(socket_factory=_checked_socket, force_close=True)
+    return ClientSession(connector=connector, middlewares=(check,), **options)
+
+
+def _checked_socket(address: AddrInfoType) -> socket.socket:
+    """For each connection: after the name was resolved, so that it can't be another address by then."""
+    family, kind, protocol, _, place = address
+    if _only_public.get() and not is_public(str(place[0])):
+        raise NotPublic(f"{place[0]} is not a public address")
+    return socket.socket(family, kind, protocol)
+
+
+class NotPublic(OSError):
+    """The address of a web server that only `adapter_sources` could allow."""
 
 
 async def _web_info(files: Any, url: str) -> Mapping[str, Any] | None:

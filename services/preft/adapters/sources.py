@@ -18,20 +18,27 @@ from urllib.parse import unquote, urlsplit
 
 from preft.adapters.digest import LORA_FILES, REFT_FILES, WEIGHTS_FILE
 from preft.adapters.remote_files import CHUNK, FoundFile, RemoteFolder, stopped
+from preft.adapters.source_limits import SourceLimits, SourceRules
 from preft.core.errors import InvalidAdapter, SourceNotFound, Unavailable
 
 ADAPTER_FILES = (*LORA_FILES, *REFT_FILES)
 PICKLES = ("adapter_model.bin", "adapter_model.pt")
 SCHEME = re.compile(r"([^/]*)://(.*)", re.DOTALL)
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub", "http": "aiohttp", "https": "aiohttp"}
+UNLIMITED = SourceLimits()
 SERVED = "a local path, s3://, gs://, http://, https:// or hf://"
 
 
 class AdapterSource:
-    """One adapter's source. `uri` is normalised: a local one is an absolute path; none ends in a slash."""
+    """One adapter's source. `uri` is normalised: a local one is an absolute path; none ends in a slash.
+
+    `place` is what slow sources have in common: their scheme and host or bucket, "" for local ones.
+    """
 
     def __init__(self, uri: str, folder: LocalFolder | RemoteFolder, stop: threading.Event) -> None:
         self.uri = uri
+        scheme, separator, rest = uri.partition("://")
+        self.place = f"{scheme}://{rest.partition('/')[0]}" if separator else ""
         self._folder = folder
         self._stop = stop
 
@@ -89,12 +96,11 @@ class AdapterSource:
             )
 
 
-def open_source(uri: str, *, timeout: float = 30.0, stop: threading.Event | None = None) -> AdapterSource:
-    """The source at `uri`, which isn't looked at yet. A remote one may be silent for `timeout` seconds.
+def open_source(uri: str, limits: SourceLimits = UNLIMITED, *, stop: threading.Event | None = None) -> AdapterSource:
+    """The source at `uri`, which isn't looked at yet. Once `stop` is set, from any thread, reading it soon ends.
 
-    Once `stop` is set, from any thread, reading it soon ends with Unavailable.
-
-    Raises InvalidAdapter if no source can be there: an unknown scheme, or one whose package isn't installed.
+    Raises InvalidAdapter if no source can be there: an unknown scheme, one whose package isn't installed, or a place
+    that `limits` doesn't allow.
     """
     stop = stop or threading.Event()
     scheme, place = _split(uri)
@@ -102,7 +108,8 @@ def open_source(uri: str, *, timeout: float = 30.0, stop: threading.Event | None
         raise _refusal(f"{uri!r} names no place: write what comes after {scheme}://")
     if scheme in ("", "file"):
         path = _local_path(scheme, place)
-        return AdapterSource(path, LocalFolder(path), stop)
+        limits.rules.check_path(path)
+        return AdapterSource(path, LocalFolder(path, limits.rules), stop)
     if scheme not in PACKAGES:
         raise _refusal(f"adapters can't be read from {scheme}://: name {SERVED}")
     if find_spec(PACKAGES[scheme]) is None:
@@ -112,14 +119,16 @@ def open_source(uri: str, *, timeout: float = 30.0, stop: threading.Event | None
     if PACKAGES[scheme] == "aiohttp":
         _check_web_address(uri)
     uri = f"{scheme}://{place.rstrip('/')}"
-    return AdapterSource(uri, RemoteFolder(scheme, uri, timeout, stop), stop)
+    limits.rules.check_uri(uri)
+    return AdapterSource(uri, RemoteFolder(scheme, uri, limits, stop), stop)
 
 
 class LocalFolder:
-    """The folder at `path`. Links in it are followed."""
+    """The folder at `path`. Links in it are followed, as far as `rules` allow."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, rules: SourceRules) -> None:
         self._path = path
+        self._rules = rules
 
     def find(self, names: Iterable[str]) -> dict[str, FoundFile]:
         """Those of `names` that are there.
@@ -130,11 +139,12 @@ class LocalFolder:
         for name in names:
             try:
                 status = os.stat(f"{self._path}/{name}")
+                self._rules.check_path(f"{self._path}/{name}")
             except (FileNotFoundError, NotADirectoryError):
                 continue
             except OSError as error:
                 raise Unavailable(f"{name} in {self._path} can't be read: {error.strerror}") from error
-            mark = f"{status.st_size} {status.st_mtime_ns} {status.st_ino}"
+            mark = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
             found[name] = FoundFile(status.st_size, stat.S_ISREG(status.st_mode), mark)
         if not found:
             self._check_folder()
@@ -147,6 +157,7 @@ class LocalFolder:
             with open(f"{self._path}/{name}", "rb", buffering=0, opener=_open_without_waiting) as file:
                 if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                     raise InvalidAdapter(f"{name} in {self._path} is not a regular file")
+                self._rules.check_path(f"/proc/self/fd/{file.fileno()}")  # what was opened, whatever the name is now
                 while chunk := file.read(CHUNK):
                     yield chunk
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:

@@ -22,10 +22,20 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from preft.adapters.disk_tier import DiskTier
+from preft.adapters.fetch_threads import FetchThreads
 from preft.adapters.packed import AdapterFiles, DamagedCopy
+from preft.adapters.source_limits import SourceLimits
 from preft.adapters.sources import open_source
 from preft.core.cluster import AdapterLoad, AdapterPlace, Tier
-from preft.core.errors import InvalidAdapter, InvalidRequest, PreftError, TransferFailed, Unavailable
+from preft.core.errors import (
+    AdapterUnavailable,
+    InvalidAdapter,
+    InvalidRequest,
+    PreftError,
+    SourceNotFound,
+    TransferFailed,
+    Unavailable,
+)
 from preft.core.request import AdapterRef
 from preft.transfer.staging import Region, StagingArena
 
@@ -34,7 +44,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 ATTEMPTS = 5  # at a fetch whose copy is evicted or damaged before it is read
-FETCHES = 8  # sources at a time; they mostly wait for a network
 READS = 2  # disk reads at a time
 NICENESS = 10  # of their threads: engine steps come first
 ROOM_SECONDS = 30.0  # how long a load waits for host memory
@@ -48,6 +57,8 @@ class AdapterEngine(Protocol):
 
     async def aborted(self) -> None: ...
 
+    def forget_adapter(self, digest: str) -> None: ...
+
 
 class AdapterStore:
     """The adapters of one worker. For one asyncio loop."""
@@ -59,20 +70,21 @@ class AdapterStore:
         arena: StagingArena,
         engine: AdapterEngine,
         slots: int,
-        source_timeout: float,
+        limits: SourceLimits,
         *,
         room_timeout: float = ROOM_SECONDS,
     ) -> None:
         """`engine` has `slots` slots and takes adapters from `arena`.
 
-        `source_timeout`: seconds without a byte after which a source has failed; `room_timeout`: those that a load
-        waits for host memory, and a pinned adapter that had to go and couldn't come back until it tries again.
+        `room_timeout`: seconds that a load waits for host memory, and a pinned adapter that had to go and couldn't
+        come back until it tries again.
         """
         self._worker_id = worker_id
         self._disk = disk
         self._arena = arena
         self._engine = engine
-        self._source_timeout = source_timeout
+        self._limits = limits
+        self._stop = threading.Event()  # ends what is fetched
         self._room_timeout = room_timeout
         self._regions: OrderedDict[str, Region] = OrderedDict()  # by digest, least recently used first
         self._adapters: dict[str, AdapterRef] = {}  # by digest, those in host memory
@@ -89,8 +101,8 @@ class AdapterStore:
         self._loads: Counter[Tier] = Counter()
         self._load_seconds = dict.fromkeys((Tier.DISK, Tier.SOURCE), 0.0)
         self._evictions = 0
-        self._fetching = _background_threads(FETCHES, "adapter-fetch")
-        self._reading = _background_threads(READS, "adapter-read")
+        self._fetching = FetchThreads("adapter-fetch", _give_way)
+        self._reading = ThreadPoolExecutor(READS, "adapter-read", _give_way)
 
     @property
     def digests(self) -> tuple[str, ...]:
@@ -106,8 +118,8 @@ class AdapterStore:
     async def using(self, adapter: AdapterRef) -> AsyncIterator[None]:
         """Inside, the adapter is in host memory, and the engine finds it there.
 
-        Raises InvalidAdapter if its content can't be had any more or the engine refuses it, SourceNotFound or
-        Unavailable if its source fails, Unavailable if there is no room for it.
+        Raises AdapterUnavailable if its content can't be had any more or the engine refuses it: that is no fault of the
+        request that names it. Raises Unavailable if there is no room for it.
         """
         digest = adapter.digest
         self._users[digest] += 1
@@ -170,7 +182,7 @@ class AdapterStore:
         if digest in self._regions:
             tier = Tier.SLOT if digest in self._slots else Tier.HOST
         else:
-            tier = Tier.DISK if (self._disk.root / digest).is_dir() else Tier.SOURCE
+            tier = Tier.DISK if self._disk.has(digest) else Tier.SOURCE
         return AdapterPlace(self._worker_id, tier, self._last_used.get(digest, 0.0), self._users[digest])
 
     def load(self) -> AdapterLoad:
@@ -190,12 +202,13 @@ class AdapterStore:
         )
 
     async def close(self) -> None:
-        """Ends the loads under way. Threads that read a source end by themselves."""
+        """Ends the loads under way. Threads that read a source end soon, by themselves."""
+        self._stop.set()
         while tasks := [*self._loading.values(), *self._background]:  # who waited for a load leaves once that has ended
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        self._fetching.shutdown(wait=False, cancel_futures=True)
+        self._fetching.close()
         self._reading.shutdown(wait=False, cancel_futures=True)
 
     async def _loaded(self, adapter: AdapterRef) -> None:
@@ -219,6 +232,9 @@ class AdapterStore:
         region, tier = await self._bring_in(adapter)
         try:
             await self._engine.place_adapter(adapter, region)
+        except InvalidRequest as error:
+            self._arena.release(region)
+            raise _unavailable(adapter, "the engine refuses it", error) from error
         except BaseException:
             self._arena.release(region)
             raise
@@ -233,11 +249,11 @@ class AdapterStore:
         """Its content in host memory, and where that is from. No file is open while it waits for room or a thread."""
         for fetches in range(1 + ATTEMPTS):
             if fetches:
-                sizes = await self._in(self._fetching, self._fetch, adapter)
+                sizes = await self._fetch(adapter)
             else:
                 sizes = await self._in(self._reading, self._sizes, adapter.digest)
             try:
-                region = None if sizes is None else await self._read(adapter.digest, *sizes)
+                region = None if sizes is None else await self._read(adapter, *sizes)
             except DamagedCopy as error:
                 await self._in(self._reading, self._disk.discard, adapter.digest)
                 if fetches:
@@ -269,18 +285,32 @@ class AdapterStore:
         files.close()
         return files.size, files.packed_size
 
-    def _fetch(self, adapter: AdapterRef) -> tuple[int, int] | None:
+    async def _fetch(self, adapter: AdapterRef) -> tuple[int, int] | None:
         """See `_sizes`: None if the copy was evicted in this moment."""
-        source = open_source(adapter.source, timeout=self._source_timeout)
-        self._disk.fetch(source, _nothing_more, digest=adapter.digest)
-        return self._sizes(adapter.digest)
+        try:
+            source = open_source(adapter.source, self._limits, stop=self._stop)
 
-    async def _read(self, digest: str, size: int, packed_size: int) -> Region | None:
+            def fetch() -> tuple[int, int] | None:
+                self._disk.fetch(source, _nothing_more, digest=adapter.digest)
+                return self._sizes(adapter.digest)
+
+            return await self._fetching.run(source.place, fetch)
+        except SourceNotFound as error:
+            raise _unavailable(adapter, "its source is gone", error) from error
+        except InvalidAdapter as error:
+            why = "its source no longer holds the version that was added: add the adapter again"
+            raise _unavailable(adapter, why, error) from error
+        except PreftError as error:
+            raise _unavailable(adapter, "it can't be fetched from its source", error) from error
+
+    async def _read(self, adapter: AdapterRef, size: int, packed_size: int) -> Region | None:
         """None if the copy has left the disk by now. Raises DamagedCopy, or Unavailable if there is no room."""
+        digest = adapter.digest
         try:
             region = await self._arena.reserve(packed_size, timeout=self._room_timeout, pinned=digest in self._pinned)
         except InvalidRequest as error:
-            raise InvalidAdapter(f"the adapter has {size} bytes, more than store.host_bytes can hold") from error
+            why = f"it has {size} bytes, more than store.host_bytes can hold"
+            raise _unavailable(adapter, why, error) from error
         except TransferFailed as error:
             raise Unavailable("the host memory for adapters is taken by others that are in use") from error
         try:
@@ -340,6 +370,7 @@ class AdapterStore:
 
     def _gone(self, digest: str) -> None:
         del self._regions[digest], self._adapters[digest]
+        self._engine.forget_adapter(digest)
         self._slots.pop(digest, None)
         self._came_from.pop(digest, None)
 
@@ -356,8 +387,12 @@ def _nothing_more(copy: Path) -> None:
     """The digest says that the catalog has checked this content."""
 
 
-def _background_threads(count: int, name: str) -> ThreadPoolExecutor:
-    """Threads whose work waits for that of others (on Linux each thread has a niceness of its own)."""
-    return ThreadPoolExecutor(
-        count, name, initializer=lambda: os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
-    )
+def _unavailable(adapter: AdapterRef, why: str, error: PreftError) -> AdapterUnavailable:
+    """For requests under an adapter that was added. What is wrong with files and hosts is for the log."""
+    logger.warning("adapter %r, from %s, can't be used: %s", adapter.name, adapter.source, error)
+    return AdapterUnavailable(f"adapter {adapter.name!r} can't be used now: {why}")
+
+
+def _give_way() -> None:
+    """For threads whose work waits for that of others (on Linux each thread has a niceness of its own)."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

@@ -16,13 +16,15 @@ from preft.adapters.base_model import read_base_model
 from preft.adapters.catalog import PINNED_SHARE, Catalog, CatalogLimits, CatalogView
 from preft.adapters.disk_tier import DiskTier
 from preft.adapters.folder_watch import FolderWatch
+from preft.adapters.source_limits import SourceLimits, SourceRules
+from preft.adapters.sources import open_source
 from preft.adapters.store import AdapterStore
 from preft.cluster.model import model_identity
 from preft.core.cluster import Adapter
-from preft.core.errors import ConfigError, PreftError
+from preft.core.errors import ConfigError, PreftError, Unavailable
 from preft.core.ports import StateStore
 from preft.core.request import AdapterRef
-from preft.core.settings import Settings
+from preft.core.settings import SCHEMES, Settings, is_loopback
 from preft.state import open_store
 
 logger = logging.getLogger(__name__)
@@ -36,8 +38,8 @@ ABANDONED_SECONDS = 24 * 3600.0
 async def open_catalog(settings: Settings) -> AsyncIterator[Catalog]:
     """The served model's catalog, with the adapters of the settings added, and kept up to date inside.
 
-    Each base model has its own catalog under `state_dir`; equal adapter content is kept once. Raises InvalidAdapter,
-    or what else adding one of the adapters raises, and ConfigError if one has the base model's name.
+    Each base model has its own catalog under `state_dir`; equal adapter content is kept once. Raises ConfigError if
+    one of the adapters can't be served, or has the base model's name.
     """
     store = _catalog_store(settings)
     try:
@@ -46,20 +48,24 @@ async def open_catalog(settings: Settings) -> AsyncIterator[Catalog]:
             settings.prefill.max_lora_rank,
             int(min(own.host_bytes, own.disk_bytes) * PINNED_SHARE),
             own.max_adapter_bytes,
-            own.source_timeout,
+            source_limits(settings),
         )
-        uploads = settings.state_dir / "uploads"
-        await _sweep(uploads)
+        uploads = uploads_folder(settings)
         base = read_base_model(settings.model)
         catalog = Catalog(store, open_disk_tier(settings), uploads, base, settings.model_name, limits)
         await catalog.refresh()
+        await asyncio.to_thread(_sweep, uploads, {adapter.source for adapter in catalog.list()})
         if catalog.get(settings.model_name) is not None:
             raise ConfigError(
                 f"served_model_name: {settings.model_name!r} is the name of an adapter in the catalog: choose another "
                 "name for the base model, or remove the adapter while it has one"
             )
-        for name, source in settings.adapters.items():
-            await catalog.add(name, source, replace=True)
+        try:
+            async with asyncio.TaskGroup() as group:
+                for name, source in settings.adapters.items():
+                    group.create_task(_add_configured(catalog, name, source))
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
         tasks = [asyncio.create_task(catalog.watch(settings.router.poll_interval), name="catalog-watch")]
         if settings.adapter_dir is not None:
             tasks.append(asyncio.create_task(FolderWatch(settings.adapter_dir, catalog).run(), name="folder-watch"))
@@ -110,48 +116,55 @@ def open_disk_tier(settings: Settings) -> DiskTier:
     return DiskTier(settings.state_dir / "adapters", settings.store.disk_bytes, settings.store.max_adapter_bytes)
 
 
+def source_limits(settings: Settings) -> SourceLimits:
+    """What sources are held against in every process. Those that the settings name themselves are always allowed."""
+    allowed = settings.adapter_sources
+    if allowed is None:  # who reaches a loopback address is a user of this machine
+        allowed = ("/", *(f"{scheme}://" for scheme in SCHEMES)) if is_loopback(settings.host) else ()
+    own = (*settings.adapters.values(), *filter(None, [settings.adapter_dir]), uploads_folder(settings))
+    rules = SourceRules((*allowed, *map(str, own)))
+    return SourceLimits(settings.store.source_timeout, settings.store.source_min_rate, rules)
+
+
+def uploads_folder(settings: Settings) -> Path:
+    """Where the base model's uploaded adapters are kept, and archives that are still coming."""
+    return _model_folder(settings) / "uploads"
+
+
+def _model_folder(settings: Settings) -> Path:
+    return settings.state_dir / "models" / model_identity(settings.model)[:16]
+
+
 def _catalog_store(settings: Settings) -> StateStore:
-    folder = settings.state_dir / "models" / model_identity(settings.model)[:16]
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _model_folder(settings)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return open_store(folder / "catalog.sqlite")
 
 
-async def _sweep(uploads: Path) -> None:
-    """Removes what processes that were killed in the middle of an upload have left, and no model's catalog names."""
-    left = await asyncio.to_thread(_old_uploads, uploads)
-    for catalog in uploads.parent.glob("models/*/catalog.sqlite") if left else ():
-        try:
-            left -= {uploads / Path(source).name for source in await _sources(catalog)}
-        except PreftError as error:
-            logger.warning("uploads without an adapter stay: %s", error)
-            left = {upload for upload in left if upload.name.startswith(PARTIAL_UPLOADS)}
-    await asyncio.to_thread(_remove, left)
-
-
-def _old_uploads(uploads: Path) -> set[Path]:
-    old = set()
-    for upload in uploads.iterdir() if uploads.is_dir() else ():
-        if upload.name.startswith(PARTIAL_UPLOADS) or UPLOAD.fullmatch(upload.name):
-            with contextlib.suppress(FileNotFoundError):  # just removed by another process
-                if time.time() - upload.stat().st_mtime > ABANDONED_SECONDS:
-                    old.add(upload)
-    return old
-
-
-async def _sources(catalog: Path) -> list[str]:
-    store = await asyncio.to_thread(open_store, catalog)
+async def _add_configured(catalog: Catalog, name: str, source: str) -> None:
+    """Adds an adapter of the settings. If its source doesn't answer, the version that was served before does."""
+    before = catalog.get(name)
     try:
-        return [adapter.source for adapter in (await store.adapter_changes(0)).put]
-    finally:
-        await store.close()
+        await catalog.add(name, source, replace=True)
+    except Unavailable as error:
+        if before is None or before.source != open_source(source).uri or not catalog.has_copy(before):
+            raise ConfigError(f"adapters.{name}: {error}") from error
+        logger.warning("adapter %r is served as it was, version %d: %s", name, before.version, error)
+    except PreftError as error:
+        raise ConfigError(f"adapters.{name}: {error}") from error
 
 
-def _remove(uploads: Collection[Path]) -> None:
-    for upload in uploads:
-        if upload.is_dir():
-            shutil.rmtree(upload, ignore_errors=True)
-        else:
-            upload.unlink(missing_ok=True)
+def _sweep(uploads: Path, sources: Collection[str]) -> None:
+    """Removes what processes that were killed in the middle of an upload have left, and what isn't in `sources`."""
+    for upload in uploads.iterdir() if uploads.is_dir() else ():
+        if upload.name.startswith(PARTIAL_UPLOADS) or (UPLOAD.fullmatch(upload.name) and str(upload) not in sources):
+            with contextlib.suppress(FileNotFoundError):  # just removed by another process
+                if time.time() - upload.stat().st_mtime < ABANDONED_SECONDS:
+                    continue
+                if upload.is_dir():
+                    shutil.rmtree(upload, ignore_errors=True)
+                else:
+                    upload.unlink()
 
 
 async def _ended(tasks: Collection[asyncio.Task[None]]) -> None:

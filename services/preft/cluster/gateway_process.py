@@ -18,6 +18,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from preft.adapters.catalog import Catalog
+from preft.cluster.adapters import uploads_folder
 from preft.cluster.secret import cluster_secret
 from preft.core.errors import ConfigError
 from preft.core.ports import StateStore
@@ -66,7 +67,7 @@ async def run_gateway(
         workers=lambda: router.snapshot.workers.values(),
         model_root=str(settings.model),
         max_adapter_bytes=settings.store.max_adapter_bytes,
-        upload_folder=settings.state_dir / "uploads",
+        upload_folder=uploads_folder(settings),
         allowed_hosts=(settings.host, listener.getsockname()[0], *settings.allowed_hosts),
         allowed_origins=tuple(settings.allowed_origins),
     )

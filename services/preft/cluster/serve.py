@@ -42,7 +42,7 @@ async def _serve(settings: Settings) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
     cluster_id = uuid.uuid4().hex[:8]
-    settings.state_dir.mkdir(parents=True, exist_ok=True)
+    settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     store_path = settings.state_dir / "state.sqlite"
     store = open_store(store_path)
     try:

@@ -18,7 +18,7 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from preft.adapters.store import AdapterStore
-from preft.cluster.adapters import following_catalog, open_disk_tier
+from preft.cluster.adapters import following_catalog, open_disk_tier, source_limits
 from preft.cluster.model import model_identity
 from preft.cluster.secret import cluster_secret
 from preft.colocated.service import ColocatedService
@@ -131,7 +131,7 @@ class WorkerServer:
                     memory,
                     engine,
                     record.adapter_slots,
-                    settings.store.source_timeout,
+                    source_limits(settings),
                 )
                 opened.push_async_callback(adapters.close)
                 await opened.enter_async_context(following_catalog(settings, adapters))

@@ -14,9 +14,13 @@ from preft.transfer.staging import Region
 class AnswersWorker:
     """Mixed in before a vLLM worker class."""
 
-    def place_adapter(self: Any, lora_id: int, arena: str, offset: int, size: int, nonce: bytes) -> bool:
+    def place_adapter(
+        self: Any, lora_id: int, arena: str, offset: int, size: int, nonce: bytes, gone: list[int]
+    ) -> bool:
         """See GroupedWorkerLoRAManager."""
-        placed: bool = self.model_runner.lora_manager.place_adapter(lora_id, arena, Region(offset, size, nonce))
+        manager = self.model_runner.lora_manager
+        manager.forget_adapters(gone)
+        placed: bool = manager.place_adapter(lora_id, arena, Region(offset, size, nonce))
         return placed
 
     def describe_kv(self: Any) -> dict[str, Any]:

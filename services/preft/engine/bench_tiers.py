@@ -19,6 +19,7 @@ from pathlib import Path
 
 from preft.adapters.digest import CHUNK, adapter_files
 from preft.adapters.disk_tier import DiskTier
+from preft.adapters.source_limits import SourceLimits
 from preft.adapters.sources import open_source
 from preft.adapters.store import AdapterStore
 from preft.core.cluster import Role
@@ -51,7 +52,7 @@ async def _measure(folder: Path, rounds: int) -> list[Comparison]:
         None, {"model": str(folder / "model"), "max_model_len": 128, "colocated": True, "prefill": prefill}
     )
     engine = await VllmEngine.start(settings, Role.COLOCATED, "", memory.path)
-    store = AdapterStore("bench", disk, memory, engine, SLOTS, 30.0)
+    store = AdapterStore("bench", disk, memory, engine, SLOTS, SourceLimits())
     draw = random.Random(0)
 
     async def first_token(adapter: AdapterRef) -> float:

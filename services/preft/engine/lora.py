@@ -12,6 +12,7 @@ disk between two steps, and no copy stays here.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -282,6 +283,11 @@ class GroupedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
             config = weights.reft_config
         self._regions[lora_id] = region
         return config is not None and config.last > 0
+
+    def forget_adapters(self, lora_ids: Sequence[int]) -> None:
+        """They are in memory no longer, and never will be under these ids."""
+        for lora_id in lora_ids:
+            self._regions.pop(lora_id, None)
 
     def add_adapter(self, lora_request: Any) -> bool:
         """Called in each step for each adapter that acts in it; the worker keeps these in memory."""

@@ -96,6 +96,9 @@ class Engine(Protocol):
         It stays there while requests that name it run: the engine takes it into a slot when a step needs it.
         """
 
+    def forget_adapter(self, digest: str) -> None:
+        """The content isn't in the arena any more. Nothing names it until it is placed again."""
+
     async def aborted(self) -> None:
         """Returns once no request whose generator was closed before can be in a step any more."""
 

@@ -153,7 +153,8 @@ class VllmEngine:
         self._role = role
         self.info = info
         self.stats = stats
-        self._lora_ids: dict[str, int] = {}  # digest -> vLLM's integer id; never reused for another digest
+        self._lora_ids: dict[str, int] = {}  # digest -> vLLM's integer id, which no other load has ever had
+        self._gone: list[int] = []  # ids that the engine may forget with the next adapter
         self._next_lora_id = itertools.count(1)
         self._counts_from_end: dict[str, bool] = {}  # digest -> whether its ReFT acts on the last positions
         self._adapter_arena = adapter_arena
@@ -190,14 +191,21 @@ class VllmEngine:
 
     async def place_adapter(self, adapter: AdapterRef, region: Region) -> None:
         lora_id = self._lora_request(adapter).lora_int_id
-        place = (lora_id, self._adapter_arena, region.offset, region.size, region.nonce)
+        gone, self._gone = self._gone, []
+        place = (lora_id, self._adapter_arena, region.offset, region.size, region.nonce, gone)
         try:
             answers = await self._llm.collective_rpc("place_adapter", args=place)
             self._counts_from_end[adapter.digest] = answers[0]
         except EngineDeadError as error:
             raise WorkerLost(f"the engine died: {error}") from error
         except Exception as error:
+            self.forget_adapter(adapter.digest)
             raise InvalidAdapter(f"adapter {adapter.name!r} was refused by the engine: {error}") from error
+
+    def forget_adapter(self, digest: str) -> None:
+        self._counts_from_end.pop(digest, None)
+        if (lora_id := self._lora_ids.pop(digest, None)) is not None:
+            self._gone.append(lora_id)
 
     async def aborted(self) -> None:
         try:

@@ -26,8 +26,8 @@ async def errors_reported(context: Any) -> AsyncIterator[None]:
         yield
     except PreftError as error:
         await _abort(context, error)
-    except grpc.aio.AbortError:
-        raise
+    except grpc.aio.BaseError:
+        raise  # the call has ended already
     except Exception:
         logger.exception("a call broke")
         await _abort(context, PreftError(INTERNAL))

@@ -65,7 +65,7 @@ async def _write(request: Request, limit: int, file: BinaryIO) -> None:
 
 def _create(folder: Path | None) -> BinaryIO:
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix="upload-", dir=folder)
     os.close(descriptor)
     return open(name, "wb")

@@ -56,8 +56,8 @@ async def errors_reported(context: grpc.aio.ServicerContext) -> AsyncIterator[No
         yield
     except PreftError as error:
         await abort(context, error)
-    except grpc.aio.AbortError:
-        raise
+    except grpc.aio.BaseError:
+        raise  # the call has ended already
     except Exception:
         logger.exception("a call broke")
         await abort(context, EngineFailed("an internal error ended the call"))

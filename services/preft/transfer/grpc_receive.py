@@ -90,4 +90,4 @@ def decode_header(metadata: grpc.aio.Metadata | None) -> KvHeader:
     except DecodeError:
         raise PushRefused(f"{HEADER_KEY} is not a KvHeader", Refusal.MALFORMED) from None
     except InvalidRequest as error:
-        raise PushRefused(str(error), Refusal.MALFORMED) from None
+        raise PushRefused(f"the KV header is malformed: {error}", Refusal.MALFORMED) from None

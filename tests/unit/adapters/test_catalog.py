@@ -26,6 +26,7 @@ from preft.adapters.base_model import BaseModel, read_base_model
 from preft.adapters.catalog import Catalog, CatalogLimits, CatalogView
 from preft.adapters.digest import LORA_FILES, adapter_digest
 from preft.adapters.disk_tier import LOCK, DiskTier
+from preft.adapters.source_limits import SourceLimits
 from preft.adapters.sources import open_source
 from preft.core.cluster import Adapter
 from preft.core.errors import (
@@ -44,7 +45,7 @@ from support.faulty_http import Faults, serve_folder
 from support.lora_folders import lora_config, lora_tensors, write_base, write_lora
 from support.worker_services import until
 
-LIMITS = CatalogLimits(max_rank=8, pinned_bytes=1_000_000, max_adapter_bytes=100_000, source_timeout=5.0)
+LIMITS = CatalogLimits(max_rank=8, pinned_bytes=1_000_000, max_adapter_bytes=100_000, sources=SourceLimits(5.0))
 
 
 @pytest.fixture(scope="module")
@@ -286,10 +287,10 @@ async def test_an_adapter_over_the_limit_is_refused(catalog: Catalog, tmp_path: 
 async def test_a_missing_disk_is_unavailable(catalog: Catalog, disk: DiskTier, tmp_path: Path) -> None:
     shutil.rmtree(disk.root)
     disk.root.write_text("no folder")
-    with pytest.raises(Unavailable, match="adapters can't be kept in"):
+    with pytest.raises(Unavailable, match="adapters can't be kept on the server's disk"):
         await catalog.add("ada", str(write_lora(tmp_path / "a")))
     (tmp_path / "uploads").write_text("no folder")
-    with pytest.raises(Unavailable, match="the archive can't be kept in"):
+    with pytest.raises(Unavailable, match="the archive can't be kept on the server's disk"):
         await catalog.add_archive("ada", tar_of(tmp_path / "a"))
 
 
@@ -377,7 +378,9 @@ async def adding(adds: Sequence[Coroutine[Any, Any, Adapter]]) -> AsyncIterator[
 async def test_slow_sources_keep_nobody_else_waiting_and_can_be_given_up(
     store: StateStore, disk: DiskTier, base: BaseModel, tmp_path: Path, faults: Faults
 ) -> None:
-    catalog = Catalog(store, disk, tmp_path / "uploads", base, "base", dataclasses.replace(LIMITS, source_timeout=30))
+    catalog = Catalog(
+        store, disk, tmp_path / "uploads", base, "base", dataclasses.replace(LIMITS, sources=SourceLimits(30.0))
+    )
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
     write_lora(tmp_path / "served" / "ada")
     with serve_folder(tmp_path / "served", faults) as server:
@@ -393,7 +396,9 @@ async def test_an_add_that_waits_for_its_turn_can_be_given_up(
     store: StateStore, disk: DiskTier, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("preft.adapters.catalog.FETCHES", 1)
-    catalog = Catalog(store, disk, tmp_path / "uploads", base, "base", dataclasses.replace(LIMITS, source_timeout=30))
+    catalog = Catalog(
+        store, disk, tmp_path / "uploads", base, "base", dataclasses.replace(LIMITS, sources=SourceLimits(30.0))
+    )
     write_lora(tmp_path / "served" / "ada")
     with serve_folder(tmp_path / "served", Faults(stall_after=100)) as server:
         local = str(write_lora(tmp_path / "local"))

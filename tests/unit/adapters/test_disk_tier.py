@@ -21,6 +21,7 @@ import pytest
 from preft.adapters import disk_tier
 from preft.adapters.digest import LORA_FILES, adapter_digest
 from preft.adapters.disk_tier import GROWTH, LOCK, UNFINISHED, DiskTier
+from preft.adapters.source_limits import SourceLimits
 from preft.adapters.sources import AdapterSource, open_source
 from preft.core.errors import InvalidAdapter, PreftError, SourceNotFound, Unavailable
 from support.faulty_http import Faults, serve_folder
@@ -511,7 +512,7 @@ def test_a_server_that_fails_leaves_nothing(tier: DiskTier, tmp_path: Path, faul
     write(tmp_path / "served" / "a")
     with serve_folder(tmp_path / "served", faults) as server:
         with pytest.raises(Unavailable, match=f"{server.url}/a can't be read: .+"):
-            tier.fetch(open_source(f"{server.url}/a", timeout=0.2), accept)
+            tier.fetch(open_source(f"{server.url}/a", SourceLimits(0.2)), accept)
         assert copies(tier.root) == set()
         assert tier.used() == 0
 
@@ -541,19 +542,19 @@ print(sorted(path.name for path in root.iterdir()), tier.used())
 
 def test_a_disk_that_takes_no_more_is_unavailable(tmp_path: Path) -> None:
     child = Child(DISK_FULL, tmp_path / "tier", write(tmp_path / "a", 3_000_000))
-    assert child.end() == (f"Unavailable adapters can't be kept in {tmp_path / 'tier'}: File too large\n['{LOCK}'] 0\n")
+    assert child.end() == (f"Unavailable adapters can't be kept on the server's disk: File too large\n['{LOCK}'] 0\n")
 
 
 def test_a_folder_that_can_not_be_used_is_unavailable(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(Unavailable, match=r"adapters can't be kept in .*: Not a directory"):
+    with pytest.raises(Unavailable, match=r"adapters can't be kept on the server's disk: Not a directory"):
         DiskTier(tmp_path / "file" / "tier", SIZE, SIZE)
     tier = DiskTier(tmp_path / "tier", SIZE, SIZE)
     shutil.rmtree(tier.root)
     tier.root.write_text("x")
-    with pytest.raises(Unavailable, match="adapters can't be kept in"):
+    with pytest.raises(Unavailable, match="adapters can't be kept on the server's disk"):
         tier.fetch(source_at(tmp_path / "a"), accept)
-    with pytest.raises(Unavailable, match="adapters can't be read from"):
+    with pytest.raises(Unavailable, match="adapters can't be read from the server's disk"):
         tier.find("0" * 64)
 
 

@@ -20,9 +20,10 @@ import pytest
 from preft.adapters.digest import LORA_FILES, adapter_digest
 from preft.adapters.disk_tier import DiskTier
 from preft.adapters.packed import AdapterFiles
+from preft.adapters.source_limits import SourceLimits
 from preft.adapters.store import AdapterStore
 from preft.core.cluster import Role, Tier
-from preft.core.errors import EngineFailed, InvalidAdapter, PreftError, SourceNotFound, Unavailable, WorkerLost
+from preft.core.errors import AdapterUnavailable, EngineFailed, PreftError, Unavailable, WorkerLost
 from preft.core.request import AdapterRef, Sampling
 from preft.engine.port import EngineRequest
 from preft.transfer.staging import Region, StagingArena, span_of
@@ -131,7 +132,7 @@ async def rig(
     memory, kv = StagingArena.create(host_bytes), StagingArena.create(4096)
     disk = DiskTier(tmp_path / "disk", disk_bytes, disk_bytes)
     made = engine(Role.PREFILL, kv.path, memory.path)
-    store = AdapterStore("w", disk, memory, made, slots, source_timeout, room_timeout=room_timeout)
+    store = AdapterStore("w", disk, memory, made, slots, SourceLimits(source_timeout), room_timeout=room_timeout)
     try:
         yield Rig(store, disk, memory, made)
     finally:
@@ -229,7 +230,7 @@ async def test_an_adapter_that_the_engine_refuses_takes_no_memory(tmp_path: Path
     ann = write(tmp_path / "ann")
     async with rig(tmp_path) as the:
         the.engine.refused.add(ann.digest)
-        with pytest.raises(InvalidAdapter, match="refused by the engine"):
+        with pytest.raises(AdapterUnavailable, match="the engine refuses it"):
             await the.serve(ann)
         assert (the.memory.used, the.store.digests) == (0, ())
         the.engine.refused.clear()
@@ -247,7 +248,7 @@ async def test_a_waiter_that_is_cancelled_does_not_end_the_load(tmp_path: Path, 
         with pytest.raises(asyncio.CancelledError):
             await impatient
         assert not patient.done()
-        with pytest.raises(Unavailable, match=r"nothing came for 0\.5 seconds"):
+        with pytest.raises(AdapterUnavailable, match="can't be fetched from its source"):
             await patient
         server.faults.stall = False
         before = len(server.requests)
@@ -465,7 +466,7 @@ async def test_a_load_gives_up_waiting_for_room(tmp_path: Path) -> None:
 
 async def test_what_never_fits_is_refused_at_once(tmp_path: Path) -> None:
     async with rig(tmp_path) as the:
-        with pytest.raises(InvalidAdapter, match=r"has 4000 bytes, more than store\.host_bytes can hold"):
+        with pytest.raises(AdapterUnavailable, match=r"has 4000 bytes, more than store\.host_bytes can hold"):
             await the.serve(write(tmp_path / "large", 4 * SIZE))
         assert the.memory.used == 0
 
@@ -579,7 +580,7 @@ async def test_a_damaged_copy_without_its_source_is_an_error(tmp_path: Path, dam
         damage(the.disk.root / ann.digest / WEIGHTS)
         shutil.rmtree(tmp_path / "ann")
         for _ in range(2):
-            with pytest.raises(SourceNotFound, match="there is no folder"):
+            with pytest.raises(AdapterUnavailable, match="its source is gone"):
                 await the.serve(ann)
         assert the.engine.loaded == [ann.digest]
         assert (the.memory.used, the.store.where(ann.digest).tier) == (0, Tier.SOURCE)
@@ -589,7 +590,9 @@ async def test_a_source_that_has_changed_is_refused(tmp_path: Path) -> None:
     ann = write(tmp_path / "ann")
     write(tmp_path / "ann", seed="another")
     async with rig(tmp_path) as the:
-        with pytest.raises(InvalidAdapter, match="ann no longer holds the version that was added: add the adapter"):
+        with pytest.raises(
+            AdapterUnavailable, match="its source no longer holds the version that was added: add the adapter"
+        ):
             await the.serve(ann)
         assert the.memory.used == 0
 
@@ -619,7 +622,7 @@ async def test_a_disk_that_fails_is_unavailable(tmp_path: Path) -> None:
     async with rig(tmp_path) as the:
         shutil.rmtree(the.disk.root)
         the.disk.root.write_text("no folder")
-        with pytest.raises(Unavailable, match="adapters can't be read from"):
+        with pytest.raises(Unavailable, match="adapters can't be read from the server's disk"):
             await the.serve(write(tmp_path / "ann"))
 
 

@@ -17,6 +17,7 @@ from preft.cluster.gateway_process import MAX_HEADER_BYTES, RunningGateway, run_
 from preft.core.settings import Settings
 from support.fake_workers import FakeCluster
 from support.fakes import FakeCatalog
+from support.lora_folders import write_base
 from support.small_tokenizers import byte_level
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
@@ -25,7 +26,10 @@ MANY = b"x-name: value\r\n" * 100
 
 @asynccontextmanager
 async def running(folder: Path, host: str = "127.0.0.1", **more: Any) -> AsyncIterator[RunningGateway]:
-    settings = Settings(model=byte_level(folder), host=host, port=0, max_model_len=64, **more)
+    byte_level(write_base(folder / "model"))
+    settings = Settings(
+        model=folder / "model", state_dir=folder / "state", host=host, port=0, max_model_len=64, **more
+    )
     async with run_gateway(settings, cast(Any, FakeCluster()), cast(Any, FakeCatalog.of()), "x") as gateway:
         yield gateway
 

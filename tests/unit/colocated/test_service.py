@@ -12,7 +12,7 @@ import pytest
 
 from preft.colocated.service import ColocatedService
 from preft.core.cluster import Role
-from preft.core.errors import InvalidAdapter, InvalidRequest
+from preft.core.errors import AdapterUnavailable, InvalidRequest
 from preft.core.request import AdapterRef, Sampling
 from preft.router.decode_stream import DecodeCall, DecodeStream
 from preft.rpc import workers_pb2, workers_pb2_grpc
@@ -102,7 +102,7 @@ async def test_each_choice_has_its_own_seed(rig: Rig) -> None:
 
 
 async def test_an_adapter_that_isnt_the_named_one_is_refused(rig: Rig, adapter: AdapterRef) -> None:
-    for call in (rig.call(adapter, digest="other"), rig.call(adapter, digest=""), rig.call(None, digest="other")):
+    for call in (rig.call(adapter, digest="0" * 64), rig.call(adapter, digest=""), rig.call(None, digest="0" * 64)):
         tokens, error = await failed(call)
         assert (tokens, type(error)) == ([], InvalidRequest)
     assert rig.engine.requests == []
@@ -111,7 +111,7 @@ async def test_an_adapter_that_isnt_the_named_one_is_refused(rig: Rig, adapter: 
 async def test_a_source_with_other_content_is_refused(rig: Rig, adapter: AdapterRef) -> None:
     (Path(adapter.source) / "adapter_model.safetensors").write_bytes(b"other")
     tokens, error = await failed(rig.call(adapter))
-    assert (tokens, type(error)) == ([], InvalidAdapter)
+    assert (tokens, type(error)) == ([], AdapterUnavailable)
     assert rig.engine.requests == []
 
 

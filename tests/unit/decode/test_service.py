@@ -313,7 +313,7 @@ async def test_choices_do_not_disturb_each_other(rig: DecodeRig) -> None:
         EngineFailed("no reason") if "doomed" in request.request_id and tokens == 2 else None
     )
     going = [asyncio.create_task(rig.run(PROMPT, ALL[:1], digest=DIGEST, handle=name)) for name in names]
-    unknown = rig.call(PROMPT, ALL[:1], digest=DIGEST, handle="never heard of")
+    unknown = rig.call(PROMPT, ALL[:1], digest=DIGEST, handle="never-heard-of")
     doomed = rig.call(PROMPT, ALL[:1], LONG, digest=DIGEST, handle="doomed")
     await rig.sink.deliver("unwanted", DIGEST, PROMPT)
     unwanted = rig.call(PROMPT, ALL[:1], LONG, digest=DIGEST, handle="unwanted")
@@ -393,7 +393,7 @@ async def test_release_frees_what_nobody_will_claim(rig: DecodeRig) -> None:
     await rig.stub.Release(workers_pb2.ReleaseRequest(handle="h"))
     assert rig.idle()
     await rig.stub.Release(workers_pb2.ReleaseRequest(handle="h"))
-    await rig.stub.Release(workers_pb2.ReleaseRequest(handle="never heard of"))
+    await rig.stub.Release(workers_pb2.ReleaseRequest(handle="never-heard-of"))
     await refused(rig.call(PROMPT, ALL[:1], digest=DIGEST), "h was released")
 
 

@@ -186,8 +186,9 @@ async def test_a_source_that_holds_something_else_is_refused(
     write_adapter(Path(alice.source), "mallory's")
     with pytest.raises(grpc.aio.AioRpcError, match="no longer holds the version that was added") as raised:
         await rig.run(PROMPT, adapter=alice, to=to)
-    assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert code_of(raised.value) == "invalid_adapter"
+    assert raised.value.code() is grpc.StatusCode.UNAVAILABLE  # no fault of the request
+    assert code_of(raised.value) == "adapter_unavailable"
+    assert alice.source not in raised.value.details()
     assert (rig.engine.loaded, rig.engine.requests, rig.adapters.digests) == ([], [], ())
     write_adapter(Path(alice.source), "alice's")
     await rig.run(PROMPT, ONE, adapter=alice, to=None)  # repaired: nothing of the refusal is kept
@@ -195,7 +196,7 @@ async def test_a_source_that_holds_something_else_is_refused(
 
 async def test_a_source_that_is_gone(rig: PrefillRig, tmp_path: Path) -> None:
     adapter = AdapterRef("gone", "d" * 64, str(tmp_path / "gone"))
-    await fails(rig.call(PROMPT, adapter=adapter), grpc.StatusCode.NOT_FOUND, "adapter_source_not_found", "gone")
+    await fails(rig.call(PROMPT, adapter=adapter), grpc.StatusCode.UNAVAILABLE, "adapter_unavailable", "gone")
 
 
 async def test_an_adapter_that_the_engine_refuses(rig: PrefillRig, alice: AdapterRef) -> None:
@@ -261,7 +262,7 @@ async def test_a_receiver_that_refuses() -> None:
 
 async def test_nobody_to_send_to(rig: PrefillRig) -> None:
     await fails(
-        rig.call(PROMPT, to="gone"), grpc.StatusCode.DATA_LOSS, "kv_transfer_failed", "nobody receives", events=1
+        rig.call(PROMPT, to="gone:1"), grpc.StatusCode.DATA_LOSS, "kv_transfer_failed", "nobody receives", events=1
     )
 
 

@@ -1,0 +1,90 @@
+"""Where adapters may come from, and how slowly: what a source named in a request is held against.
+
+Owns the decisions. `sources` asks for each source and file, `remote_files` for each redirect and connection.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from urllib.parse import unquote, urlsplit
+
+from preft.core.errors import InvalidAdapter
+
+NAT64 = ip_network("64:ff9b::/96")  # IPv4 addresses in the last four bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRules:
+    """`allowed`: folders, and beginnings of addresses such as `s3://bucket/team`, `https://host` or `hf://`; None: all.
+
+    A beginning with a host allows that host wherever it is. `http://` and `https://` alone allow public addresses, so
+    that no request makes the server fetch from inside its network.
+    """
+
+    allowed: tuple[str, ...] | None = None
+
+    def check_path(self, path: str) -> None:
+        """Raises InvalidAdapter unless `path`, with its links followed, lies in an allowed folder."""
+        if self.allowed is None:
+            return
+        real = os.path.realpath(path)
+        folders = (os.path.realpath(folder) for folder in self.allowed if "://" not in folder)
+        if not any(_is_in(real, folder) for folder in folders):
+            raise _refusal(path)
+
+    def check_uri(self, uri: str) -> bool:
+        """Whether only public addresses may be connected to for `uri`. Raises InvalidAdapter if it isn't allowed."""
+        if self.allowed is None:
+            return False
+        if ".." in unquote(uri).replace("\\", "/").split("/"):
+            raise _refusal(uri)
+        parts = urlsplit(uri)
+        if parts.scheme in ("http", "https"):
+            uri = f"{parts.scheme}://{parts.netloc.lower()}{parts.path}"
+        matching = [prefix for prefix in self.allowed if "://" in prefix and _is_in(uri, prefix)]
+        if not matching:
+            raise _refusal(uri)
+        if parts.scheme not in ("http", "https") or any(urlsplit(prefix).netloc for prefix in matching):
+            return False
+        if not is_public(parts.hostname or "", unless_name=True):
+            raise _refusal(uri)
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class SourceLimits:
+    """`timeout`: seconds without a byte after which a source has failed. `min_rate`: bytes per second, on average.
+
+    Both are of remote sources; a fetch that is slower than `min_rate` is given up.
+    """
+
+    timeout: float = 30.0
+    min_rate: int = 64 << 10
+    rules: SourceRules = field(default_factory=SourceRules)
+
+
+def is_public(host: str, *, unless_name: bool = False) -> bool:
+    """Whether the IP address `host` is one of the public internet. What isn't an address is `unless_name`."""
+    try:
+        address = ip_address(host.partition("%")[0])
+    except ValueError:
+        return unless_name
+    if isinstance(address, IPv6Address):
+        inner = address.ipv4_mapped or (IPv4Address(int(address) & 0xFFFFFFFF) if address in NAT64 else None)
+        if inner is None and (address.sixtofour or address.teredo):
+            return False
+        address = inner or address
+    return address.is_global and not address.is_multicast
+
+
+def _is_in(place: str, folder: str) -> bool:
+    """Whether `place` is `folder` or below it. `https://` is the folder of all that begins so."""
+    return place == folder or place.startswith(folder if folder.endswith("/") else f"{folder}/")
+
+
+def _refusal(source: str) -> InvalidAdapter:
+    return InvalidAdapter(
+        f"adapters may not be read from {source}: the setting adapter_sources says from where they may", param="source"
+    )

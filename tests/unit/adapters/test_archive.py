@@ -286,7 +286,7 @@ def test_too_many_files_are_refused(kind: str, unpack: Callable[..., object]) ->
 
 def test_a_disk_that_fails_is_not_the_archives_fault(tmp_path: Path) -> None:
     (tmp_path / "archive").write_bytes(packed_tar(pairs()))
-    with pytest.raises(Unavailable, match="can't be written"):
+    with pytest.raises(Unavailable, match="can't be unpacked on the server's disk"):
         unpack_archive(tmp_path / "archive", tmp_path / "no such folder", LIMIT)
     with pytest.raises(Unavailable, match="can't be read"):
         unpack_archive(tmp_path / "no such archive", tmp_path, LIMIT)

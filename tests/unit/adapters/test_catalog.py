@@ -395,7 +395,7 @@ async def test_slow_sources_keep_nobody_else_waiting_and_can_be_given_up(
 async def test_an_add_that_waits_for_its_turn_can_be_given_up(
     store: StateStore, disk: DiskTier, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("preft.adapters.catalog.FETCHES", 1)
+    monkeypatch.setattr("preft.adapters.fetch_threads.PER_PLACE", 1)
     catalog = Catalog(
         store, disk, tmp_path / "uploads", base, "base", dataclasses.replace(LIMITS, sources=SourceLimits(30.0))
     )
@@ -404,7 +404,7 @@ async def test_an_add_that_waits_for_its_turn_can_be_given_up(
         local = str(write_lora(tmp_path / "local"))
         async with adding([catalog.add("ada", f"{server.url}/ada")]):
             await until(lambda: len(kept(tmp_path)) == 1)
-            async with adding([catalog.add("bob", local)]) as (waiting,):
+            async with adding([catalog.add("bob", f"{server.url}/bob")]) as (waiting,):
                 await asyncio.wait({waiting}, timeout=0.1)
         assert kept(tmp_path) == []
         await catalog.add("carol", local)

@@ -258,7 +258,7 @@ def test_pinned_copies_stay(tier: DiskTier, tmp_path: Path) -> None:
     d, _ = tier.fetch(source_at(tmp_path / "d"), accept)
     assert copies(tier.root) == {a, b, d}
     tier.pinned = {a, b, d}
-    with pytest.raises(Unavailable, match="all taken by pinned adapters and those on their way: try again later, or"):
+    with pytest.raises(Unavailable, match="all taken by pinned ones and those on their way: try again later, or"):
         tier.fetch(source_at(tmp_path / "e"), accept)
     assert copies(tier.root) == {a, b, d}
     tier.pinned = {b, d}
@@ -307,7 +307,7 @@ def test_those_on_their_way_have_their_room(tmp_path: Path) -> None:
     other_process = DiskTier(tmp_path / "tier", 2 * SIZE, 2 * SIZE)
     with under_way(tier, source_at(tmp_path / "large", 2 * SIZE)):
         assert other_process.used() == 2 * SIZE
-        with pytest.raises(Unavailable, match="all taken by pinned adapters and those on their way"):
+        with pytest.raises(Unavailable, match="all taken by pinned ones and those on their way"):
             other_process.fetch(source_at(tmp_path / "small"), accept)
     other_process.fetch(open_source(str(tmp_path / "small")), accept)
     assert copies(tier.root) == {adapter_digest(tmp_path / "small")}

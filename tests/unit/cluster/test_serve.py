@@ -19,7 +19,7 @@ import pytest
 
 from preft.cluster.serve import _serve
 from preft.core.cluster import Role, Worker, WorkerState
-from preft.core.errors import SourceNotFound
+from preft.core.errors import ConfigError
 from preft.core.settings import Settings, load_settings
 from preft.state import open_store
 from support.faulty_http import Faults, FaultyServer, serve_folder
@@ -92,7 +92,8 @@ async def test_a_signal_ends_the_adding_of_adapters(
 ) -> None:
     monkeypatch.setattr("preft.cluster.gateway_process.SHUTDOWN_SECONDS", 0.2)
     adapters = tmp_path / "state" / "adapters"
-    serving = asyncio.create_task(_serve(settings_in(tmp_path, store={"source_timeout": 30})))
+    own = settings_in(tmp_path, store={"source_timeout": 30}, adapter_sources=[source.url])
+    serving = asyncio.create_task(_serve(own))
     await until(lambda: cluster.done == ["start"])
     url = capsys.readouterr().out.split()[-1]
     async with httpx.AsyncClient(base_url=url) as client:
@@ -106,7 +107,7 @@ async def test_a_signal_ends_the_adding_of_adapters(
 
 
 async def test_an_adapter_that_can_not_be_loaded_is_said(tmp_path: Path) -> None:
-    with pytest.raises(SourceNotFound):
+    with pytest.raises(ConfigError, match=r"^adapters\.ada: there is no folder"):
         await _serve(settings_in(tmp_path, adapters={"ada": str(tmp_path / "nowhere")}))
 
 

@@ -360,7 +360,12 @@ async def test_an_id_in_use_ends_the_call(rig: DecodeRig) -> None:
     rig.engine.going.clear()
     await rig.sink.deliver("h", DIGEST, PROMPT, uses=2)
     request = workers_pb2.DecodeRequest(
-        request_id="r", handle="h", prompt_token_ids=PROMPT, output_token_ids=ALL[:1], adapter_digest=DIGEST
+        request_id="r",
+        handle="h",
+        prompt_token_ids=PROMPT,
+        output_token_ids=ALL[:1],
+        adapter_digest=DIGEST,
+        sampling=sampling_to_proto(LONG),
     )
 
     async def commands() -> AsyncIterator[workers_pb2.DecodeCommand]:

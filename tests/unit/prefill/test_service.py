@@ -201,7 +201,7 @@ async def test_a_source_that_is_gone(rig: PrefillRig, tmp_path: Path) -> None:
 
 async def test_an_adapter_that_the_engine_refuses(rig: PrefillRig, alice: AdapterRef) -> None:
     rig.engine.refused.add(alice.digest)
-    await fails(rig.call(PROMPT, adapter=alice), grpc.StatusCode.INVALID_ARGUMENT, "invalid_adapter", "refused by")
+    await fails(rig.call(PROMPT, adapter=alice), grpc.StatusCode.UNAVAILABLE, "adapter_unavailable", "refuses it")
     rig.engine.die("killed")
     await fails(rig.call(PROMPT, adapter=alice), grpc.StatusCode.UNAVAILABLE, "worker_lost", "the engine died: killed")
     assert rig.adapters.digests == ()

@@ -74,7 +74,7 @@ async def workers(folder: Path) -> AsyncIterator[dict[Role, WorkerServer]]:
 
 
 class Site:
-    """The workers of all roles in a loop of their own, for tests that are called many times, and what is around them."""
+    """The workers of all roles in a loop of their own, and what is around them."""
 
     def __init__(self, folder: Path) -> None:
         self.loop = asyncio.new_event_loop()

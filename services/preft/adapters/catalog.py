@@ -253,9 +253,8 @@ class Catalog(CatalogView):
 
     def _fetch(self, name: str, source: AdapterSource, known: Adapter | None, progress: Progress | None) -> Adapter:
         stamp = source.stamp()
-        if known is not None and stamp and (known.source, known.stamp) == (source.uri, stamp):
-            if self._disk.find(known.digest) is not None:
-                return known
+        if known is not None and self._is_unchanged(known, source.uri, stamp):
+            return known
         digest, found = self._disk.fetch(source, self._check, progress=progress)
         if not found.prefill_only:
             logger.warning("adapter %r: %s", name, NOT_PREFILL_ONLY)
@@ -270,6 +269,11 @@ class Catalog(CatalogView):
             size=found.size,
             stamp=stamp,
         )
+
+    def _is_unchanged(self, known: Adapter, uri: str, stamp: str) -> bool:
+        """Whether fetching it again would bring what is here, and what would pass again."""
+        same = stamp != "" and (known.source, known.stamp) == (uri, stamp)
+        return same and known.rank <= self._limits.max_rank and self._disk.find(known.digest) is not None
 
     def _check(self, copy: Path) -> AdapterSummary:
         return check_adapter(copy, self._base, self._limits.max_rank)

@@ -1,7 +1,8 @@
 """Keeps a catalog in step with a folder of adapters: each subfolder is an adapter of that name.
 
 Owns when a subfolder is whole enough to be taken, and what becomes of those that change or go; the catalog checks and
-remembers them. The folder is right: what is removed from the catalog alone comes back.
+remembers them. The folder is right: what is removed from the catalog alone comes back. A folder without
+adapters that had none before removes nothing, as a disk that isn't mounted looks the same.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ class FolderWatch:
         self._refused: dict[str, str] = {}  # by name: the stamp
         self._told: dict[str, str] = {}  # by name: the last warning
         self._readable = True
+        self._unmounted = False  # as of the last look
+        self._filled: tuple[int, int] | None = None  # which folder it was when it last held an adapter
 
     async def run(self) -> None:
         """Scans until cancelled."""
@@ -101,12 +104,23 @@ class FolderWatch:
                 self._warn(name, f"it is left out, as the adapter of that name is from {entry.source}")
             else:
                 self._look_at(name, entry, look)
-        look.missing = frozenset(name for name, entry in entries.items() if self._owns(entry)).difference(names)
+        if look.stamps:
+            self._filled = _identity(self._folder)
+        missing = frozenset(name for name, entry in entries.items() if self._owns(entry)).difference(names)
+        unmounted = bool(missing) and self._is_unmounted(look)
+        if unmounted and not self._unmounted:
+            logger.warning("no adapter is in %s: is its disk mounted? Those from there stay", self._folder)
+        self._unmounted = unmounted
+        look.missing = frozenset() if unmounted else missing
         look.to_remove = sorted(look.missing & self._last.missing)
         for memory in (self._sources, self._added, self._refused, self._told):
             for name in memory.keys() - set(names) - look.missing:
                 del memory[name]
         return look
+
+    def _is_unmounted(self, look: _Look) -> bool:
+        """Whether no adapter is there, and none was in this very folder before: a disk that isn't there looks so."""
+        return not look.stamps and self._filled != _identity(self._folder)
 
     def _look_at(self, name: str, entry: Adapter | None, look: _Look) -> None:
         if name not in self._sources:
@@ -177,6 +191,11 @@ def _name_fault(name: str) -> str | None:
     except InvalidAdapter as error:
         return str(error)
     return None
+
+
+def _identity(folder: str) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
 def _may_be_folder(entry: os.DirEntry[str]) -> bool:

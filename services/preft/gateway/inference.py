@@ -43,7 +43,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             async with Completion(self._deps.generator, self._deps.tokenizer, job) as completion:
                 while deltas := await completion.take():
                     for delta in deltas:
-                        await context.write(_reply(delta, job.prompt_tokens))
+                        await context.write(_reply(delta, completion))
 
 
 def _checked(request: inference_pb2.GenerateRequest) -> CompletionBody:
@@ -80,7 +80,8 @@ def _deadline(request: inference_pb2.GenerateRequest, context: Any) -> float | N
     return time.time() + min(limits) if limits else None
 
 
-def _reply(delta: ChoiceDelta, prompt_tokens: int) -> inference_pb2.GenerateReply:
+def _reply(delta: ChoiceDelta, completion: Completion) -> inference_pb2.GenerateReply:
+    adapter = completion.job.requests[0].adapter
     return inference_pb2.GenerateReply(
         text=delta.text,
         delta=common_pb2.TokenDelta(
@@ -90,7 +91,9 @@ def _reply(delta: ChoiceDelta, prompt_tokens: int) -> inference_pb2.GenerateRepl
             finish_reason=_FINISH[delta.finish_reason],
             stop_token_id=delta.stop_reason if isinstance(delta.stop_reason, int) else None,
         ),
-        prompt_tokens=prompt_tokens,
+        prompt_tokens=completion.job.prompt_tokens,
+        cached_tokens=completion.cached_tokens,
+        adapter_digest=adapter.digest if adapter is not None else "",
     )
 
 

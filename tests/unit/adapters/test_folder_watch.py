@@ -144,6 +144,35 @@ async def test_a_folder_that_is_gone_for_two_rounds_is_removed(
     assert catalog.reads == ["ada", "bob"]
 
 
+async def test_a_disk_that_is_not_mounted_removes_nothing(
+    folder: Path, catalog: ReadingCatalog, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At a start, and while it is served: an empty folder is in its place."""
+    write(folder / "ann", "one")
+    watch = FolderWatch(folder, catalog, interval=0.01)
+    await watch.scan()
+    await watch.scan()
+    disk = folder.with_name("disk")
+    os.rename(folder, disk)
+    write(folder / "lost+found", "").joinpath(FILES[0]).unlink()
+    for one in (watch, FolderWatch(folder, catalog, interval=0.01)):
+        for _ in range(4):
+            await one.scan()
+    assert catalog.contents() == {"ann": "one"}
+    assert sum("is its disk mounted?" in record.message for record in caplog.records) == 2
+    shutil.rmtree(folder)
+    os.rename(disk, folder)
+    shutil.rmtree(folder / "ann")
+    write(folder / "bob", "two")
+    for _ in range(3):
+        await watch.scan()
+    assert catalog.contents() == {"bob": "two"}
+    shutil.rmtree(folder / "bob")  # the last one, from the folder that held it
+    for _ in range(2):
+        await watch.scan()
+    assert catalog.contents() == {}
+
+
 async def test_the_folder_is_right(watch: FolderWatch, folder: Path, catalog: ReadingCatalog) -> None:
     write(folder / "ada", "1")
     await rounds(watch)

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import socket
 import threading
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from types import SimpleNamespace
 
 import grpc
 import pytest
+from google.protobuf.descriptor import FieldDescriptor
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
@@ -49,10 +52,86 @@ async def test_generate(served):
         assert own[0].delta.logprobs[0].top[0].token_id == served.hello[0]
         assert not own[-1].delta.HasField("stop_token_id")
     assert {reply.prompt_tokens for reply in replies} == {3}
+    assert {reply.adapter_digest for reply in replies} == {served.deps.catalog.get("ann").digest}
     [request] = served.generator.requests
     assert request.adapter.name == "ann"
     assert request.deadline is None
     assert (request.sampling.max_tokens, request.sampling.temperature, request.sampling.seed) == (16, 1.0, None)
+
+
+async def test_a_reply_says_what_was_in_a_prefix_cache(served):
+    served.script = Script(served.hello, finish=FinishReason.LENGTH, cached=2)
+    replies = [reply async for reply in served.inference.Generate(Request(model="base", text="hi"))]
+    assert {(reply.cached_tokens, reply.adapter_digest) for reply in replies} == {(2, "")}
+
+
+@pytest.mark.parametrize("fail_after", [None, 1])
+async def test_an_unexpected_error_keeps_its_text(served, fail_after):
+    served.script = Script(served.hello, fail=RuntimeError("/srv/secret"), fail_after=fail_after)
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        [reply async for reply in served.inference.Generate(Request(model="ann", text="hi"))]
+    served.deps.catalog.fail = RuntimeError("/srv/secret")
+    with pytest.raises(grpc.aio.AioRpcError) as adding:
+        await served.adapters.Add(adapters_pb2.AddAdapterRequest(name="new", source="/adapters/new"))
+    for error in (raised.value, adding.value):
+        assert error.code() is grpc.StatusCode.INTERNAL
+        assert error.details() == "The server met an unexpected error."
+
+
+HOSTILE = ["", "..", "/etc/passwd", "base", "a\0b", "\n", "a" * 5000, "http://127.0.0.1:1/", "ann", "\U0010ffff"]
+NUMBERS = [0, 1, 2**31, 2**32 - 1]
+FLOATS = [0.0, -1.0, 1e308, float("inf"), float("nan")]
+
+
+FINE = {
+    *(grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND),
+    *(grpc.StatusCode.ALREADY_EXISTS, grpc.StatusCode.DEADLINE_EXCEEDED),
+}
+
+
+async def status_of(call):
+    with suppress(grpc.aio.AioRpcError):
+        if hasattr(call, "read"):
+            async for _ in call:
+                pass
+        else:
+            await call
+    return await call.code()
+
+
+async def test_no_value_in_a_public_call_is_our_fault(served):
+    """Each field in turn, and each value: a status says what is wrong with it, or it is served."""
+    draw = random.Random(0)
+    for kind, call in (
+        (Request, lambda message: served.inference.Generate(message, timeout=5)),
+        (adapters_pb2.AddAdapterRequest, served.adapters.Add),
+        (adapters_pb2.ListAdaptersRequest, served.adapters.List),
+        (adapters_pb2.GetAdapterRequest, served.adapters.Get),
+        (adapters_pb2.PinAdapterRequest, served.adapters.Pin),
+        (adapters_pb2.RemoveAdapterRequest, served.adapters.Remove),
+    ):
+        for field in kind.DESCRIPTOR.fields:
+            for _ in range(8):
+                message = kind(model="ann", text="hi", max_tokens=2) if kind is Request else kind()
+                match field.cpp_type, field.is_repeated:
+                    case FieldDescriptor.CPPTYPE_MESSAGE, True:
+                        message.logit_bias[draw.choice(NUMBERS)] = draw.choice(FLOATS)
+                    case FieldDescriptor.CPPTYPE_MESSAGE, False:
+                        message.tokens.ids.extend(draw.choices(NUMBERS, k=draw.randrange(80)))
+                    case FieldDescriptor.CPPTYPE_STRING, True:
+                        message.stop.extend(draw.choices(HOSTILE, k=draw.randrange(20)))
+                    case FieldDescriptor.CPPTYPE_STRING, False:
+                        setattr(message, field.name, draw.choice(HOSTILE))
+                    case FieldDescriptor.CPPTYPE_DOUBLE, _:
+                        setattr(message, field.name, draw.choice(FLOATS))
+                    case FieldDescriptor.CPPTYPE_BOOL, _:
+                        setattr(message, field.name, True)
+                    case FieldDescriptor.CPPTYPE_UINT32, True:
+                        getattr(message, field.name).extend(draw.choices(NUMBERS, k=draw.randrange(2000)))
+                    case _:
+                        setattr(message, field.name, draw.choice(NUMBERS))
+                assert await status_of(call(message)) in FINE, (field.name, message)
+    assert [reply async for reply in served.inference.Generate(Request(model="base", text="hi"))]
 
 
 async def test_large_messages_are_checked_in_a_thread(served, monkeypatch):

@@ -28,6 +28,8 @@ class Faults:
     lengthless: bool = False  # no Content-Length: the end of the connection is the end of the file
     headless: bool = False  # HEAD isn't allowed
     dateless: bool = False  # nothing says when a file changed
+    redirect: str = ""  # the address of the folder where everything has moved to
+    dribble: float | None = None  # seconds between a body's bytes, which come one by one
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,12 @@ def serve_folder(folder: Path, faults: Faults | None = None) -> Iterator[FaultyS
                 over.wait()
                 self.close_connection = True
                 return
+            if faults.redirect:
+                self.send_response(302)
+                self.send_header("Location", f"{faults.redirect}{self.path}")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
             status = faults.status.get(path.name, 200 if path.is_file() else 404)
             if faults.headless and not body:
                 status = 405
@@ -89,7 +97,12 @@ def serve_folder(folder: Path, faults: Faults | None = None) -> Iterator[FaultyS
                 for limit in (faults.drop_after, faults.cut_after, faults.stall_after):
                     if limit is not None:
                         content = content[:limit]
-                self.wfile.write(content)
+                for byte in content if faults.dribble is not None else ():
+                    self.wfile.write(bytes([byte]))
+                    if over.wait(faults.dribble):
+                        break
+                else:
+                    self.wfile.write(content if faults.dribble is None else b"")
             except OSError:
                 self.close_connection = True  # the client has enough
                 return

@@ -34,7 +34,7 @@ from aiohttp import (
 )
 from aiohttp.connector import AddrInfoType
 
-from preft.adapters.source_limits import SourceLimits, SourceRules, is_public
+from preft.adapters.source_limits import SourceLimits, SourceRules, is_public, not_allowed
 from preft.core.errors import InvalidAdapter, PreftError, SourceNotFound, Unavailable
 
 logger = logging.getLogger(__name__)
@@ -217,7 +217,8 @@ def stopped(uri: str) -> Unavailable:
     return Unavailable(f"{uri} is not read any further: nobody waits for it")
 
 
-_only_public: ContextVar[bool] = ContextVar("only_public", default=False)  # of the request that wants a connection
+# What a request may not connect to, filled while it tries; None if it may connect to any address.
+_not_public: ContextVar[list[str] | None] = ContextVar("not_public", default=None)
 
 
 async def _web_session(*, rules: SourceRules, **options: Any) -> ClientSession:
@@ -226,9 +227,13 @@ async def _web_session(*, rules: SourceRules, **options: Any) -> ClientSession:
         return ClientSession(**options)
 
     async def check(request: ClientRequest, handler: ClientHandlerType) -> ClientResponse:
+        url, refused = str(request.url), list[str]()
         # A proxy finds the address itself: which ones it reaches is for its own rules.
-        _only_public.set(rules.check_uri(str(request.url)) and request.proxy is None)
-        return await handler(request)
+        _not_public.set(refused if rules.check_uri(url) and request.proxy is None else None)
+        try:
+            return await handler(request)
+        except ClientConnectionError as error:
+            raise not_allowed(url) if refused else error from None
 
     # A connection that is used again has no address checked.
     connector = TCPConnector(socket_factory=_checked_socket, force_close=True)
@@ -238,13 +243,11 @@ async def _web_session(*, rules: SourceRules, **options: Any) -> ClientSession:
 def _checked_socket(address: AddrInfoType) -> socket.socket:
     """For each connection: after the name was resolved, so that it can't be another address by then."""
     family, kind, protocol, _, place = address
-    if _only_public.get() and not is_public(str(place[0])):
-        raise NotPublic(f"{place[0]} is not a public address")
+    refused = _not_public.get()
+    if refused is not None and not is_public(str(place[0])):
+        refused.append(str(place[0]))
+        raise OSError(f"{place[0]} is not a public address")
     return socket.socket(family, kind, protocol)
-
-
-class NotPublic(OSError):
-    """The address of a web server that only `adapter_sources` could allow."""
 
 
 async def _web_info(files: Any, url: str) -> Mapping[str, Any] | None:

@@ -32,24 +32,24 @@ class SourceRules:
         real = os.path.realpath(path)
         folders = (os.path.realpath(folder) for folder in self.allowed if "://" not in folder)
         if not any(_is_in(real, folder) for folder in folders):
-            raise _refusal(path)
+            raise not_allowed(path)
 
     def check_uri(self, uri: str) -> bool:
         """Whether only public addresses may be connected to for `uri`. Raises InvalidAdapter if it isn't allowed."""
         if self.allowed is None:
             return False
         if ".." in unquote(uri).replace("\\", "/").split("/"):
-            raise _refusal(uri)
+            raise not_allowed(uri)
         parts = urlsplit(uri)
         if parts.scheme in ("http", "https"):
             uri = f"{parts.scheme}://{parts.netloc.lower()}{parts.path}"
         matching = [prefix for prefix in self.allowed if "://" in prefix and _is_in(uri, prefix)]
         if not matching:
-            raise _refusal(uri)
+            raise not_allowed(uri)
         if parts.scheme not in ("http", "https") or any(urlsplit(prefix).netloc for prefix in matching):
             return False
         if not is_public(parts.hostname or "", unless_name=True):
-            raise _refusal(uri)
+            raise not_allowed(uri)
         return True
 
 
@@ -69,8 +69,8 @@ def is_public(host: str, *, unless_name: bool = False) -> bool:
     """Whether the IP address `host` is one of the public internet. What isn't an address is `unless_name`."""
     try:
         address = ip_address(host.partition("%")[0])
-    except ValueError:
-        return unless_name
+    except ValueError:  # a name, unless its last part is a number: 127.1 and 2130706433 are old ways to write addresses
+        return unless_name and not host.rstrip(".").rpartition(".")[2][:1].isdigit()
     if isinstance(address, IPv6Address):
         inner = address.ipv4_mapped or (IPv4Address(int(address) & 0xFFFFFFFF) if address in NAT64 else None)
         if inner is None and (address.sixtofour or address.teredo):
@@ -84,7 +84,8 @@ def _is_in(place: str, folder: str) -> bool:
     return place == folder or place.startswith(folder if folder.endswith("/") else f"{folder}/")
 
 
-def _refusal(source: str) -> InvalidAdapter:
+def not_allowed(source: str) -> InvalidAdapter:
+    """What is raised for a source that the rules don't allow."""
     return InvalidAdapter(
         f"adapters may not be read from {source}: the setting adapter_sources says from where they may", param="source"
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import random
 import shutil
@@ -19,6 +20,7 @@ import pytest
 
 from preft.adapters.digest import LORA_FILES, adapter_digest
 from preft.adapters.disk_tier import DiskTier
+from preft.adapters.fetch_threads import PER_PLACE
 from preft.adapters.packed import AdapterFiles
 from preft.adapters.source_limits import SourceLimits
 from preft.adapters.store import AdapterStore
@@ -224,6 +226,24 @@ async def test_a_failing_load_fails_all_who_wait_and_the_next_tries_again(tmp_pa
         server.faults.status.clear()
         await the.serve(ann)
         assert the.store.where(ann.digest).users == 0
+
+
+async def test_slow_sources_do_not_keep_others_waiting(tmp_path: Path, server: FaultyServer) -> None:
+    """More than all threads of one place are taken by sources that send next to nothing."""
+    slow = [served(server, tmp_path, f"slow{number}") for number in range(PER_PLACE + 2)]
+    local = write(tmp_path / "local")
+    server.faults.dribble = 0.02
+    write(tmp_path / "elsewhere" / "fast")
+    fast = AdapterRef("fast", adapter_digest(tmp_path / "elsewhere" / "fast"), "")
+    with serve_folder(tmp_path / "elsewhere") as elsewhere:
+        fast = dataclasses.replace(fast, source=f"{elsewhere.url}/fast")
+        async with rig(tmp_path) as the:
+            waiting = [asyncio.create_task(the.store.prefetch(adapter)) for adapter in slow]
+            await until(lambda: sum("GET" in request for request in server.requests) >= PER_PLACE)
+            await asyncio.wait_for(asyncio.gather(the.serve(local), the.serve(fast)), 5)
+            assert not any(task.done() for task in waiting)
+            await the.store.close()
+            await asyncio.gather(*waiting, return_exceptions=True)
 
 
 async def test_an_adapter_that_the_engine_refuses_takes_no_memory(tmp_path: Path) -> None:

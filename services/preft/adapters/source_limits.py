@@ -40,10 +40,8 @@ class SourceRules:
             return False
         if ".." in unquote(uri).replace("\\", "/").split("/"):
             raise not_allowed(uri)
-        parts = urlsplit(uri)
-        if parts.scheme in ("http", "https"):
-            uri = f"{parts.scheme}://{parts.netloc.lower()}{parts.path}"
-        matching = [prefix for prefix in self.allowed if "://" in prefix and _is_in(uri, prefix)]
+        place, parts = _web_normal(uri), urlsplit(uri)
+        matching = [prefix for prefix in self.allowed if "://" in prefix and _is_in(place, _web_normal(prefix))]
         if not matching:
             raise not_allowed(uri)
         if parts.scheme not in ("http", "https") or any(urlsplit(prefix).netloc for prefix in matching):
@@ -81,7 +79,19 @@ def is_public(host: str, *, unless_name: bool = False) -> bool:
 
 def _is_in(place: str, folder: str) -> bool:
     """Whether `place` is `folder` or below it. `https://` is the folder of all that begins so."""
-    return place == folder or place.startswith(folder if folder.endswith("/") else f"{folder}/")
+    if folder.endswith("://"):
+        return place.startswith(folder)
+    folder = folder.rstrip("/")
+    return place == folder or place.startswith(f"{folder}/")
+
+
+def _web_normal(uri: str) -> str:
+    """A web address with its host in lower case; other addresses as they are."""
+    scheme, separator, rest = uri.partition("://")
+    if scheme.lower() not in ("http", "https"):
+        return uri
+    host, slash, path = rest.partition("/")
+    return f"{scheme.lower()}{separator}{host.lower()}{slash}{path}"
 
 
 def not_allowed(source: str) -> InvalidAdapter:

@@ -93,6 +93,8 @@ def test_links_within_what_is_allowed_are_followed(tmp_path: Path) -> None:
         ("s3://", "hf://user/repository", False),
         ("https://host", "https://host/ada", True),
         ("https://host", "HTTPS://HOST/ada", True),
+        ("https://Host/", "https://host/ada", True),
+        ("https://host/ada/", "https://host/ada", True),
         ("https://host", "http://host/ada", False),
         ("https://host", "https://host.evil.example/ada", False),
         ("https://host", "https://host:8443/ada", False),

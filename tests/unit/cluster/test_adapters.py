@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
+import stat
+import tarfile
 import time
 from pathlib import Path
 
 import pytest
 
 from preft.adapters.digest import adapter_digest
-from preft.cluster.adapters import following_catalog, open_catalog, open_disk_tier, uploads_folder
+from preft.adapters.source_limits import SourceLimits
+from preft.adapters.sources import open_source
+from preft.cluster.adapters import following_catalog, open_catalog, open_disk_tier, source_limits, uploads_folder
 from preft.core.cluster import Role, Tier
-from preft.core.errors import ConfigError
+from preft.core.errors import ConfigError, InvalidAdapter
 from preft.core.request import AdapterRef
 from preft.core.settings import MiB, Settings, load_settings
 from preft.transfer.staging import StagingArena
 from support.adapter_tiers import adapter_store
 from support.fake_engine import FakeEngine
+from support.faulty_http import serve_folder
 from support.lora_folders import write_base, write_lora
 from support.worker_services import until
 
@@ -47,6 +53,90 @@ async def test_a_base_model_that_takes_an_adapters_name_is_refused(tmp_path: Pat
     with pytest.raises(ConfigError, match=r"^served_model_name: 'ada' is the name of an adapter"):
         async with open_catalog(settings_in(tmp_path, served_model_name="ada")):
             pass
+
+
+async def test_a_source_that_does_not_answer_ends_no_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_lora(tmp_path / "served" / "ada")
+    with serve_folder(tmp_path / "served") as server:
+        own = settings_in(tmp_path, adapters={"ada": f"{server.url}/ada/"}, store={"source_timeout": 0.3})
+        async with open_catalog(own) as catalog:
+            first = catalog.get("ada")
+        server.faults.status["adapter_config.json"] = 503
+        async with open_catalog(own) as catalog:
+            assert catalog.get("ada") == first
+    async with open_catalog(own) as catalog:  # nobody is there
+        assert catalog.get("ada") == first
+    assert "adapter 'ada' is served as it was, version 1" in caplog.text
+    assert first is not None
+    open_disk_tier(own).discard(first.digest)
+    with pytest.raises(ConfigError, match=r"^adapters\.ada: .*the connection failed"):
+        async with open_catalog(own):
+            pass
+
+
+async def test_what_has_not_changed_is_not_fetched_again(tmp_path: Path) -> None:
+    for number in range(20):
+        write_lora(tmp_path / "served" / f"a{number}", seed=number)
+    with serve_folder(tmp_path / "served") as server:
+        own = settings_in(tmp_path, adapters={f"a{number}": f"{server.url}/a{number}" for number in range(20)})
+        async with open_catalog(own) as catalog:
+            first = list(catalog.list())
+        assert len(first) == 20
+        server.requests.clear()
+        async with open_catalog(own) as catalog:
+            assert list(catalog.list()) == first
+        assert not any(re.fullmatch("GET .*/adapter_model.*", request) for request in server.requests)
+        write_lora(tmp_path / "served" / "a7", seed=100)
+        async with open_catalog(own) as catalog:
+            changed = catalog.get("a7")
+    assert changed is not None
+    assert changed.version == 2
+
+
+async def test_adapters_are_their_owners_alone(tmp_path: Path) -> None:
+    own = settings_in(tmp_path)
+    before = os.umask(0o022)
+    try:
+        async with open_catalog(own) as catalog:
+            added = await catalog.add("ada", str(write_lora(tmp_path / "ada")))
+            archive = tmp_path / "bob.tar"
+            with tarfile.open(archive, "w") as tar:
+                tar.add(write_lora(tmp_path / "bob", seed=2), "bob")
+            await catalog.add_archive("bob", archive)
+    finally:
+        os.umask(before)
+    folders = [tmp_path / "state" / "adapters", uploads_folder(own), uploads_folder(own).parent]
+    assert {stat.S_IMODE(folder.stat().st_mode) for folder in folders} == {0o700}
+    copy = tmp_path / "state" / "adapters" / added.digest
+    assert {stat.S_IMODE(path.stat().st_mode) & 0o077 for path in (copy, *copy.iterdir())} == {0}
+
+
+def limits_of(tmp_path: Path, **changes: object) -> SourceLimits:
+    return source_limits(settings_in(tmp_path, **changes))
+
+
+def test_by_default_who_may_name_what_depends_on_who_can_ask(tmp_path: Path) -> None:
+    """A user of the machine may name its folders, and places outside; others only what the operator has named."""
+    (tmp_path / "ada").mkdir()
+    for host in ("127.0.0.1", "::1", "localhost"):
+        limits = limits_of(tmp_path, host=host)
+        for fine in (str(tmp_path / "ada"), "https://example.org/ada"):
+            open_source(fine, limits)
+        for uri in ("http://127.0.0.1:1/ada", "https://169.254.169.254/latest"):
+            with pytest.raises(InvalidAdapter, match="adapter_sources"):
+                open_source(uri, limits)
+    named = {"adapters": {"bob": "https://10.0.0.1/bob"}, "adapter_dir": str(tmp_path / "many")}
+    limits = limits_of(tmp_path, host="0.0.0.0", **named)
+    for fine in ("https://10.0.0.1/bob", str(tmp_path / "many" / "cay")):
+        open_source(fine, limits)
+    for uri in (str(tmp_path / "ada"), "https://example.org/ada", "https://10.0.0.1/other"):
+        with pytest.raises(InvalidAdapter, match="adapter_sources"):
+            open_source(uri, limits)
+    limits = limits_of(tmp_path, host="0.0.0.0", adapter_sources=["https://example.org/team", str(tmp_path)], **named)
+    for fine in ("https://10.0.0.1/bob", str(tmp_path / "ada"), "https://example.org/team/ada"):
+        open_source(fine, limits)
+    with pytest.raises(ConfigError, match=r"^adapter_sources"):
+        limits_of(tmp_path, adapter_sources=["ftp://host"])
 
 
 async def test_leftovers_of_uploads_go_after_a_day(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from preft.core.settings import DAY
 
 HANDLE = re.compile(r"[0-9A-Za-z_-]{1,64}")
 HOST_AND_PORT = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[0-9A-Za-z]([0-9A-Za-z._-]{0,252}[0-9A-Za-z])?):([0-9]{1,5})")
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # they end lines of logs, or hide them
 MAX_TEXT = 4096  # characters of a source; names and ids have fewer
 MAX_ID = 256
 MAX_IDS = 1024
@@ -45,9 +46,9 @@ def address_of(text: str) -> str:
 
 
 def text_of(text: str, param: str, limit: int = MAX_ID) -> str:
-    """Text for people and logs: printable, and of at most `limit` characters."""
-    if len(text) > limit or not text.isprintable():
-        raise InvalidRequest(f"{param} is at most {limit} printable characters", param=param)
+    """Text for people and logs: without control characters, and of at most `limit` characters."""
+    if len(text) > limit or CONTROL.search(text):
+        raise InvalidRequest(f"{param} is at most {limit} characters, none of them a control character", param=param)
     return text
 
 

@@ -70,7 +70,8 @@ class ClusterChannel:
     """
 
     def __init__(self, address: str, secret: ClusterSecret, options: Sequence[tuple[str, Any]] = ()) -> None:
-        self._channel = grpc.aio.insecure_channel(address, options=options)
+        # Without "dns:" gRPC would take a host that is called unix for the kind of the address.
+        self._channel = grpc.aio.insecure_channel(f"dns:///{address}", options=options)
         self._metadata = ((CALL_KEY, secret.call_code(address)),)
 
     def unary_unary(self, *method: Any, **options: Any) -> Callable[..., Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import socket
 import struct
 import threading
@@ -27,7 +28,7 @@ class Faults:
     stall: bool = False  # not even an answer
     lengthless: bool = False  # no Content-Length: the end of the connection is the end of the file
     headless: bool = False  # HEAD isn't allowed
-    dateless: bool = False  # nothing says when a file changed
+    tagless: bool = False  # nothing says which version a file is
     redirect: str = ""  # the address of the folder where everything has moved to
     dribble: float | None = None  # seconds between a body's bytes, which come one by one
 
@@ -86,8 +87,10 @@ def serve_folder(folder: Path, faults: Faults | None = None) -> Iterator[FaultyS
                 self.send_header("Connection", "close")
             else:
                 self.send_header("Content-Length", str(len(content)))
-            if status == 200 and not faults.dateless:
+            if status == 200:
                 self.send_header("Last-Modified", formatdate(path.stat().st_mtime, usegmt=True))
+            if status == 200 and not faults.tagless:
+                self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
             self.end_headers()
             if body:
                 self._send(content)

@@ -45,10 +45,12 @@ CHUNK = 1 << 20  # bytes
 BLOCK = 4 << 20  # bytes of one request where a file comes in ranges
 LOOK_SECONDS = 0.1  # a wait that is stopped ends within this time
 NOT_THERE = (404, 410)
-VERSIONED_BY = (  # what S3, Google Storage, web servers and the Hugging Face hub say of a file's version
+# What S3, Google Storage, web servers and the Hugging Face hub say of a file's version. A web server's Last-Modified is
+# no part of it: two versions within a second have the same.
+VERSIONED_BY = (
     *("ETag", "LastModified", "VersionId"),
     *("etag", "generation", "md5Hash", "updated"),
-    *("Last-Modified", "Content-MD5", "Digest"),
+    *("Content-MD5", "Digest"),
     *("blob_id", "lfs", "xet_hash", "mtime"),
 )
 

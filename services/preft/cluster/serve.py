@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import secrets
 import signal
 import time
 import uuid
@@ -35,6 +36,9 @@ def serve(settings: Settings) -> None:
 
 
 async def _serve(settings: Settings) -> None:
+    if settings.ray_address is None:  # who reaches a Ray without a token can run anything; Ray reads these as it loads
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     from preft.cluster.ray_cluster import RayCluster
 
     stop = asyncio.Event()

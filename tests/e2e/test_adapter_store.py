@@ -18,6 +18,7 @@ import httpx
 import pytest
 
 from preft.adapters.digest import adapter_digest
+from preft.cluster.adapters import uploads_folder
 from support.http import Ask, complete, complete_all, post
 from support.local_cluster import LocalCluster, local_cluster
 from support.many_adapters import variants
@@ -204,7 +205,7 @@ def test_an_upload_is_served_and_leaves_with_its_name(store: Store, tmp_path: Pa
     assert response.status_code == 200, response.text
     ask = Ask(prompt_of(20, 5), 8, "up/loaded")
     assert store.ask(ask) == [store.expected(ask, folder)]
-    uploads = store.cluster.settings.state_dir / "uploads"
+    uploads = uploads_folder(store.cluster.settings)
     assert len(list(uploads.iterdir())) == 1
     assert store.call("DELETE", "/v1/adapters/up/loaded").status_code == 200
     assert list(uploads.iterdir()) == []

@@ -20,12 +20,14 @@ from preft.adapters.digest import LORA_FILES, REFT_FILES, WEIGHTS_FILE
 from preft.adapters.remote_files import CHUNK, FoundFile, RemoteFolder, stopped
 from preft.adapters.source_limits import SourceLimits, SourceRules
 from preft.core.errors import InvalidAdapter, SourceNotFound, Unavailable
+from preft.rpc.checked import CONTROL, MAX_TEXT
 
 ADAPTER_FILES = (*LORA_FILES, *REFT_FILES)
 PICKLES = ("adapter_model.bin", "adapter_model.pt")
 SCHEME = re.compile(r"([^/]*)://(.*)", re.DOTALL)
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub", "http": "aiohttp", "https": "aiohttp"}
 UNLIMITED = SourceLimits()
+MAX_URI = MAX_TEXT // 2  # a relative path becomes longer
 SERVED = "a local path, s3://, gs://, http://, https:// or hf://"
 
 
@@ -182,8 +184,8 @@ def _open_without_waiting(path: str, flags: int) -> int:
 
 
 def _split(uri: str) -> tuple[str, str]:
-    if not uri or "\0" in uri:
-        raise _refusal(f"no adapter can be at {uri!r}: name {SERVED}")
+    if not uri or len(uri) > MAX_URI or CONTROL.search(uri):  # workers would refuse it
+        raise _refusal(f"no adapter can be at {uri[:100]!r}: name {SERVED}")
     match = SCHEME.fullmatch(uri)
     return (match[1].lower(), match[2]) if match else ("", uri)
 

@@ -163,6 +163,8 @@ def test_the_stamp_of_a_folder_changes_when_a_file_does(tmp_path: Path) -> None:
         ("s3://", "names no place"),
         ("", "no adapter can be at ''"),
         ("a\0b", "no adapter can be at"),
+        ("a\nb", "no adapter can be at"),
+        ("a" * 3000, "no adapter can be at"),
         ("file://host/ada", "write file:///absolute/path"),
         ("file://ada", "write file:///absolute/path"),
         ("http://[host/ada", "is no web address"),

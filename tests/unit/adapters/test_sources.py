@@ -442,7 +442,7 @@ def test_an_object_cut_short_on_the_way_is_noticed(
     write_files(tmp_path / bucket / "ada", CONFIG, WEIGHTS)
     with serve_folder(tmp_path) as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
-        source = open_source(f"s3://{bucket}/ada", SourceLimits(0.5))
+        source = open_source(f"s3://{bucket}/ada", SourceLimits(1.5))
         assert whole(source, WEIGHTS) == CONTENT
         server.faults.cut_after = 2_000_000
         with pytest.raises(Unavailable, match="can't be read"):

@@ -97,5 +97,6 @@ def _web_normal(uri: str) -> str:
 def not_allowed(source: str) -> InvalidAdapter:
     """What is raised for a source that the rules don't allow."""
     return InvalidAdapter(
-        f"adapters may not be read from {source}: the setting adapter_sources says from where they may", param="source"
+        f"adapters may not be read from {source}: upload the adapter, or add the place to the setting adapter_sources",
+        param="source",
     )

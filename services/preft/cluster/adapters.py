@@ -21,7 +21,7 @@ from preft.adapters.sources import open_source
 from preft.adapters.store import AdapterStore
 from preft.cluster.model import model_identity
 from preft.core.cluster import Adapter
-from preft.core.errors import ConfigError, PreftError, Unavailable
+from preft.core.errors import ConfigError, PreftError, SourceNotFound, Unavailable
 from preft.core.ports import StateStore
 from preft.core.request import AdapterRef
 from preft.core.settings import SCHEMES, Settings, is_loopback
@@ -142,11 +142,11 @@ def _catalog_store(settings: Settings) -> StateStore:
 
 
 async def _add_configured(catalog: Catalog, name: str, source: str) -> None:
-    """Adds an adapter of the settings. If its source doesn't answer, the version that was served before does."""
+    """Adds an adapter of the settings. If its source is away, it is served as it was before, from the copy on disk."""
     before = catalog.get(name)
     try:
         await catalog.add(name, source, replace=True)
-    except Unavailable as error:
+    except (Unavailable, SourceNotFound) as error:
         if before is None or before.source != open_source(source).uri or not catalog.has_copy(before):
             raise ConfigError(f"adapters.{name}: {error}") from error
         logger.warning("adapter %r is served as it was, version %d: %s", name, before.version, error)

@@ -15,7 +15,7 @@ from preft.adapters.sources import AdapterSource, open_source
 from preft.core.errors import InvalidAdapter, Unavailable
 from support.faulty_http import FaultyServer, serve_folder
 
-REFUSED = "may not be read from .*: the setting adapter_sources says from where they may"
+REFUSED = "may not be read from .*: upload the adapter, or add the place to the setting adapter_sources"
 
 
 def write(folder: Path) -> Path:

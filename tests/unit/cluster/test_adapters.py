@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import shutil
 import stat
 import tarfile
 import time
@@ -71,6 +72,19 @@ async def test_a_source_that_does_not_answer_ends_no_start(tmp_path: Path, caplo
     open_disk_tier(own).discard(first.digest)
     with pytest.raises(ConfigError, match=r"^adapters\.ada: .*the connection failed"):
         async with open_catalog(own):
+            pass
+
+
+async def test_a_folder_that_is_gone_ends_no_start_while_there_is_a_copy(tmp_path: Path) -> None:
+    own = settings_in(tmp_path, adapters={"ada": str(write_lora(tmp_path / "ada"))})
+    async with open_catalog(own) as catalog:
+        first = catalog.get("ada")
+    shutil.rmtree(tmp_path / "ada")
+    async with open_catalog(own) as catalog:
+        assert catalog.get("ada") == first
+    moved = settings_in(tmp_path, adapters={"ada": str(tmp_path / "elsewhere")})
+    with pytest.raises(ConfigError, match=r"^adapters\.ada: there is no folder"):
+        async with open_catalog(moved):
             pass
 
 

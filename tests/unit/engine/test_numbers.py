@@ -89,7 +89,7 @@ def test_logits_that_say_nothing(bad: list[float]) -> None:
     assert bad_logits(torch.tensor([[1.0, 2.0, 3.0], bad, [-1e38, 0.0, 1e38]])).tolist() == [False, True, False]
 
 
-ADAPTER = AdapterRef("1", "digest-1", "/nowhere")
+ADAPTER = AdapterRef("1", "d1" * 32, "/nowhere")
 
 
 def ask(name: str, prompt: tuple[int, ...], adapter: AdapterRef | None = None) -> EngineRequest:

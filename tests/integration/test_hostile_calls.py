@@ -246,7 +246,7 @@ async def call(site: Site, role: Role, rpc: str, message: bytes) -> tuple[grpc.S
 
 
 @pytest.mark.parametrize(("role", "rpc"), RPCS, ids=lambda value: str(value))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_no_value_in_a_call_does_harm(site: Site, role: Role, rpc: str, data: st.DataObject) -> None:
     message = request_for(site, rpc)

@@ -86,7 +86,7 @@ class DiskTier:
         digest: str | None = None,
         progress: Progress | None = None,
     ) -> tuple[str, T]:
-        """Copies what is in `source`, unless that copy is there; returns its digest and what `check` said.
+        """Copies what is in `source`; returns its digest and what `check` said.
 
         `check` is given the copy, so that nobody can change what was checked, and raises InvalidAdapter to refuse it.
         With `digest`, other content is refused. Raises what `AdapterSource` raises, InvalidAdapter if the adapter is

@@ -1,8 +1,8 @@
 """The secret that all processes of a cluster share: what a caller shows, and what a receiver of KV shows.
 
-The secret itself never travels. A call carries a code that is made of the secret and the called worker's address, so
-that a stranger who took over the port of a dead worker learns nothing that another worker would take. Traffic is not
-encrypted: who can read the network between machines can repeat a code to the address it is for.
+The secret itself never travels. A call carries a code that is made of the secret and the called worker's address: a
+stranger that took over the port of a dead worker learns nothing that another worker would take. Traffic is not
+encrypted: a code that was read on the network works again for the address that it was made for.
 """
 
 from __future__ import annotations

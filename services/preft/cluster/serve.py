@@ -36,7 +36,8 @@ def serve(settings: Settings) -> None:
 
 
 async def _serve(settings: Settings) -> None:
-    if settings.ray_address is None:  # a Ray without a token runs anything for every caller; Ray reads these as it loads
+    if settings.ray_address is None:
+        # A Ray without a token runs anything for every caller. Ray reads these as it is imported.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     from preft.cluster.ray_cluster import RayCluster

@@ -29,7 +29,7 @@ from preft.rpc import common_pb2, kv_transfer_pb2, workers_pb2
 from preft.rpc.convert import sampling_to_proto
 from preft.rpc.secret import CALL_KEY, ClusterChannel, ClusterSecret
 from preft.state.sqlite import SqliteStore
-from preft.transfer.grpc_push import HEADER_KEY, METHOD, GrpcKvSender
+from preft.transfer.grpc_push import HEADER_KEY, METHOD, GrpcKvSender, status_of
 from preft.transfer.port import KvHeader, checksum_of, hash_prompt
 from support.fake_engine import FakeEngine
 from support.lora_folders import write_base
@@ -225,9 +225,12 @@ async def call(site: Site, role: Role, rpc: str, message: bytes) -> tuple[grpc.S
     async with ClusterChannel(site.workers[role].record.address, SECRET) as channel:
         if rpc.endswith("Push"):
             stream = channel.stream_stream(METHOD)(metadata=((HEADER_KEY, message),), timeout=SECONDS)
+            ended = status_of(stream)  # a write after the end makes grpc.aio put an error of its own in its place
             with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
                 await stream.write(bytes(100))
                 await stream.done_writing()
+                await stream.read()
+            return await ended
         elif rpc.endswith("Decode"):
             command = workers_pb2.DecodeCommand(id=1, start=workers_pb2.DecodeRequest.FromString(message))
             stream = channel.stream_stream(f"/preft.v1.{rpc}")(timeout=SECONDS)

@@ -54,7 +54,7 @@ class GrpcKvSender:
             # A stream_unary call on the wire; but of a stream_unary that the receiver ends early grpc.aio loses the
             # status.
             call = channel.stream_stream(METHOD)(metadata=((HEADER_KEY, encode_header(header)),), timeout=timeout)
-            status = _status_of(call)
+            status = status_of(call)
             known: asyncio.Future[bool] = asyncio.get_running_loop().create_future()  # whether it is of the cluster
             writing = asyncio.create_task(self._write(call, header.handle, known, payload))
             try:
@@ -146,7 +146,7 @@ def encode_header(header: KvHeader) -> bytes:
     return bytes(message.SerializeToString())
 
 
-def _status_of(call: grpc.aio.StreamStreamCall[bytes, bytes]) -> asyncio.Future[Any]:
+def status_of(call: grpc.aio.StreamStreamCall[bytes, bytes]) -> asyncio.Future[Any]:
     """The code and the details that the call ends with.
 
     A write that fails because the receiver has ended the call makes grpc.aio put an INTERNAL error of its own in the

@@ -775,7 +775,7 @@ async def test_stopping_at_the_first_token_starts_no_decode(harness: Harness) ->
             generation.stop(0)
     await harness.clean()
     assert harness.d.requests == []
-    assert harness.d.released == [harness.p.requests[0].target.handle]
+    await harness.seen(lambda: harness.d.released == [harness.p.requests[0].target.handle])
 
 
 async def test_stopping_one_choice_leaves_the_others(harness: Harness) -> None:

@@ -119,8 +119,9 @@ def open_disk_tier(settings: Settings) -> DiskTier:
 def source_limits(settings: Settings) -> SourceLimits:
     """What sources are held against in every process. Those that the settings name themselves are always allowed."""
     allowed = settings.adapter_sources
-    if allowed is None:  # who reaches a loopback address is a user of this machine
-        allowed = ("/", *(f"{scheme}://" for scheme in SCHEMES)) if is_loopback(settings.host) else ()
+    if allowed is None:  # a loopback address is reached by users of this machine, unless a proxy serves it to others
+        own_users = is_loopback(settings.host) and not settings.allowed_hosts
+        allowed = ("/", *(f"{scheme}://" for scheme in SCHEMES)) if own_users else ()
     own = (*settings.adapters.values(), *filter(None, [settings.adapter_dir]), uploads_folder(settings))
     rules = SourceRules((*allowed, *map(str, own)))
     return SourceLimits(settings.store.source_timeout, settings.store.source_min_rate, rules)

@@ -140,7 +140,9 @@ def test_by_default_who_may_name_what_depends_on_who_can_ask(tmp_path: Path) -> 
             with pytest.raises(InvalidAdapter, match="adapter_sources"):
                 open_source(uri, limits)
     named = {"adapters": {"bob": "https://10.0.0.1/bob"}, "adapter_dir": str(tmp_path / "many")}
+    proxied = limits_of(tmp_path, allowed_hosts=["models.example.org"], **named)
     limits = limits_of(tmp_path, host="0.0.0.0", **named)
+    assert proxied == limits
     for fine in ("https://10.0.0.1/bob", str(tmp_path / "many" / "cay")):
         open_source(fine, limits)
     for uri in (str(tmp_path / "ada"), "https://example.org/ada", "https://10.0.0.1/other"):

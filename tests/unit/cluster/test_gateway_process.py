@@ -27,9 +27,7 @@ MANY = b"x-name: value\r\n" * 100
 @asynccontextmanager
 async def running(folder: Path, host: str = "127.0.0.1", **more: Any) -> AsyncIterator[RunningGateway]:
     byte_level(write_base(folder / "model"))
-    settings = Settings(
-        model=folder / "model", state_dir=folder / "state", host=host, port=0, max_model_len=64, **more
-    )
+    settings = Settings(model=folder / "model", state_dir=folder / "state", host=host, port=0, max_model_len=64, **more)
     async with run_gateway(settings, cast(Any, FakeCluster()), cast(Any, FakeCatalog.of()), "x") as gateway:
         yield gateway
 

@@ -40,8 +40,13 @@ class LocalCluster:
     gateway: RunningGateway
     workers: dict[str, WorkerServer]
     store: StateStore
-    sender: FaultySender
+    senders: dict[str, FaultySender]  # by worker
     loop: asyncio.AbstractEventLoop
+
+    @property
+    def sender(self) -> FaultySender:
+        """The first prefill worker's."""
+        return self.senders[self.worker(Role.PREFILL).record.id]
 
     @property
     def url(self) -> str:
@@ -143,19 +148,33 @@ async def _cluster(settings: Settings) -> AsyncIterator[LocalCluster]:
             for role in settings.roles
             for number in range(settings.engine(role).replicas)
         ]
-        sender = FaultySender()
+        senders = {name: FaultySender() for name, _ in names}
         started = await asyncio.gather(
             *(
-                WorkerServer.start(settings, role, name, "127.0.0.1", store, StartEngine(), sender)
+                WorkerServer.start(settings, role, name, "127.0.0.1", store, StartEngine(), senders[name])
                 for name, role in names
             )
         )
         workers = {worker.record.id: worker for worker in started}
+        watches = [asyncio.create_task(_close_when_dead(worker)) for worker in started]
         for worker in started:
             stack.push_async_callback(worker.close)
+        stack.push_async_callback(_cancelled, watches)
         while not gateway.router.ready():
             await asyncio.sleep(0.05)
-        yield LocalCluster(settings, gateway, workers, store, sender, asyncio.get_running_loop())
+        yield LocalCluster(settings, gateway, workers, store, senders, asyncio.get_running_loop())
+
+
+async def _close_when_dead(worker: WorkerServer) -> None:
+    """What a worker's process does when its engine has died, but for its own end."""
+    await worker.died()
+    await worker.close()
+
+
+async def _cancelled(tasks: list[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def grpc_channel(worker: WorkerServer) -> grpc.aio.Channel:

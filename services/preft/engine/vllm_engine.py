@@ -16,8 +16,10 @@ from vllm.exceptions import VLLMClientError
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.utils.torch_utils import available_cpu_count
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from preft.adapters.base_model import TARGETS
@@ -57,6 +59,8 @@ def engine_args(settings: Settings, role: Role, arena: str) -> AsyncEngineArgs:
         "disable_hybrid_kv_cache_manager": True,
         "generation_config": "vllm",
         "disable_log_stats": True,
+        # vLLM's CPU default puts the model in a second process, and both then wait for each other by turning in a loop.
+        "distributed_executor_backend": UniProcExecutor if on_cpu else None,
         "worker_cls": "preft.engine.cpu_worker.PreftCPUWorker" if on_cpu else "preft.engine.gpu_worker.PreftGPUWorker",
         "additional_config": {"preft": CODE_VERSION, "role": role.value},
     }
@@ -172,6 +176,7 @@ class VllmEngine:
         os.environ.update(ENVIRONMENT)
         if current_platform.is_cpu():
             os.environ.setdefault("GOMP_SPINCOUNT", SPIN)
+            os.environ.setdefault("OMP_NUM_THREADS", str(available_cpu_count()))
         stats = EngineStats()
         args = dataclasses.replace(engine_args(settings, role, arena), **overrides)
         llm = await asyncio.to_thread(AsyncLLM.from_engine_args, args, stat_loggers=[lambda *_: _Stats(stats)])

@@ -1,4 +1,4 @@
-"""Two prefill and two decode workers on real engines: any pair serves a request, and the living take over from the dead.
+"""Two prefill and two decode workers on real engines: any pair serves a request, the living take over from the dead.
 
 The tests share one cluster and go from harmless to harmful: a killed worker doesn't come back.
 """

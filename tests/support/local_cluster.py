@@ -1,4 +1,4 @@
-"""A whole cluster inside the test process, without Ray: real workers on real vLLM, real gRPC, real HTTP.
+"""A whole cluster inside the test process, without Ray: real workers, real gRPC, real HTTP, and vLLM or a fake of it.
 
 The servers live in a thread with its own event loop, so that tests may be synchronous or have a loop of their own.
 """
@@ -94,7 +94,9 @@ class LocalCluster:
 
 
 @contextmanager
-def local_cluster(model: Path, state_dir: Path, **overrides: Any) -> Iterator[LocalCluster]:
+def local_cluster(
+    model: Path, state_dir: Path, *, start_engine: StartEngine | None = None, **overrides: Any
+) -> Iterator[LocalCluster]:
     """Serves `model` on free ports until the context is left. `overrides` are settings, nested as in the YAML file."""
     settings = with_model_length(
         load_settings(None, {"model": str(model), "port": 0, "state_dir": str(state_dir), **overrides})
@@ -108,7 +110,7 @@ def local_cluster(model: Path, state_dir: Path, **overrides: Any) -> Iterator[Lo
         stop = asyncio.Event()
         leave.append(lambda: loop.call_soon_threadsafe(stop.set))
         loop = asyncio.get_running_loop()
-        async with _cluster(settings) as cluster:
+        async with _cluster(settings, start_engine or StartEngine()) as cluster:
             box.append(cluster)
             ready.set()
             await stop.wait()
@@ -136,7 +138,7 @@ def local_cluster(model: Path, state_dir: Path, **overrides: Any) -> Iterator[Lo
 
 
 @contextlib.asynccontextmanager
-async def _cluster(settings: Settings) -> AsyncIterator[LocalCluster]:
+async def _cluster(settings: Settings, start_engine: StartEngine) -> AsyncIterator[LocalCluster]:
     settings.state_dir.mkdir(parents=True, exist_ok=True)
     store = open_store(settings.state_dir / "state.sqlite")
     async with contextlib.AsyncExitStack() as stack:
@@ -151,7 +153,7 @@ async def _cluster(settings: Settings) -> AsyncIterator[LocalCluster]:
         senders = {name: FaultySender() for name, _ in names}
         started = await asyncio.gather(
             *(
-                WorkerServer.start(settings, role, name, "127.0.0.1", store, StartEngine(), senders[name])
+                WorkerServer.start(settings, role, name, "127.0.0.1", store, start_engine, senders[name])
                 for name, role in names
             )
         )

@@ -212,6 +212,24 @@ async def test_one_engine_begins_and_the_other_goes_on(pair: Pair) -> None:
     await pair.idle()
 
 
+async def test_engines_without_work_leave_the_cores_alone(pair: Pair) -> None:
+    """From their last step on: the other engine's step, or a token's way to its client, may need the core."""
+    await pair.served()
+    pids = (*pair.prefill.info.pids, *pair.decode.info.pids)
+    before = cpu_seconds(pids)
+    await asyncio.sleep(1)
+    assert cpu_seconds(pids) - before < 0.2
+
+
+def cpu_seconds(pids: Sequence[int]) -> float:
+    """What these processes have used so far."""
+    used = 0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        used += int(fields[11]) + int(fields[12])
+    return used / os.sysconf("SC_CLK_TCK")
+
+
 async def test_an_adapter_changes_the_continuation(pair: Pair) -> None:
     """The test above can fail."""
     prompt = pair.prompt(64)

@@ -176,7 +176,8 @@ class VllmEngine:
         os.environ.update(ENVIRONMENT)
         if current_platform.is_cpu():
             os.environ.setdefault("GOMP_SPINCOUNT", SPIN)
-            os.environ.setdefault("OMP_NUM_THREADS", str(available_cpu_count()))
+            cpus = int(settings.engine(role).num_cpus) or available_cpu_count()
+            os.environ["OMP_NUM_THREADS"] = str(cpus)  # Ray has set it to 1
         stats = EngineStats()
         args = dataclasses.replace(engine_args(settings, role, arena), **overrides)
         llm = await asyncio.to_thread(AsyncLLM.from_engine_args, args, stat_loggers=[lambda *_: _Stats(stats)])

@@ -63,7 +63,7 @@ from preft.engine.plain_engine import plain_args
 from preft.engine.reft import DECODER_LAYERS, ReftLayer
 from preft.engine.runner import HandoverRunner, PromptRows
 from preft.engine.scheduler import AsyncPromptAdapterScheduler, PromptAdapterScheduler
-from preft.engine.vllm_engine import _Stats, engine_args
+from preft.engine.vllm_engine import _Stats, _thread_settings, engine_args
 from preft.transfer.connector import StagedKvConnector
 from support.models import make_model
 
@@ -158,6 +158,7 @@ def test_the_executor_that_cpu_engines_get_is_one(tmp_path: Path) -> None:
     settings = load_settings(None, {"model": str(make_model(tmp_path / "model"))})
     config = engine_args(settings, Role.DECODE, arena="").create_engine_config()
     assert Executor.get_class(config) is UniProcExecutor
+    assert int(_thread_settings(config)["OMP_NUM_THREADS"]) >= 1
     plain = plain_args(settings, lora=False).create_engine_config()
     assert Executor.get_class(plain) is MultiprocExecutor
 
@@ -396,7 +397,7 @@ def test_rows_that_were_marked_are_counted() -> None:
 def test_the_engine_s_own_interface() -> None:
     assert {"prompt", "sampling_params", "request_id", "lora_request"} <= set(parameters(AsyncLLM.generate))
     assert parameters(AsyncLLM.add_lora) == ["lora_request"]
-    for name in ("collective_rpc", "errored", "dead_error", "shutdown", "from_engine_args"):
+    for name in ("collective_rpc", "errored", "dead_error", "shutdown", "from_vllm_config"):
         assert hasattr(AsyncLLM, name)
     assert {"skip_tokenizer_init", "worker_cls", "additional_config", "kv_transfer_config"} <= {
         field.name for field in dataclasses.fields(AsyncEngineArgs)

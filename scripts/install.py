@@ -126,7 +126,9 @@ def uv_environment(options: dict[str, str]) -> dict[str, str]:
 
 
 def _install_with_uv(uv: str, python: Path, extra: str, options: dict[str, str]) -> None:
-    command = [uv, "pip", "install", "--python", str(python)]
+    # An engine's start is mostly imports. uv, unlike pip, leaves it to them to compile what they import, and where
+    # bytecode can't be written each process of each start does it again.
+    command = [uv, "pip", "install", "--compile-bytecode", "--python", str(python)]
     flags, environment = uv_arguments(options), uv_environment(options)
     if extra == "cpu":
         _install_cpu_torch(command, flags, environment)

@@ -67,8 +67,8 @@ async def bench_rig(folder: Path, say: Callable[[str], None], *, multi_lora: boo
     settings = cluster_settings(folder)
     config = folder / "settings.json"
     config.write_text(json.dumps(settings))  # JSON is YAML
-    # vLLM sets one core aside for an engine's own process, and another one if KV is transferred: with few cores that
-    # alone would decide every comparison. So nothing is set aside, and every engine computes on all cores.
+    # Our engines compute on all cores. Plain vLLM sets one core aside for an engine's second process: with few cores
+    # that alone would decide every comparison. So plain vLLM sets nothing aside here.
     os.environ["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"
     say("starting the cluster")
     arguments, log = ["--config", str(config)], folder / "serve.log"

@@ -24,8 +24,9 @@ from types import MappingProxyType
 import grpc.aio
 
 from preft.rpc.secret import ClusterSecret
+from preft.rpc.server_options import WORKER_SERVER_OPTIONS
 from preft.transfer.grpc_push import GrpcKvSender
-from preft.transfer.grpc_receive import SERVER_OPTIONS, kv_transfer_handler, reuse_message_buffers
+from preft.transfer.grpc_receive import kv_transfer_handler
 from preft.transfer.handles import HandleTable
 from preft.transfer.port import KvHeader, checksum_of, hash_prompt
 from preft.transfer.receive import KvReceiver
@@ -133,11 +134,10 @@ def _receive_tcp(capacity: int) -> None:
 
 
 async def _receive_grpc(capacity: int) -> None:
-    reuse_message_buffers()  # as a decode worker does
     arena = StagingArena.create(span_of(capacity))
     handles = HandleTable(arena, fingerprint="bench", lease=0)  # nobody claims: free again as soon as it's ready
     receiver = KvReceiver(arena, handles, room_timeout=TIMEOUT, frame_timeout=TIMEOUT)
-    server = grpc.aio.server(options=SERVER_OPTIONS)
+    server = grpc.aio.server(options=WORKER_SERVER_OPTIONS)
     server.add_generic_rpc_handlers((kv_transfer_handler(receiver, SECRET),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

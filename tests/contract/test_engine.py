@@ -29,6 +29,7 @@ from support.worker_services import write_adapter
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(600)]
 
 GREEDY = Sampling(max_tokens=12, temperature=0.0)
+ROLES = (Role.PREFILL, Role.DECODE)
 LENGTHS = (1, 31, 32, 33, 64, 70, 130)  # blocks are 32 tokens, chunks 64, in the real engine
 
 
@@ -145,7 +146,7 @@ async def tokens(engine: Engine, request: EngineRequest) -> list[int]:
 )
 async def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pair]:
     root = tmp_path_factory.mktemp(request.param)
-    arenas = {role: StagingArena.create(64 * MiB) for role in Role}
+    arenas = {role: StagingArena.create(64 * MiB) for role in ROLES}
     memory = StagingArena.create(16 * MiB)
     make = _fake_pair if request.param == "fake" else _vllm_pair
     pair = await make(root, arenas, memory)
@@ -185,13 +186,15 @@ async def _vllm_pair(root: Path, arenas: dict[Role, StagingArena], memory: Stagi
     own = {"max_num_batched_tokens": 64, "kv_cache_bytes": 32 * MiB}
     prefill = {**own, "max_loras": 2, "max_lora_rank": 8}
     settings = load_settings(None, {"model": str(model), "prefill": prefill, "decode": own})
-    started = await asyncio.gather(*(VllmEngine.start(settings, role, arenas[role].path, memory.path) for role in Role))
+    started = await asyncio.gather(
+        *(VllmEngine.start(settings, role, arenas[role].path, memory.path) for role in ROLES)
+    )
     reference = Reference(model)
 
     def expected(prompt: Sequence[int], count: int, adapter: AdapterRef | None) -> list[int]:
         return reference.greedy(prompt, count, adapter.source if adapter else None)
 
-    return Pair(dict(zip(Role, started, strict=True)), arenas, memory, adapters, expected)
+    return Pair(dict(zip(ROLES, started, strict=True)), arenas, memory, adapters, expected)
 
 
 async def test_they_can_exchange_kv(pair: Pair) -> None:
@@ -210,6 +213,24 @@ async def test_one_engine_begins_and_the_other_goes_on(pair: Pair) -> None:
     got = await asyncio.gather(*(pair.whole(prompt, adapter=user) for prompt, user in asks))
     assert got == [pair.expected(prompt, GREEDY.max_tokens, user) for prompt, user in asks]
     await pair.idle()
+
+
+async def test_engines_without_work_leave_the_cores_alone(pair: Pair) -> None:
+    """From their last step on: the other engine's step, or a token's way to its client, may need the core."""
+    await pair.served()
+    pids = (*pair.prefill.info.pids, *pair.decode.info.pids)
+    before = cpu_seconds(pids)
+    await asyncio.sleep(1)
+    assert cpu_seconds(pids) - before < 0.2
+
+
+def cpu_seconds(pids: Sequence[int]) -> float:
+    """What these processes have used so far."""
+    used = 0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        used += int(fields[11]) + int(fields[12])
+    return used / os.sysconf("SC_CLK_TCK")
 
 
 async def test_an_adapter_changes_the_continuation(pair: Pair) -> None:

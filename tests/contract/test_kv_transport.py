@@ -10,8 +10,9 @@ import pytest
 
 from preft.core.errors import TransferFailed
 from preft.rpc.secret import ClusterSecret
+from preft.rpc.server_options import WORKER_SERVER_OPTIONS
 from preft.transfer.grpc_push import FRAME_BYTES, HEADER_KEY, METHOD, GrpcKvSender
-from preft.transfer.grpc_receive import SERVER_OPTIONS, kv_transfer_handler
+from preft.transfer.grpc_receive import kv_transfer_handler
 from preft.transfer.handles import HandleTable
 from preft.transfer.loopback import LoopbackKvSender
 from preft.transfer.port import KvHeader, KvSender, PushRefused, Refusal, checksum_of, hash_prompt
@@ -107,7 +108,7 @@ class Wire:
 
     async def __aenter__(self) -> "Wire":
         if self.kind == "grpc":
-            self._server = grpc.aio.server(options=SERVER_OPTIONS)
+            self._server = grpc.aio.server(options=WORKER_SERVER_OPTIONS)
             self._server.add_generic_rpc_handlers((kv_transfer_handler(self.receiver, SECRET),))
             self.port = self._server.add_insecure_port("127.0.0.1:0")
             self.address = f"127.0.0.1:{self.port}"

@@ -1,7 +1,7 @@
 """A peer of VllmEngine without a model: KV bytes and tokens are hashes, so that lost or swapped ones show at once.
 
 The KV of a prompt depends on adapter digest and tokens, every output token on the KV bytes that the engine really has.
-Tests script failures through `failing`, `die`, `preempt` and `going`.
+Tests script failures and pace through `failing`, `die`, `preempt`, `going` and `one_by_one`.
 """
 
 from __future__ import annotations
@@ -95,6 +95,7 @@ class FakeEngine:
         self.stats = EngineStats()
         self.going = asyncio.Event()  # tokens come only while it is set
         self.going.set()
+        self.one_by_one: asyncio.Semaphore | None = None  # if there is one, each token takes a release of it
         self.failing: Callable[[EngineRequest, int], PreftError | None] = lambda request, made: None
         self.requests: list[EngineRequest] = []
         self.aborts = 0  # generators closed before their end
@@ -187,7 +188,7 @@ class FakeEngine:
         kv, preemptions = b"", -1
         while True:
             await self.going.wait()
-            await asyncio.sleep(0)
+            await (self.one_by_one.acquire() if self.one_by_one else asyncio.sleep(0))
             if self._dead.done():
                 raise WorkerLost(f"the engine died: {self._dead.result()}")
             if (error := self.failing(request, len(output) - len(request.output_token_ids))) is not None:

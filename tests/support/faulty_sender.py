@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import AsyncIterator
 from enum import Enum, auto
 
@@ -33,12 +34,14 @@ class FaultySender(GrpcKvSender):
         self.fault: Fault | None = None
         self.count = 0
         self.pushes = 0
+        self.receivers: Counter[str] = Counter()  # pushes by the address they went to
 
     def arm(self, fault: Fault, count: int) -> None:
         self.fault, self.count = fault, count
 
     async def push(self, address: str, header: KvHeader, payload: memoryview, *, timeout: float) -> None:
         self.pushes += 1
+        self.receivers[address] += 1
         if self.count <= 0:
             self.fault = None
         self.count -= 1

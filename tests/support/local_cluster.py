@@ -1,4 +1,4 @@
-"""A whole cluster inside the test process, without Ray: real workers on real vLLM, real gRPC, real HTTP.
+"""A whole cluster inside the test process, without Ray: real workers, real gRPC, real HTTP, and vLLM or a fake of it.
 
 The servers live in a thread with its own event loop, so that tests may be synchronous or have a loop of their own.
 """
@@ -39,8 +39,13 @@ class LocalCluster:
     gateway: RunningGateway
     workers: dict[str, WorkerServer]
     store: StateStore
-    sender: FaultySender
+    senders: dict[str, FaultySender]  # by worker
     loop: asyncio.AbstractEventLoop
+
+    @property
+    def sender(self) -> FaultySender:
+        """The first prefill worker's."""
+        return self.senders[self.worker(Role.PREFILL).record.id]
 
     @property
     def url(self) -> str:
@@ -88,7 +93,9 @@ class LocalCluster:
 
 
 @contextmanager
-def local_cluster(model: Path, state_dir: Path, **overrides: Any) -> Iterator[LocalCluster]:
+def local_cluster(
+    model: Path, state_dir: Path, *, start_engine: StartEngine | None = None, **overrides: Any
+) -> Iterator[LocalCluster]:
     """Serves `model` on free ports until the context is left. `overrides` are settings, nested as in the YAML file."""
     settings = with_model_length(
         load_settings(None, {"model": str(model), "port": 0, "state_dir": str(state_dir), **overrides})
@@ -102,7 +109,7 @@ def local_cluster(model: Path, state_dir: Path, **overrides: Any) -> Iterator[Lo
         stop = asyncio.Event()
         leave.append(lambda: loop.call_soon_threadsafe(stop.set))
         loop = asyncio.get_running_loop()
-        async with _cluster(settings) as cluster:
+        async with _cluster(settings, start_engine or StartEngine()) as cluster:
             box.append(cluster)
             ready.set()
             await stop.wait()
@@ -130,7 +137,7 @@ def local_cluster(model: Path, state_dir: Path, **overrides: Any) -> Iterator[Lo
 
 
 @contextlib.asynccontextmanager
-async def _cluster(settings: Settings) -> AsyncIterator[LocalCluster]:
+async def _cluster(settings: Settings, start_engine: StartEngine) -> AsyncIterator[LocalCluster]:
     settings.state_dir.mkdir(parents=True, exist_ok=True)
     store = open_store(settings.state_dir / "state.sqlite")
     async with contextlib.AsyncExitStack() as stack:
@@ -142,16 +149,30 @@ async def _cluster(settings: Settings) -> AsyncIterator[LocalCluster]:
             for role in settings.roles
             for number in range(settings.engine(role).replicas)
         ]
-        sender = FaultySender(cluster_secret(settings))
+        senders = {name: FaultySender(cluster_secret(settings)) for name, _ in names}
         started = await asyncio.gather(
             *(
-                WorkerServer.start(settings, role, name, "127.0.0.1", store, StartEngine(), sender)
+                WorkerServer.start(settings, role, name, "127.0.0.1", store, start_engine, senders[name])
                 for name, role in names
             )
         )
         workers = {worker.record.id: worker for worker in started}
+        watches = [asyncio.create_task(_close_when_dead(worker)) for worker in started]
         for worker in started:
             stack.push_async_callback(worker.close)
+        stack.push_async_callback(_cancelled, watches)
         while not gateway.router.ready():
             await asyncio.sleep(0.05)
-        yield LocalCluster(settings, gateway, workers, store, sender, asyncio.get_running_loop())
+        yield LocalCluster(settings, gateway, workers, store, senders, asyncio.get_running_loop())
+
+
+async def _close_when_dead(worker: WorkerServer) -> None:
+    """What a worker's process does when its engine has died, but for its own end."""
+    await worker.died()
+    await worker.close()
+
+
+async def _cancelled(tasks: list[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

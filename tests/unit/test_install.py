@@ -71,6 +71,16 @@ def test_pip_says_what_is_configured_and_the_environment_wins(tmp_path: Path, mo
     assert script.pip_options(venv / "bin" / "python")["find-links"] == "/c"
 
 
+def test_bytecode_is_compiled_with_every_package(tmp_path: Path) -> None:
+    asked, uv = tmp_path / "asked", tmp_path / "uv"
+    uv.write_text(f'#!/bin/sh\necho "$@" >> {asked}\n')
+    uv.chmod(0o755)
+    script._install_with_uv(str(uv), tmp_path / "venv" / "bin" / "python", "cpu", {})
+    lines = asked.read_text().splitlines()
+    assert len(lines) == 3
+    assert all("--compile-bytecode" in line.split() for line in lines)
+
+
 def test_what_uv_overrides_is_what_pip_takes_away() -> None:
     lines = [line for line in script.OVERRIDES.read_text().splitlines() if not line.startswith("#")]
     assert lines == [f'{name}; python_version < "3"' for name in script.UNWANTED_ON_CPU]

@@ -31,8 +31,8 @@ from preft.engine.port import Engine, EngineInfo
 from preft.prefill.service import PrefillService
 from preft.rpc import common_pb2, kv_transfer_pb2, workers_pb2, workers_pb2_grpc
 from preft.rpc.convert import adapter_from_proto, load_to_proto, place_to_proto
-from preft.rpc.liveness import ACCEPT_PINGS
 from preft.rpc.secret import ClusterSecret, OnlyTheCluster
+from preft.rpc.server_options import WORKER_SERVER_OPTIONS
 from preft.rpc.status import errors_reported
 from preft.transfer.grpc_push import GrpcKvSender
 from preft.transfer.grpc_receive import kv_transfer_handler
@@ -44,8 +44,6 @@ from preft.transfer.staging import StagingArena
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 1.0
-MAX_MESSAGE_BYTES = 64 << 20  # a prompt of a million tokens; more than a frame of KV
-SERVER_OPTIONS = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.so_reuseport", 0), *ACCEPT_PINGS]
 
 
 class WorkerServer:
@@ -138,7 +136,7 @@ class WorkerServer:
             sender = sender or GrpcKvSender(secret)
             opened.push_async_callback(sender.close)
             guard = OnlyTheCluster(secret)
-            server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[guard])
+            server = grpc.aio.server(options=WORKER_SERVER_OPTIONS, interceptors=[guard])
             worker = cls(engine, server, store, record, sender, arena, adapters)
             names = worker._add_services(settings, role, secret)
             if worker._handles is not None:

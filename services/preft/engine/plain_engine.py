@@ -32,7 +32,13 @@ from preft.engine.vllm_engine import engine_args
 def plain_args(settings: Settings, *, lora: bool) -> AsyncEngineArgs:
     """Our decode or, with `lora`, prefill engine's arguments without connector, worker class and all else of ours."""
     ours = engine_args(settings, Role.PREFILL if lora else Role.DECODE, arena="")
-    return dataclasses.replace(ours, kv_transfer_config=None, worker_cls="auto", additional_config={})
+    return dataclasses.replace(
+        ours,
+        kv_transfer_config=None,
+        worker_cls="auto",
+        additional_config={},
+        distributed_executor_backend=None,
+    )
 
 
 async def _run(

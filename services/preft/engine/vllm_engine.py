@@ -6,18 +6,21 @@ import asyncio
 import dataclasses
 import itertools
 import os
+import threading
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-from vllm.config import KVTransferConfig
+from vllm.config import KVTransferConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMClientError
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.utils.ompmultiprocessing import OMPProcessManager
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from preft.adapters.base_model import TARGETS
@@ -57,6 +60,8 @@ def engine_args(settings: Settings, role: Role, arena: str) -> AsyncEngineArgs:
         "disable_hybrid_kv_cache_manager": True,
         "generation_config": "vllm",
         "disable_log_stats": True,
+        # vLLM's CPU default puts the model in a second process, and both then wait for each other by turning in a loop.
+        "distributed_executor_backend": UniProcExecutor if on_cpu else None,
         "worker_cls": "preft.engine.cpu_worker.PreftCPUWorker" if on_cpu else "preft.engine.gpu_worker.PreftGPUWorker",
         "additional_config": {"preft": CODE_VERSION, "role": role.value},
     }
@@ -175,7 +180,7 @@ class VllmEngine:
             os.environ.setdefault("GOMP_SPINCOUNT", SPIN)
         stats = EngineStats()
         args = dataclasses.replace(engine_args(settings, role, arena), **overrides)
-        llm = await asyncio.to_thread(AsyncLLM.from_engine_args, args, stat_loggers=[lambda *_: _Stats(stats)])
+        llm = await asyncio.to_thread(_start, args, stats)
         config = llm.vllm_config
         described = (await llm.collective_rpc("describe_kv"))[0]
         info = EngineInfo(
@@ -269,6 +274,25 @@ def _not_finite(request: EngineRequest) -> str:
         f"adapter {request.adapter.name!r} made the model compute NaN or infinity: its weights or its scaling are too "
         f"large for this model and prompt"
     )
+
+
+def _start(args: AsyncEngineArgs, stats: EngineStats) -> AsyncLLM:
+    config = args.create_engine_config()
+    if current_platform.is_cpu():
+        os.environ.update(_thread_settings(config))
+    return AsyncLLM.from_vllm_config(config, stat_loggers=[lambda *_: _Stats(stats)], disable_log_stats=True)
+
+
+_settings_are_read = threading.Lock()  # vLLM changes the environment and changes it back
+
+
+def _thread_settings(config: VllmConfig) -> dict[str, str]:
+    """Number and places of OpenMP's threads, as vLLM sets them for a process that runs the model and nothing else.
+
+    Ray's own number for a worker is 1.
+    """
+    with _settings_are_read, OMPProcessManager(config).configure_omp_envs(rank=0, local_rank=0):
+        return {name: value for name, value in os.environ.items() if name.startswith(("OMP_", "GOMP_CPU_", "KMP_"))}
 
 
 def _delta(request: EngineRequest, choice: Any, cached_tokens: int) -> TokenDelta:

@@ -21,16 +21,17 @@ from preft.transfer.port import KvHeader, PushRefused, Refusal
 from preft.transfer.receive import KvReceiver
 
 SERVICE = "preft.v1.KvTransfer"
-MAX_FRAME_BYTES = 8 << 20
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h
-
-# For the server that carries the handler; gRPC's own limit is 4 MiB per message.
-SERVER_OPTIONS = [("grpc.max_receive_message_length", MAX_FRAME_BYTES)]
+_REUSED_BYTES = 32 << 20  # glibc's limit for the second
 
 
 def kv_transfer_handler(receiver: KvReceiver, secret: ClusterSecret) -> grpc.GenericRpcHandler:
-    """For `grpc.aio.Server.add_generic_rpc_handlers`. Without serializers, so that messages stay raw bytes."""
+    """For `grpc.aio.Server.add_generic_rpc_handlers`. Without serializers, so that messages stay raw bytes.
+
+    From now on the process's malloc keeps the memory of messages for the next ones.
+    """
+    _reuse_message_buffers()
 
     async def push(frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> bytes:
         async with errors_reported(context):
@@ -58,16 +59,16 @@ async def _asked_for(
         yield frame
 
 
-def reuse_message_buffers() -> bool:
-    """Makes malloc keep the memory of received messages for the next ones; False where it isn't glibc's.
+def _reuse_message_buffers() -> None:
+    """Tells glibc's malloc to keep memory of a message's size; does nothing where malloc is another's.
 
-    For the start of a process that receives KV: without it each frame's memory is given back to the kernel and comes
-    anew, page fault by page fault, which costs a push 15-30% of its speed. The process keeps up to 64 MiB more.
+    Without it each frame's memory goes back to the kernel and comes anew, page fault by page fault. The process keeps
+    up to 64 MiB more.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, 4 * MAX_FRAME_BYTES)) and bool(mallopt(_M_TRIM_THRESHOLD, 64 << 20))
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _REUSED_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, 2 * _REUSED_BYTES)
 
 
 def decode_header(metadata: grpc.aio.Metadata | None) -> KvHeader:

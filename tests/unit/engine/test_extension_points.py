@@ -12,6 +12,7 @@ import inspect
 import re
 from collections.abc import Callable
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,6 +38,9 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.executor.abstract import Executor
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
@@ -49,15 +53,19 @@ from vllm.v1.worker.gpu_model_runner import AsyncGPUModelRunnerOutput, ExecuteMo
 from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
+from preft.core.cluster import Role
+from preft.core.settings import load_settings
 from preft.engine import plugin
 from preft.engine.cpu_worker import HandoverCPUModelRunner, PreftCPUWorker
 from preft.engine.gpu_worker import HandoverGPUModelRunner, PreftGPUWorker
 from preft.engine.lora import GroupedLoRAModelManager, GroupedPunicaWrapper, GroupedWorkerLoRAManager
+from preft.engine.plain_engine import plain_args
 from preft.engine.reft import DECODER_LAYERS, ReftLayer
 from preft.engine.runner import HandoverRunner, PromptRows
 from preft.engine.scheduler import AsyncPromptAdapterScheduler, PromptAdapterScheduler
-from preft.engine.vllm_engine import _Stats
+from preft.engine.vllm_engine import _Stats, _thread_settings, engine_args
 from preft.transfer.connector import StagedKvConnector
+from support.models import make_model
 
 
 def parameters(function: Callable[..., Any]) -> list[str]:
@@ -143,6 +151,16 @@ def test_workers_make_their_runners_where_we_make_ours() -> None:
     assert "self.use_v2_model_runner = " in inspect.getsource(Worker.__init__)
     # The CPU worker names the class directly. Once it asks `_make_model_runner`, ours needn't build two.
     assert "CPUModelRunner(self.vllm_config, " in inspect.getsource(CPUWorker.init_device)
+
+
+def test_the_executor_that_cpu_engines_get_is_one(tmp_path: Path) -> None:
+    """Its name, "uni", would be replaced by vLLM's platform for CPU."""
+    settings = load_settings(None, {"model": str(make_model(tmp_path / "model"))})
+    config = engine_args(settings, Role.DECODE, arena="").create_engine_config()
+    assert Executor.get_class(config) is UniProcExecutor
+    assert int(_thread_settings(config)["OMP_NUM_THREADS"]) >= 1
+    plain = plain_args(settings, lora=False).create_engine_config()
+    assert Executor.get_class(plain) is MultiprocExecutor
 
 
 def test_a_step_s_inputs_wait_until_the_last_one_s_are_copied() -> None:
@@ -379,7 +397,7 @@ def test_rows_that_were_marked_are_counted() -> None:
 def test_the_engine_s_own_interface() -> None:
     assert {"prompt", "sampling_params", "request_id", "lora_request"} <= set(parameters(AsyncLLM.generate))
     assert parameters(AsyncLLM.add_lora) == ["lora_request"]
-    for name in ("collective_rpc", "errored", "dead_error", "shutdown", "from_engine_args"):
+    for name in ("collective_rpc", "errored", "dead_error", "shutdown", "from_vllm_config"):
         assert hasattr(AsyncLLM, name)
     assert {"skip_tokenizer_init", "worker_cls", "additional_config", "kv_transfer_config"} <= {
         field.name for field in dataclasses.fields(AsyncEngineArgs)

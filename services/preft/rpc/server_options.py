@@ -1,0 +1,13 @@
+"""gRPC options of every worker's server, and of all that stands in for one in tests and benchmarks."""
+
+from __future__ import annotations
+
+from preft.rpc.liveness import ACCEPT_PINGS
+
+MAX_MESSAGE_BYTES = 64 << 20  # a prompt of a million tokens; more than a frame of KV
+
+WORKER_SERVER_OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.so_reuseport", 0),
+    *ACCEPT_PINGS,
+]

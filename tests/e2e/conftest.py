@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from support.local_cluster import LocalCluster, local_cluster
-from support.models import make_lora, make_model, make_reft
+from support.models import LINEARS, make_lora, make_model, make_reft
 from support.overflow import with_overflowing_token
 from support.reference import Reference
 
@@ -26,6 +26,10 @@ REFTS: dict[str, dict[str, Any]] = {
     "edges": {"method": "loreft", "rank": 4, "positions": "f2+l3"},
     "both": {"method": "direft", "rank": 2, "layers": (1,), "scale": 0.3},  # beside a LoRA
 }
+HEADS: dict[str, dict[str, Any]] = {  # with a LoRA on the output layer
+    "head": {"rank": 5, "target_modules": (*LINEARS, "lm_head")},
+    "headonly": {"rank": 3, "target_modules": ("lm_head",)},
+}
 
 
 class Folders:
@@ -36,6 +40,7 @@ class Folders:
         if arch in ("llama", "qwen2"):
             with_overflowing_token(self.model)
         self.adapters = {name: make_lora(root / name, self.model, rank=rank, seed=rank) for name, rank in RANKS.items()}
+        self.adapters |= {name: make_lora(root / name, self.model, seed=5, **kind) for name, kind in HEADS.items()}
         make_lora(
             root / "both",
             self.model,

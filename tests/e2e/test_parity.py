@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from e2e.conftest import RANKS, REFTS, Served
+from e2e.conftest import HEADS, RANKS, REFTS, Served
 from support.http import Ask, complete_all, post
 from support.models import make_lora
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
 LENGTHS = (1, 3, 17, 31, 32, 33, 64, 130, 500)
-MODELS = (None, *RANKS, *REFTS)
+MODELS = (None, *RANKS, *REFTS, *HEADS)
 
 
 def mixed(count: int, max_tokens: int, seed: int) -> list[Ask]:
@@ -57,7 +57,7 @@ def test_mixed_concurrent_requests(roomy: Served) -> None:
 
 
 def test_chunks_few_slots_and_preemption(tight: Served) -> None:
-    """64-token chunks, 2 slots for 7 adapters, and a decode cache too small for what runs at once."""
+    """64-token chunks, 2 slots for 9 adapters, and a decode cache too small for what runs at once."""
     before = tight.cluster.loads()
     asks = mixed(27, 140, seed=2)
     check(tight, asks, complete_all(tight.cluster.url, tight.name, asks))

@@ -18,7 +18,7 @@ from support.http import post
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
-ADAPTER = "bob"
+ADAPTER = "head"  # changes the first token's logits in the output layer too
 EOS = 2
 
 

@@ -116,11 +116,13 @@ def make_lora(
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {}
     with safe_open(model_dir / "model.safetensors", "pt") as weights:
-        for name in sorted(weights.keys()):
+        names = {name: name for name in weights.keys()}  # noqa: SIM118 - a file, not a mapping
+        names.setdefault("lm_head.weight", "model.embed_tokens.weight")  # where they are tied
+        for name in sorted(names):
             path, _, kind = name.rpartition(".")
             if kind != "weight" or path.rpartition(".")[2] not in target_modules:
                 continue
-            weight = weights.get_tensor(name)
+            weight = weights.get_tensor(names[name])
             rows, columns = weight.shape
             own = (rank_pattern or {}).get(path.rpartition(".")[2], rank)
             a = torch.randn((own, columns), generator=generator) / columns**0.5

@@ -1,7 +1,8 @@
 """What an adapter must fit: the base model's linear layers and their shapes, read from its folder without loading it.
 
 Covers models whose decoder layers are named as Llama's (Llama, Mistral, Qwen2, Qwen3, Gemma and their likes). Weights
-that are packed by a quantiser don't show their shape, so their modules take no adapter.
+that are packed by a quantiser don't show their shape, so their modules take no adapter. The output layer takes a LoRA
+on the architectures of `DECODERS`.
 """
 
 from __future__ import annotations
@@ -14,10 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from preft.adapters.tensor_file import BrokenTensorFile, TensorEntry, read_entries
+from preft.adapters.tensor_names import EMBEDDING, HEAD
 from preft.core.errors import ConfigError
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MODULE = re.compile(rf"model\.layers\.(\d+)\.(?:self_attn|mlp)\.(?:{'|'.join(TARGETS)})")
+DECODERS = (  # their decoder layers hand on (hidden, residual), whose sum is the residual stream
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM",
+)
 SHOWN_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
@@ -25,13 +35,15 @@ SHOWN_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 class BaseModel:
     """`modules` maps a linear layer's full name to its weight's shape (output features, input features).
 
-    `hidden` is the width of the residual stream, `architecture` the model class's name.
+    `hidden` is the width of the residual stream, `architecture` the model class's name. `embeddings` says where the
+    weights of the embedding and of the output layer lie, which are one if the model ties them.
     """
 
     layers: int
-    modules: Mapping[str, tuple[int, int]]
+    modules: Mapping[str, tuple[int, ...]]
     hidden: int
     architecture: str
+    embeddings: Mapping[str, tuple[Path, TensorEntry]]
 
 
 def read_base_model(folder: Path) -> BaseModel:
@@ -43,17 +55,26 @@ def read_base_model(folder: Path) -> BaseModel:
     layers = config.get("num_hidden_layers")
     if type(layers) is not int:
         raise ConfigError(f"model: {folder / 'config.json'} has no num_hidden_layers")
-    modules = {
-        name.removesuffix(".weight"): (entry.shape[0], entry.shape[1])
+    weights = {
+        name.removesuffix(".weight"): (path, entry)
         for path in _weight_files(folder)
         for name, entry in _entries(path).items()
-        if MODULE.fullmatch(name.removesuffix(".weight")) and entry.dtype in SHOWN_DTYPES and len(entry.shape) == 2
     }
+    modules = {name: found[1].shape for name, found in weights.items() if MODULE.fullmatch(name) and _shown(found[1])}
     hidden, architectures = config.get("hidden_size"), config.get("architectures")
     if type(hidden) is not int:
         raise ConfigError(f"model: {folder / 'config.json'} has no hidden_size")
     architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else "this architecture"
-    return BaseModel(layers, modules, hidden, architecture)
+    embeddings = {name: weights[name] for name in (EMBEDDING, HEAD) if name in weights and _shown(weights[name][1])}
+    if EMBEDDING in embeddings:
+        embeddings.setdefault(HEAD, embeddings[EMBEDDING])
+    if HEAD in embeddings and architecture in DECODERS:
+        modules[HEAD] = embeddings[HEAD][1].shape
+    return BaseModel(layers, modules, hidden, architecture, embeddings)
+
+
+def _shown(entry: TensorEntry) -> bool:
+    return entry.dtype in SHOWN_DTYPES and len(entry.shape) == 2
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -11,30 +11,39 @@ from preft.adapters.digest import CONFIG_FILE, PREFILL_ONLY, REFT_CONFIG_FILE, a
 from preft.adapters.peft_format import check_lora
 from preft.adapters.reft_format import check_reft
 
+NOT_PREFILL_ONLY = (
+    'its configuration doesn\'t say "prefill_only": true. Here an adapter acts on the prompt alone; '
+    "one that was trained to act on the output too answers worse, up to not at all"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterSummary:
     """What the catalog remembers of a folder that passed: "lora", "reft" or "lora+reft", and its highest rank.
 
     `prefill_only` is whether its configuration says that it was trained for the prompt pass alone; `size` its files'
-    bytes.
+    bytes. `warnings` are sentences for the user: the adapter is served, though perhaps not as the user expects.
     """
 
     kind: str
     rank: int
     prefill_only: bool
     size: int
+    warnings: tuple[str, ...] = ()
 
 
 def check_adapter(folder: Path, base: BaseModel, max_rank: int) -> AdapterSummary:
     """Reads the whole adapter and holds it against `base`. Blocks while it reads. Raises InvalidAdapter."""
     names = adapter_files(folder)
-    ranks = {
-        kind: check(folder, base, max_rank)
-        for kind, file, check in (("lora", CONFIG_FILE, check_lora), ("reft", REFT_CONFIG_FILE, check_reft))
-        if file in names
-    }
+    ranks, warnings = {}, []
+    if CONFIG_FILE in names:
+        lora = check_lora(folder, base, max_rank)
+        ranks["lora"], warnings = lora.rank, [*lora.warnings]
+    if REFT_CONFIG_FILE in names:
+        ranks["reft"] = check_reft(folder, base, max_rank)
     configs = [json.loads((folder / file).read_bytes()) for file in (CONFIG_FILE, REFT_CONFIG_FILE) if file in names]
     prefill_only = all(config.get(PREFILL_ONLY) is True for config in configs)
     size = sum(file_size(folder, name) for name in names)
-    return AdapterSummary("+".join(ranks), max(ranks.values()), prefill_only, size)
+    if not prefill_only:
+        warnings.append(NOT_PREFILL_ONLY)
+    return AdapterSummary("+".join(ranks), max(ranks.values()), prefill_only, size, tuple(warnings))

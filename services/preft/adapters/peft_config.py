@@ -1,7 +1,7 @@
 """Reads `adapter_config.json` of a PEFT LoRA folder and refuses what can't be served exactly.
 
-Everything that changes what the adapter computes is either understood here or an error; PEFT's training settings are
-none of our business.
+Each field that changes what the adapter computes is either understood here or an error. `peft_fields` says of every
+field which of the two; `peft_targets` knows which modules the adapter acts on.
 """
 
 from __future__ import annotations
@@ -9,106 +9,85 @@ from __future__ import annotations
 import json
 import math
 import re
-import subprocess
-import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from preft.adapters.digest import CONFIG_FILE
+from preft.adapters.patterns import Match, ending
+from preft.adapters.peft_fields import HARMLESS, READ, REFUSED, is_set
+from preft.adapters.peft_targets import Targets, read_targets
 from preft.core.errors import InvalidAdapter
 
-# Field -> what it stands for. PEFT writes them all; only a true or non-empty value counts.
-UNSUPPORTED = {
-    "use_dora": "DoRA",
-    "use_qalora": "QALoRA",
-    "use_bdlora": "block-diagonal LoRA",
-    "lora_bias": "a bias in the LoRA layers",
-    "modules_to_save": "fully trained modules beside the LoRA",
-    "layer_replication": "replicated layers",
-    "alora_invocation_tokens": "activated LoRA (aLoRA)",
-    "fan_in_fan_out": "transposed weights",
-    "target_parameters": "LoRA on bare parameters",
-    "trainable_token_indices": "trained token embeddings",
-    "arrow_config": "Arrow routing",
-}
-# These say how training began; the others (PiSSA, OLoRA, CorDA, LoftQ) change the base model's weights too.
-PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
-
-PLAIN_PATTERN = re.compile(r"[\w.-]+")
-MATCH_SECONDS = 1  # of processor time, for all patterns and modules
-MATCHER = r"""
-import json, re, resource, sys
-resource.setrlimit(resource.RLIMIT_CPU, (int(sys.argv[1]), int(sys.argv[1])))
-patterns, modules = json.load(sys.stdin)
-for pattern in patterns:
-    for module in modules:
-        re.fullmatch(rf"(.*\.)?({pattern})", module)
-"""
+PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")  # they draw the adapter's first weights and change no other
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq")  # PEFT changes the base model's weights when it loads these
+LORA_GA = "lora_ga"
+LORA_GA_WARNING = (
+    f"{CONFIG_FILE} says init_lora_weights: {LORA_GA}, which changes the base model's weights while it trains. Served is "
+    "the plain base model, as PEFT loads it: save the adapter with PEFT's path_initial_model_for_weight_conversion"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class LoraConfig:
-    """The part of the config that says what the adapter computes: the rank of every module it adapts."""
+    """The part of the config that says what the adapter computes, and what the user should be told about it."""
 
     rank: int
+    alpha: float
+    use_rslora: bool
     rank_pattern: Mapping[str, int]
-    patterns: Sequence[str] = ()
-    """All that aren't just names, of ranks and of alphas."""
+    alpha_pattern: Mapping[str, float]
+    targets: Targets
+    warnings: tuple[str, ...]
 
-    @property
-    def largest_rank(self) -> int:
-        """The highest rank any module may have."""
-        return max(self.rank, *self.rank_pattern.values(), 0)
+    def ranks(self, spellings: Mapping[str, Collection[str]], match: Match) -> dict[str, int]:
+        """The rank of each module, of which `spellings` has all names. As in PEFT the first pattern wins."""
+        return _by_pattern(self.rank_pattern, self.rank, spellings, match)
 
-    def rank_of(self, module: str) -> int:
-        """The rank of `module`, a full name. As in PEFT a pattern matches from a dot to the end; the first one wins."""
-        for pattern, rank in self.rank_pattern.items():
-            if re.fullmatch(rf"(.*\.)?({pattern})", module):
-                return rank
-        return self.rank
-
-
-def check_patterns(config: LoraConfig, modules: Collection[str]) -> None:
-    """Raises InvalidAdapter if holding the config's patterns against these names takes long.
-
-    Some patterns take for ever, and nothing can stop Python while it matches: so another process tries.
-    """
-    if not config.patterns:
-        return
-    tried = subprocess.run(
-        [sys.executable, "-I", "-c", MATCHER, str(MATCH_SECONDS)],
-        input=json.dumps([config.patterns, list(modules)]).encode(),
-        stderr=subprocess.DEVNULL,
-        check=False,
-    )
-    if tried.returncode:
-        raise InvalidAdapter(
-            f"{CONFIG_FILE}: the patterns of rank_pattern and alpha_pattern take more than {MATCH_SECONDS} s to match"
-        )
+    def scalings(self, ranks: Mapping[str, int], spellings: Mapping[str, Collection[str]], match: Match) -> dict[str, float]:
+        """What each module's B A x is multiplied with: alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
+        alphas = _by_pattern(self.alpha_pattern, self.alpha, spellings, match)
+        return {
+            module: alphas[module] / (math.sqrt(rank) if self.use_rslora else rank) for module, rank in ranks.items()
+        }
 
 
-def read_config(folder: Path, max_rank: int) -> LoraConfig:
+def _by_pattern(
+    values: Mapping[str, Any], default: Any, spellings: Mapping[str, Collection[str]], match: Match
+) -> dict[str, Any]:
+    if not values:
+        return dict.fromkeys(spellings, default)
+    names = sorted({name for spelled in spellings.values() for name in spelled})
+    found = match([ending(pattern) for pattern in values], names)
+    by_name: dict[str, Any] = {}
+    for pattern in reversed(values):  # so that the first one is written last
+        by_name.update(dict.fromkeys(found[ending(pattern)], values[pattern]))
+    return {
+        module: next((by_name[name] for name in spelled if name in by_name), default)
+        for module, spelled in spellings.items()
+    }
+
+
+def read_lora_config(folder: Path, max_rank: int) -> LoraConfig:
     """The config in `folder`. Raises InvalidAdapter, naming the field, if it's broken or not supported."""
-    config = _load(folder)
-    _check_kind(config)
-    for field, meaning in UNSUPPORTED.items():
-        if config.get(field):
-            raise InvalidAdapter(f"{CONFIG_FILE}: {field} is set, and {meaning} is not supported")
-    for field, value in config.items():
-        if field.startswith("use_") and field != "use_rslora" and value:
-            raise InvalidAdapter(f"{CONFIG_FILE}: {field} is set, which is not supported")
-    if config.get("bias", "none") != "none":
-        raise InvalidAdapter(f"{CONFIG_FILE}: bias is {config['bias']!r}, only 'none' is supported")
-    init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower() not in PLAIN_INITS:
-        raise InvalidAdapter(
-            f"{CONFIG_FILE}: init_lora_weights is {init!r}, which changes the base model's weights: "
-            "convert the adapter to a plain LoRA with PEFT's path_initial_model_for_weight_conversion"
-        )
-    if not (config.get("target_modules") and isinstance(config["target_modules"], str | list)):
-        raise InvalidAdapter(f"{CONFIG_FILE}: target_modules is missing or empty")
+    try:
+        content = (folder / CONFIG_FILE).read_bytes()
+    except OSError as error:
+        raise InvalidAdapter(f"{CONFIG_FILE} can't be read: {error.strerror}") from error
+    return parse_lora_config(content, max_rank)
+
+
+def parse_lora_config(content: bytes, max_rank: int) -> LoraConfig:
+    """The config in a file's `content`. Raises InvalidAdapter, naming the field."""
+    config = _object(content)
+    if config.get("peft_type") != "LORA":
+        raise _wrong(f"peft_type is {config.get('peft_type')!r}, only 'LORA' is supported")
+    _refuse_unsupported(config)
+    warnings = _check_init(config.get("init_lora_weights", True))
+    rslora = config.get("use_rslora") or False
+    if type(rslora) is not bool:
+        raise _wrong(f"use_rslora is {rslora!r}, not true or false")
     _check_number("lora_alpha", config.get("lora_alpha"))
     alphas = _pattern(config, "alpha_pattern")
     for pattern, alpha in alphas.items():
@@ -117,15 +96,13 @@ def read_config(folder: Path, max_rank: int) -> LoraConfig:
     ranks = _pattern(config, "rank_pattern")
     for pattern, rank in ranks.items():
         _check_rank(f"rank_pattern[{pattern!r}]", rank, max_rank)
-    intricate = [pattern for pattern in (*ranks, *alphas) if not PLAIN_PATTERN.fullmatch(pattern)]
-    return LoraConfig(config["r"], ranks, intricate)
+    targets = read_targets(config)
+    return LoraConfig(config["r"], config["lora_alpha"], rslora, ranks, alphas, targets, warnings)
 
 
-def _load(folder: Path) -> dict[str, Any]:
+def _object(content: bytes) -> dict[str, Any]:
     try:
-        config = json.loads((folder / CONFIG_FILE).read_bytes())
-    except OSError as error:
-        raise InvalidAdapter(f"{CONFIG_FILE} can't be read: {error.strerror}") from error
+        config = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise InvalidAdapter(f"{CONFIG_FILE} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
@@ -133,29 +110,49 @@ def _load(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _check_kind(config: dict[str, Any]) -> None:
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise InvalidAdapter(f"{CONFIG_FILE}: peft_type is {kind!r}, only 'LORA' is supported")
+def _refuse_unsupported(config: Mapping[str, Any]) -> None:
+    for field, value in config.items():
+        if field in READ or field in HARMLESS or not is_set(value):
+            continue
+        if field in REFUSED:
+            raise _wrong(f"{field} is set, and {REFUSED[field]} is not supported")
+        raise _wrong(f"{field} is set, which is unknown here and may change what the adapter computes")
+    if (config.get("bias") or "none") != "none":
+        raise _wrong(f"bias is {config['bias']!r}, only 'none' is supported")
 
 
-def _pattern(config: dict[str, Any], field: str) -> dict[str, Any]:
+def _check_init(init: Any) -> tuple[str, ...]:
+    """What the user should be told. Raises InvalidAdapter if PEFT would load another base model."""
+    if init is None or isinstance(init, bool):
+        return ()
+    name = init.lower() if isinstance(init, str) else ""
+    if name.startswith(BASE_CHANGING_INITS):
+        raise _wrong(
+            f"init_lora_weights is {init!r}, which changes the base model's weights: "
+            "convert the adapter to a plain LoRA with PEFT's path_initial_model_for_weight_conversion"
+        )
+    if name != LORA_GA and name not in PLAIN_INITS:
+        raise _wrong(f"init_lora_weights is {init!r}, which is unknown here and may change the base model's weights")
+    return (LORA_GA_WARNING,) if name == LORA_GA else ()
+
+
+def _pattern(config: Mapping[str, Any], field: str) -> dict[str, Any]:
     patterns = config.get(field) or {}
     if not isinstance(patterns, dict):
-        raise InvalidAdapter(f"{CONFIG_FILE}: {field} is not an object")
+        raise _wrong(f"{field} is not an object")
     for pattern in patterns:
         try:
-            re.compile(pattern)
+            re.compile(ending(pattern))
         except re.error as error:
-            raise InvalidAdapter(f"{CONFIG_FILE}: {field} has {pattern!r}, which is not a valid pattern") from error
+            raise _wrong(f"{field} has {pattern!r}, which is not a valid pattern") from error
     return patterns
 
 
 def _check_rank(field: str, rank: object, max_rank: int) -> None:
     if type(rank) is not int or rank < 1:
-        raise InvalidAdapter(f"{CONFIG_FILE}: {field} is {rank!r}, a rank is a whole number from 1 on")
+        raise _wrong(f"{field} is {rank!r}, a rank is a whole number from 1 on")
     if rank > max_rank:
-        raise InvalidAdapter(f"{CONFIG_FILE}: {field} is {rank}, more than the largest served rank {max_rank}")
+        raise _wrong(f"{field} is {rank}, more than the largest served rank {max_rank}: raise prefill.max_lora_rank")
 
 
 def _check_number(field: str, value: object) -> None:
@@ -164,4 +161,8 @@ def _check_number(field: str, value: object) -> None:
     except OverflowError:  # JSON allows whole numbers beyond any float
         finite = False
     if not finite:
-        raise InvalidAdapter(f"{CONFIG_FILE}: {field} is {value!r}, not a finite number")
+        raise _wrong(f"{field} is {value!r}, not a finite number")
+
+
+def _wrong(problem: str) -> InvalidAdapter:
+    return InvalidAdapter(f"{CONFIG_FILE}: {problem}")

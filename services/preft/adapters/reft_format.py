@@ -5,20 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from preft.adapters.adapter_tensors import check_finite, read_tensors
-from preft.adapters.base_model import BaseModel
+from preft.adapters.base_model import DECODERS, BaseModel
 from preft.adapters.digest import REFT_CONFIG_FILE, REFT_WEIGHTS_FILE
 from preft.adapters.reft_config import ReftConfig, read_reft_config
 from preft.core.errors import InvalidAdapter
 
 ROTATE, SOURCE, BIAS = "rotate_layer.weight", "learned_source.weight", "learned_source.bias"
-ARCHITECTURES = (  # their decoder layers hand on (hidden, residual), whose sum is the residual stream
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-    "Gemma2ForCausalLM",
-    "Gemma3ForCausalLM",
-)
 
 
 def check_reft(folder: Path, base: BaseModel, max_rank: int) -> int:
@@ -26,13 +18,16 @@ def check_reft(folder: Path, base: BaseModel, max_rank: int) -> int:
 
     Raises InvalidAdapter, one sentence with the file and the field or tensor, for the first thing that is wrong.
     """
-    if base.architecture not in ARCHITECTURES:
+    if base.architecture not in DECODERS:
         raise InvalidAdapter(
-            f"ReFT adapters can't be served on {base.architecture}, only on {', '.join(ARCHITECTURES)}"
+            f"ReFT adapters can't be served on {base.architecture}, only on {', '.join(DECODERS)}"
         )
     config = read_reft_config(folder)
     if config.rank > max_rank:
-        raise InvalidAdapter(f"{REFT_CONFIG_FILE}: r is {config.rank}, more than the largest served rank {max_rank}")
+        raise InvalidAdapter(
+            f"{REFT_CONFIG_FILE}: r is {config.rank}, more than the largest served rank {max_rank}: "
+            "raise prefill.max_lora_rank"
+        )
     for layer in config.layers:
         if layer >= base.layers:
             raise InvalidAdapter(

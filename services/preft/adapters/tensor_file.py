@@ -22,6 +22,9 @@ NUMPY_TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 BF16_EXPONENT = 0x7F80  # all ones: infinity or not a number
 
 
+Array = np.ndarray[Any, Any]
+
+
 class BrokenTensorFile(ValueError):
     """Not a whole safetensors file. `str(error)` says what is wrong, without the file's name."""
 
@@ -79,16 +82,53 @@ def _entries(raw: bytes, size: int) -> dict[str, TensorEntry]:
 
 def is_finite(path: Path, entry: TensorEntry) -> bool:
     """Whether no element is infinite or NaN. `entry.dtype` must be F32, F16 or BF16."""
-    count = (entry.end - entry.start) // ITEM_BYTES[entry.dtype]
-    if count == 0:
-        return True
-    values = np.memmap(path, dtype=NUMPY_TYPES[entry.dtype], mode="r", offset=entry.start, shape=(count,))
-    for start in range(0, count, CHECKED_AT_ONCE):
+    values = _mapped(path, entry)
+    for start in range(0, len(values), CHECKED_AT_ONCE):
         part = values[start : start + CHECKED_AT_ONCE]
         finite = (part & BF16_EXPONENT) != BF16_EXPONENT if entry.dtype == "BF16" else np.isfinite(part)
         if not finite.all():
             return False
     return True
+
+
+def equal_values(path: Path, entry: TensorEntry, other_path: Path, other: TensorEntry) -> bool:
+    """Whether two tensors of one shape hold the same, as far as the less precise of their types can tell.
+
+    Both must be F32, F16 or BF16.
+    """
+    ours, theirs = _mapped(path, entry), _mapped(other_path, other)
+    for start in range(0, len(ours), CHECKED_AT_ONCE):
+        a, b = (tensor[start : start + CHECKED_AT_ONCE] for tensor in (ours, theirs))
+        if entry.dtype == other.dtype:
+            same = np.array_equal(a, b)
+        else:
+            wide_a, wide_b = _as_float32(a, entry.dtype), _as_float32(b, other.dtype)
+            same = np.array_equal(wide_a, _rounded(wide_b, entry.dtype)) or np.array_equal(
+                wide_b, _rounded(wide_a, other.dtype)
+            )
+        if not same:
+            return False
+    return True
+
+
+def _mapped(path: Path, entry: TensorEntry) -> Array:
+    count = (entry.end - entry.start) // ITEM_BYTES[entry.dtype]
+    if count == 0:
+        return np.empty(0, NUMPY_TYPES[entry.dtype])
+    return np.memmap(path, dtype=NUMPY_TYPES[entry.dtype], mode="r", offset=entry.start, shape=(count,))
+
+
+def _as_float32(values: Array, dtype: str) -> Array:
+    return (values.astype("<u4") << 16).view("<f4") if dtype == "BF16" else values.astype("<f4")
+
+
+def _rounded(values: Array, dtype: str) -> Array:
+    """float32 `values`, finite, as they are after they have been of type `dtype`. Rounds to the nearest even."""
+    if dtype == "BF16":
+        bits = values.view("<u4").astype("<u8")
+        return ((bits + 0x7FFF + ((bits >> 16) & 1) >> 16) << 16).astype("<u4").view("<f4")
+    with np.errstate(over="ignore"):
+        return values.astype(NUMPY_TYPES[dtype]).astype("<f4")
 
 
 def _entry(name: str, value: Any, data_start: int) -> TensorEntry:

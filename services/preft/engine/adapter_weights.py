@@ -6,20 +6,21 @@ the caller's business: nothing here copies a weight, except where ReFT's own for
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.utils import parse_fine_tuned_lora_name
 
 from preft.adapters.digest import CONFIG_FILE, REFT_CONFIG_FILE, REFT_WEIGHTS_FILE, WEIGHTS_FILE
 from preft.adapters.packed import unpack
+from preft.adapters.patterns import match_here
+from preft.adapters.peft_config import LoraConfig, parse_lora_config
 from preft.adapters.reft_config import ReftConfig, parse_reft_config
 from preft.adapters.reft_format import BIAS, ROTATE, SOURCE
 from preft.adapters.tensor_file import entries_in
+from preft.adapters.tensor_names import HEAD, read_base_name, read_lora_name
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -59,6 +60,11 @@ class AdapterWeights:
         """The highest rank of a LoRA part; 0 if there is none."""
         return max((part.a.shape[0] for parts in self.lora.values() for part in parts.values()), default=0)
 
+    @property
+    def head_rank(self) -> int:
+        """The rank of the output layer's LoRA; 0 if there is none."""
+        return self.lora[HEAD][0].a.shape[0] if HEAD in self.lora else 0
+
     def drop(self) -> None:
         """Lets go of the memory."""
         self.lora, self.reft = {}, {}
@@ -69,7 +75,7 @@ def read_weights(
     memory: memoryview,
     place_of: Callable[[str], tuple[str, int] | None],
     mapper: Any,
-    lora_config: Any,
+    max_rank: int,
 ) -> AdapterWeights:
     """The packed adapter in `memory`. `place_of` says to which module and slice a linear layer's name belongs.
 
@@ -78,9 +84,8 @@ def read_weights(
     files = unpack(memory)
     weights = AdapterWeights(adapter_id)
     if CONFIG_FILE in files:
-        helper = PEFTHelper.from_dict(json.loads(bytes(files[CONFIG_FILE])))
-        helper.validate_legal(lora_config)
-        weights.lora = _lora_parts(tensors_in(files[WEIGHTS_FILE]), helper, place_of, mapper)
+        config = parse_lora_config(bytes(files[CONFIG_FILE]), max_rank)
+        weights.lora = _lora_parts(tensors_in(files[WEIGHTS_FILE]), config, place_of, mapper)
     if REFT_CONFIG_FILE in files:
         weights.reft_config = parse_reft_config(bytes(files[REFT_CONFIG_FILE]))
         weights.reft = _reft_parts(tensors_in(files[REFT_WEIGHTS_FILE]), weights.reft_config)
@@ -100,22 +105,28 @@ def tensors_in(memory: memoryview) -> dict[str, torch.Tensor]:
 
 def _lora_parts(
     tensors: Mapping[str, torch.Tensor],
-    helper: PEFTHelper,
+    config: LoraConfig,
     place_of: Callable[[str], tuple[str, int] | None],
     mapper: Any,
 ) -> dict[str, dict[int, LoraPart]]:
-    sides: dict[str, dict[bool, tuple[str, torch.Tensor]]] = {}
-    for name, tensor in tensors.items():
-        module, is_a = parse_fine_tuned_lora_name(name, mapper)
-        sides.setdefault(module, {})[is_a] = (name, tensor)
+    sides: dict[str, dict[str, torch.Tensor]] = {}
+    spellings: dict[str, tuple[str, str]] = {}
+    for name, weight in tensors.items():
+        tensor = read_lora_name(name)
+        if tensor is not None:
+            sides.setdefault(tensor.module, {})[tensor.side] = weight
+            spellings[tensor.module] = (tensor.module, tensor.spelling)
+        elif read_base_name(name) is None:
+            raise ValueError(f"{name} is no LoRA tensor")
+    if unpaired := sorted(module for module, pair in sides.items() if len(pair) < 2):
+        raise ValueError(f"{unpaired[0]} has one side of a LoRA alone")
+    scalings = config.scalings({module: len(pair["A"]) for module, pair in sides.items()}, spellings, match_here)
     parts: dict[str, dict[int, LoraPart]] = {}
     for module, pair in sides.items():
-        place = place_of(module)
-        if place is None or len(pair) < 2:
+        place = place_of(parse_fine_tuned_lora_name(f"base_model.model.{module}.lora_A.weight", mapper)[0])
+        if place is None:
             raise ValueError(f"the served model takes no LoRA on {module}")
-        name, a = pair[True]
-        _, scaling = helper.get_rank_and_scaling(parse_fine_tuned_lora_name(name)[0])
-        parts.setdefault(place[0], {})[place[1]] = LoraPart(a, pair[False][1], scaling)
+        parts.setdefault(place[0], {})[place[1]] = LoraPart(pair["A"], pair["B"], scalings[module])
     return parts
 
 

@@ -24,7 +24,9 @@ from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from preft.adapters.reft_config import EVERY, ReftConfig
+from preft.adapters.tensor_names import HEAD
 from preft.engine.adapter_weights import AdapterWeights, LoraPart, read_weights
+from preft.engine.head import wrap_head
 from preft.engine.reft import wrap_decoder_layers
 from preft.transfer.staging import Region, StagingView
 from preft_kernels.low_rank_delta import low_rank_delta_
@@ -36,7 +38,8 @@ class GroupedPunicaWrapper(PunicaWrapperBase):
     """Applies adapters to the tokens that name them, grouped by slot; every other token is untouched.
 
     `lora` and `reft` are persistent buffers over the largest batch, refilled each step, so that compiled graphs may
-    hold on to them. They differ where an adapter has no LoRA, or has no ReFT that acts on the token's position.
+    hold on to them. They differ where an adapter has no LoRA, or has no ReFT that acts on the token's position. `head`
+    groups the rows that a token is sampled from, for adapters with a LoRA on the output layer.
     """
 
     def __init__(
@@ -52,13 +55,19 @@ class GroupedPunicaWrapper(PunicaWrapperBase):
         """`slots` adapters at a time, of `rank` at most."""
         super().__init__(max_num_batched_tokens, max_batches, device)
         self.lora, self.reft = (TokenGroups(max_num_batched_tokens, slots, rank, device) for _ in range(2))
+        self.head = TokenGroups(max_batches, slots, rank, device)
         self._lora_ranks, self._reft_ranks = np.full(slots, rank), np.full(slots, rank)
+        self._head_ranks = np.zeros(slots, dtype=np.int64)
         self._first, self._last = np.full(slots, EVERY), np.zeros(slots, dtype=np.int64)
         self._named = np.empty(0, dtype=np.int64)
 
-    def hold(self, slot: int, lora_rank: int, reft: ReftConfig | None) -> None:
-        """Says what is in a slot from now on: a LoRA of at most this rank (0: none), a ReFT, or both."""
+    def hold(self, slot: int, lora_rank: int, reft: ReftConfig | None, head_rank: int = 0) -> None:
+        """Says what is in a slot from now on: a LoRA of at most this rank (0: none), a ReFT, or both.
+
+        `head_rank` is that of the output layer's LoRA, 0 if there is none.
+        """
         self._lora_ranks[slot] = lora_rank
+        self._head_ranks[slot] = head_rank
         self._reft_ranks[slot] = reft.rank if reft else 0
         self._first[slot], self._last[slot] = (reft.first, reft.last) if reft else (0, 0)
 
@@ -73,6 +82,8 @@ class GroupedPunicaWrapper(PunicaWrapperBase):
         self._named = np.fromiter((slot_of[lora_id] for lora_id in ids), dtype=np.int64, count=len(ids))
         self.lora.set(self._acting(self._named, self._lora_ranks), self._lora_ranks)
         self.reft.set(self._acting(self._named, self._reft_ranks), self._reft_ranks)
+        sampled = np.fromiter((slot_of[lora_id] for lora_id in mapping.prompt_mapping), dtype=np.int64)
+        self.head.set(self._acting(sampled, self._head_ranks), self._head_ranks)
 
     def limit(self, positions: np.ndarray, from_end: np.ndarray) -> None:
         """Leaves out the tokens that their ReFT doesn't act on. Call it after each `update_metadata`.
@@ -118,8 +129,18 @@ class GroupedPunicaWrapper(PunicaWrapperBase):
     def apply_lora_full_linear(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("adapters with whole modules (modules_to_save) are refused when they are added")
 
-    def add_lora_logits(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError("adapters of the output layer are refused when they are added")
+    def add_lora_logits(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: tuple[torch.Tensor, ...],
+        lora_b_stacked: tuple[torch.Tensor, ...],
+        scale: float,
+        **kwargs: Any,
+    ) -> None:
+        """Rows are those that a token is sampled from: of an adapter, its prompt's last token alone."""
+        a, b = ([stack.squeeze(1) for stack in stacks] for stacks in (lora_a_stacked, lora_b_stacked))
+        low_rank_delta_(y, x, a, b, self.head, scale=scale)
 
     def add_lora_embedding(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("adapters of the embedding are refused when they are added")
@@ -152,6 +173,11 @@ class GroupedLoRAModelManager(LRUCacheLoRAModelManager):
         for layer in self._decoder_layers.values():
             self.register_module(layer.name, layer)
             layer.set_mapping(self._punica)
+        self._head = wrap_head(self.model, self.lora_slots, self.lora_config)
+        if self._head is not None:
+            self.register_module(HEAD, self._head)
+            self._head.set_mapping(self._punica)
+            self.places[HEAD] = (HEAD, 0)
         self._launch_kernels_once()
 
     def _launch_kernels_once(self) -> None:
@@ -172,6 +198,11 @@ class GroupedLoRAModelManager(LRUCacheLoRAModelManager):
                 self._punica.add_lora_linear(
                     y.expand(tokens, -1), x.expand(tokens, -1), a, b, 1.0, module.output_slices
                 )
+        if self._head is not None:
+            a, b = self._head.lora_a_stacked, self._head.lora_b_stacked
+            x, y = a[0].new_empty(1, a[0].shape[-1]), a[0].new_empty(1, b[0].shape[-2])
+            for tokens in (count for count in lengths if count <= len(self._punica.head.order)):
+                self._punica.add_lora_logits(y.expand(tokens, -1), x.expand(tokens, -1), a, b, 1.0)
         for layer in list(self._decoder_layers.values())[:1]:
             stream = layer.a.new_empty(1, layer.a.shape[-1])
             for tokens in lengths:
@@ -204,7 +235,7 @@ class GroupedLoRAModelManager(LRUCacheLoRAModelManager):
         self._fill(slot, weights)
         self._active_adapters[lora_id] = None
         self.lora_index_to_id[slot] = lora_id
-        self._punica.hold(slot, weights.lora_rank, weights.reft_config)
+        self._punica.hold(slot, weights.lora_rank, weights.reft_config, weights.head_rank)
         return True
 
     def _fill(self, slot: int, weights: AdapterWeights) -> None:
@@ -313,7 +344,7 @@ class GroupedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         manager = self._adapter_manager
         mapper = getattr(manager.model, "hf_to_vllm_mapper", None)
         mapper = mapper.get_rename_mapper() if mapper is not None else None
-        return read_weights(lora_id, memory, manager.places.get, mapper, self.lora_config)
+        return read_weights(lora_id, memory, manager.places.get, mapper, self.lora_config.max_lora_rank)
 
     def place_tokens(self, positions: np.ndarray, prompts: np.ndarray) -> None:
         """See GroupedLoRAModelManager."""

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from vllm.config.lora import LoRAConfig
 
 from preft.adapters.digest import adapter_digest
 from preft.adapters.packed import AdapterFiles
@@ -17,7 +16,6 @@ from preft.engine.adapter_weights import AdapterWeights, LoraPart, read_weights
 from preft.engine.lora import GroupedLoRAModelManager, _fill_module
 from support.lora_folders import HIDDEN, INTER, lora_config, write_lora
 
-CONFIG = LoRAConfig(max_lora_rank=8, lora_dtype=torch.float32)
 RANK = 8
 
 
@@ -34,7 +32,7 @@ def place_of(name: str) -> tuple[str, int] | None:
 
 
 def read(memory: memoryview) -> AdapterWeights:
-    return read_weights(3, memory, place_of, None, CONFIG)
+    return read_weights(3, memory, place_of, None, RANK)
 
 
 def test_tensors_are_views_of_the_memory(tmp_path: Path) -> None:
@@ -58,9 +56,9 @@ def test_tensors_are_views_of_the_memory(tmp_path: Path) -> None:
 def test_what_the_model_has_no_place_for_is_refused(tmp_path: Path) -> None:
     memory = packed(write_lora(tmp_path / "ada"))
     with pytest.raises(ValueError, match=r"takes no LoRA on model\.layers\.\d\."):
-        read_weights(3, memory, lambda name: None, None, CONFIG)
-    with pytest.raises(ValueError, match="greater than max_lora_rank"):
-        read_weights(3, memory, place_of, None, LoRAConfig(max_lora_rank=1, lora_dtype=torch.float32))
+        read_weights(3, memory, lambda name: None, None, RANK)
+    with pytest.raises(InvalidAdapter, match="more than the largest served rank 1"):
+        read_weights(3, memory, place_of, None, 1)
     with pytest.raises(InvalidAdapter):
         read(memoryview(bytearray(100)))
 

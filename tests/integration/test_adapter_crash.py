@@ -142,7 +142,7 @@ def here(tmp_path: Path) -> Path:
     write_base(tmp_path / "base")
     (tmp_path / "archives").mkdir()
     for number in range(ADAPTERS):
-        config = lora_config(prefill_only=True, note="x" * (50_000 + 30_000 * number))
+        config = lora_config(prefill_only=True, revision="x" * (50_000 + 30_000 * number))
         folder = write_lora(tmp_path / "sources" / str(number), config, seed=number)
         with tarfile.open(tmp_path / "archives" / f"{number}.tar", "w") as archive:
             archive.add(folder, "adapter")

@@ -233,7 +233,7 @@ class FakeCatalog:
 
 def _adapter(name: str, source: str, content: bytes) -> Adapter:
     digest = hashlib.sha256(content).hexdigest()
-    return Adapter(name, digest, source, rank=8, created=time.time(), size=len(content))
+    return Adapter(name, digest, source, rank=8, created=time.time(), size=len(content), warnings=("it is fake",))
 
 
 @dataclass

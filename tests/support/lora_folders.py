@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-LAYERS, HIDDEN, KV, INTER = 2, 16, 8, 24
+LAYERS, HIDDEN, KV, INTER, VOCAB = 2, 16, 8, 24, 32
 SHAPES = {  # outputs, inputs
     "self_attn.q_proj": (HIDDEN, HIDDEN),
     "self_attn.k_proj": (KV, HIDDEN),
@@ -31,7 +31,7 @@ def write_base(folder: Path) -> Path:
         for layer in range(LAYERS)
         for name, shape in SHAPES.items()
     }
-    tensors["model.embed_tokens.weight"] = np.zeros((32, HIDDEN), np.float16)
+    tensors["model.embed_tokens.weight"] = np.zeros((VOCAB, HIDDEN), np.float16)
     tensors["model.norm.weight"] = np.zeros(HIDDEN, np.float16)
     save_file(tensors, folder / "model.safetensors")
     config = {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": LAYERS, "hidden_size": HIDDEN}

@@ -23,6 +23,8 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, BinaryIO, cast
 
 from preft.adapters.digest import LORA_FILES, REFT_FILES
+from preft.adapters.folder_texts import TEXT_BYTES, TEXT_FILES
+from preft.adapters.found_instead import explain
 from preft.core.errors import InvalidAdapter, PreftError, Unavailable
 
 logger = logging.getLogger(__name__)
@@ -66,11 +68,22 @@ class _Taken:
         self._target = target
         self._left = max_bytes
         self._folders: dict[str, PurePosixPath] = {}
+        self._texts: dict[str, PurePosixPath] = {}
+        self._others: set[str] = set()
 
     def wants(self, name: str, regular: bool) -> bool:
-        """Whether a member of this name is one of the adapter's files. Raises InvalidAdapter if it can't be taken."""
+        """Whether a member of this name is one of the adapter's files, or of the texts beside them.
+
+        Raises InvalidAdapter if it is one and can't be taken.
+        """
         path = PurePosixPath(name)
-        if path.name not in ADAPTER_FILES or path.is_absolute() or ".." in path.parts:
+        if path.is_absolute() or ".." in path.parts:
+            return False
+        if path.name in TEXT_FILES and regular and path.name not in self._texts:
+            self._texts[path.name] = path.parent
+            return True
+        if path.name not in ADAPTER_FILES:
+            self._others.add(path.name)
             return False
         if not regular:
             raise _refusal(f"{name} in the archive is not a regular file: pack the file itself, not a link to it")
@@ -82,8 +95,15 @@ class _Taken:
         return True
 
     def take(self, name: str, member: IO[bytes]) -> None:
-        """Copies the member to the disk. Raises InvalidAdapter if it takes the adapter over the limit."""
-        with _new_file(self._target / PurePosixPath(name).name) as write:
+        """Copies the member to the disk. Raises InvalidAdapter if it takes the adapter over the limit.
+
+        Of a text its beginning is enough, which doesn't count.
+        """
+        path = self._target / PurePosixPath(name).name
+        with _new_file(path) as write:
+            if path.name in TEXT_FILES:
+                write(member.read(TEXT_BYTES))
+                return
             while chunk := member.read(CHUNK):
                 self._left -= len(chunk)
                 if self._left < 0:
@@ -91,10 +111,14 @@ class _Taken:
                 write(chunk)
 
     def finish(self) -> None:
-        """Raises InvalidAdapter if nothing was taken."""
+        """Raises InvalidAdapter if no adapter was taken."""
         if not self._folders:
-            raise _refusal(f"the archive has no adapter in it: pack {' and '.join(LORA_FILES)}")
+            instead = explain(self._others, "the archive")
+            raise _refusal(instead or f"the archive has no adapter in it: pack {' and '.join(LORA_FILES)}")
         with _disk_errors(self._target):
+            for name, folder in self._texts.items():
+                if folder not in self._folders.values():
+                    (self._target / name).unlink()
             descriptor = os.open(self._target, os.O_RDONLY)
             try:
                 os.fsync(descriptor)

@@ -26,7 +26,9 @@ def check_copies(
     for name, weight in copies.items():
         original = base.embeddings.get(weight)
         if original is None or original[1].dtype not in DTYPES:
-            raise InvalidAdapter(f"{path.name}: tensor {name} can't be held against the base model, which has no {weight}")
+            raise InvalidAdapter(
+                f"{path.name}: tensor {name} can't be held against the base model, which has no {weight}"
+            )
         source, entry = original
         if entries[name].shape != entry.shape:
             raise InvalidAdapter(

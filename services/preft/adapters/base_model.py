@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from preft.adapters.sources import open_source
 from preft.adapters.tensor_file import BrokenTensorFile, TensorEntry, read_entries
 from preft.adapters.tensor_names import EMBEDDING, HEAD
 from preft.core.errors import ConfigError
@@ -36,14 +37,16 @@ class BaseModel:
     """`modules` maps a linear layer's full name to its weight's shape (output features, input features).
 
     `hidden` is the width of the residual stream, `architecture` the model class's name. `embeddings` says where the
-    weights of the embedding and of the output layer lie, which are one if the model ties them.
+    weights of the embedding and of the output layer lie, which are one if the model ties them; `texts` what the model's
+    folder says of text, as `text_warnings` takes it.
     """
 
     layers: int
     modules: Mapping[str, tuple[int, ...]]
     hidden: int
     architecture: str
-    embeddings: Mapping[str, tuple[Path, TensorEntry]]
+    embeddings: Mapping[str, tuple[Path, TensorEntry]] = field(default_factory=dict)
+    texts: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def read_base_model(folder: Path) -> BaseModel:
@@ -70,7 +73,7 @@ def read_base_model(folder: Path) -> BaseModel:
         embeddings.setdefault(HEAD, embeddings[EMBEDDING])
     if HEAD in embeddings and architecture in DECODERS:
         modules[HEAD] = embeddings[HEAD][1].shape
-    return BaseModel(layers, modules, hidden, architecture, embeddings)
+    return BaseModel(layers, modules, hidden, architecture, embeddings, open_source(str(folder)).text_files())
 
 
 def _shown(entry: TensorEntry) -> bool:

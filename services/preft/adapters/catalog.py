@@ -24,6 +24,7 @@ from preft.adapters.base_model import BaseModel
 from preft.adapters.disk_tier import DiskTier
 from preft.adapters.fetch_threads import FetchThreads
 from preft.adapters.folder import AdapterSummary, check_adapter
+from preft.adapters.folder_texts import text_warnings
 from preft.adapters.source_limits import SourceLimits
 from preft.adapters.sources import AdapterSource, open_source
 from preft.core.cluster import Adapter
@@ -35,10 +36,6 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-NOT_PREFILL_ONLY = (
-    'its configuration doesn\'t say "prefill_only": true. Here an adapter acts on the prompt alone; '
-    "one that was trained to act on the output too answers worse, up to not at all"
-)
 PINNED_SHARE = 0.5  # of host memory and of the disk tier: what isn't pinned needs room as well
 
 
@@ -216,7 +213,8 @@ class Catalog(CatalogView):
                 if current is None:
                     wanted = adapter
                 elif current.digest == adapter.digest:
-                    wanted = replace(current, source=adapter.source, stamp=adapter.stamp)
+                    same = {"source": adapter.source, "stamp": adapter.stamp, "warnings": adapter.warnings}
+                    wanted = replace(current, **same)
                 elif replacing:
                     wanted = replace(adapter, version=current.version + 1, pinned=current.pinned)
                     if current.pinned and wanted.size > current.size:
@@ -256,8 +254,9 @@ class Catalog(CatalogView):
         if known is not None and self._is_unchanged(known, source.uri, stamp):
             return known
         digest, found = self._disk.fetch(source, self._check, progress=progress)
-        if not found.prefill_only:
-            logger.warning("adapter %r: %s", name, NOT_PREFILL_ONLY)
+        warnings = (*found.warnings, *text_warnings(source.text_files(), self._base.texts))
+        for warning in warnings:
+            logger.warning("adapter %r: %s", name, warning)
         return Adapter(
             name,
             digest,
@@ -268,6 +267,7 @@ class Catalog(CatalogView):
             created=time.time(),
             size=found.size,
             stamp=stamp,
+            warnings=warnings,
         )
 
     def _is_unchanged(self, known: Adapter, uri: str, stamp: str) -> bool:

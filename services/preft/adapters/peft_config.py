@@ -24,8 +24,9 @@ PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")  # they draw the adapter
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq")  # PEFT changes the base model's weights when it loads these
 LORA_GA = "lora_ga"
 LORA_GA_WARNING = (
-    f"{CONFIG_FILE} says init_lora_weights: {LORA_GA}, which changes the base model's weights while it trains. Served is "
-    "the plain base model, as PEFT loads it: save the adapter with PEFT's path_initial_model_for_weight_conversion"
+    f"init_lora_weights in {CONFIG_FILE} is {LORA_GA}, which changes the base model's weights for the training. The "
+    "adapter is served on the unchanged base model, as PEFT loads it: save it with PEFT's "
+    "path_initial_model_for_weight_conversion"
 )
 
 
@@ -45,7 +46,9 @@ class LoraConfig:
         """The rank of each module, of which `spellings` has all names. As in PEFT the first pattern wins."""
         return _by_pattern(self.rank_pattern, self.rank, spellings, match)
 
-    def scalings(self, ranks: Mapping[str, int], spellings: Mapping[str, Collection[str]], match: Match) -> dict[str, float]:
+    def scalings(
+        self, ranks: Mapping[str, int], spellings: Mapping[str, Collection[str]], match: Match
+    ) -> dict[str, float]:
         """What each module's B A x is multiplied with: alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
         alphas = _by_pattern(self.alpha_pattern, self.alpha, spellings, match)
         return {

@@ -82,7 +82,7 @@ def _pairs(lora: Mapping[str, LoraTensor]) -> dict[str, dict[str, str]]:
     adapters = sorted({tensor.adapter for tensor in lora.values()})
     if len(adapters) > 1:
         shown = " and ".join(repr(adapter) for adapter in adapters[:2])
-        raise InvalidAdapter(f"{WEIGHTS_FILE}: its tensors are of more than one adapter, {shown}: save one adapter alone")
+        raise InvalidAdapter(f"{WEIGHTS_FILE}: its tensors are of more than one adapter ({shown}): save one alone")
     for name, tensor in lora.items():
         sides = pairs.setdefault(tensor.module, {})
         if tensor.side in sides:
@@ -126,7 +126,7 @@ def _check_config(
         )
     for module in sorted(expected - ranks.keys()):
         raise InvalidAdapter(
-            f"{CONFIG_FILE} adapts {module} (target_modules, layers_to_transform), but {WEIGHTS_FILE} holds no LoRA of it"
+            f"{CONFIG_FILE} adapts {module} (target_modules, layers_to_transform), of which {WEIGHTS_FILE} holds no LoRA"
         )
     if HEAD in ranks and config.targets.ties:
         raise InvalidAdapter(
@@ -141,7 +141,7 @@ def _check_config(
 
 
 def _spellings(lora: Mapping[str, LoraTensor], base: BaseModel) -> dict[str, tuple[str, ...]]:
-    """All names of each of the base model's modules: its own, and those in the model that the adapter was trained in."""
+    """All names of each of the base model's modules: its own, and that in the model that the adapter was trained in."""
     prefixes: dict[bool, set[str]] = {True: set(), False: set()}
     for tensor in lora.values():
         prefixes[tensor.module == HEAD].add(tensor.spelling.removesuffix(tensor.module.removeprefix("model.")))

@@ -19,9 +19,7 @@ def check_reft(folder: Path, base: BaseModel, max_rank: int) -> int:
     Raises InvalidAdapter, one sentence with the file and the field or tensor, for the first thing that is wrong.
     """
     if base.architecture not in DECODERS:
-        raise InvalidAdapter(
-            f"ReFT adapters can't be served on {base.architecture}, only on {', '.join(DECODERS)}"
-        )
+        raise InvalidAdapter(f"ReFT adapters can't be served on {base.architecture}, only on {', '.join(DECODERS)}")
     config = read_reft_config(folder)
     if config.rank > max_rank:
         raise InvalidAdapter(

@@ -34,6 +34,7 @@ from aiohttp import (
 )
 from aiohttp.connector import AddrInfoType
 
+from preft.adapters.found_instead import TELLTALES
 from preft.adapters.source_limits import SourceLimits, SourceRules, is_public, not_allowed
 from preft.core.errors import InvalidAdapter, PreftError, SourceNotFound, Unavailable
 
@@ -84,8 +85,17 @@ class RemoteFolder:
             if self._scheme in ("http", "https"):
                 infos = self._wait(files, self._ask_for(files, tuple(names)), self._timeout)
             else:
-                infos = self._list(files, frozenset(names))
+                entries = self._entries(files)
+                infos = {name: entries[name] for name in names if name in entries}
             return {name: _found(info) for name, info in infos.items()}
+
+    def names(self) -> set[str]:
+        """What is in the folder, subfolders with a slash at the end; of web servers, which list nothing, TELLTALES."""
+        if self._scheme in ("http", "https"):
+            return set(self.find(TELLTALES))
+        with self._errors(SourceNotFound(f"there is no folder {self._uri}")):
+            entries = self._entries(self._filesystem())
+            return {name + "/" * (entry["type"] == "directory") for name, entry in entries.items()}
 
     def read(self, name: str) -> Iterator[bytes]:
         """The file's bytes. Raises InvalidAdapter if it isn't there, Unavailable if not all of it comes in time."""
@@ -117,14 +127,13 @@ class RemoteFolder:
         timeouts = ClientTimeout(connect=self._timeout, sock_connect=self._timeout, sock_read=self._timeout)
         return fsspec.filesystem("http", get_client=_web_session, client_kwargs={**options, "timeout": timeouts})
 
-    def _list(self, files: Any, names: frozenset[str]) -> dict[str, Mapping[str, Any]]:
+    def _entries(self, files: Any) -> dict[str, Mapping[str, Any]]:
         root = files._strip_protocol(self._uri)
         if isinstance(files, fsspec.asyn.AsyncFileSystem):  # within the time limit, whatever is retried inside
             entries = self._wait(files, files._ls(root, detail=True, refresh=True), self._timeout)
         else:
             entries = files.ls(root, detail=True, refresh=True)
-        by_name = {entry["name"].rstrip("/").rpartition("/")[2]: entry for entry in entries if entry["name"] != root}
-        return {name: by_name[name] for name in names & by_name.keys()}
+        return {entry["name"].rstrip("/").rpartition("/")[2]: entry for entry in entries if entry["name"] != root}
 
     async def _ask_for(self, files: Any, names: tuple[str, ...]) -> dict[str, Mapping[str, Any]]:
         """Web servers list no folders, so each file is asked for."""

@@ -11,19 +11,23 @@ import os
 import re
 import stat
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
+from contextlib import closing, suppress
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from preft.adapters.digest import LORA_FILES, REFT_FILES, WEIGHTS_FILE
+from preft.adapters.digest import CONFIG_FILE, LORA_FILES, REFT_CONFIG_FILE, REFT_FILES
+from preft.adapters.folder_texts import TEXT_BYTES, TEXT_FILES
+from preft.adapters.found_instead import explain
 from preft.adapters.remote_files import CHUNK, FoundFile, RemoteFolder, stopped
 from preft.adapters.source_limits import SourceLimits, SourceRules
-from preft.core.errors import InvalidAdapter, SourceNotFound, Unavailable
+from preft.core.errors import InvalidAdapter, PreftError, SourceNotFound, Unavailable
 from preft.rpc.checked import CONTROL, MAX_TEXT
 
 ADAPTER_FILES = (*LORA_FILES, *REFT_FILES)
-PICKLES = ("adapter_model.bin", "adapter_model.pt")
+LISTED = 1000  # names of a folder, to say what is there instead of an adapter
 SCHEME = re.compile(r"([^/]*)://(.*)", re.DOTALL)
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub", "http": "aiohttp", "https": "aiohttp"}
 UNLIMITED = SourceLimits()
@@ -52,7 +56,7 @@ class AdapterSource:
         """
         return {name: found.size for name, found in self._adapter().items()}
 
-    def read(self, name: str) -> Iterator[bytes]:
+    def read(self, name: str) -> Generator[bytes]:
         """The file's bytes, about 1 MiB at a time.
 
         Raises Unavailable if the source fails, falls silent or ends early, InvalidAdapter if the file is gone.
@@ -72,12 +76,22 @@ class AdapterSource:
             return ""
         return hashlib.sha256(repr(marks).encode()).hexdigest()[:32]
 
+    def text_files(self) -> dict[str, bytes]:
+        """What the folder says of text: the beginnings of its TEXT_FILES. Those that can't be read are left out."""
+        texts = {}
+        with suppress(PreftError):
+            for name, found in self._folder.find(TEXT_FILES).items():
+                if found.regular:
+                    with closing(self.read(name)) as chunks:
+                        texts[name] = _beginning(chunks, TEXT_BYTES)
+        return texts
+
     def _adapter(self) -> dict[str, FoundFile]:
         found = self._folder.find(ADAPTER_FILES)
         names = [name for kind in (LORA_FILES, REFT_FILES) if any(name in found for name in kind) for name in kind]
         missing = [name for name in names if name not in found]
-        if not names or WEIGHTS_FILE in missing:
-            self._refuse_pickles()
+        if (missing or not names) and (instead := explain(self._folder.names(), self.uri)):
+            raise InvalidAdapter(instead)
         if not names:
             raise SourceNotFound(
                 f"there is no adapter in {self.uri}: it needs the files {' and '.join(LORA_FILES)}, "
@@ -89,13 +103,6 @@ class AdapterSource:
             if not found[name].regular:
                 raise InvalidAdapter(f"{name} in {self.uri} is not a regular file")
         return {name: found[name] for name in names}
-
-    def _refuse_pickles(self) -> None:
-        for name in self._folder.find(PICKLES):
-            raise InvalidAdapter(
-                f"{name} in {self.uri} is a pickle file, which can run code when it is loaded: "
-                f"save the adapter as {WEIGHTS_FILE}"
-            )
 
 
 def open_source(uri: str, limits: SourceLimits = UNLIMITED, *, stop: threading.Event | None = None) -> AdapterSource:
@@ -152,7 +159,7 @@ class LocalFolder:
             self._check_folder()
         return found
 
-    def read(self, name: str) -> Iterator[bytes]:
+    def read(self, name: str) -> Generator[bytes]:
         """The file's bytes. Raises InvalidAdapter if it isn't there or is no file, Unavailable if it can't be read."""
         try:
             # A pipe that took the file's place mustn't make the opening wait for a writer.
@@ -167,6 +174,15 @@ class LocalFolder:
         except OSError as error:
             raise Unavailable(f"{name} in {self._path} can't be read: {error.strerror}") from error
 
+    def names(self) -> set[str]:
+        """What is in the folder, and of its subfolders the configurations of adapters. Empty if it can't be listed."""
+        names: set[str] = set()
+        with suppress(OSError), os.scandir(self._path) as entries:
+            for entry in islice(entries, LISTED):
+                inside = (f"{entry.name}/{config}" for config in (CONFIG_FILE, REFT_CONFIG_FILE))
+                names |= {name for name in inside if os.path.exists(f"{self._path}/{name}")} or {entry.name}
+        return names
+
     def _check_folder(self) -> None:
         folder = Path(self._path)
         try:
@@ -177,6 +193,15 @@ class LocalFolder:
             raise Unavailable(f"{folder} can't be read: {error.strerror}") from error
         if not stat.S_ISDIR(mode):
             raise InvalidAdapter(f"{folder} is not a folder")
+
+
+def _beginning(chunks: Iterable[bytes], size: int) -> bytes:
+    content = b""
+    for chunk in chunks:
+        content += chunk
+        if len(content) >= size:
+            break
+    return content[:size]
 
 
 def _open_without_waiting(path: str, flags: int) -> int:

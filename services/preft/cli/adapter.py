@@ -88,8 +88,8 @@ def show(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(entry))
         return 0
-    places = entry.pop("workers")
-    print("\n".join(f"{key}: {value}" for key, value in entry.items()))
+    places, warnings = entry.pop("workers"), entry.pop("warnings")
+    print("\n".join([*(f"{key}: {value}" for key, value in entry.items()), *(f"warning: {one}" for one in warnings)]))
     if places:
         print(table([("worker", "tier", "users", "last used"), *map(_place, places)]))
     return 0

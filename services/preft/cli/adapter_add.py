@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from preft.adapters.catalog import NOT_PREFILL_ONLY
 from preft.cli.packing import Package
 from preft.cli.progress import Tell, progress_bar
 from preft.cli.server import Server
@@ -135,7 +134,11 @@ def _untold(done: int, total: int | None) -> None:
 
 
 def _warn(entries: Sequence[Entry]) -> None:
-    names = [entry["name"] for entry in entries if not entry["prefill_only"]]
-    if names:
+    """Each warning once, with the first of the adapters that it is about."""
+    named: dict[str, list[str]] = {}
+    for entry in entries:
+        for warning in entry["warnings"]:
+            named.setdefault(warning, []).append(entry["name"])
+    for warning, names in named.items():
         others = f" and {len(names) - 1} others" if len(names) > 1 else ""
-        print(f"warning: {names[0]}{others}: {NOT_PREFILL_ONLY}", file=sys.stderr)
+        print(f"warning: {names[0]}{others}: {warning}", file=sys.stderr)

@@ -1,4 +1,6 @@
-"""An adapter's folder as one tar stream, made while it's sent. Only the adapter's own files go in."""
+"""An adapter's folder as one tar stream, made while it's sent. The adapter's files go in, and the
+beginnings of texts beside them.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from preft.adapters.digest import adapter_files, file_size
+from preft.adapters.folder_texts import TEXT_BYTES, TEXT_FILES
+from preft.adapters.sources import open_source
 from preft.core.errors import InvalidAdapter
 
 CHUNK = 256 << 10
@@ -16,7 +20,7 @@ _END = bytes(2 * tarfile.BLOCKSIZE)
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """The files of `folder` that are an adapter, with their sizes when it was looked at. Iterate to get the stream."""
+    """The files of `folder` that go in, with as many bytes as they had when it was looked at. Iterate to get the stream."""
 
     folder: Path
     files: tuple[tuple[str, int], ...]
@@ -24,7 +28,10 @@ class Package:
     @classmethod
     def of(cls, folder: Path) -> Package:
         """Raises InvalidAdapter if a file that belongs to an adapter isn't there."""
-        return cls(folder, tuple((name, file_size(folder, name)) for name in adapter_files(folder)))
+        open_source(str(folder)).files()  # says what is there instead
+        files = [(name, file_size(folder, name)) for name in adapter_files(folder)]
+        texts = [(name, file_size(folder, name)) for name in TEXT_FILES if (folder / name).is_file()]
+        return cls(folder, (*files, *((name, min(size, TEXT_BYTES)) for name, size in texts)))
 
     @property
     def size(self) -> int:

@@ -107,7 +107,7 @@ class Adapter:
     `kind` is "lora", "reft" or "lora+reft"; `rank` the highest in it; `size` its files' bytes; `prefill_only` whether
     its configuration says that it was trained for the prompt pass alone. `version` counts the contents that the name
     has pointed to, from 1 on. A pinned adapter stays in the host memory of every prefill worker. `stamp` is the
-    source's `AdapterSource.stamp` when it was read.
+    source's `AdapterSource.stamp` when it was read. `warnings` are what the user was told when it was added.
     """
 
     name: str
@@ -121,6 +121,7 @@ class Adapter:
     version: int = 1
     pinned: bool = False
     stamp: str = ""
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

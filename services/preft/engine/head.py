@@ -36,7 +36,9 @@ class HeadLayer(LogitsProcessorWithLoRA):
     def set_lora(self, index: int, lora_a: Any, lora_b: Any) -> None:
         raise NotImplementedError("the manager fills this layer's slots")
 
-    def _get_logits(self, hidden_states: torch.Tensor, lm_head: VocabParallelEmbedding, *args: Any, **kwargs: Any) -> Any:
+    def _get_logits(
+        self, hidden_states: torch.Tensor, lm_head: VocabParallelEmbedding, *args: Any, **kwargs: Any
+    ) -> Any:
         logits = self.base_layer._get_logits(hidden_states, lm_head, *args, **kwargs)
         if logits is not None:
             self.punica_wrapper.add_lora_logits(logits, hidden_states, self.lora_a_stacked, self.lora_b_stacked, 1.0)

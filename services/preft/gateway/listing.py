@@ -95,6 +95,7 @@ def adapter_json(adapter: Adapter) -> AdapterReply:
         "prefill_only": adapter.prefill_only,
         "pinned": adapter.pinned,
         "created": int(adapter.created),
+        "warnings": list(adapter.warnings),
     }
 
 

@@ -57,4 +57,5 @@ def _adapter(adapter: Adapter) -> adapters_pb2.Adapter:
         size=adapter.size,
         version=adapter.version,
         pinned=adapter.pinned,
+        warnings=adapter.warnings,
     )

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18preft/rpc/adapters.proto\x12\x08preft.v1\"\x98\x01\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0e\n\x06source\x18\x03 \x01(\t\x12\x0c\n\x04kind\x18\x04 \x01(\t\x12\x0c\n\x04rank\x18\x05 \x01(\r\x12\x14\n\x0cprefill_only\x18\x06 \x01(\x08\x12\x0c\n\x04size\x18\x07 \x01(\x04\x12\x0f\n\x07version\x18\x08 \x01(\r\x12\x0e\n\x06pinned\x18\t \x01(\x08\"B\n\x11\x41\x64\x64\x41\x64\x61pterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0f\n\x07replace\x18\x03 \x01(\x08\"C\n\x13ListAdaptersRequest\x12\r\n\x05limit\x18\x01 \x01(\r\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\t\x12\x0e\n\x06search\x18\x03 \x01(\t\"Y\n\x11ListAdaptersReply\x12#\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x11.preft.v1.Adapter\x12\x10\n\x08has_more\x18\x02 \x01(\x08\x12\r\n\x05total\x18\x03 \x01(\x04\"!\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"1\n\x11PinAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06pinned\x18\x02 \x01(\x08\"$\n\x14RemoveAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t2\xb0\x02\n\x08\x41\x64\x61pters\x12\x35\n\x03\x41\x64\x64\x12\x1b.preft.v1.AddAdapterRequest\x1a\x11.preft.v1.Adapter\x12\x42\n\x04List\x12\x1d.preft.v1.ListAdaptersRequest\x1a\x1b.preft.v1.ListAdaptersReply\x12\x35\n\x03Get\x12\x1b.preft.v1.GetAdapterRequest\x1a\x11.preft.v1.Adapter\x12\x35\n\x03Pin\x12\x1b.preft.v1.PinAdapterRequest\x1a\x11.preft.v1.Adapter\x12;\n\x06Remove\x12\x1e.preft.v1.RemoveAdapterRequest\x1a\x11.preft.v1.Adapterb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18preft/rpc/adapters.proto\x12\x08preft.v1\"\xaa\x01\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0e\n\x06source\x18\x03 \x01(\t\x12\x0c\n\x04kind\x18\x04 \x01(\t\x12\x0c\n\x04rank\x18\x05 \x01(\r\x12\x14\n\x0cprefill_only\x18\x06 \x01(\x08\x12\x0c\n\x04size\x18\x07 \x01(\x04\x12\x0f\n\x07version\x18\x08 \x01(\r\x12\x0e\n\x06pinned\x18\t \x01(\x08\x12\x10\n\x08warnings\x18\n \x03(\t\"B\n\x11\x41\x64\x64\x41\x64\x61pterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0f\n\x07replace\x18\x03 \x01(\x08\"C\n\x13ListAdaptersRequest\x12\r\n\x05limit\x18\x01 \x01(\r\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\t\x12\x0e\n\x06search\x18\x03 \x01(\t\"Y\n\x11ListAdaptersReply\x12#\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x11.preft.v1.Adapter\x12\x10\n\x08has_more\x18\x02 \x01(\x08\x12\r\n\x05total\x18\x03 \x01(\x04\"!\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"1\n\x11PinAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06pinned\x18\x02 \x01(\x08\"$\n\x14RemoveAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t2\xb0\x02\n\x08\x41\x64\x61pters\x12\x35\n\x03\x41\x64\x64\x12\x1b.preft.v1.AddAdapterRequest\x1a\x11.preft.v1.Adapter\x12\x42\n\x04List\x12\x1d.preft.v1.ListAdaptersRequest\x1a\x1b.preft.v1.ListAdaptersReply\x12\x35\n\x03Get\x12\x1b.preft.v1.GetAdapterRequest\x1a\x11.preft.v1.Adapter\x12\x35\n\x03Pin\x12\x1b.preft.v1.PinAdapterRequest\x1a\x11.preft.v1.Adapter\x12;\n\x06Remove\x12\x1e.preft.v1.RemoveAdapterRequest\x1a\x11.preft.v1.Adapterb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,19 +32,19 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'preft.rpc.adapters_pb2', _g
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ADAPTER']._serialized_start=39
-  _globals['_ADAPTER']._serialized_end=191
-  _globals['_ADDADAPTERREQUEST']._serialized_start=193
-  _globals['_ADDADAPTERREQUEST']._serialized_end=259
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=261
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=328
-  _globals['_LISTADAPTERSREPLY']._serialized_start=330
-  _globals['_LISTADAPTERSREPLY']._serialized_end=419
-  _globals['_GETADAPTERREQUEST']._serialized_start=421
-  _globals['_GETADAPTERREQUEST']._serialized_end=454
-  _globals['_PINADAPTERREQUEST']._serialized_start=456
-  _globals['_PINADAPTERREQUEST']._serialized_end=505
-  _globals['_REMOVEADAPTERREQUEST']._serialized_start=507
-  _globals['_REMOVEADAPTERREQUEST']._serialized_end=543
-  _globals['_ADAPTERS']._serialized_start=546
-  _globals['_ADAPTERS']._serialized_end=850
+  _globals['_ADAPTER']._serialized_end=209
+  _globals['_ADDADAPTERREQUEST']._serialized_start=211
+  _globals['_ADDADAPTERREQUEST']._serialized_end=277
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=279
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=346
+  _globals['_LISTADAPTERSREPLY']._serialized_start=348
+  _globals['_LISTADAPTERSREPLY']._serialized_end=437
+  _globals['_GETADAPTERREQUEST']._serialized_start=439
+  _globals['_GETADAPTERREQUEST']._serialized_end=472
+  _globals['_PINADAPTERREQUEST']._serialized_start=474
+  _globals['_PINADAPTERREQUEST']._serialized_end=523
+  _globals['_REMOVEADAPTERREQUEST']._serialized_start=525
+  _globals['_REMOVEADAPTERREQUEST']._serialized_end=561
+  _globals['_ADAPTERS']._serialized_start=564
+  _globals['_ADAPTERS']._serialized_end=868
 # @@protoc_insertion_point(module_scope)

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "digest", "source", "kind", "rank", "prefill_only", "size", "version", "pinned")
+    __slots__ = ("name", "digest", "source", "kind", "rank", "prefill_only", "size", "version", "pinned", "warnings")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
@@ -17,6 +17,7 @@ class Adapter(_message.Message):
     SIZE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PINNED_FIELD_NUMBER: _ClassVar[int]
+    WARNINGS_FIELD_NUMBER: _ClassVar[int]
     name: str
     digest: str
     source: str
@@ -26,7 +27,8 @@ class Adapter(_message.Message):
     size: int
     version: int
     pinned: bool
-    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., source: _Optional[str] = ..., kind: _Optional[str] = ..., rank: _Optional[int] = ..., prefill_only: _Optional[bool] = ..., size: _Optional[int] = ..., version: _Optional[int] = ..., pinned: _Optional[bool] = ...) -> None: ...
+    warnings: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., source: _Optional[str] = ..., kind: _Optional[str] = ..., rank: _Optional[int] = ..., prefill_only: _Optional[bool] = ..., size: _Optional[int] = ..., version: _Optional[int] = ..., pinned: _Optional[bool] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class AddAdapterRequest(_message.Message):
     __slots__ = ("name", "source", "replace")

@@ -44,7 +44,8 @@ def adapter_to_json(adapter: Adapter) -> str:
 
 def adapter_from_json(text: str) -> Adapter:
     """What `adapter_to_json` was given. Raises ValueError for anything else."""
-    return Adapter(**_record(text, Adapter))
+    record = _record(text, Adapter)
+    return Adapter(**{**record, "warnings": tuple(record["warnings"])})
 
 
 def _record(text: str, cls: type[Worker | Adapter]) -> dict[str, Any]:

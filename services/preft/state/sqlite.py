@@ -24,7 +24,7 @@ from preft.state.records import adapter_from_json, adapter_to_json, worker_from_
 
 T = TypeVar("T")
 
-SCHEMA_VERSION = 3  # of tables and records
+SCHEMA_VERSION = 4  # of tables and records
 BUSY_SECONDS = 20.0  # how long a writer waits for another process's write
 ROOM_BYTES = 5 << 20  # the log starts over at 1,000 pages (4 MiB), or somewhat later if somebody reads just then
 # Each change of the catalog has a revision of its own, so that a poll reads what changed and nothing else. A removed

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from preft.adapters.archive import MAX_ENTRIES, unpack_archive
+from preft.adapters.folder_texts import TEXT_BYTES
 from preft.core.errors import InvalidAdapter, Unavailable
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -78,9 +79,23 @@ def pairs(prefix: str = "", **more: bytes) -> list[tuple[str, bytes]]:
 @every_kind
 @pytest.mark.parametrize("prefix", ["", "./", "ada/", "./users/ada/"])
 def test_the_adapters_files_come_out(kind: str, prefix: str, unpack: Callable[..., object], tmp_path: Path) -> None:
-    others = [("README.md", b"x"), (f"{prefix}tokenizer.json", b"{}"), (f"__MACOSX/{prefix}._{CONFIG}", b"x")]
+    others = [("README.md", b"x"), (f"{prefix}vocab.json", b"{}"), (f"__MACOSX/{prefix}._{CONFIG}", b"x")]
     assert unpack(PACKERS[kind]([*others, *pairs(prefix), (f"{prefix}optimizer.pt", b"x" * 1000)])) == ADAPTER
     assert sorted(path.name for path in tmp_path.iterdir()) == ["archive", "target"]
+
+
+@tar_and_zip
+def test_texts_beside_an_adapter_come_out_and_others_do_not(kind: str, unpack: Callable[..., object]) -> None:
+    texts = {"chat_template.jinja": b"{{ x }}", "tokenizer.json": b"x" * (TEXT_BYTES + 1)}
+    files = [*pairs("ada/"), *((f"ada/{name}", content) for name, content in texts.items())]
+    packed = PACKERS[kind]([("old/added_tokens.json", b"{}"), *files])
+    assert unpack(packed, len(CONTENT) + 2) == ADAPTER | texts | {"tokenizer.json": b"x" * TEXT_BYTES}
+
+
+@tar_and_zip
+def test_an_archive_of_something_else_says_what_it_holds(kind: str, unpack: Callable[..., object]) -> None:
+    with pytest.raises(InvalidAdapter, match=r"model\.safetensors in the archive belongs to a whole model"):
+        unpack(PACKERS[kind]([("m/config.json", b"{}"), ("m/model.safetensors", b"x")]))
 
 
 @tar_and_zip

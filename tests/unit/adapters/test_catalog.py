@@ -26,6 +26,8 @@ from preft.adapters.base_model import BaseModel, read_base_model
 from preft.adapters.catalog import Catalog, CatalogLimits, CatalogView
 from preft.adapters.digest import LORA_FILES, adapter_digest
 from preft.adapters.disk_tier import LOCK, DiskTier
+from preft.adapters.folder import NOT_PREFILL_ONLY
+from preft.adapters.folder_texts import OTHER_TEMPLATE
 from preft.adapters.source_limits import SourceLimits
 from preft.adapters.sources import open_source
 from preft.core.cluster import Adapter
@@ -109,6 +111,7 @@ async def test_added_adapters_are_copied_and_found(catalog: Catalog, disk: DiskT
         created=added.created,
         size=size_of(source),
         stamp=open_source(str(source)).stamp(),
+        warnings=(NOT_PREFILL_ONLY,),
     )
     assert before <= added.created <= time.time()
     assert (added.version, added.pinned) == (1, False)
@@ -146,6 +149,17 @@ async def test_adapters_that_may_be_for_all_tokens_are_warned_of(
     marked = write_lora(tmp_path / "bob", lora_config(prefill_only=True))
     assert (await catalog.add("bob", str(marked))).prefill_only
     assert caplog.text == ""
+
+
+async def test_what_a_folder_says_of_text_is_warned_of(
+    catalog: Catalog, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_lora(tmp_path / "ada", lora_config(prefill_only=True))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    assert (await catalog.add("ada", str(folder))).warnings == (OTHER_TEMPLATE,)
+    assert f"adapter 'ada': {OTHER_TEMPLATE}" in caplog.text
+    (folder / "chat_template.jinja").unlink()
+    assert (await catalog.add("ada", str(folder))).warnings == ()
 
 
 async def test_equal_content_is_one_version(catalog: Catalog, tmp_path: Path) -> None:
@@ -636,8 +650,11 @@ def test_a_sharded_base_model_is_read(tmp_path: Path) -> None:
     (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert read_base_model(folder) == whole
-    assert len(whole.modules) == 14
+    sharded = read_base_model(folder)
+    assert sharded.modules == whole.modules
+    assert {path.name for path, _ in sharded.embeddings.values()} == {"model-00001-of-00001.safetensors"}
+    assert len(whole.modules) == 15
+    assert whole.modules["lm_head"] == whole.embeddings["lm_head"][1].shape == (32, 16)
     assert whole.modules["model.layers.1.mlp.down_proj"] == (16, 24)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -14,9 +15,10 @@ from safetensors.numpy import save_file
 
 from preft.adapters.base_model import BaseModel, read_base_model
 from preft.adapters.folder import check_adapter
+from preft.adapters.peft_config import LORA_GA_WARNING
 from preft.adapters.sources import open_source
 from preft.core.errors import InvalidAdapter
-from support.lora_folders import HIDDEN, KV, PREFIX, lora_config, lora_tensors, write_base, write_lora
+from support.lora_folders import HIDDEN, KV, PREFIX, VOCAB, lora_config, lora_tensors, write_base, write_lora
 
 Q0 = f"{PREFIX}.0.self_attn.q_proj"
 MAX_RANK = 8
@@ -67,12 +69,18 @@ def test_names_without_peft_prefix_pass(tmp_path: Path, base: BaseModel) -> None
         {"init_lora_weights": "gaussian"},
         {"init_lora_weights": False},
         {"use_rslora": True},
-        {"target_modules": "all-linear"},
+        {"target_modules": r".*\.(q|down)_proj"},
+        {"target_modules": ["mlp.down_proj", "self_attn.q_proj", "a_module_that_is_not_there"]},
+        {"target_modules": "all-linear", "exclude_modules": ["k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"]},
+        {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}, "loftq_config": {}, "velora_config": {"scale": 2.0}},
+        {"lora_dropout": 0.1, "runtime_config": {"ephemeral_gpu_offload": False}, "megatron_core": "megatron.core"},
+        {"a_field_of_tomorrow": None, "another": False, "a_list": []},
         {"lora_alpha": 0.5},
         {"rank_pattern": None, "alpha_pattern": None},
         {"rank_pattern": {"v_proj": 8}},
         {"alpha_pattern": {"q_proj": 3}},
         {"layers_to_transform": [0, 1]},
+        {"layers_to_transform": [0, 1], "layers_pattern": "layers"},
     ],
     ids=str,
 )
@@ -119,6 +127,25 @@ def test_a_rank_pattern_is_understood(tmp_path: Path, base: BaseModel, pattern: 
         ({"use_qalora": True}, "use_qalora"),
         ({"use_bdlora": {"nblocks": 2}}, "use_bdlora"),
         ({"use_something_new": True}, "use_something_new is set"),
+        ({"kasa_config": {"beta": 1e-4}}, "kasa_config is set, and KaSA"),
+        ({"kasa_config": {}}, "kasa_config is set"),  # PEFT takes it for its defaults
+        ({"monteclora_config": {"num_samples": 4}}, "monteclora_config is set"),
+        ({"megatron_config": {"tp": 2}}, "megatron_config is set"),
+        ({"arrow_config": {"top_k": 2}}, "arrow_config is set"),
+        ({"some_other_config": {}}, "some_other_config is set, which is unknown"),
+        ({"scale_b": 0.5}, "scale_b is set, which is unknown"),
+        ({"use_rslora": "yes"}, "use_rslora is 'yes'"),
+        ({"init_lora_weights": "lora_of_tomorrow"}, "lora_of_tomorrow', which is unknown"),
+        ({"init_lora_weights": ["pissa"]}, "init_lora_weights is"),
+        ({"target_modules": "("}, "target_modules is '\\(', which is not a valid pattern"),
+        ({"target_modules": 3}, "target_modules is 3"),
+        ({"target_modules": "(([a-z_.0-9])+)+!"}, "take more than 1 s to match"),
+        ({"exclude_modules": "(([a-z_.0-9])+)+!"}, "take more than 1 s to match"),
+        ({"exclude_modules": {"q_proj": 1}}, "exclude_modules is"),
+        ({"layers_to_transform": ["0"]}, "layers_to_transform is"),
+        ({"layers_to_transform": [0], "target_modules": ".*q_proj"}, "need a list as target_modules"),
+        ({"layers_pattern": "layers"}, "layers_pattern needs layers_to_transform"),
+        ({"layers_to_transform": [0], "layers_pattern": "(a|b)*"}, "layers_pattern is"),
         ({"lora_bias": True}, "lora_bias"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
@@ -159,12 +186,17 @@ def test_a_bad_config_is_refused(tmp_path: Path, base: BaseModel, changes: dict[
         (with_tensors(A=np.ones((4, HIDDEN), np.float64)), "is F64, only F32, F16, BF16"),
         (with_tensors(A=np.ones((4, HIDDEN), np.int8)), "is I8"),
         ({f"{PREFIX}.2.self_attn.q_proj.lora_A.weight": ones(4, HIDDEN)}, "layer 2, but .* layers are 0 to 1"),
-        ({"base_model.model.lm_head.lora_A.weight": ones(4, HIDDEN)}, "adapts lm_head, but only q_proj"),
+        ({"base_model.model.lm_head.lora_A.weight": ones(4, HIDDEN)}, "lm_head has a lora_A but no lora_B"),
+        (
+            {"base_model.model.score.lora_A.weight": ones(4, HIDDEN)},
+            "adapts score, but only q_proj, .* and lm_head can",
+        ),
+        ({"base_model.model.visual.layers.0.mlp.up_proj.lora_A.weight": ones(4, HIDDEN)}, "adapts visual.*, but only"),
         ({f"{PREFIX}.0.self_attn.qkv_proj.lora_A.weight": ones(4, HIDDEN)}, "adapts .*qkv_proj, but only"),
         ({f"{PREFIX}.0.mlp.q_proj.lora_A.weight": ones(4, HIDDEN)}, "mlp.q_proj, which the base model doesn't have"),
         ({f"{PREFIX}.0.self_attn.q_proj.weight": ones(HIDDEN, HIDDEN)}, "is not a lora_A or lora_B weight"),
         ({f"{Q0}.lora_magnitude_vector": ones(HIDDEN)}, "is not a lora_A or lora_B weight"),
-        ({"base_model.model.model.embed_tokens.lora_embedding_A": ones(4, 32)}, "is not a lora_A or lora_B"),
+        ({"base_model.model.model.embed_tokens.lora_embedding_A": ones(4, 32)}, "adapts the embedding, but only"),
         (
             {**lora_tensors(), f"{Q0.removeprefix('base_model.model.')}.lora_A.weight": ones(4, HIDDEN)},
             "is there twice",
@@ -197,6 +229,76 @@ def test_bfloat16_is_read_bit_by_bit(tmp_path: Path, base: BaseModel, bits: int,
     else:
         with pytest.raises(InvalidAdapter, match="infinite value or NaN"):
             check(folder, base)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers_to_transform": [0]}, r"holds a LoRA of model\.layers\.1\.mlp\.down_proj, which adapter_config\.json"),
+        ({"layers_to_transform": 1, "layers_pattern": ["layers"]}, r"holds a LoRA of model\.layers\.0"),
+        ({"layers_to_transform": [0, 1], "layers_pattern": "h"}, "holds a LoRA of model"),
+        ({"target_modules": ["q_proj"]}, r"holds a LoRA of model\.layers\.0\.mlp\.down_proj"),
+        ({"target_modules": "q_proj|down_proj"}, "holds a LoRA of"),  # a pattern is of whole names
+        ({"exclude_modules": ["layers.1.self_attn.q_proj"]}, r"holds a LoRA of model\.layers\.1\.self_attn\.q_proj"),
+        ({"exclude_modules": r".*down_proj"}, r"holds a LoRA of model\.layers\.0\.mlp\.down_proj"),
+        (
+            {"target_modules": ["q_proj", "down_proj", "v_proj"]},
+            r"adapts model\.layers\.0\.self_attn\.v_proj .*no LoRA",
+        ),
+        ({"target_modules": "all-linear"}, r"adapts model\.layers\.0\.mlp\.gate_proj .*holds no LoRA"),
+        ({"target_modules": ["q_proj", "down_proj", "lm_head"]}, "adapts lm_head .*holds no LoRA"),
+    ],
+    ids=str,
+)
+def test_a_config_of_other_modules_than_the_tensors_is_refused(
+    tmp_path: Path, base: BaseModel, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InvalidAdapter, match=message):
+        check(write_lora(tmp_path / "a", lora_config(**changes)), base)
+
+
+def head(rank: int = 4, rows: int = VOCAB) -> dict[str, Any]:
+    prefix = "base_model.model.lm_head.lora_"
+    return {f"{prefix}A.weight": ones(rank, HIDDEN), f"{prefix}B.weight": ones(rows, rank)}
+
+
+def test_the_output_layer_takes_a_lora(tmp_path: Path, base: BaseModel) -> None:
+    config = lora_config(target_modules=["q_proj", "down_proj", "lm_head"], rank_pattern={"lm_head": 7})
+    assert check(write_lora(tmp_path / "a", config, lora_tensors() | head(7)), base) == 7
+    with pytest.raises(InvalidAdapter, match=r"lm_head is adapted as 16 inputs and 33 outputs, but .* 16 and 32"):
+        check(write_lora(tmp_path / "b", config, lora_tensors() | head(7, rows=VOCAB + 1)), base)
+    tied = {**config, "ensure_weight_tying": True}
+    with pytest.raises(InvalidAdapter, match="ensure_weight_tying is set"):
+        check(write_lora(tmp_path / "c", tied, lora_tensors() | head(7)), base)
+    other = dataclasses.replace(
+        base, modules={name: shape for name, shape in base.modules.items() if name != "lm_head"}
+    )
+    with pytest.raises(InvalidAdapter, match="adapts lm_head, but only"):
+        check(write_lora(tmp_path / "d", config, lora_tensors() | head(7)), other)
+
+
+@pytest.mark.parametrize("name", ["lm_head.base_layer.weight", "model.embed_tokens.weight"])
+def test_copies_of_the_base_model_s_embedding_must_be_equal(tmp_path: Path, base: BaseModel, name: str) -> None:
+    """PEFT saves them beside a LoRA on the output layer, and loads them into the model."""
+    config = lora_config(target_modules=["q_proj", "down_proj", "lm_head"])
+
+    def folder(copy: Any) -> Path:
+        return write_lora(tmp_path / "a", config, {**lora_tensors(), **head(), f"base_model.model.{name}": copy})
+
+    assert check(folder(np.zeros((VOCAB, HIDDEN), np.float32)), base) == 4
+    assert any("save_embedding_layers=False" in one for one in check_adapter(tmp_path / "a", base, MAX_RANK).warnings)
+    changed = np.zeros((VOCAB, HIDDEN), np.float32)
+    changed[VOCAB - 1, HIDDEN - 1] = 0.5
+    with pytest.raises(InvalidAdapter, match=rf"tensor base_model\.model\.{name} differs from the base model's"):
+        check(folder(changed), base)
+    with pytest.raises(InvalidAdapter, match="a vocabulary of their own"):
+        check(folder(np.zeros((VOCAB + 1, HIDDEN), np.float16)), base)
+
+
+def test_lora_ga_is_warned_of(tmp_path: Path, base: BaseModel) -> None:
+    config = lora_config(init_lora_weights="lora_ga", lora_ga_config={"stable_gamma": 16}, prefill_only=True)
+    folder = write_lora(tmp_path / "a", config)
+    assert check_adapter(folder, base, MAX_RANK).warnings == (LORA_GA_WARNING,)
 
 
 def remove_config(folder: Path) -> None:
@@ -305,6 +407,14 @@ def test_layers_without_a_readable_shape_take_no_adapter(tmp_path: Path) -> None
     save_file(packed, folder / "model.safetensors")
     with pytest.raises(InvalidAdapter, match="which the base model doesn't have"):
         check(write_lora(tmp_path / "a"), read_base_model(folder))
+
+
+def test_tensors_of_two_adapters_are_refused(tmp_path: Path, base: BaseModel) -> None:
+    tensors = lora_tensors()
+    for name in list(tensors)[:2]:
+        tensors[name.replace(".weight", ".default.weight")] = tensors.pop(name)
+    with pytest.raises(InvalidAdapter, match=r"of more than one adapter \('' and 'default'\)"):
+        check(write_lora(tmp_path / "a", tensors=tensors), base)
 
 
 def test_a_folder_that_peft_saved_passes(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from preft.adapters.base_model import BaseModel, read_base_model
 from preft.adapters.digest import adapter_digest, adapter_files
-from preft.adapters.folder import AdapterSummary, check_adapter
+from preft.adapters.folder import NOT_PREFILL_ONLY, AdapterSummary, check_adapter
 from preft.adapters.reft_config import EVERY, ReftConfig, read_reft_config
 from preft.adapters.sources import open_source
 from preft.core.errors import InvalidAdapter
@@ -57,7 +57,7 @@ def size_of(folder: Path) -> int:
 
 def test_a_good_folder(tmp_path: Path, base: BaseModel) -> None:
     folder = write_reft(tmp_path / "a")
-    assert check(folder, base) == AdapterSummary("reft", 3, prefill_only=False, size=size_of(folder))
+    assert check(folder, base) == AdapterSummary("reft", 3, False, size_of(folder), (NOT_PREFILL_ONLY,))
     assert adapter_files(tmp_path / "a") == ("reft_config.json", "reft_model.safetensors")
 
 
@@ -76,7 +76,7 @@ def test_beside_a_lora_it_is_one_adapter(tmp_path: Path, base: BaseModel) -> Non
     folder = write_lora(tmp_path / "a")
     alone = adapter_digest(folder)
     write_reft(folder)
-    both = AdapterSummary("lora+reft", 4, prefill_only=False, size=size_of(folder))  # the LoRA has the higher rank
+    both = AdapterSummary("lora+reft", 4, False, size_of(folder), (NOT_PREFILL_ONLY,))  # the LoRA has the higher rank
     assert check(folder, base) == both
     assert len(adapter_files(folder)) == 4
     assert adapter_digest(folder) != alone

@@ -87,20 +87,20 @@ def test_add_sends_the_absolute_folder(
     assert entry.source == str(tmp_path / "alice")
     said = capsys.readouterr()
     assert said.out == f"team/alice is served now (digest {entry.digest[:12]})\n"
-    assert said.err.startswith("warning: team/alice: its configuration doesn't say")
+    assert said.err == "warning: team/alice: it is fake\n"
     assert main(["adapter", "add", "team/alice", str(tmp_path)]) == 1
     assert capsys.readouterr().err == "preft: 'team/alice' is another adapter already\n"
     assert main(["adapter", "add", "team/alice", str(tmp_path), "--replace", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["version"] == 2
 
 
-def test_add_does_not_warn_of_adapters_that_are_for_the_prompt_alone(catalog: FakeCatalog, capsys: Capture) -> None:
+def test_add_is_silent_where_there_is_nothing_to_warn_of(catalog: FakeCatalog, capsys: Capture) -> None:
     assert main(["adapter", "add", "alice", "s3://adapters/alice"]) == 0
     entry = catalog.get("alice")
     assert entry is not None
     assert entry.source == "s3://adapters/alice"
     capsys.readouterr()
-    catalog.put(dataclasses.replace(entry, prefill_only=True))
+    catalog.put(dataclasses.replace(entry, warnings=()))
     assert main(["adapter", "add", "alice", "s3://adapters/alice"]) == 0
     assert capsys.readouterr().err == ""
 
@@ -202,7 +202,7 @@ def test_add_all(catalog: FakeCatalog, tmp_path: Path, capsys: Capture, upload: 
     assert main(argv) == 0
     said = capsys.readouterr()
     assert said.out == "20 of 20 adapters are served now\n"
-    assert said.err.startswith("warning: user-00 and 19 others: ")
+    assert said.err == "warning: user-00 and 19 others: it is fake\n"
     assert [entry.name for entry in catalog.list()] == [f"user-{i:02}" for i in range(20)]
     assert len(catalog.archives) == (20 if upload else 0)
     assert main([*argv, "--json"]) == 0
@@ -305,11 +305,12 @@ def test_an_empty_catalog_says_so(catalog: FakeCatalog, capsys: Capture) -> None
 
 
 def test_show(catalog: FakeCatalog, places: FakePlaces, capsys: Capture) -> None:
-    catalog.put(Adapter("alice", "ab" * 32, "/adapters/alice", 8))
+    catalog.put(Adapter("alice", "ab" * 32, "/adapters/alice", 8, warnings=("it is old", "it is slow")))
     assert main(["adapter", "show", "alice"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert f"digest: {'ab' * 32}" in lines
-    assert lines[-1].startswith("created: ")
+    assert lines[-3].startswith("created: ")
+    assert lines[-2:] == ["warning: it is old", "warning: it is slow"]
     places.here = (AdapterPlace("prefill-0", Tier.SLOT, 1e9, 2), AdapterPlace("prefill-1", Tier.SOURCE))
     assert main(["adapter", "show", "alice"]) == 0
     header, first, second = capsys.readouterr().out.splitlines()[-3:]

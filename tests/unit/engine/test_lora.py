@@ -85,9 +85,7 @@ def test_padding_after_the_batch_is_the_base_model_s(wrapper: GroupedPunicaWrapp
     assert not torch.allclose(y[:2], before[:2])
 
 
-@pytest.mark.parametrize(
-    "name", ["add_shrink", "add_expand", "apply_lora_full_linear", "add_lora_embedding"]
-)
+@pytest.mark.parametrize("name", ["add_shrink", "add_expand", "apply_lora_full_linear", "add_lora_embedding"])
 def test_what_is_not_served_says_so(wrapper: GroupedPunicaWrapper, name: str) -> None:
     call: Any = getattr(wrapper, name)
     with pytest.raises(NotImplementedError):

@@ -107,6 +107,7 @@ async def test_add_show_and_remove(served):
         "prefill_only": False,
         "pinned": False,
         "created": int(entry.created),
+        "warnings": ["it is fake"],
     }
     assert (await add(path="s3://adapters/bob")).json() == added  # the field's older name, and nothing has changed
     assert error(await add(source="/other"), 409)["code"] == "adapter_exists"

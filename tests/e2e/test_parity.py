@@ -15,7 +15,7 @@ from support.models import make_lora
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
 LENGTHS = (1, 3, 17, 31, 32, 33, 64, 130, 500)
-MODELS = (None, *RANKS, *REFTS, *HEADS)
+MODELS = (None, *RANKS, *HEADS, *REFTS)
 
 
 def mixed(count: int, max_tokens: int, seed: int) -> list[Ask]:

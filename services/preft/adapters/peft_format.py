@@ -121,12 +121,13 @@ def _check_config(
     expected = config.targets.chosen(spellings, match_apart)
     for module in sorted(ranks.keys() - expected):
         raise InvalidAdapter(
-            f"{WEIGHTS_FILE} holds a LoRA of {module}, which {CONFIG_FILE} leaves out (target_modules, exclude_modules, "
-            "layers_to_transform): PEFT would not apply it"
+            f"{WEIGHTS_FILE} holds a LoRA of {module}, which {CONFIG_FILE} leaves out: PEFT would not apply it. "
+            "Look at target_modules, exclude_modules and layers_to_transform"
         )
     for module in sorted(expected - ranks.keys()):
         raise InvalidAdapter(
-            f"{CONFIG_FILE} adapts {module} (target_modules, layers_to_transform), of which {WEIGHTS_FILE} holds no LoRA"
+            f"{CONFIG_FILE} adapts {module}, of which {WEIGHTS_FILE} holds no LoRA: look at target_modules, "
+            "exclude_modules and layers_to_transform"
         )
     if HEAD in ranks and config.targets.ties:
         raise InvalidAdapter(

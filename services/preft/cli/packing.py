@@ -20,7 +20,7 @@ _END = bytes(2 * tarfile.BLOCKSIZE)
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """The files of `folder` that go in, with as many bytes as they had when it was looked at. Iterate to get the stream."""
+    """The files of `folder` that go in, and how many bytes of each. Iterate to get the stream."""
 
     folder: Path
     files: tuple[tuple[str, int], ...]

@@ -243,10 +243,10 @@ def test_bfloat16_is_read_bit_by_bit(tmp_path: Path, base: BaseModel, bits: int,
         ({"exclude_modules": r".*down_proj"}, r"holds a LoRA of model\.layers\.0\.mlp\.down_proj"),
         (
             {"target_modules": ["q_proj", "down_proj", "v_proj"]},
-            r"adapts model\.layers\.0\.self_attn\.v_proj .*no LoRA",
+            r"adapts model\.layers\.0\.self_attn\.v_proj, .*no LoRA",
         ),
-        ({"target_modules": "all-linear"}, r"adapts model\.layers\.0\.mlp\.gate_proj .*holds no LoRA"),
-        ({"target_modules": ["q_proj", "down_proj", "lm_head"]}, "adapts lm_head .*holds no LoRA"),
+        ({"target_modules": "all-linear"}, r"adapts model\.layers\.0\.mlp\.gate_proj, .*holds no LoRA"),
+        ({"target_modules": ["q_proj", "down_proj", "lm_head"]}, "adapts lm_head, .*holds no LoRA"),
     ],
     ids=str,
 )

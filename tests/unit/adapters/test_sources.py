@@ -14,6 +14,7 @@ from pathlib import Path
 import boto3
 import pytest
 
+from preft.adapters.folder_texts import TEXT_BYTES
 from preft.adapters.source_limits import SourceLimits
 from preft.adapters.sources import AdapterSource, open_source
 from preft.core.errors import InvalidAdapter, PreftError, SourceNotFound, Unavailable
@@ -411,6 +412,26 @@ def test_the_stamp_of_an_object_changes_when_it_does(bucket: str) -> None:
 def test_what_is_not_in_s3_is_not_found(bucket: str, place: str) -> None:
     with pytest.raises(SourceNotFound, match=f"s3://{place}"):
         open_source(f"s3://{place}", SourceLimits(10)).files()
+
+
+def test_what_is_in_s3_instead_of_an_adapter_is_told(bucket: str) -> None:
+    for step in (5, 10):
+        put(bucket, f"run/checkpoint-{step}/{CONFIG}", b"{}")
+    put(bucket, "run/README.md", b"x")
+    with pytest.raises(InvalidAdapter, match=r"in its subfolders \(checkpoint-5, checkpoint-10\): give one of these"):
+        open_source(f"s3://{bucket}/run", SourceLimits(10)).files()
+
+
+def test_texts_beside_an_adapter(bucket: str, server: FaultyServer, tmp_path: Path) -> None:
+    """Their beginnings, wherever they are; a source that fails has none."""
+    texts = {"chat_template.jinja": b"{{ x }}", "tokenizer.json": b"x" * (TEXT_BYTES + 5)}
+    for name, content in {**texts, "README.md": b"x"}.items():
+        (tmp_path / "ada" / name).write_bytes(content)
+        put(bucket, f"cat/{name}", content)
+    expected = texts | {"tokenizer.json": b"x" * TEXT_BYTES}
+    for uri in (str(tmp_path / "ada"), f"{server.url}/ada", f"s3://{bucket}/cat"):
+        assert open_source(uri, SourceLimits(10)).text_files() == expected
+    assert open_source("http://127.0.0.1:9/ada", SourceLimits(5)).text_files() == {}
 
 
 def test_several_threads_read_from_s3_at_once(bucket: str) -> None:

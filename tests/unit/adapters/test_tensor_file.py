@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save, save_file
+from safetensors.torch import save_file as save_torch
 
-from preft.adapters.tensor_file import BrokenTensorFile, is_finite, read_entries
+from preft.adapters.tensor_file import BrokenTensorFile, equal_values, is_finite, read_entries
 
 TENSORS: dict[str, Any] = {
     "a": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -51,6 +53,23 @@ def test_one_bad_value_is_found_wherever_it_is(tmp_path: Path, position: int) ->
     values[position] = np.nan
     save_file({"a": values}, path)
     assert not is_finite(path, read_entries(path)["a"])
+
+
+@pytest.mark.parametrize("ours", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("theirs", [torch.float32, torch.float16, torch.bfloat16])
+def test_equal_is_what_a_conversion_of_types_left(tmp_path: Path, ours: torch.dtype, theirs: torch.dtype) -> None:
+    """One is the other in another type; a change that either type can tell makes a difference, wherever it is."""
+    original = torch.randn(2**22 + 3, generator=torch.Generator().manual_seed(0)).to(theirs)
+    copy = original.to(ours)
+    changed = copy.clone()
+    changed[-1] *= 1.5
+    paths = [tmp_path / name for name in ("original", "copy", "changed")]
+    for path, tensor in zip(paths, (original, copy, changed), strict=True):
+        save_torch({"a": tensor}, path)
+    first, second, third = (read_entries(path)["a"] for path in paths)
+    assert equal_values(paths[1], second, paths[0], first)
+    assert equal_values(paths[0], first, paths[1], second)
+    assert not equal_values(paths[2], third, paths[0], first)
 
 
 @given(st.data())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,7 +15,7 @@ from preft.adapters.packed import AdapterFiles
 from preft.core.errors import InvalidAdapter
 from preft.engine.adapter_weights import AdapterWeights, LoraPart, read_weights
 from preft.engine.lora import GroupedLoRAModelManager, _fill_module
-from support.lora_folders import HIDDEN, INTER, lora_config, write_lora
+from support.lora_folders import HIDDEN, INTER, PREFIX, VOCAB, lora_config, lora_tensors, write_lora
 
 RANK = 8
 
@@ -51,6 +52,43 @@ def test_tensors_are_views_of_the_memory(tmp_path: Path) -> None:
     assert weights.lora_rank == 4
     memory[:] = bytes(len(memory))
     assert not part.a.any()
+
+
+@pytest.mark.parametrize("prefix", ["layers", "_orig_mod.base_model.model.model.language_model.layers"])
+def test_a_module_s_other_names_are_its_own(tmp_path: Path, prefix: str) -> None:
+    """Scales follow patterns in either spelling."""
+    plain = lora_tensors()
+    renamed = {name.replace(PREFIX, prefix).replace(".weight", ".default.weight"): plain[name] for name in plain}
+    config = lora_config(alpha_pattern={r"(language_model\.)?layers\.1\..*": 2})
+    expected, found = (
+        read(packed(write_lora(tmp_path / name, config, tensors)))
+        for name, tensors in (("plain", plain), ("renamed", renamed))
+    )
+    assert found.lora.keys() == expected.lora.keys()
+    for module, [part] in ((name, list(parts.values())) for name, parts in expected.lora.items()):
+        other = found.lora[module][0]
+        assert torch.equal(part.a, other.a)
+        assert torch.equal(part.b, other.b)
+        assert part.scaling == other.scaling == (0.5 if "layers.1" in module else 2)
+
+
+def test_an_output_layer_s_lora_comes_without_the_copies_beside_it(tmp_path: Path) -> None:
+    extra = {"lora_A.weight": (4, HIDDEN), "lora_B.weight": (VOCAB, 4), "base_layer.weight": (VOCAB, HIDDEN)}
+    tensors = {f"base_model.model.lm_head.{name}": np.ones(shape, np.float32) for name, shape in extra.items()}
+    tensors["base_model.model.model.embed_tokens.weight"] = np.ones((VOCAB, HIDDEN), np.float32)
+    memory = packed(write_lora(tmp_path / "ada", lora_config(), {**lora_tensors(), **tensors}))
+    weights = read_weights(3, memory, lambda name: (name, 0), None, RANK)
+    assert len(weights.lora) == 5
+    assert weights.lora["lm_head"][0].b.shape == (VOCAB, 4)
+    assert weights.head_rank == 4
+    assert read(packed(write_lora(tmp_path / "bob"))).head_rank == 0
+    del tensors["base_model.model.lm_head.lora_B.weight"]
+    memory = packed(write_lora(tmp_path / "bob", lora_config(), {**lora_tensors(), **tensors}))
+    with pytest.raises(ValueError, match="lm_head has one side of a LoRA alone"):
+        read_weights(3, memory, lambda name: (name, 0), None, RANK)
+    memory = packed(write_lora(tmp_path / "bob", lora_config(), {"q.lora_A.weight": np.ones((4, 4), np.float32)}))
+    with pytest.raises(ValueError, match=r"q\.lora_A\.weight is no LoRA tensor"):
+        read(memory)
 
 
 def test_what_the_model_has_no_place_for_is_refused(tmp_path: Path) -> None:

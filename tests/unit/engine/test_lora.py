@@ -64,6 +64,28 @@ def test_linear_layers(wrapper: GroupedPunicaWrapper, tokens: list[int]) -> None
     assert not torch.allclose(y[slots != BASE], before[slots != BASE]) or not (slots != BASE).any()
 
 
+def test_the_output_layer_acts_on_rows_that_are_sampled_under_its_adapters(wrapper: GroupedPunicaWrapper) -> None:
+    """Four requests: one prompt of each adapter, of which one has such a LoRA, the base model's, and one's output."""
+    wrapper.hold(0, RANK, None, head_rank=3)
+    wrapper.hold(1, RANK, None)
+    batch(wrapper, MIXED, MIXED)
+    batch(wrapper, [101, 101, 102, 0, 0], [101, 102, 0, 0])
+    a, b = stacks(20)
+    a[0][:, :, 3:] = 0
+    b[0][..., 3:] = 0
+    x, y = torch.randn(4, INPUTS), torch.randn(4, 22)  # the vocabulary may be padded
+    before = y.clone()
+    wrapper.add_lora_logits(y, x, a, b, 1.0)
+    assert torch.equal(y[1:], before[1:])
+    assert torch.equal(y[0, 20:], before[0, 20:])
+    torch.testing.assert_close(y[0, :20], before[0, :20] + b[0][0, 0] @ (a[0][0, 0] @ x[0]), rtol=1e-4, atol=1e-4)
+    wrapper.hold(0, RANK, None)  # another adapter has come into the slot
+    batch(wrapper, [101, 101], [101])
+    y = before.clone()
+    wrapper.add_lora_logits(y[:1], x[:1], a, b, 1.0)
+    assert torch.equal(y, before)
+
+
 def test_three_dimensional_batches(wrapper: GroupedPunicaWrapper) -> None:
     batch(wrapper, MIXED, MIXED)
     a, b = stacks(6)

@@ -213,8 +213,7 @@ class Catalog(CatalogView):
                 if current is None:
                     wanted = adapter
                 elif current.digest == adapter.digest:
-                    same = {"source": adapter.source, "stamp": adapter.stamp, "warnings": adapter.warnings}
-                    wanted = replace(current, **same)
+                    wanted = replace(current, source=adapter.source, stamp=adapter.stamp, warnings=adapter.warnings)
                 elif replacing:
                     wanted = replace(adapter, version=current.version + 1, pinned=current.pinned)
                     if current.pinned and wanted.size > current.size:

@@ -64,7 +64,7 @@ def _by_pattern(
     names = sorted({name for spelled in spellings.values() for name in spelled})
     found = match([ending(pattern) for pattern in values], names)
     by_name: dict[str, Any] = {}
-    for pattern in reversed(values):  # so that the first one is written last
+    for pattern in reversed([*values]):  # so that the first one is written last
         by_name.update(dict.fromkeys(found[ending(pattern)], values[pattern]))
     return {
         module: next((by_name[name] for name in spelled if name in by_name), default)

@@ -126,7 +126,8 @@ def _rounded(values: Array, dtype: str) -> Array:
     """float32 `values`, finite, as they are after they have been of type `dtype`. Rounds to the nearest even."""
     if dtype == "BF16":
         bits = values.view("<u4").astype("<u8")
-        return ((bits + 0x7FFF + ((bits >> 16) & 1) >> 16) << 16).astype("<u4").view("<f4")
+        rounded: Array = ((bits + 0x7FFF + ((bits >> 16) & 1) >> 16) << 16).astype("<u4").view("<f4")
+        return rounded
     with np.errstate(over="ignore"):
         return values.astype(NUMPY_TYPES[dtype]).astype("<f4")
 

@@ -21,6 +21,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.lora.layers.base import BaseLayerWithLoRA
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
 from vllm.lora.model_manager import (
     DEFAULT_LANGUAGE_WRAPPER_KEY,
     AdapterLRUCache,
@@ -29,7 +30,9 @@ from vllm.lora.model_manager import (
 )
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+from vllm.model_executor import models
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.plugins import DEFAULT_PLUGINS_GROUP
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core import kv_cache_utils
@@ -58,6 +61,7 @@ from preft.core.settings import load_settings
 from preft.engine import plugin
 from preft.engine.cpu_worker import HandoverCPUModelRunner, PreftCPUWorker
 from preft.engine.gpu_worker import HandoverGPUModelRunner, PreftGPUWorker
+from preft.engine.head import HeadLayer
 from preft.engine.lora import GroupedLoRAModelManager, GroupedPunicaWrapper, GroupedWorkerLoRAManager
 from preft.engine.plain_engine import plain_args
 from preft.engine.reft import DECODER_LAYERS, ReftLayer
@@ -136,6 +140,17 @@ def test_lora_models_are_made_where_we_make_ours() -> None:
     )
     assert in_order(LoRAModelRunnerMixin.load_lora_model, "self.lora_manager =", "create_lora_manager(")
     assert in_order(LoRAModelRunnerMixin.load_lora_model, "LRUCacheWorkerLoRAManager(", "model.embedding_modules")
+
+
+def test_logits_are_made_where_the_output_layer_s_lora_acts() -> None:
+    """On the rows of `LoRAMapping.prompt_mapping`, before they are capped and scaled."""
+    assert in_order(LogitsProcessor.forward, "self._get_logits(", "self.soft_cap", "self.scale")
+    assert parameters(LogitsProcessor._get_logits)[:2] == ["hidden_states", "lm_head"]
+    assert "type(self.base_layer).forward(self, " in inspect.getsource(LogitsProcessorWithLoRA.forward)
+    assert "_get_logits" in overridden(HeadLayer, LogitsProcessorWithLoRA)
+    for model in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"):
+        source = (Path(models.__path__[0]) / f"{model}.py").read_text()
+        assert "self.logits_processor(" in source or "ForCausalLM(LlamaForCausalLM" in source
 
 
 # Workers

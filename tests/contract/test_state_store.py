@@ -64,7 +64,7 @@ def a_worker(worker_id: str = "decode-0", **changes: object) -> Worker:
 
 
 def an_adapter(name: str = "ada", digest: str = "d1") -> Adapter:
-    return Adapter(name, digest, "/home/ada", 8, created=5.5)
+    return Adapter(name, digest, "/home/ada", 8, created=5.5, warnings=("it is old", "it is slow"))
 
 
 async def adapters_of(store: StateStore) -> list[Adapter]:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 
 from preft.adapters.base_model import BaseModel, read_base_model
 from preft.adapters.folder import check_adapter
 from preft.adapters.peft_config import LORA_GA_WARNING
 from preft.adapters.sources import open_source
+from preft.adapters.tensor_file import read_entries
 from preft.core.errors import InvalidAdapter
 from support.lora_folders import HIDDEN, KV, PREFIX, VOCAB, lora_config, lora_tensors, write_base, write_lora
 
@@ -417,15 +420,22 @@ def test_tensors_of_two_adapters_are_refused(tmp_path: Path, base: BaseModel) ->
         check(write_lora(tmp_path / "a", tensors=tensors), base)
 
 
-def test_a_folder_that_peft_saved_passes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("targets", ["all-linear", ["v_proj", "lm_head"]], ids=str)
+def test_a_folder_that_peft_saved_passes(tmp_path: Path, targets: Any, tied: bool) -> None:
+    """In the type that it was trained in, with what PEFT saves beside a LoRA on the output layer."""
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
     small = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    config = transformers.Qwen2Config(**small, num_attention_heads=2, num_key_value_heads=1)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": tied}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.Qwen2Config(**small, **heads))
     model.save_pretrained(str(tmp_path / "base"))
-    lora = peft.LoraConfig(r=4, target_modules="all-linear", rank_pattern={"v_proj": 2}, task_type="CAUSAL_LM")
-    peft.get_peft_model(model, lora).save_pretrained(str(tmp_path / "a"))
+    lora = peft.LoraConfig(r=4, target_modules=targets, rank_pattern={"v_proj": 2}, task_type="CAUSAL_LM")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about merging, and about what is saved beside the LoRA
+        peft.get_peft_model(model.to(torch.bfloat16), lora).save_pretrained(str(tmp_path / "a"))
     written = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert written["rank_pattern"] == {"v_proj": 2}
     assert check(tmp_path / "a", read_base_model(tmp_path / "base")) == 4
+    copies = [name for name in read_entries(tmp_path / "a" / "adapter_model.safetensors") if "base_layer" in name]
+    assert len(copies) == (targets != "all-linear")

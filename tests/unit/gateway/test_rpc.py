@@ -231,6 +231,7 @@ async def test_adapters(served):
     entry = served.deps.catalog.get("bob")
     assert (added.name, added.digest, added.source) == ("bob", entry.digest, "s3://adapters/bob")
     assert (added.size, added.version, added.pinned) == (entry.size, 1, False)
+    assert tuple(added.warnings) == entry.warnings == ("it is fake",)
     assert await rpc.Get(adapters_pb2.GetAdapterRequest(name="bob")) == added
     replaced = await rpc.Add(adapters_pb2.AddAdapterRequest(name="bob", source="/other", replace=True))
     assert (replaced.version, replaced.source) == (2, "/other")

@@ -24,15 +24,17 @@ Selection = str | tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """`layers` are the numbers of the layers that are adapted, None: all; `layer_lists` the names of the lists that
-    they count in, none: any."""
+    """The fields of the configuration that choose modules.
+
+    `layers` are the numbers of the layers that are adapted, None: all; `layer_lists` the names of the module lists that
+    these numbers count in, none: any. `ties` is whether a tied embedding is adapted with the output layer.
+    """
 
     targets: Selection
     excluded: Selection
     layers: frozenset[int] | None
     layer_lists: tuple[str, ...]
     ties: bool
-    """Whether a tied embedding is adapted with the output layer."""
 
     def chosen(self, spellings: Mapping[str, Collection[str]], match: Match) -> set[str]:
         """Those modules that are adapted, of which `spellings` has all names."""

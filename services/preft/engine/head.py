@@ -1,7 +1,8 @@
-"""LoRA on the output layer inside vLLM. It acts on the rows of a prompt's last token: those are the only logits made.
+"""LoRA on the output layer inside vLLM. It acts on one row of a request: the logits of its first output token.
 
-Extension point used: `LogitsProcessorWithLoRA`, whose stacks are made here, as vLLM refuses vocabularies above 258,048.
-Of embedding and output layer that are one weight, the output layer alone is changed, as in PEFT.
+Which rows these are is the punica wrapper's to know. Extension point used: `LogitsProcessorWithLoRA`, with stacks of
+our own, because vLLM refuses vocabularies above 258,048. Of an embedding and an output layer that are tied, the
+output layer alone is changed, as in PEFT.
 """
 
 from __future__ import annotations

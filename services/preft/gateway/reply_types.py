@@ -160,6 +160,7 @@ class AdapterReply(TypedDict):
     prefill_only: bool
     pinned: bool
     created: int
+    warnings: list[str]
 
 
 @_strict

@@ -158,8 +158,8 @@ async def test_what_a_folder_says_of_text_is_warned_of(
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     assert (await catalog.add("ada", str(folder))).warnings == (OTHER_TEMPLATE,)
     assert f"adapter 'ada': {OTHER_TEMPLATE}" in caplog.text
-    (folder / "chat_template.jinja").unlink()
-    assert (await catalog.add("ada", str(folder))).warnings == ()
+    plain = write_lora(tmp_path / "bob", lora_config(prefill_only=True))
+    assert (await catalog.add("bob", str(plain))).warnings == ()
 
 
 async def test_equal_content_is_one_version(catalog: Catalog, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from preft.cluster.secret import stored_secret
 from preft.core.errors import PreftError
 from preft.core.request import AdapterRef
 from preft.rpc.secret import ClusterSecret
+from preft_loadgen.child import bound
 from preft_loadgen.http_stream import HttpClient
 from preft_loadgen.plain import PlainEngine, plain_engine
 from preft_loadgen.served import ServeFailed, served
@@ -89,10 +90,12 @@ async def bench_rig(folder: Path, say: Callable[[str], None], *, multi_lora: boo
 def _make_model(folder: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "preft.engine.bench_model", str(folder)]
     ran = subprocess.run(
-        [
-            *(*command, "--loras", str(LORAS), "--lora-rank", str(LORA_RANK)),
-            *("--refts", str(REFTS), "--reft-rank", str(REFT_RANK)),
-        ],
+        bound(
+            [
+                *(*command, "--loras", str(LORAS), "--lora-rank", str(LORA_RANK)),
+                *("--refts", str(REFTS), "--reft-rank", str(REFT_RANK)),
+            ]
+        ),
         capture_output=True,
         text=True,
         check=False,

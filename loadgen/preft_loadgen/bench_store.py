@@ -25,6 +25,7 @@ from typing import Any
 
 from preft.core.errors import PreftError
 from preft.core.settings import MiB
+from preft_loadgen.child import bound
 from preft_loadgen.comparison import Comparison, comparison_table, take_turns
 from preft_loadgen.driver import Record, closed_loop, completions, open_loop
 from preft_loadgen.http_stream import HttpClient
@@ -158,7 +159,7 @@ def _make(folder: Path, slow: Sequence[str]) -> list[str]:
     for part, count, seed in (("", LORAS, 0), ("slow", len(slow), LORAS)):
         command = [sys.executable, "-m", "preft.engine.bench_model", str(folder / part), "--lora-rank", str(RANK)]
         counts = ["--loras", str(count), "--refts", "0", "--seed", str(seed)]
-        subprocess.run([*command, *counts], check=True, capture_output=True)
+        subprocess.run(bound([*command, *counts]), check=True, capture_output=True)
     for made, name in zip(sorted((folder / "slow" / "adapters").iterdir()), slow, strict=True):
         made.rename(made.with_name(name))
     return [path.name for path in sorted((folder / "adapters").iterdir())]

@@ -31,6 +31,7 @@ from preft.transfer.handles import HandleTable
 from preft.transfer.port import KvHeader, checksum_of, hash_prompt
 from preft.transfer.receive import KvReceiver
 from preft.transfer.staging import StagingArena, span_of
+from preft_loadgen.child import bound
 
 MiB = 1 << 20
 RUNS: Mapping[int, int] = MappingProxyType({16 * MiB: 45, 128 * MiB: 15})  # per size in bytes; the median counts
@@ -105,7 +106,7 @@ def _receiver(kind: str, capacity: int) -> Iterator[int]:
     command = [sys.executable, "-m", "preft_loadgen.bench_transfer", "--receive", kind, "--capacity", str(capacity)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # works without being installed
     with subprocess.Popen(
-        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        bound(command), env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
         try:

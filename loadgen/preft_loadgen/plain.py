@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from preft.core.errors import PreftError
+from preft_loadgen.child import bound
 
 COMMAND = (sys.executable, "-m", "preft.engine.plain_engine")
 TAIL_CHARACTERS = 4000
@@ -83,7 +84,7 @@ async def plain_engine(
     """
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(
-            *(*command, "--settings", str(settings), *(["--lora"] if lora else [])),
+            *bound([*command, "--settings", str(settings), *(["--lora"] if lora else [])]),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=output,

@@ -1,4 +1,7 @@
-"""A `preft serve` of one's own: started as a subprocess, ended by SIGINT, and seen to be gone. Linux only."""
+"""A `preft serve` of one's own: started as a subprocess, ended with its owner however that ends, and seen to be gone.
+
+Linux only.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from preft.core.errors import PreftError
+from preft_loadgen.child import bound
 
 READY = re.compile(r"PreFT Serve is ready on (http://\S+)")
 STOP_SECONDS = 60.0
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 TAIL_LINES = 40
 
 
@@ -39,7 +44,7 @@ class Served:
 
     def workers(self) -> list[dict[str, Any]]:
         """The workers as `preft status --json` lists them. Raises ServeFailed."""
-        command = [sys.executable, "-m", "preft.cli", "status", "--json", "--state-dir", str(self.state_dir)]
+        command = [sys.executable, "-m", "preft.cli", "status", "--json", "--url", self.url]
         ran = subprocess.run(command, capture_output=True, text=True, check=False)
         if ran.returncode != 0:
             raise ServeFailed(f"preft status failed: {ran.stderr.strip()}")
@@ -49,9 +54,16 @@ class Served:
 
 @contextmanager
 def served(
-    arguments: Sequence[str], *, state_dir: Path, log: Path, ready_seconds: float = 300.0, command: Sequence[str] = ()
+    arguments: Sequence[str],
+    *,
+    state_dir: Path,
+    log: Path,
+    ready_seconds: float = 300.0,
+    command: Sequence[str] = (),
+    stop_signal: signal.Signals = signal.SIGINT,
 ) -> Iterator[Served]:
-    """Runs `preft serve` with `arguments` on a free port until the context is left. Its output goes to the file `log`.
+    """Runs `preft serve` with `arguments` on a free port until the context is left, which sends it
+    `stop_signal`. Its output goes to the file `log`.
 
     Every process that it starts, Ray's included, inherits a mark in its environment, by which leftovers are found; they
     are killed, and ServeFailed is raised. `command` replaces `preft serve` in tests. Raises ServeFailed as well if the
@@ -61,41 +73,52 @@ def served(
     name, _, value = mark.partition("=")
     base = command or (sys.executable, "-m", "preft.cli", "serve")
     started = time.monotonic()
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [*base, *arguments, "--port", "0", "--state-dir", str(state_dir)],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, name: value, "PYTHONUNBUFFERED": "1"},
-            start_new_session=True,  # a Ctrl-C at the terminal reaches us alone, and we end the server in order
-        )
-    with _ended_by_sigterm():
+    with _signals_end_it() as signalled:
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                bound([*base, *arguments, "--port", "0", "--state-dir", str(state_dir)]),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, name: value, "PYTHONUNBUFFERED": "1"},
+                start_new_session=True,  # a Ctrl-C at the terminal reaches us alone, and we end the server in order
+            )
         try:
             url = _wait_until_ready(process, log, started + ready_seconds)
             yield Served(url, state_dir, time.monotonic() - started)
         except BaseException:
+            signalled.set()
             with contextlib.suppress(ServeFailed):
-                _stop(process, mark, log)
+                _stop(process, mark, log, stop_signal)
             raise
-        _stop(process, mark, log)
+        signalled.set()
+        _stop(process, mark, log, stop_signal)
 
 
 @contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM, which would leave the server behind, becomes SystemExit. Changes nothing outside the main thread."""
+def _signals_end_it() -> Iterator[threading.Event]:
+    """A first SIGINT, SIGTERM or SIGHUP becomes SystemExit, and sets the event. While it is set, signals do nothing.
+
+    Signals come in twos: `timeout` sends one to its whole process group, and `make` hands its own on. The second one
+    must not end what the first one has begun. Changes nothing outside the main thread.
+    """
+    signalled = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield signalled
         return
 
     def leave(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
+        if not signalled.is_set():
+            signalled.set()
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, leave)
+    wanted = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, leave) for number in wanted}
     try:
-        yield
+        yield signalled
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def marked_processes(mark: str) -> list[int]:
@@ -119,18 +142,18 @@ def _wait_until_ready(process: subprocess.Popen[bytes], log: Path, deadline: flo
         time.sleep(0.2)
 
 
-def _stop(process: subprocess.Popen[bytes], mark: str, log: Path) -> None:
+def _stop(process: subprocess.Popen[bytes], mark: str, log: Path, stop_signal: signal.Signals) -> None:
     """Ends the server and waits until all that it started is gone. Raises ServeFailed if that took force."""
     problem = ""
     if process.poll() is not None:
         problem = f"preft serve had ended with status {process.returncode}"
     else:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(stop_signal)
         try:
             if process.wait(STOP_SECONDS) != 0:
-                problem = f"preft serve ended with status {process.returncode} after SIGINT"
+                problem = f"preft serve ended with status {process.returncode} after {stop_signal.name}"
         except subprocess.TimeoutExpired:
-            problem = f"preft serve didn't end within {STOP_SECONDS:g} s after SIGINT"
+            problem = f"preft serve didn't end within {STOP_SECONDS:g} s after {stop_signal.name}"
     left = _remaining(mark, STOP_SECONDS / 4)
     for pid in left:
         with contextlib.suppress(ProcessLookupError):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
+import re
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +17,8 @@ from typing import Any
 import httpx
 import pytest
 
+from preft.core.cluster import Worker
+from preft.state import open_store
 from preft_loadgen.served import Served, ServeFailed, served
 from support.http import Ask, complete_all
 from support.models import make_lora, make_model
@@ -45,15 +50,72 @@ def colocated(folders: tuple[Path, Path]) -> Iterator[Served]:
 
 
 def serve(folders: tuple[Path, Path], *more: str) -> Iterator[Served]:
-    """Leaving it fails if the server doesn't end by SIGINT with status 0, or leaves a process behind."""
+    """Leaving it sends SIGTERM while streams run.
+
+    That fails if a stream is cut, if the server doesn't end with status 0, or if it leaves a process, a registered
+    worker or a file in /dev/shm behind.
+    """
     model, adapter = folders
     root = model.parent
     (root / "settings.yaml").write_text(SETTINGS)
     arguments = ["--model", str(model), "--adapter", f"erin={adapter}", "--served-model-name", "base"]
     arguments += ["--config", str(root / "settings.yaml"), "--dtype", "float32", *more]
     name = "".join(["serve", *more])
-    with served(arguments, state_dir=root / name, log=root / f"{name}.log") as running:
+    state_dir = root / name
+    with served(arguments, state_dir=state_dir, log=root / f"{name}.log", stop_signal=signal.SIGTERM) as running:
         yield running
+        files = shared_memory(running)
+        streams = [Stream(running.url, model) for model in ("base", "erin") for _ in range(5)]
+        for stream in streams:
+            stream.begun.wait(60)
+    for stream in streams:
+        stream.thread.join(60)
+        assert stream.lines[-1] == "[DONE]"
+        assert json.loads(stream.lines[-2])["choices"][0]["finish_reason"] == "length"
+        assert sum(len(json.loads(line)["choices"][0]["token_ids"]) for line in stream.lines[:-1]) == Stream.TOKENS
+    assert not [file for file in files if file.exists()]
+    assert asyncio.run(remembered_workers(state_dir)) == []
+
+
+class Stream:
+    """A completion that is streamed to a thread."""
+
+    TOKENS = 400
+
+    def __init__(self, url: str, model: str) -> None:
+        self.begun = threading.Event()
+        self.lines: list[str] = []
+        self.thread = threading.Thread(target=self._read, args=(url, model), daemon=True)
+        self.thread.start()
+
+    def _read(self, url: str, model: str) -> None:
+        body = {"model": model, "prompt": [5] * 40, "max_tokens": self.TOKENS, "ignore_eos": True}
+        body |= {"stream": True, "return_token_ids": True}
+        with (
+            httpx.Client(timeout=120) as client,
+            client.stream("POST", f"{url}/v1/completions", json=body) as response,
+        ):
+            for line in response.iter_lines():
+                if line.startswith("data: "):
+                    self.lines.append(line[6:])
+                    self.begun.set()
+
+
+def shared_memory(server: Served) -> set[Path]:
+    """The files in /dev/shm that the server's processes have open."""
+    found = set()
+    for worker in server.workers():
+        for pid in (worker["pid"], *worker["engine_pids"]):
+            found |= set(re.findall(r"/dev/shm/\S+", Path(f"/proc/{pid}/maps").read_text()))
+    return {Path(name) for name in found}
+
+
+async def remembered_workers(state_dir: Path) -> list[Worker]:
+    store = open_store(state_dir / "state.sqlite")
+    try:
+        return await store.workers()
+    finally:
+        await store.close()
 
 
 @pytest.fixture(scope="module")

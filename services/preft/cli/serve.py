@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("name the base model's folder with --model DIR, or a file with all settings with --config F")
     settings = load_settings(args.config, overrides)
 
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else gRPC prints; it reads this when it is imported
     from preft.cluster.serve import serve
 
     serve(settings)

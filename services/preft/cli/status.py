@@ -1,4 +1,4 @@
-"""`preft status`: the workers of a cluster on this machine, as its state store remembers them."""
+"""`preft status`: the workers of a cluster, as its server sees them, or as a state folder remembers them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import argparse
 import asyncio
 import json
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from preft.cli.server import Server, add_url
 from preft.cli.table import table
-from preft.core.cluster import Worker, WorkerState
-from preft.core.errors import Unavailable
+from preft.core.cluster import Worker, WorkerState, worker_row
+from preft.core.errors import PreftError, Unavailable
 
 STATE_FILE = "state.sqlite"  # in the cluster's state_dir
 COLUMNS = ("id", "role", "state", "pid", "engine pids", "address", "running", "free KV blocks", "seen")
@@ -22,30 +22,47 @@ def add_parser(commands: Any) -> None:
     """Adds `status` to the subcommands."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "status",
-        help="list the workers of a cluster on this machine",
-        description="A worker that hasn't been heard of for the router's time limit is shown as dead, one that starts "
-        "after an hour.",
+        help="list the workers of a cluster",
+        description="Asks the server at --url. With --state-dir no server is asked: the list is what the clusters that "
+        "use this folder have written down. There a worker that was silent for the router's time limit is shown as "
+        "dead, a worker that starts after an hour.",
     )
-    parser.add_argument("--state-dir", metavar="DIR", type=Path, help="as given to preft serve (default: ~/.preft)")
+    add_url(parser)
+    parser.add_argument(
+        "--state-dir", metavar="DIR", type=Path, help="read this folder instead, as given to preft serve"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints all workers. Raises Unavailable if there is no state to read."""
-    from preft.core.settings import RouterSettings, Settings
-    from preft.state import GONE_SECONDS
-
-    folder: Path = args.state_dir or Settings.model_fields["state_dir"].default
-    workers = asyncio.run(_workers(folder.expanduser().absolute()))
-    now, limit = time.time(), RouterSettings().worker_timeout
-    # An engine that loads has no time to say so.
-    rows = [_row(worker, now, GONE_SECONDS if worker.state is WorkerState.STARTING else limit) for worker in workers]
+    """Prints all workers. Raises Unavailable if no server answers, or there is no state to read."""
+    rows = _asked(args.url) if args.state_dir is None else _remembered(args.state_dir.expanduser().absolute())
     if args.json:
         print(json.dumps({"workers": rows}))
     else:
         print(table([COLUMNS, *map(_cells, rows)]) if rows else "no workers")
     return 0
+
+
+def _asked(url: str) -> list[dict[str, Any]]:
+    answer = Server(url).call("GET", "/v1/workers")
+    if not isinstance(answer, dict) or not isinstance(answer.get("workers"), list):
+        raise PreftError(f"{url}/v1/workers didn't answer with workers: is this a PreFT server?")
+    rows: list[dict[str, Any]] = answer["workers"]
+    return rows
+
+
+def _remembered(state_dir: Path) -> list[dict[str, Any]]:
+    from preft.core.settings import RouterSettings
+    from preft.state import GONE_SECONDS
+
+    now, limit = time.time(), RouterSettings().worker_timeout
+    # An engine that loads has no time to say so.
+    return [
+        _row(worker, now, GONE_SECONDS if worker.state is WorkerState.STARTING else limit)
+        for worker in asyncio.run(_workers(state_dir))
+    ]
 
 
 async def _workers(state_dir: Path) -> list[Worker]:
@@ -63,11 +80,9 @@ async def _workers(state_dir: Path) -> list[Worker]:
 
 def _row(worker: Worker, now: float, limit: float) -> dict[str, Any]:
     """One worker as JSON, with the state it is really in: a process that was killed can't say so itself."""
-    silent = now - worker.heartbeat
-    row = asdict(worker)
-    if silent > limit:
+    row = worker_row(worker, now)
+    if now - worker.heartbeat > limit:
         row["state"] = WorkerState.DEAD
-    row["seconds_since_heartbeat"] = round(silent, 1)
     return row
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import socket
 from collections.abc import AsyncIterator, Iterator
@@ -25,6 +26,7 @@ from preft.core.ports import StateStore
 from preft.core.settings import Settings, host_and_port
 from preft.gateway.app import create_app
 from preft.gateway.deps import GatewayDeps
+from preft.gateway.drain import Drain
 from preft.gateway.http_errors import error_code, plain_error
 from preft.gateway.rpc_server import serve_grpc
 from preft.gateway.tokenizer import Tokenizer
@@ -32,7 +34,7 @@ from preft.router.router import Router
 
 logger = logging.getLogger(__name__)
 
-SHUTDOWN_SECONDS = 5  # how long running requests may go on after a stop was asked for
+SHUTDOWN_SECONDS = 5  # for the last bytes of replies, once no request runs any more
 KEEP_ALIVE_SECONDS = 75  # longer than clients pool idle connections: a request mustn't meet its connection's end
 MAX_HEADER_BYTES = 64 << 10  # request line and headers together; what comes in one read is let through
 
@@ -46,6 +48,26 @@ class RunningGateway:
     task: asyncio.Task[None]
     router: Router
     catalog: Catalog
+    requests: Drain
+    is_chat: bool  # whether the model has a chat template
+
+    async def drain(self, seconds: float, at_once: asyncio.Event) -> None:
+        """Refuses new requests, lets running ones finish for `seconds` or until `at_once`, and ends the HTTP server.
+
+        Requests that still run then end with an error. Returns early if the HTTP server has died.
+        """
+        self.requests.begin()
+        idle = asyncio.create_task(self.requests.wait_idle())
+        hurry = asyncio.create_task(at_once.wait())
+        try:
+            await asyncio.wait({idle, hurry, self.task}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            self.requests.interrupt()
+            await asyncio.wait({idle, self.task}, timeout=SHUTDOWN_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            idle.cancel()
+            hurry.cancel()
+        self.server.should_exit = True
+        await self.task
 
 
 @asynccontextmanager
@@ -70,6 +92,7 @@ async def run_gateway(
         upload_folder=uploads_folder(settings),
         allowed_hosts=(settings.host, listener.getsockname()[0], *settings.allowed_hosts),
         allowed_origins=tuple(settings.allowed_origins),
+        roles=settings.roles,
     )
     config = uvicorn.Config(
         create_app(deps),
@@ -91,7 +114,7 @@ async def run_gateway(
         task = asyncio.create_task(server.serve(sockets=[listener]), name="http")
         address = host_and_port(*listener.getsockname()[:2])
         try:
-            yield RunningGateway(address, server, task, router, catalog)
+            yield RunningGateway(address, server, task, router, catalog, deps.drain, tokenizer.chat_prompt is not None)
         finally:
             server.should_exit = True
             await task
@@ -144,9 +167,12 @@ def _listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-    except OSError as error:
+    except (OSError, ValueError, TypeError) as error:  # the latter two: not even a name
         listener.close()
+        is_about_port = isinstance(error, OSError) and error.errno in (errno.EADDRINUSE, errno.EACCES)
+        name = "port" if is_about_port else "host"
+        reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(
-            f"port: can't listen on {host_and_port(host, port)}: {error.strerror}; choose another with --port"
+            f"{name}: can't listen on {host_and_port(host, port)}: {reason}; choose another with --{name}"
         ) from error
     return listener

@@ -50,18 +50,28 @@ def with_model_length(settings: Settings) -> Settings:
 
     Every engine and the gateway then use the same figure. Raises ConfigError if the model can't do that length.
     """
-    config = json.loads(_config_bytes(settings.model))
-    config = {**config, **(config.get("text_config") or {})}
-    own = config.get("max_position_embeddings")
-    if isinstance(own, int) and "gemma3" not in config.get("model_type", ""):  # whose figure is scaled already
-        own = int(own * _stretch(config.get("rope_parameters") or config.get("rope_scaling") or {}))
+    try:
+        own = _own_length(json.loads(_config_bytes(settings.model)))
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise ConfigError(f"model: {settings.model}/config.json has a value of a wrong kind: {error}") from error
     if settings.max_model_len is not None:
-        if isinstance(own, int) and settings.max_model_len > own:
+        if own is not None and settings.max_model_len > own:
             raise ConfigError(f"max_model_len: {settings.max_model_len} is more than the model's {own} positions")
         return settings
-    if not isinstance(own, int):
+    if own is None:
         raise ConfigError(f"max_model_len: {settings.model}/config.json doesn't say it; set it")
     return settings.model_copy(update={"max_model_len": own})
+
+
+def _own_length(config: dict[str, Any]) -> int | None:
+    """The model's own length in tokens; None if its configuration doesn't say it."""
+    config = {**config, **(config.get("text_config") or {})}
+    own = config.get("max_position_embeddings")
+    if not isinstance(own, int) or own < 1:
+        return None
+    if "gemma3" in config.get("model_type", ""):  # its figure is scaled already
+        return own
+    return int(own * _stretch(config.get("rope_parameters") or config.get("rope_scaling") or {}))
 
 
 def _stretch(rope: dict[str, Any]) -> float:
@@ -76,7 +86,10 @@ def _config_bytes(folder: Path) -> bytes:
         if not isinstance(json.loads(content), dict):
             raise ConfigError(f"model: {folder}/config.json is not a JSON object")
     except OSError as error:
-        raise ConfigError(f"model: {folder} is not a model folder: config.json: {error.strerror}") from error
+        raise ConfigError(
+            f"model: {folder} is not a model folder: config.json: {error.strerror}; name a folder that holds "
+            "config.json, weights and tokenizer.json (a model from a hub must be downloaded first)"
+        ) from error
     except ValueError as error:
         raise ConfigError(f"model: {folder}/config.json is not JSON") from error
     return content

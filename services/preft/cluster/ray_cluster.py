@@ -3,26 +3,33 @@
 The only module that imports ray.
 
 An actor is a process that runs one `WorkerServer` in a thread with its own event loop. When the engine dies the actor's
-process ends too, so that Ray starts both anew.
+process ends too, so that Ray starts both anew. What Ray and the workers print goes to files.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import getpass
 import logging
 import os
+import shutil
+import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ray
 from pydantic import SecretStr
 
+from preft.cluster.logs import cause_in, output_to
+from preft.cluster.ray_folder import new_ray_folder
 from preft.cluster.secret import read_secret
 from preft.cluster.worker import run_worker
 from preft.core.cluster import Role
+from preft.core.errors import ConfigError
 from preft.core.settings import Settings
 from preft.state import open_store
 
@@ -32,13 +39,28 @@ LOCAL_NODE_IP = "127.0.0.2"  # Ray replaces 127.0.0.1 by the machine's outside a
 START_ATTEMPTS = 3
 REPLY_SECONDS = 1.0  # for an actor that failed to say so before it ends
 CHECK_SECONDS = 5.0
+RAY_WAITS = {"RAY_gcs_server_port_wait_time_s": "120", "RAY_raylet_start_wait_time_s": "120"}  # on a busy machine
 OBJECT_STORE_BYTES = 80 << 20  # Ray's minimum: no tensor goes through it
 
 
 class WorkerActor:
     """One worker under Ray. The constructor starts it, so that a restarted actor is a restarted worker."""
 
-    def __init__(self, settings_json: str, secret: str, role: str, worker_id: str, host: str, store_url: str) -> None:
+    def __init__(
+        self,
+        settings_json: str,
+        secret: str,
+        role: str,
+        worker_id: str,
+        host: str,
+        store_url: str,
+        log: str,
+        folder: str,
+    ) -> None:
+        output_to(Path(log))
+        if folder:
+            _use_folder(folder)
+        self._log = Path(log)
         self._decided = threading.Event()  # whether it starts or not
         self._failure: str | None = None
         host = host or ray.util.get_node_ip_address()
@@ -60,7 +82,7 @@ class WorkerActor:
         except BaseException as error:
             logger.exception("worker %s ends", worker_id)
             if not self._decided.is_set():
-                self._failure = f"{type(error).__name__}: {error}"
+                self._failure = cause_in(self._log) or f"{type(error).__name__}: {error}"
                 self._decided.set()
                 time.sleep(REPLY_SECONDS)
         os._exit(1)
@@ -71,46 +93,78 @@ class WorkerActor:
         return self._failure
 
 
+def _use_folder(folder: str) -> None:
+    """Makes `folder` the place of this process's temporary files and sockets. Compiled code stays where it was."""
+    compiled = os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")  # PyTorch's own choice
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", compiled)
+    os.environ["TMPDIR"] = tempfile.tempdir = folder
+
+
 class RayCluster:
     """All workers of one cluster."""
 
-    def __init__(self, settings: Settings, cluster_id: str, store_path: Path) -> None:
+    def __init__(self, settings: Settings, cluster_id: str, store_path: Path, logs: Path) -> None:
         self._settings = settings
-        self._cluster_id = cluster_id
+        self._prefix = f"{cluster_id}-"
         self._store_url = str(store_path)
-        self._actors: list[Any] = []
+        self._logs = logs
+        self._folder: Path | None = None
+        self._actors: dict[str, Any] = {}  # by worker id
 
     def start(self) -> None:
-        """Starts Ray (or joins it) and all workers; returns while their engines still load."""
+        """Starts Ray (or joins it) and all workers; returns while their engines still load. Raises ConfigError."""
+        ray_logger = logging.getLogger("ray")
+        ray_logger.handlers.clear()  # which print
+        ray_logger.propagate = True
         address, secret = self._settings.ray_address, read_secret(self._settings)
         local = address is None
-        if local:
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                _node_ip_address=LOCAL_NODE_IP,
-                object_store_memory=OBJECT_STORE_BYTES,
-                _system_config={"worker_niceness": 0},  # Ray's 15 starves engines beside anything else that runs
-                log_to_driver=True,
-                configure_logging=False,
-            )
-        else:
-            ray.init(address=address, log_to_driver=True, configure_logging=False)
+        try:
+            if local:
+                self._folder = new_ray_folder()
+                for name, seconds in RAY_WAITS.items():
+                    os.environ.setdefault(name, seconds)
+                ray.init(
+                    address="local",
+                    include_dashboard=False,
+                    _node_ip_address=LOCAL_NODE_IP,
+                    _temp_dir=str(self._folder),
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    _system_config={"worker_niceness": 0},  # Ray's 15 starves engines beside anything else that runs
+                    log_to_driver=False,
+                    configure_logging=False,
+                )
+            else:
+                ray.init(address=address, log_to_driver=False, configure_logging=False)
+        except (OSError, RuntimeError, ValueError) as error:
+            name = "Ray" if local else f"ray_address: Ray at {address}"
+            raise ConfigError(f"{name} can't be {'started' if local else 'joined'}: {error}") from error
         for role in self._settings.roles:
             own = self._settings.engine(role)
             actor = ray.remote(WorkerActor).options(
                 num_cpus=own.num_cpus, num_gpus=own.num_gpus, max_restarts=-1, max_concurrency=2
             )
             for number in range(own.replicas):
-                worker_id = f"{self._cluster_id}-{role.value}-{number}"
-                host = "127.0.0.1" if local else ""
-                self._actors.append(
-                    actor.remote(self._settings.model_dump_json(), secret, role.value, worker_id, host, self._store_url)
+                name = f"{role.value}-{number}"
+                self._actors[self._prefix + name] = actor.remote(
+                    self._settings.model_dump_json(),
+                    secret,
+                    role.value,
+                    self._prefix + name,
+                    "127.0.0.1" if local else "",
+                    self._store_url,
+                    str(self._log(name)),
+                    str(self._folder) if local else "",
                 )
 
-    async def wait_failed(self) -> str:
-        """Returns, with the reason, when a worker couldn't be started START_ATTEMPTS times in a row."""
-        watches = [asyncio.create_task(self._wait_failed(actor)) for actor in self._actors]
+    def _log(self, name: str) -> Path:
+        return self._logs / f"{name}.log"
+
+    async def wait_failed(self, tell: Callable[[str], None]) -> str:
+        """Returns, with the reason, when a worker couldn't be started START_ATTEMPTS times in a row.
+
+        Each time is told.
+        """
+        watches = [asyncio.create_task(self._wait_failed(key, actor, tell)) for key, actor in self._actors.items()]
         try:
             done, _ = await asyncio.wait(watches, return_when=asyncio.FIRST_COMPLETED)
             return done.pop().result()
@@ -118,21 +172,30 @@ class RayCluster:
             for watch in watches:
                 watch.cancel()
 
-    async def _wait_failed(self, actor: Any) -> str:
-        failures: list[str] = []
-        while len(failures) < START_ATTEMPTS:
+    async def _wait_failed(self, worker_id: str, actor: Any, tell: Callable[[str], None]) -> str:
+        name = worker_id.removeprefix(self._prefix)
+        failures = 0
+        while True:
             try:
                 failure = await actor.wait_started.remote()
             except ray.exceptions.RayError:  # it ended without a word, or Ray is about to start it again
                 failure = None
             else:
-                failures = [*failures, failure] if failure else []
+                failures = failures + 1 if failure else 0
+            if failure:
+                tell(f"  {name}: it couldn't be started ({failures} of {START_ATTEMPTS} attempts): {failure}")
+            if failures == START_ATTEMPTS:
+                return (
+                    f"the worker {name} couldn't be started, several times in a row: {failure}; "
+                    f"its log is {self._log(name)}"
+                )
             await asyncio.sleep(2 * REPLY_SECONDS if failure else CHECK_SECONDS)  # until Ray has seen its end
-        return failures[-1]
 
     def close(self) -> None:
         """Ends every worker and, if it is ours, Ray."""
-        for actor in self._actors:
+        for actor in self._actors.values():
             with contextlib.suppress(ray.exceptions.RayError):
                 ray.kill(actor)
         ray.shutdown()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)

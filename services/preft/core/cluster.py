@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from typing import Any
 
 
 class Role(StrEnum):
@@ -98,6 +99,11 @@ class Worker:
     adapter_slots: int = 0  # distinct adapters in one engine batch
     heartbeat: float = 0.0
     load: WorkerLoad = field(default_factory=WorkerLoad)
+
+
+def worker_row(worker: Worker, now: float) -> dict[str, Any]:
+    """A worker as `/v1/workers` and `preft status --json` show it. `now` in `time.time()` seconds."""
+    return {**asdict(worker), "seconds_since_heartbeat": round(max(0.0, now - worker.heartbeat), 1)}
 
 
 @dataclass(frozen=True, slots=True)

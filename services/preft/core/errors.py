@@ -9,6 +9,7 @@ PreftError
 ├── QueueFull             429  try again after `retry_after` seconds
 ├── DeadlineExceeded      504  the request's own time limit passed
 ├── Unavailable           503  no worker can take the request now
+│   ├── ShuttingDown      503  the server stops; try again after `retry_after` seconds
 │   ├── WorkerLost        503  a worker died or became unreachable during the request
 │   └── AdapterUnavailable 503 the content of an adapter that was added can't be had now
 ├── TransferFailed        502  the KV cache didn't arrive, or not as it was sent
@@ -66,6 +67,14 @@ class Unavailable(PreftError):
     """No worker can take the request at present."""
 
 
+class ShuttingDown(Unavailable):
+    """The server stops: it takes no new request, or has no time left for one. `retry_after` is in seconds."""
+
+    def __init__(self, message: str, retry_after: float = 5.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
 class WorkerLost(Unavailable):
     """A worker died or became unreachable while it held the request."""
 
@@ -117,6 +126,7 @@ ERROR_MAP: dict[type[PreftError], ErrorMapping] = {
     AdapterExists: ErrorMapping(409, "invalid_request_error", "adapter_exists", "ALREADY_EXISTS"),
     QueueFull: ErrorMapping(429, "rate_limit_error", "queue_full", "RESOURCE_EXHAUSTED"),
     DeadlineExceeded: ErrorMapping(504, "timeout_error", "deadline_exceeded", "DEADLINE_EXCEEDED"),
+    ShuttingDown: ErrorMapping(503, "service_unavailable_error", "shutting_down", "UNAVAILABLE"),
     WorkerLost: ErrorMapping(503, "service_unavailable_error", "worker_lost", "UNAVAILABLE"),
     AdapterUnavailable: ErrorMapping(503, "service_unavailable_error", "adapter_unavailable", "UNAVAILABLE"),
     Unavailable: ErrorMapping(503, "service_unavailable_error", "unavailable", "UNAVAILABLE"),

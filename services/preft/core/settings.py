@@ -90,6 +90,7 @@ class Settings(_Strict):
     max_model_len: Annotated[int, Field(ge=1)] | None = None  # None: the model's own
     block_size: Literal[16, 32, 64, 128] | None = None  # tokens per KV block; None: 32 on CPU (its smallest), 16 on GPU
     seed: int = 0
+    shutdown_timeout: Annotated[float, Field(ge=0, le=DAY)] = 20.0  # for running requests, once a stop was asked for
     state_dir: Path = Path("~/.preft")
     # Never written out with the other settings. None: `cluster.secret` makes one, in `state_dir`.
     cluster_secret: Annotated[SecretStr, Field(min_length=16)] | None = Field(default=None, exclude=True, repr=False)
@@ -200,8 +201,16 @@ def load_settings(config: Path | None = None, overrides: dict[str, Any] | None =
         return Settings.model_validate(merged)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "settings"
-        raise ConfigError(f"{key}: {first['msg']}") from error
+        problem = _PROBLEMS.get(first["type"], first["msg"].removeprefix("Value error, "))
+        raise ConfigError(": ".join(filter(None, [".".join(map(str, first["loc"])), problem]))) from error
+
+
+_PROBLEMS = {  # pydantic's kind of error -> words that a user of the settings file understands
+    "extra_forbidden": "there is no such setting",
+    "missing": "this setting must be given",
+    "model_type": "this is a group of settings: give a mapping, such as {replicas: 2}",
+    "model_attributes_type": "this is a group of settings: give a mapping, such as {replicas: 2}",
+}
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from preft.core.request import AdapterRef, FinishReason, Sampling, TokenDelta, T
 from preft.core.settings import GiB, PrefillSettings, Settings
 from preft.engine.numbers import ENVIRONMENT, NOT_FINITE
 from preft.engine.port import EngineInfo, EngineRequest, EngineStats, KvRegion, check_request
+from preft.engine.shared_memory import start_tracker
 from preft.transfer.connector import OUTPUT_SO_FAR
 from preft.transfer.staging import Region
 
@@ -178,6 +179,7 @@ class VllmEngine:
         os.environ.update(ENVIRONMENT)
         if current_platform.is_cpu():
             os.environ.setdefault("GOMP_SPINCOUNT", SPIN)
+        start_tracker()
         stats = EngineStats()
         args = dataclasses.replace(engine_args(settings, role, arena), **overrides)
         llm = await asyncio.to_thread(_start, args, stats)

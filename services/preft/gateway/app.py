@@ -7,6 +7,7 @@ from fastapi import FastAPI
 from preft import __version__
 from preft.gateway.browser_guard import BrowserGuard
 from preft.gateway.deps import GatewayDeps
+from preft.gateway.drain_http import DrainRequests
 from preft.gateway.http_errors import install_error_handlers
 from preft.gateway.http_methods import HeadAndSlashes
 from preft.gateway.metrics import CountResponses
@@ -25,6 +26,7 @@ def create_app(deps: GatewayDeps) -> FastAPI:
         app.include_router(routes(deps))
     app.include_router(docs_routes())
     install_error_handlers(app)
+    app.add_middleware(DrainRequests, drain=deps.drain)
     app.add_middleware(BrowserGuard, hosts=deps.allowed_hosts, origins=deps.allowed_origins)
     app.add_middleware(CountResponses, registry=deps.registry)
     app.add_middleware(HeadAndSlashes)

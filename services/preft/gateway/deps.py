@@ -9,9 +9,11 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
-from preft.core.cluster import Worker
+from preft.core.cluster import Role, Worker
 from preft.core.ports import AdapterCatalog, AdapterPlaces, Generator
+from preft.gateway.drain import Drain
 from preft.gateway.metrics import MeteredGenerator
+from preft.gateway.readiness import missing_workers
 from preft.gateway.tokenizer import Tokenizer
 from preft.gateway.worker_metrics import WorkerMetrics
 
@@ -42,8 +44,18 @@ class GatewayDeps:
     allowed_origins: tuple[str, ...] = ()
     places: AdapterPlaces | None = None
     workers: Callable[[], Iterable[Worker]] | None = None
+    roles: tuple[Role, ...] = (Role.PREFILL, Role.DECODE)  # of workers that must be ready
+    drain: Drain = field(default_factory=Drain)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "generator", MeteredGenerator(self.generator, self.registry))
         if self.workers is not None:
             WorkerMetrics(self.workers, self.registry)
+
+    def unready(self) -> str:
+        """Why requests wouldn't be served now; "" if they would."""
+        if self.drain.begun:
+            return "the server is shutting down"
+        if not self.generator.ready():
+            return missing_workers(self.workers() if self.workers is not None else (), self.roles)
+        return ""

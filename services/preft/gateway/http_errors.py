@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
-from preft.core.errors import InvalidRequest, PreftError, QueueFull, mapping_of, short
+from preft.core.errors import InvalidRequest, PreftError, QueueFull, ShuttingDown, mapping_of, short
 from preft.gateway.http_methods import methods_at, options_response
 
 CLIENT_GONE = 499  # for the metrics: nobody is there to read it
@@ -34,7 +34,9 @@ def error_body(error: BaseException) -> dict[str, Any]:
 def error_response(error: BaseException) -> JSONResponse:
     """The whole response: status, body, and Retry-After where trying again makes sense."""
     status = mapping_of(error).status if isinstance(error, PreftError) else 500
-    headers = {"retry-after": str(math.ceil(error.retry_after))} if isinstance(error, QueueFull) else None
+    headers = None
+    if isinstance(error, QueueFull | ShuttingDown):
+        headers = {"retry-after": str(math.ceil(error.retry_after))}
     return JSONResponse(error_body(error), status, headers)
 
 

@@ -36,7 +36,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self._deps = deps
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Any) -> None:
-        async with errors_reported(context):
+        async with errors_reported(context), self._deps.drain.running():
             large = request.ByteSize() > INLINE_BYTES
             body = await asyncio.to_thread(_checked, request) if large else _checked(request)
             job = await completion_job(body, self._deps, deadline=_deadline(request, context))

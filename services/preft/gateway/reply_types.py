@@ -5,7 +5,7 @@ Tokens are never sent through these: `reply` writes them as JSON by hand.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, NotRequired
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import ConfigDict, Field, with_config
 from typing_extensions import TypedDict
@@ -198,3 +198,22 @@ class AdapterList(TypedDict):
 @_strict
 class HealthReply(TypedDict):
     status: str
+
+
+@_strict
+class WorkerStage(TypedDict):
+    id: str
+    role: str
+    state: str
+
+
+@_strict
+class NotReadyReply(TypedDict):
+    status: str
+    reason: str
+    workers: list[WorkerStage]
+
+
+@_strict
+class WorkersReply(TypedDict):
+    workers: list[dict[str, Any]]

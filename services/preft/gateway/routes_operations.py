@@ -1,14 +1,18 @@
-"""For load balancers and Prometheus: /health, /ready, /metrics."""
+"""For load balancers, Prometheus and `preft status`: /health, /ready, /metrics, /v1/workers."""
 
 from __future__ import annotations
+
+import time
 
 from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
+from preft.core.cluster import worker_row
 from preft.gateway.deps import GatewayDeps
 from preft.gateway.openapi import answers
-from preft.gateway.reply_types import HealthReply
+from preft.gateway.readiness import worker_json
+from preft.gateway.reply_types import HealthReply, NotReadyReply, WorkersReply
 
 
 def operations_routes(deps: GatewayDeps) -> APIRouter:
@@ -19,12 +23,20 @@ def operations_routes(deps: GatewayDeps) -> APIRouter:
         """200 while this process answers."""
         return JSONResponse({"status": "alive"})
 
-    @router.get("/ready", responses={**answers(HealthReply), 503: {"model": HealthReply, "description": "Not ready"}})
+    @router.get("/ready", responses={**answers(HealthReply), 503: {"model": NotReadyReply, "description": "Not ready"}})
     async def ready() -> Response:
         """200 when a request would be served now, else 503."""
-        if deps.generator.ready():
+        if not (reason := deps.unready()):
             return JSONResponse({"status": "ready"})
-        return JSONResponse({"status": "not ready"}, 503)
+        workers = [worker_json(worker) for worker in (deps.workers() if deps.workers is not None else ())]
+        return JSONResponse({"status": "not ready", "reason": reason, "workers": workers}, 503)
+
+    @router.get("/v1/workers", responses=answers(WorkersReply))
+    async def workers() -> Response:
+        """The workers as the router sees them, with what they used at their last heartbeat."""
+        now = time.time()
+        rows = [worker_row(worker, now) for worker in (deps.workers() if deps.workers is not None else ())]
+        return JSONResponse({"workers": rows})
 
     @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:

@@ -19,9 +19,10 @@ class AdaptersService(adapters_pb2_grpc.AdaptersServicer):
 
     def __init__(self, deps: GatewayDeps) -> None:
         self._catalog = deps.catalog
+        self._drain = deps.drain
 
     async def Add(self, request: adapters_pb2.AddAdapterRequest, context: Any) -> adapters_pb2.Adapter:
-        async with errors_reported(context):
+        async with errors_reported(context), self._drain.running():
             if not request.name or not request.source:
                 raise InvalidRequest("name and source must be given.", "source" if request.name else "name")
             return _adapter(await self._catalog.add(request.name, request.source, replace=request.replace))
@@ -38,11 +39,11 @@ class AdaptersService(adapters_pb2_grpc.AdaptersServicer):
             return _adapter(entry(self._catalog, request.name))
 
     async def Pin(self, request: adapters_pb2.PinAdapterRequest, context: Any) -> adapters_pb2.Adapter:
-        async with errors_reported(context):
+        async with errors_reported(context), self._drain.running():
             return _adapter(await self._catalog.pin(request.name, request.pinned))
 
     async def Remove(self, request: adapters_pb2.RemoveAdapterRequest, context: Any) -> adapters_pb2.Adapter:
-        async with errors_reported(context):
+        async with errors_reported(context), self._drain.running():
             return _adapter(await self._catalog.remove(request.name))
 
 

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import grpc
 
-from preft.core.errors import InvalidRequest, PreftError, QueueFull, mapping_of, short
+from preft.core.errors import InvalidRequest, PreftError, QueueFull, ShuttingDown, mapping_of, short
 from preft.gateway.http_errors import INTERNAL
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ async def _abort(context: Any, error: PreftError) -> NoReturn:
     trailing = [("preft-code", mapping.code)]
     if isinstance(error, InvalidRequest) and error.param:
         trailing.append(("preft-param", error.param))
-    if isinstance(error, QueueFull):
+    if isinstance(error, QueueFull | ShuttingDown):
         trailing.append(("retry-after", str(math.ceil(error.retry_after))))
     await context.abort(grpc.StatusCode[mapping.grpc], short(str(error)), tuple(trailing))
     raise AssertionError("abort returns never")

@@ -12,7 +12,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from preft.core.errors import ConfigError
-from preft.core.ports import Generator
 from preft.core.settings import host_and_port
 from preft.gateway.deps import GatewayDeps
 from preft.gateway.inference import InferenceService
@@ -44,7 +43,7 @@ async def serve_grpc(deps: GatewayDeps, host: str, port: int) -> RpcServer:
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0), limit, *ACCEPT_PINGS])
     inference_pb2_grpc.add_InferenceServicer_to_server(InferenceService(deps), server)  # type: ignore[no-untyped-call]
     adapters_pb2_grpc.add_AdaptersServicer_to_server(AdaptersService(deps), server)  # type: ignore[no-untyped-call]
-    health_pb2_grpc.add_HealthServicer_to_server(_Health(deps.generator), server)
+    health_pb2_grpc.add_HealthServicer_to_server(_Health(deps), server)
     reflection.enable_server_reflection((_INFERENCE, _ADAPTERS, _HEALTH, reflection.SERVICE_NAME), server)
     address = host_and_port(host, port)
     try:
@@ -58,8 +57,8 @@ async def serve_grpc(deps: GatewayDeps, host: str, port: int) -> RpcServer:
 class _Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     """SERVING while a request would be served, as /ready."""
 
-    def __init__(self, generator: Generator) -> None:
-        self._generator = generator
+    def __init__(self, deps: GatewayDeps) -> None:
+        self._deps = deps
 
     async def Check(self, request: Any, context: Any) -> Any:
         if request.service not in ("", _INFERENCE, _ADAPTERS):
@@ -77,4 +76,4 @@ class _Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
 
     def _now(self) -> Any:
         status = health_pb2.HealthCheckResponse
-        return status(status=status.SERVING if self._generator.ready() else status.NOT_SERVING)
+        return status(status=status.NOT_SERVING if self._deps.unready() else status.SERVING)

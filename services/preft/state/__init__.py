@@ -12,6 +12,7 @@ from preft.state.sqlite import SqliteStore
 __all__ = ["GONE_SECONDS", "open_store", "remove_gone_workers"]
 
 GONE_SECONDS = 3600.0  # a worker that was silent for so long is gone, even if it was loading its engine
+SILENT_SECONDS = 10.0  # of a worker whose process is not there
 
 
 def open_store(url: str | Path) -> StateStore:
@@ -32,8 +33,15 @@ def open_store(url: str | Path) -> StateStore:
 async def remove_gone_workers(store: StateStore) -> None:
     """Forgets the workers that were killed and couldn't do it themselves. One that lives registers again.
 
+    A worker was killed if its process is gone, or if it was silent for GONE_SECONDS.
+
     Raises Unavailable if the store can't be used.
     """
     for worker in await store.workers():
-        if time.time() - worker.heartbeat > GONE_SECONDS:
+        silent = time.time() - worker.heartbeat
+        if silent > GONE_SECONDS or (silent > SILENT_SECONDS and not _is_running(worker.pid)):
             await store.remove_worker(worker.id)
+
+
+def _is_running(pid: int) -> bool:
+    return Path("/proc", str(pid)).exists()

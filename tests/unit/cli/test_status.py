@@ -1,4 +1,4 @@
-"""`preft status` reads a real state store and tells live workers from dead ones."""
+"""`preft status` asks a server, or reads a real state store and tells live workers from dead ones."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import asyncio
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from starlette.responses import JSONResponse
 
 from preft.cli import main
-from preft.core.cluster import Role, Worker, WorkerLoad, WorkerState
+from preft.core.cluster import Role, Worker, WorkerLoad, WorkerState, worker_row
 from preft.state import open_store
+from support.served_app import served_in_thread
 
 
 def worker(worker_id: str, role: Role, state: WorkerState = WorkerState.READY, age: float = 0.0) -> Worker:
@@ -75,6 +78,33 @@ def test_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert header.startswith("id")
     assert row.split()[:7] == ["decode-0", "decode", "ready", "100", "101,102", "127.0.0.1:4000", "3"]
     assert "40/50" in row
+
+
+def test_a_server_is_asked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [worker_row(worker("p0", Role.PREFILL, WorkerState.STARTING, 60.0), time.time())]
+
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        assert (scope["method"], scope["path"]) == ("GET", "/v1/workers")
+        await JSONResponse({"workers": rows})(scope, receive, send)
+
+    with served_in_thread(answer) as port:
+        monkeypatch.setenv("PREFT_URL", f"http://127.0.0.1:{port}")
+        assert main(["status", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out) == json.loads(json.dumps({"workers": rows}))
+        monkeypatch.setenv("PREFT_URL", "http://127.0.0.1:1")
+        assert main(["status", "--url", f"http://127.0.0.1:{port}"]) == 0
+        assert capsys.readouterr().out.splitlines()[1].split()[:4] == ["p0", "prefill", "starting", "100"]
+        rows.clear()
+        assert main(["status", "--url", f"http://127.0.0.1:{port}"]) == 0
+        assert capsys.readouterr().out == "no workers\n"
+    assert main(["status"]) == 1
+    assert "http://127.0.0.1:1" in capsys.readouterr().err
+
+
+def test_another_server_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    with served_in_thread(JSONResponse([])) as port:
+        assert main(["status", "--url", f"http://127.0.0.1:{port}"]) == 1
+    assert "is this a PreFT server?" in capsys.readouterr().err
 
 
 def test_no_workers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from preft.cluster.gateway_process import MAX_HEADER_BYTES, RunningGateway, run_gateway
+from preft.core.errors import ConfigError
 from preft.core.settings import Settings
 from support.fake_workers import FakeCluster
 from support.fakes import FakeCatalog
@@ -25,9 +26,11 @@ MANY = b"x-name: value\r\n" * 100
 
 
 @asynccontextmanager
-async def running(folder: Path, host: str = "127.0.0.1", **more: Any) -> AsyncIterator[RunningGateway]:
+async def running(folder: Path, host: str = "127.0.0.1", port: int = 0, **more: Any) -> AsyncIterator[RunningGateway]:
     byte_level(write_base(folder / "model"))
-    settings = Settings(model=folder / "model", state_dir=folder / "state", host=host, port=0, max_model_len=64, **more)
+    settings = Settings(
+        model=folder / "model", state_dir=folder / "state", host=host, port=port, max_model_len=64, **more
+    )
     async with run_gateway(settings, cast(Any, FakeCluster()), cast(Any, FakeCatalog.of()), "x") as gateway:
         yield gateway
 
@@ -130,3 +133,18 @@ async def test_many_requests_with_large_headers_on_one_connection(gateway: Runni
 async def test_ipv6(tmp_path: Path) -> None:
     async with running(tmp_path, "::1") as gateway, httpx.AsyncClient(trust_env=False) as client:
         assert (await client.get(f"http://{gateway.address}/health")).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "http://127.0.0.1", "192.0.2.1", "[::1]", "x" * 70, "a\0b"])
+async def test_a_host_that_can_not_be_listened_on_is_named(tmp_path: Path, host: str) -> None:
+    with pytest.raises(ConfigError, match=r"^host: can't listen on .*; choose another with --host$"):
+        async with running(tmp_path, host):
+            pass
+
+
+async def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"^port: can't listen on 127.0.0.1:{port}: Address already in use; "):
+            async with running(tmp_path, port=port):
+                pass

@@ -133,3 +133,24 @@ def test_a_model_that_does_not_say(model: Path, config: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"^max_model_len: .* doesn't say it; set it"):
         with_model_length(Settings(model=model))
     assert with_model_length(Settings(model=model, max_model_len=7)).max_model_len == 7
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"text_config": 5},
+        {"model_type": 5},
+        {"rope_scaling": "yarn"},
+        {"rope_scaling": {"type": "linear", "factor": "much"}},
+        {"rope_scaling": {"type": "linear", "factor": float("inf")}},
+    ],
+)
+def test_values_of_a_wrong_kind_are_one_sentence(model: Path, config: dict[str, Any]) -> None:
+    (model / "config.json").write_text(json.dumps({"max_position_embeddings": 100, **config}))
+    with pytest.raises(ConfigError, match=r"config\.json has a value of a wrong kind"):
+        with_model_length(Settings(model=model))
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"org/name is not a model folder: .*a model from a hub must be downloaded"):
+        with_model_length(Settings(model=tmp_path / "org" / "name"))

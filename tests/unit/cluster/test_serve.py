@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ import pytest
 
 from preft.cluster.serve import _serve
 from preft.core.cluster import Role, Worker, WorkerState
-from preft.core.errors import ConfigError
+from preft.core.errors import ConfigError, EngineFailed, PreftError
 from preft.core.settings import Settings, load_settings
 from preft.state import open_store
 from support.faulty_http import Faults, FaultyServer, serve_folder
@@ -34,7 +35,7 @@ class FakeRay:
     def __init__(self) -> None:
         self.done: list[str] = []
 
-    def __call__(self, settings: Settings, cluster_id: str, store_path: Path) -> FakeRay:
+    def __call__(self, settings: Settings, cluster_id: str, store_path: Path, logs: Path) -> FakeRay:
         return self
 
     def start(self) -> None:
@@ -43,7 +44,7 @@ class FakeRay:
     def close(self) -> None:
         self.done.append("close")
 
-    async def wait_failed(self) -> str:
+    async def wait_failed(self, tell: Callable[[str], None]) -> str:
         await asyncio.Event().wait()
         raise AssertionError
 
@@ -62,6 +63,12 @@ def source(tmp_path: Path) -> Iterator[FaultyServer]:
     write_lora(tmp_path / "served" / "ada")
     with serve_folder(tmp_path / "served", Faults(stall_after=100)) as server:
         yield server
+
+
+def listening_url(capsys: pytest.CaptureFixture[str]) -> str:
+    found = re.search(r"listening on (http://[^;\s]+)", capsys.readouterr().out)
+    assert found is not None
+    return found[1]
 
 
 def settings_in(folder: Path, **changes: object) -> Settings:
@@ -92,10 +99,10 @@ async def test_a_signal_ends_the_adding_of_adapters(
 ) -> None:
     monkeypatch.setattr("preft.cluster.gateway_process.SHUTDOWN_SECONDS", 0.2)
     adapters = tmp_path / "state" / "adapters"
-    own = settings_in(tmp_path, store={"source_timeout": 30}, adapter_sources=[source.url])
+    own = settings_in(tmp_path, shutdown_timeout=0.2, store={"source_timeout": 30}, adapter_sources=[source.url])
     serving = asyncio.create_task(_serve(own))
     await until(lambda: cluster.done == ["start"])
-    url = capsys.readouterr().out.split()[-1]
+    url = listening_url(capsys)
     async with httpx.AsyncClient(base_url=url) as client:
         bodies = [{"name": "ada", "source": f"{source.url}/ada", "stream": stream} for stream in (False, True)]
         asking = [asyncio.create_task(client.post("/v1/adapters", json=body)) for body in bodies]
@@ -139,3 +146,52 @@ async def test_workers_of_killed_clusters_are_forgotten(cluster: FakeRay, tmp_pa
     os.kill(os.getpid(), signal.SIGTERM)
     await asyncio.wait_for(serving, 5)
     await store.close()
+
+
+async def test_signals_refuse_what_comes_and_then_end_what_runs(
+    cluster: FakeRay, tmp_path: Path, source: FaultyServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = settings_in(tmp_path, shutdown_timeout=60, store={"source_timeout": 60}, adapter_sources=[source.url])
+    serving = asyncio.create_task(_serve(own))
+    await until(lambda: cluster.done == ["start"])
+    async with httpx.AsyncClient(base_url=listening_url(capsys), timeout=20) as client:
+        body = {"name": "ada", "source": f"{source.url}/ada"}
+        adding = asyncio.create_task(client.post("/v1/adapters", json=body))  # never ends by itself
+        await until(lambda: any("GET" in request for request in source.requests))
+        os.kill(os.getpid(), signal.SIGTERM)
+        await until(lambda: "stopping" in capsys.readouterr().out)
+        assert (await client.get("/ready")).status_code == 503
+        late = await client.post("/v1/adapters", json=body)
+        assert (late.status_code, late.json()["error"]["code"]) == (503, "shutting_down")
+        assert not adding.done()
+        os.kill(os.getpid(), signal.SIGTERM)
+        reply = await adding
+        assert (reply.status_code, reply.json()["error"]["code"]) == (503, "shutting_down")
+        await asyncio.wait_for(serving, 10)
+    assert cluster.done == ["start", "close"]
+
+
+async def test_workers_that_can_not_be_started_end_the_server(
+    cluster: FakeRay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def wait_failed(tell: Callable[[str], None]) -> str:
+        return "the worker decode-0 couldn't be started"
+
+    monkeypatch.setattr(cluster, "wait_failed", wait_failed)
+    with pytest.raises(EngineFailed, match=r"^the worker decode-0 couldn't be started$"):
+        await asyncio.wait_for(_serve(settings_in(tmp_path, shutdown_timeout=60)), 10)
+    assert cluster.done == ["start", "close"]
+
+
+async def test_what_nobody_foresaw_is_one_sentence_and_its_traceback_is_in_the_log(
+    cluster: FakeRay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def start() -> None:
+        raise KeyError("surprise")
+
+    monkeypatch.setattr(cluster, "start", start)
+    with pytest.raises(PreftError, match="unexpected error ended the server: KeyError: 'surprise'"):
+        await _serve(settings_in(tmp_path))
+    (log,) = (tmp_path / "state" / "logs").glob("*/serve.log")
+    assert "Traceback" in log.read_text()
+    assert "Traceback" not in "".join(capsys.readouterr())

@@ -120,3 +120,26 @@ def test_settings_do_not_change() -> None:
     settings = Settings(model=Path("/m"))
     with pytest.raises(ValidationError, match="frozen"):
         settings.port = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("model: /m\nprefil: {replicas: 1}", "prefil: there is no such setting"),
+        ("model: /m\ndecode: {foo: 1}", "decode.foo: there is no such setting"),
+        ("port: 80", "model: this setting must be given"),
+        ("model: /m\nprefill:", "prefill: this is a group of settings: give a mapping, such as {replicas: 2}"),
+        ("model: /m\nprefill: 2", "prefill: this is a group of settings: give a mapping, such as {replicas: 2}"),
+        ("model: /m\nadapters: {m: /a}", "adapters: 'm' is the base model's name"),
+    ],
+)
+def test_mistakes_are_said_in_words_of_the_file(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError) as said:
+        load_settings(tmp_path / "c.yaml")
+    assert str(said.value) == says
+
+
+def test_numbers_in_quotes_are_numbers(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text('model: /m\nport: "8123"')
+    assert load_settings(tmp_path / "c.yaml").port == 8123

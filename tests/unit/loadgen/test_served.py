@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -87,3 +90,59 @@ def test_an_error_inside_ends_the_server_and_goes_on(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), run(tmp_path, GOOD):
         1 / 0  # noqa: B018
     assert children() == []
+
+
+OWNER = """
+import sys
+from pathlib import Path
+from preft_loadgen.served import served
+folder = Path(sys.argv[1])
+with served(["x"], state_dir=folder / "s", log=folder / "log", command=(sys.executable, str(folder / "serve.py"))):
+    print("serves", flush=True)
+    sys.stdin.read()
+"""
+SLOW_TO_END = """
+import os, pathlib, signal, sys, time
+def leave(*_):
+    time.sleep(1)
+    pathlib.Path(sys.argv[0]).with_name("ended").touch()
+    sys.exit(0)
+signal.signal(signal.SIGINT, leave)
+signal.signal(signal.SIGTERM, leave)
+pathlib.Path(sys.argv[0]).with_name("pid").write_text(str(os.getpid()))
+print("PreFT Serve is ready on http://x:1 after 0 s", flush=True)
+signal.pause()
+"""
+
+
+@pytest.mark.parametrize("when", ["loads", "serves"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
+def test_a_server_ends_with_its_owner(tmp_path: Path, number: int, when: str) -> None:
+    """`timeout 60 make demo` sends more than one signal: timeout to its process group, make to its children."""
+    ready = SLOW_TO_END if when == "serves" else SLOW_TO_END.replace("is ready", "starts")
+    (tmp_path / "serve.py").write_text(ready)
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert owner.stdout is not None
+    try:
+        if when == "serves":
+            assert owner.stdout.readline() == "serves\n"
+        wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text() != "")
+        for _ in range(30):
+            owner.send_signal(number)
+            time.sleep(0.0005)
+        wait_for((tmp_path / "ended").exists)
+        assert owner.wait(10) != 0
+        pid = (tmp_path / "pid").read_text()
+        wait_for(lambda: not Path("/proc", pid).exists())
+    finally:
+        owner.kill()
+        owner.communicate()
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end, "took too long"
+        time.sleep(0.02)

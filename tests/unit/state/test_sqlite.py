@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import sqlite3
 import time
 from dataclasses import replace
@@ -97,8 +99,19 @@ async def test_workers_that_were_silent_for_an_hour_are_removed(tmp_path: Path) 
     store = open_store(tmp_path / "state.sqlite")
     for state in (WorkerState.STARTING, WorkerState.READY):
         for name, silent in (("gone", GONE_SECONDS + 60), ("kept", GONE_SECONDS - 60)):
-            worker = replace(WORKER, id=f"{name}-{state.value}", state=state, heartbeat=time.time() - silent)
-            await store.put_worker(worker)
+            worker = replace(WORKER, id=f"{name}-{state.value}", pid=os.getpid(), state=state)
+            await store.put_worker(replace(worker, heartbeat=time.time() - silent))
     await remove_gone_workers(store)
     assert [worker.id for worker in await store.workers()] == ["kept-ready", "kept-starting"]
+    await store.close()
+
+
+async def test_workers_whose_process_is_gone_are_removed(tmp_path: Path) -> None:
+    ended = await asyncio.create_subprocess_exec("true")
+    await ended.wait()
+    store = open_store(tmp_path / "state.sqlite")
+    for name, pid, silent in (("gone", ended.pid, 11), ("fresh", ended.pid, 1), ("frozen", os.getpid(), 11)):
+        await store.put_worker(replace(WORKER, id=name, pid=pid, heartbeat=time.time() - silent))
+    await remove_gone_workers(store)
+    assert [worker.id for worker in await store.workers()] == ["fresh", "frozen"]
     await store.close()

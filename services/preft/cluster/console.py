@@ -1,0 +1,114 @@
+"""What `preft serve` shows on its console: one line per event, and on a terminal a line of what still goes on.
+
+Owns stdout. Log records belong in files; only warnings of our own reach stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from io import TextIOWrapper
+from typing import TextIO
+
+from preft.core.cluster import Worker, WorkerState
+
+FIRST_TOKENS = 64  # of the answer that the example asks for
+ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}
+
+
+class Console:
+    """Lines for people. A write to a console that is gone is left out: the server goes on."""
+
+    def __init__(self, out: TextIO | None = None) -> None:
+        self._out = out or sys.stdout
+        if isinstance(self._out, TextIOWrapper):
+            self._out.reconfigure(errors="backslashreplace")  # a folder's name may have any letters
+        self._is_terminal = self._out.isatty()
+        self._status = ""
+
+    def line(self, text: str) -> None:
+        """One more line, which stays."""
+        self._write(f"{self._erase()}{text}\n{self._status}")
+
+    def status(self, text: str) -> None:
+        """What goes on now, in the last line of a terminal. "" removes it. Elsewhere nothing is shown."""
+        if self._is_terminal:
+            erased, self._status = self._erase(), text[: shutil.get_terminal_size().columns - 1]
+            self._write(erased + self._status)
+
+    def _erase(self) -> str:
+        return "\r\033[K" if self._status else ""
+
+    def _write(self, text: str) -> None:
+        try:
+            self._out.write(text)
+            self._out.flush()
+        except OSError:
+            self._is_terminal = False
+
+
+class WorkerProgress:
+    """Tells the console each stage of each worker: process, engine, ready; and when a worker ends."""
+
+    def __init__(self, console: Console, worker_ids: Sequence[str], prefix: str) -> None:
+        self._console = console
+        self._prefix = prefix
+        self._stages: dict[str, tuple[int, WorkerState | None]] = dict.fromkeys(worker_ids, (0, None))
+        self._since = dict.fromkeys(worker_ids, time.monotonic())
+        for worker_id in worker_ids:
+            self._say(worker_id, "its process starts")
+
+    def observe(self, workers: Mapping[str, Worker]) -> None:
+        """Takes over what the router sees now."""
+        for worker_id, (pid, state) in self._stages.items():
+            worker = workers.get(worker_id)
+            now = (worker.pid, worker.state) if worker is not None else (pid, None)
+            if now != (pid, state):
+                self._changed(worker_id, state, now)
+        self._console.status(self._going_on())
+
+    def _changed(self, worker_id: str, state: WorkerState | None, now: tuple[int, WorkerState | None]) -> None:
+        seconds = time.monotonic() - self._since[worker_id]
+        was_serving = state is WorkerState.READY
+        self._stages[worker_id] = now
+        if now[1] in (None, WorkerState.DEAD):
+            if was_serving:
+                self._say(worker_id, "it has ended, and starts again")
+            if state is not WorkerState.DEAD:
+                self._since[worker_id] = time.monotonic()
+        elif now[1] is WorkerState.STARTING:
+            if was_serving:
+                self._since[worker_id] = time.monotonic()
+            self._say(worker_id, f"its engine loads (process {now[0]})")
+        elif now[1] is WorkerState.READY:
+            self._say(worker_id, f"it is ready after {seconds:.0f} s")
+
+    def _going_on(self) -> str:
+        parts = []
+        for worker_id, (_, state) in self._stages.items():
+            if state is not WorkerState.READY:
+                stage = "engine" if state is WorkerState.STARTING else "process"
+                seconds = time.monotonic() - self._since[worker_id]
+                parts.append(f"{worker_id.removeprefix(self._prefix)}: {stage} {seconds:.0f} s")
+        return "  " + ", ".join(parts) if parts else ""
+
+    def _say(self, worker_id: str, what: str) -> None:
+        self._console.line(f"  {worker_id.removeprefix(self._prefix)}: {what}")
+
+
+def first_question(address: str, model: str, *, is_chat: bool, max_model_len: int) -> str:
+    """A curl command that asks the server at `host:port` something, to be pasted into a shell."""
+    host, _, port = address.rpartition(":")
+    body: dict[str, object] = {"model": model}
+    if is_chat:
+        body["messages"] = [{"role": "user", "content": "Hello!"}]
+    else:
+        body["prompt"] = "Hello"
+    body["max_tokens"] = max(1, min(FIRST_TOKENS, max_model_len // 4))
+    path = "chat/completions" if is_chat else "completions"
+    url = f"http://{ANY_ADDRESS.get(host, host)}:{port}/v1/{path}"
+    return f"curl -s {url} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"

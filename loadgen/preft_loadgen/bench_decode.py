@@ -113,15 +113,15 @@ async def prefill_once(
 
 async def _decode(stream: DecodeStream, ready: Prefilled) -> list[float]:
     """Seconds at which each decoded token came."""
-    call = stream.start(
+    [call] = stream.start(
         workers_pb2.DecodeRequest(
             request_id=ready.handle,
             handle=ready.handle,
             prompt_token_ids=ready.request.prompt,
-            output_token_ids=[ready.first_token],
             sampling=_sampling(ready.request),
             adapter_digest=ready.digest,
             kv_timeout=TIMEOUT,
+            choices=[workers_pb2.DecodeChoice(output_token_ids=[ready.first_token])],
         ),
         timeout=TIMEOUT,
     )

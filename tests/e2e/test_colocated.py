@@ -114,17 +114,17 @@ def go_on(served: Served, prompt: list[int], output: list[int], adapter: str | N
         request_id="resumed",
         handle=f"{random.random()}",
         prompt_token_ids=prompt,
-        output_token_ids=output,
         sampling=sampling_to_proto(sampling),
         adapter_digest=entry.digest if entry else "",
         adapter=adapter_to_proto(entry) if entry else None,
+        choices=[workers_pb2.DecodeChoice(output_token_ids=output)],
     )
 
     async def run() -> list[int]:
         address, secret = served.cluster.decoding.record.address, cluster_secret(served.cluster.settings)
         async with ClusterChannel(address, secret) as channel:
             stream = DecodeStream(workers_pb2_grpc.DecodeWorkerStub(channel), "w", lambda: None)
-            call, tokens = stream.start(request, 60.0), []
+            [call], tokens = stream.start(request, 60.0), []
             while True:
                 delta = await call.read()
                 tokens += delta.token_ids

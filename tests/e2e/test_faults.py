@@ -116,13 +116,13 @@ async def _decode(served: Served, **change: Any) -> list[int]:
             "request_id": "direct",
             "handle": target.handle,
             "prompt_token_ids": prompt,
-            "output_token_ids": first,
             "sampling": sampling,
             "adapter_digest": adapter.digest,
             "kv_timeout": 10,
+            "choices": [workers_pb2.DecodeChoice(output_token_ids=first)],
         }
         try:
-            return first + await rest(stream.start(workers_pb2.DecodeRequest(**{**fields, **change}), 60))
+            return first + await rest(*stream.start(workers_pb2.DecodeRequest(**{**fields, **change}), 60))
         finally:
             await stream.close()
             await decode.Release(workers_pb2.ReleaseRequest(handle=target.handle))
@@ -141,7 +141,7 @@ def test_decode_continues_exactly_what_was_pushed(faulty: Served) -> None:
         ({"push": "e" * 32, "adapter_digest": "f" * 64}, TransferFailed),
         ({"push": "f" * 32, "prompt_token_ids": prompt_of(40, 5)}, TransferFailed),
         ({"push": "g" * 32, "prompt_token_ids": prompt_of(40, 4)[:-1]}, TransferFailed),
-        ({"push": "i" * 32, "output_token_ids": []}, InvalidRequest),
+        ({"push": "i" * 32, "choices": [workers_pb2.DecodeChoice()]}, InvalidRequest),
     ],
     ids=["unknown handle", "as base", "other adapter", "other prompt", "shorter prompt", "no first token"],
 )

@@ -20,13 +20,14 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from preft.cluster.worker import HEARTBEAT_SECONDS, StartEngine, WorkerServer
 from preft.core.cluster import Role, Worker, WorkerState
-from preft.core.errors import EngineFailed, TransferFailed, Unavailable, WorkerLost
+from preft.core.errors import EngineFailed, InvalidRequest, TransferFailed, Unavailable, WorkerLost
 from preft.core.ports import StateStore
-from preft.core.request import AdapterRef, Sampling
+from preft.core.request import AdapterRef, GenerateRequest, Sampling
 from preft.core.settings import MiB, Settings, load_settings
 from preft.router.decode_stream import DecodeStream
+from preft.router.router import Router
 from preft.rpc import workers_pb2, workers_pb2_grpc
-from preft.rpc.convert import adapter_to_proto, load_from_proto, sampling_to_proto
+from preft.rpc.convert import adapter_to_proto, sampling_to_proto
 from preft.rpc.secret import ClusterChannel, ClusterSecret
 from preft.state.sqlite import SqliteStore
 from support.fake_engine import FakeEngine, tokens_of
@@ -111,7 +112,7 @@ class Cluster:
                 )
             )
             events = [event async for event in call]
-        assert events[1].kv_pushed.bytes > 0
+        assert events[1].HasField("kv_pushed")
         return [choice.token_ids[0] for choice in events[0].first_tokens.choices]
 
     async def generate(self, sampling: Sampling, adapter: AdapterRef | None = None, n: int = 1) -> list[list[int]]:
@@ -121,7 +122,7 @@ class Cluster:
         async with decode_stream(self.decode) as stream:
             others = await asyncio.gather(
                 *(
-                    rest(stream.start(decode_request(sampling, first, digest, handle, index), 20))
+                    rest(*stream.start(decode_request(sampling, first, digest, handle, index), 20))
                     for index, first in enumerate(firsts)
                 )
             )
@@ -147,11 +148,10 @@ def decode_request(
         request_id="r",
         handle=handle,
         prompt_token_ids=PROMPT,
-        output_token_ids=[first],
         sampling=sampling_to_proto(sampling),
         adapter_digest=digest,
-        index=index,
         kv_timeout=20,
+        choices=[workers_pb2.DecodeChoice(index=index, output_token_ids=[first])],
     )
 
 
@@ -250,23 +250,16 @@ async def test_heartbeats_outlive_a_store_that_fails(
 
 
 async def test_says_what_it_uses_now(cluster: Cluster, tmp_path: Path) -> None:
-    """Between heartbeats, on request."""
     alice = write_adapter(tmp_path / "alice", "alice's")
     [first] = await cluster.first_tokens(PROMPT, GREEDY, alice, 1, "h")
     cluster.engines[Role.DECODE].going.clear()
-    async with (
-        channel(cluster.prefill) as to_prefill,
-        channel(cluster.decode) as to_decode,
-        decode_stream(cluster.decode) as stream,
-    ):
-        prefill = load_from_proto(await workers_pb2_grpc.WorkerStatusStub(to_prefill).Stats(workers_pb2.StatsRequest()))
-        assert prefill.adapters == (alice.digest,)
-        assert (prefill.running, prefill.open_handles, prefill.staging_bytes_used) == (0, 0, 0)
-        call = stream.start(decode_request(GREEDY, first, alice.digest, "h"), 20)
+    prefill = cluster.prefill.load()
+    assert prefill.adapters == (alice.digest,)
+    assert (prefill.running, prefill.open_handles, prefill.staging_bytes_used) == (0, 0, 0)
+    async with decode_stream(cluster.decode) as stream:
+        [call] = stream.start(decode_request(GREEDY, first, alice.digest, "h"), 20)
         await until(lambda: cluster.engines[Role.DECODE].stats.running == 1)
-        stub = workers_pb2_grpc.WorkerStatusStub(to_decode)
-        load = load_from_proto(await stub.Stats(workers_pb2.StatsRequest()))
-        assert load == cluster.decode.load()
+        load = cluster.decode.load()
         assert (load.running, load.open_handles, load.adapters) == (1, 1, ())
         assert load.staging_bytes_used > 0
         assert load.kv_blocks_free == load.kv_blocks_total - 2
@@ -280,7 +273,7 @@ async def test_says_what_it_uses_now(cluster: Cluster, tmp_path: Path) -> None:
 )
 async def test_health_needs_no_secret_and_nothing_else_is_told(cluster: Cluster, role: Role, own: set[str]) -> None:
     worker = cluster.prefill if role is Role.PREFILL else cluster.decode
-    names = {f"preft.v1.{name}" for name in {*own, "WorkerStatus"}}
+    names = {f"preft.v1.{name}" for name in own}
     async with grpc.aio.insecure_channel(worker.record.address) as stranger:
         stub = health_pb2_grpc.HealthStub(stranger)
         for name in ("", *names):
@@ -340,9 +333,10 @@ async def test_a_decode_worker_that_is_gone(cluster: Cluster, settings: Settings
 async def test_messages_of_very_long_requests_are_read(cluster: Cluster) -> None:
     """More than gRPC takes by itself, and more than one frame of KV."""
     async with decode_stream(cluster.decode) as stream:
-        request = workers_pb2.DecodeRequest(handle="h", prompt_token_ids=[1] * (10 << 20), output_token_ids=[1])
+        choices = [workers_pb2.DecodeChoice(output_token_ids=[1])]
+        request = workers_pb2.DecodeRequest(handle="h", prompt_token_ids=[1] * (10 << 20), choices=choices)
         with pytest.raises(TransferFailed, match="is unknown"):
-            await rest(stream.start(request, 20))
+            await rest(*stream.start(request, 20))
 
 
 async def test_closing_ends_what_runs_and_frees_everything(
@@ -355,7 +349,7 @@ async def test_closing_ends_what_runs_and_frees_everything(
     [first] = await cluster.first_tokens(PROMPT, GREEDY, None, 1, "h")
     start_engine.engines[Role.DECODE].going.clear()
     async with decode_stream(decode) as stream:
-        call = stream.start(decode_request(GREEDY, first, "", "h"), 20)
+        [call] = stream.start(decode_request(GREEDY, first, "", "h"), 20)
         await until(lambda: start_engine.engines[Role.DECODE].stats.running == 1)
         await decode.close()
         with pytest.raises(WorkerLost):
@@ -388,6 +382,38 @@ async def test_warns_of_staging_memory_that_long_prompts_do_not_fit_into(
     worker = await start(Role.DECODE, settings.model_copy(update={"decode": decode}), store, start_engine)
     assert ("decode.staging_bytes: prompts of more than 20 tokens" in caplog.text) is warned
     await worker.close()
+
+
+@pytest.mark.parametrize("scarce", [Role.PREFILL, Role.DECODE])
+async def test_no_prompt_is_computed_twice_for_lack_of_staging_memory(
+    settings: Settings, store: SqliteStore, start_engine: StartFake, scarce: Role
+) -> None:
+    """Decoding stands still for longer than a push may take: what has no room waits in the router's queue."""
+    sampling = Sampling(max_tokens=4, temperature=0.0)
+    own = settings.engine(scarce).model_copy(update={"staging_bytes": 1000})  # three prompts of two blocks
+    router = settings.router.model_copy(update={"transfer_timeout": 0.3, "poll_interval": 0.05})
+    settings = settings.model_copy(update={scarce.value: own, "router": router})
+    prompts = [(1, 2, 3, 4, number) for number in range(30)]
+    async with AsyncExitStack() as stack:
+        workers = [await start(role, settings, store, start_engine) for role in (Role.PREFILL, Role.DECODE)]
+        for worker in workers:
+            stack.push_async_callback(worker.close)
+        decoding = start_engine.engines[Role.DECODE].going
+        decoding.clear()
+        async with Router(store, settings.router) as routed:
+
+            async def tokens(prompt: tuple[int, ...]) -> list[int]:
+                async with routed.generate(GenerateRequest("r", prompt, sampling)) as generation:
+                    return [token async for delta in generation for token in delta.token_ids]
+
+            asking = asyncio.gather(*map(tokens, prompts))
+            await asyncio.sleep(1.0)
+            decoding.set()
+            assert await asking == [tokens_of("", prompt, sampling) for prompt in prompts]
+            assert routed.stats().resumes == routed.stats().retries == 0
+            assert len(start_engine.engines[Role.PREFILL].requests) == len(prompts)
+            with pytest.raises(InvalidRequest, match=rf"of 41 tokens doesn't fit .* raise {scarce}\.staging_bytes"):
+                await tokens(tuple(range(41)))
 
 
 async def test_an_engine_that_does_not_start_leaves_nothing(

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from zlib import crc32
 
@@ -21,7 +22,7 @@ import grpc.aio
 from preft.core.cluster import AdapterPlace, Role, Tier, Worker, WorkerLoad, WorkerState
 from preft.core.errors import InvalidRequest, PreftError, TransferFailed
 from preft.core.request import FinishReason, GenerateRequest, Sampling, TokenDelta
-from preft.decode.session import DecodeSession, Put
+from preft.decode.session import DecodeSession, Put, Serve
 from preft.rpc import common_pb2, workers_pb2, workers_pb2_grpc
 from preft.rpc.convert import delta_to_proto, place_to_proto
 from preft.rpc.liveness import ACCEPT_PINGS
@@ -103,6 +104,7 @@ class FakeWorker:
     cancelled: int = 0
     address: str = ""
     silent_since: float | None = None
+    clock_error: float = 0.0  # seconds that its clock is ahead
 
     async def start(self) -> None:
         self.server = grpc.aio.server(options=ACCEPT_PINGS)
@@ -131,7 +133,7 @@ class FakeWorker:
             kv_blocks_free=self.kv_blocks_total,
             adapters=self.adapters if self.lists_adapters else (),
         )
-        heartbeat = self.silent_since or time.time()
+        heartbeat = (self.silent_since or time.time()) + self.clock_error
         return Worker(
             self.id,
             self.role,
@@ -186,11 +188,12 @@ class Kv:
 
 @dataclass
 class FakeDecode(FakeWorker):
-    """`handles` is what it holds now; `released` what it was told to give up."""
+    """`handles` is what it holds now; `released` what it was told to give up; the other lists what was asked."""
 
     handles: dict[str, Kv] = field(default_factory=dict)
     released: list[str] = field(default_factory=list)
-    requests: list[workers_pb2.DecodeRequest] = field(default_factory=list)
+    messages: list[workers_pb2.DecodeRequest] = field(default_factory=list)
+    choices: list[workers_pb2.DecodeChoice] = field(default_factory=list)
     delay: float = 0.0
     choice_faults: dict[int, list[Fault | None]] = field(default_factory=dict)
     prompt_seconds: float = 0.0  # of a colocated worker
@@ -225,7 +228,7 @@ class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
                 if not isinstance(decode, FakeDecode) or handle in decode.released:
                     raise TransferFailed("the decode worker is gone or wants no KV")
                 decode.handles[handle] = Kv(list(request.prompt_token_ids), request.adapter.digest, uses)
-                yield workers_pb2.PrefillEvent(kv_pushed=workers_pb2.KvPushed(bytes=1))
+                yield workers_pb2.PrefillEvent(kv_pushed=workers_pb2.KvPushed())
             await asyncio.sleep(worker.linger)
             done = True
         except PreftError as error:
@@ -273,18 +276,22 @@ class DecodeService(workers_pb2_grpc.DecodeWorkerServicer):
     async def Decode(
         self, commands: AsyncIterator[workers_pb2.DecodeCommand], context: Any
     ) -> AsyncIterator[workers_pb2.DecodeEvents]:
-        async with aclosing(DecodeSession(self._serve).run(commands)) as batches:
+        async with aclosing(DecodeSession(self._begin).run(commands)) as batches:
             async for batch in batches:
                 yield batch
 
-    async def _serve(self, request: workers_pb2.DecodeRequest, put: Put) -> None:
+    def _begin(self, request: workers_pb2.DecodeRequest) -> Serve:
+        self.worker.messages.append(request)
+        return partial(self._serve, request)
+
+    async def _serve(self, request: workers_pb2.DecodeRequest, choice: workers_pb2.DecodeChoice, put: Put) -> None:
         worker = self.worker
-        worker.requests.append(request)
+        worker.choices.append(choice)
         worker.running += 1
         done = False
         kv = worker.handles.get(request.handle)
         try:
-            faults = worker.choice_faults.get(request.index, worker.faults)
+            faults = worker.choice_faults.get(choice.index, worker.faults)
             worker.calls += 1
             fault = faults.pop(0) if faults else None
             if worker.role is Role.COLOCATED:
@@ -296,7 +303,7 @@ class DecodeService(workers_pb2_grpc.DecodeWorkerServicer):
             if kv.prompt != list(request.prompt_token_ids) or kv.digest != request.adapter_digest:
                 raise TransferFailed("the handle is for another prompt or adapter")
             kv.uses -= 1
-            begin = len(request.output_token_ids)
+            begin = len(choice.output_token_ids)
             if worker.role is Role.COLOCATED:
                 with worker.prompting(request.adapter.digest):
                     await asyncio.sleep(worker.prompt_seconds)
@@ -304,7 +311,7 @@ class DecodeService(workers_pb2_grpc.DecodeWorkerServicer):
                 if fault and fault.after == position - begin:
                     await fault.strike()
                 await asyncio.sleep(worker.delay)
-                delta = self._token(request, position)
+                delta = self._token(request, choice.index, position)
                 put(delta)
                 if delta.finish_reason is not None:
                     break
@@ -323,12 +330,12 @@ class DecodeService(workers_pb2_grpc.DecodeWorkerServicer):
         self.worker.handles.pop(request.handle, None)
         return workers_pb2.ReleaseReply()
 
-    def _token(self, request: workers_pb2.DecodeRequest, position: int) -> TokenDelta:
-        if self.worker.cluster.ends.get(request.index) == position:
-            return TokenDelta(request.index, (EOS,), finish_reason=FinishReason.STOP)
-        token = token_at(request.prompt_token_ids, request.adapter_digest, request.index, position)
+    def _token(self, request: workers_pb2.DecodeRequest, index: int, position: int) -> TokenDelta:
+        if self.worker.cluster.ends.get(index) == position:
+            return TokenDelta(index, (EOS,), finish_reason=FinishReason.STOP)
+        token = token_at(request.prompt_token_ids, request.adapter_digest, index, position)
         last = position == request.sampling.max_tokens - 1
-        return TokenDelta(request.index, (token,), finish_reason=FinishReason.LENGTH if last else None)
+        return TokenDelta(index, (token,), finish_reason=FinishReason.LENGTH if last else None)
 
 
 class FakeCluster:

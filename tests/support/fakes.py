@@ -17,8 +17,8 @@ from preft.core.errors import (
     InvalidAdapter,
     InvalidRequest,
     ModelNotFound,
-    PreftError,
     SourceNotFound,
+    Unavailable,
 )
 from preft.core.names import adapter_name, normal_name
 from preft.core.ports import Progress
@@ -38,7 +38,7 @@ class Script:
     delay: float = 0.0
     finish: FinishReason | None = None
     stop_token_id: int | None = None
-    fail: PreftError | Exception | None = None
+    fail: BaseException | None = None
     fail_after: int | None = None
     cached: int = 0
     finish_apart: bool = False  # the finish reason comes in a delta of its own, without tokens
@@ -145,6 +145,7 @@ class FakeCatalog:
     steps: Sequence[tuple[int, int | None]] = ()
     gate: asyncio.Event | None = None
     fail: Exception | None = None
+    stale: bool = False  # the copy is too old
     adding: int = 0
     cancelled: list[str] = field(default_factory=list)
     archives: dict[str, bytes] = field(default_factory=dict)
@@ -166,10 +167,16 @@ class FakeCatalog:
         self._sorted = tuple(adapter for _, adapter in sorted(self._entries.items()))
 
     def get(self, name: str) -> Adapter | None:
+        self._check_age()
         return self._entries.get(normal_name(name))
 
     def list(self) -> Sequence[Adapter]:
+        self._check_age()
         return self._sorted
+
+    def _check_age(self) -> None:
+        if self.stale:
+            raise Unavailable("the adapter catalog could not be read for 61 seconds")
 
     async def add(self, name: str, source: str, *, replace: bool = False, progress: Progress | None = None) -> Adapter:
         self.adding += 1

@@ -96,6 +96,8 @@ def serve_folder(folder: Path, faults: Faults | None = None) -> Iterator[FaultyS
                 self._send(content)
 
         def _send(self, content: bytes) -> None:
+            # A client may use the connection of a whole answer again: such a connection must not stall.
+            stalls = faults.stall_after is not None and len(content) > faults.stall_after
             try:
                 for limit in (faults.drop_after, faults.cut_after, faults.stall_after):
                     if limit is not None:
@@ -109,7 +111,7 @@ def serve_folder(folder: Path, faults: Faults | None = None) -> Iterator[FaultyS
             except OSError:
                 self.close_connection = True  # the client has enough
                 return
-            if faults.stall_after is not None:
+            if stalls:
                 over.wait()
             if faults.drop_after is not None:
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)

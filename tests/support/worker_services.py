@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,12 @@ def write_adapter(folder: Path, content: str) -> AdapterRef:
     return AdapterRef(folder.name, adapter_digest(folder), str(folder))
 
 
+SOON = 20.0  # seconds in which what a test waits for happens, also on a busy machine
+
+
 async def until(condition: Callable[[], bool]) -> None:
     """Returns once `condition` holds; a TimeoutError if it doesn't soon."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(SOON):
         while not condition():
             await asyncio.sleep(0.001)
 
@@ -67,11 +70,14 @@ async def rest(call: DecodeCall) -> list[int]:
 
 
 async def failed(call: DecodeCall) -> tuple[list[int], PreftError]:
-    """The tokens of a choice that must fail, and how it did."""
+    """The tokens of a choice that must fail soon, and how it did."""
     tokens: list[int] = []
     try:
-        while True:
-            tokens += (await call.read()).token_ids
+        async with asyncio.timeout(SOON):
+            while True:
+                delta = await call.read()
+                tokens += delta.token_ids
+                assert not delta.finish_reason, "the choice ended well"
     except PreftError as error:
         return tokens, error
 
@@ -128,9 +134,10 @@ class KvSink:
 
     async def received(self, handle: str, digest: str, prompt: Sequence[int]) -> bytes:
         """What a Decode call would get. Takes one use of the handle."""
-        with await self.handles.claim(
+        claim = await self.handles.claim(
             handle, adapter_digest=digest, prompt_hash=hash_prompt(prompt), num_tokens=len(prompt), timeout=1
-        ) as claim:
+        )
+        with closing(claim):
             return bytes(self.arena.view(claim.region))
 
 
@@ -209,13 +216,13 @@ class DecodeRig:
             request_id="r",
             handle=handle,
             prompt_token_ids=prompt,
-            output_token_ids=output,
             sampling=sampling_to_proto(sampling),
             adapter_digest=digest,
-            index=index,
             kv_timeout=kv_timeout,
+            choices=[workers_pb2.DecodeChoice(index=index, output_token_ids=output)],
         )
-        return self.stream.start(request, timeout)
+        [call] = self.stream.start(request, timeout)
+        return call
 
     async def run(
         self, prompt: Sequence[int], output: Sequence[int], sampling: Sampling = GREEDY, **options: object

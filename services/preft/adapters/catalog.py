@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import shutil
 import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,8 +43,11 @@ PINNED_SHARE = 0.5  # of host memory and of the disk tier: what isn't pinned nee
 class CatalogView:
     """The catalog as one process sees it: up to date to the last `refresh`, and free to read."""
 
-    def __init__(self, store: StateStore) -> None:
+    def __init__(self, store: StateStore, max_age: float = math.inf) -> None:
+        """`get` and `list` raise Unavailable once the last `refresh` is more than `max_age` seconds ago."""
         self._store = store
+        self._max_age = max_age
+        self._read_at = time.monotonic()
         self._revision = 0
         self._by_name: dict[str, Adapter] = {}
         self._names_of: dict[str, set[str]] = {}  # by digest
@@ -52,10 +56,12 @@ class CatalogView:
 
     def get(self, name: str) -> Adapter | None:
         """The version `name` points to."""
+        self._check_age()
         return self._by_name.get(normal_name(name))
 
     def list(self) -> Sequence[Adapter]:
         """All entries by name; the same object until something changes."""
+        self._check_age()
         if self._sorted is None:
             self._sorted = tuple(adapter for _, adapter in sorted(self._by_name.items()))
         return self._sorted
@@ -65,7 +71,9 @@ class CatalogView:
 
         Raises Unavailable if the store can't be read; then the old copy stays.
         """
+        asked = time.monotonic()
         changes = await self._store.adapter_changes(self._revision)
+        self._read_at = max(self._read_at, asked)
         if changes.revision <= self._revision:
             return ()  # another refresh was quicker
         self._revision = changes.revision
@@ -86,34 +94,31 @@ class CatalogView:
         self.pinned = frozenset(adapter.digest for adapter in self._by_name.values() if adapter.pinned)
         return left
 
-    async def watch(self, interval: float, on_change: Callable[[Collection[str]], None] | None = None) -> None:
-        """Refreshes every `interval` seconds until cancelled, also through times when the store can't be read.
+    @property
+    def revision(self) -> int:
+        """Changes with each `refresh` that found something new."""
+        return self._revision
 
-        `on_change` is told after each change, with what `refresh` returned.
-        """
-        failing = False
-        while True:
-            await asyncio.sleep(interval)
-            try:
-                revision = self._revision
-                left = await self.refresh()
-                if on_change is not None and self._revision != revision:
-                    on_change(left)
-                failing = False
-            except PreftError as error:
-                if not failing:
-                    logger.warning("the adapter catalog is not up to date: %s", error)
-                failing = True
+    def _check_age(self) -> None:
+        age = time.monotonic() - self._read_at
+        if age > self._max_age:
+            raise Unavailable(
+                f"the adapter catalog could not be read for {age:.0f} seconds and may be out of date: try again later"
+            )
 
 
 @dataclass(frozen=True, slots=True)
 class CatalogLimits:
-    """`max_rank`: the highest rank served. `pinned_bytes`: of all pinned adapters. `sources`: of what is added."""
+    """`max_rank`: the highest rank served. `pinned_bytes`: of all pinned adapters. `sources`: of what is added.
+
+    `max_age`: seconds without a look at the store, after which nothing is said about names any more.
+    """
 
     max_rank: int
     pinned_bytes: int
     max_adapter_bytes: int
     sources: SourceLimits
+    max_age: float = math.inf
 
 
 class Catalog(CatalogView):
@@ -133,7 +138,7 @@ class Catalog(CatalogView):
         limits: CatalogLimits,
     ) -> None:
         """`uploads` is where the content of archives stays; `base_name` is taken."""
-        super().__init__(store)
+        super().__init__(store, limits.max_age)
         self._disk = disk
         self._uploads = uploads.absolute()
         self._base = base

@@ -42,7 +42,7 @@ class _Look:
 
 
 class FolderWatch:
-    """Watches `folder` for `catalog`. One `scan` at a time."""
+    """Watches `folder` for `catalog`: call `scan` again and again, one at a time, `pause()` seconds apart."""
 
     def __init__(self, folder: Path, catalog: AdapterCatalog, *, interval: float = 1.0) -> None:
         """`interval` is the least time between two rounds, in seconds."""
@@ -60,14 +60,9 @@ class FolderWatch:
         self._unmounted = False  # as of the last look
         self._filled: tuple[int, int] | None = None  # which folder it was when it last held an adapter
 
-    async def run(self) -> None:
-        """Scans until cancelled."""
-        while True:
-            try:
-                await self.scan()
-            except Exception:  # a fault of ours must not end the watch
-                logger.exception("the adapters in %s could not all be looked at", self._folder)
-            await asyncio.sleep(self._pause)
+    def pause(self) -> float:
+        """Seconds until the next round."""
+        return self._pause
 
     async def scan(self) -> None:
         """One round. A subfolder is taken when two rounds in a row found the same in it, and gone when two miss it."""

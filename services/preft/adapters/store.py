@@ -15,7 +15,7 @@ import os
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine
+from collections.abc import AsyncIterator, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
@@ -26,6 +26,7 @@ from preft.adapters.fetch_threads import FetchThreads
 from preft.adapters.packed import AdapterFiles, DamagedCopy
 from preft.adapters.source_limits import SourceLimits
 from preft.adapters.sources import open_source
+from preft.core.background import Background
 from preft.core.cluster import AdapterLoad, AdapterPlace, Tier
 from preft.core.errors import (
     AdapterUnavailable,
@@ -91,7 +92,7 @@ class AdapterStore:
         self._users: Counter[str] = Counter()
         self._pinned: frozenset[str] = frozenset()
         self._loading: dict[str, asyncio.Task[None]] = {}
-        self._background: set[asyncio.Task[None]] = set()  # what leaves late, and what comes back
+        self._background = Background()  # what leaves late, and what comes back
         self._last_used: dict[str, float] = {}
         self._slots: OrderedDict[str, None] = OrderedDict()  # what the engine's slots hold, most recent last
         self._slot_limit = slots
@@ -130,7 +131,9 @@ class AdapterStore:
             self._touch(digest)
             yield
         except BaseException:
-            self._start(self._leave_aborted(digest))
+            self._background.start(
+                self._leave_aborted(digest), f"the end of a request's use of adapter {adapter.name!r}"
+            )
             raise
         self._left(digest)
 
@@ -204,10 +207,12 @@ class AdapterStore:
     async def close(self) -> None:
         """Ends the loads under way. Threads that read a source end soon, by themselves."""
         self._stop.set()
-        while tasks := [*self._loading.values(), *self._background]:  # who waited for a load leaves once that has ended
-            for task in tasks:
+        while loading := list(self._loading.values()):
+            for task in loading:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*loading, return_exceptions=True)
+            await self._background.close()  # a return of a pinned adapter may have begun another load
+        await self._background.close()
         self._fetching.close()
         self._reading.shutdown(wait=False, cancel_futures=True)
 
@@ -224,8 +229,9 @@ class AdapterStore:
     def _load_ended(self, digest: str, task: asyncio.Task[None]) -> None:
         if self._loading[digest] is task:
             del self._loading[digest]
-        if not task.cancelled():
-            task.exception()  # all waiters may have left
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, PreftError):  # all waiters may have left
+            logger.error("the load of adapter %s broke", digest, exc_info=error)
 
     async def _load(self, adapter: AdapterRef) -> None:
         started = time.perf_counter()
@@ -357,7 +363,7 @@ class AdapterStore:
         adapter = self._adapters[digest]
         self._gone(digest)
         if digest in self._pinned:
-            self._start(self._bring_back(adapter))
+            self._background.start(self._bring_back(adapter), f"the return of the pinned adapter {adapter.name!r}")
 
     async def _bring_back(self, adapter: AdapterRef) -> None:
         """A pinned adapter had to go: brings it in again, however often that takes."""
@@ -373,11 +379,6 @@ class AdapterStore:
         self._engine.forget_adapter(digest)
         self._slots.pop(digest, None)
         self._came_from.pop(digest, None)
-
-    def _start(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.create_task(work)
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
 
     async def _in(self, threads: ThreadPoolExecutor, work: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(threads, work, *arguments)

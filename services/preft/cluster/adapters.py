@@ -20,6 +20,7 @@ from preft.adapters.source_limits import SourceLimits, SourceRules
 from preft.adapters.sources import open_source
 from preft.adapters.store import AdapterStore
 from preft.cluster.model import model_identity
+from preft.core.background import Background
 from preft.core.cluster import Adapter
 from preft.core.errors import ConfigError, PreftError, SourceNotFound, Unavailable
 from preft.core.ports import StateStore
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 PARTIAL_UPLOADS = (".unfinished-", "upload-")  # how what isn't an adapter's source yet is named
 UPLOAD = re.compile(r"[0-9a-f]{32}")  # and what is one, while an entry names it
 ABANDONED_SECONDS = 24 * 3600.0
+NOT_UP_TO_DATE = "the adapter catalog is not up to date"  # how its log lines begin
 
 
 @asynccontextmanager
@@ -49,6 +51,7 @@ async def open_catalog(settings: Settings) -> AsyncIterator[Catalog]:
             int(min(own.host_bytes, own.disk_bytes) * PINNED_SHARE),
             own.max_adapter_bytes,
             source_limits(settings),
+            max(own.catalog_timeout, 2 * settings.router.poll_interval),
         )
         uploads = uploads_folder(settings)
         base = read_base_model(settings.model)
@@ -66,13 +69,15 @@ async def open_catalog(settings: Settings) -> AsyncIterator[Catalog]:
                     group.create_task(_add_configured(catalog, name, source))
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
-        tasks = [asyncio.create_task(catalog.watch(settings.router.poll_interval), name="catalog-watch")]
+        background = Background()
+        background.every(settings.router.poll_interval, catalog.refresh, NOT_UP_TO_DATE)
         if settings.adapter_dir is not None:
-            tasks.append(asyncio.create_task(FolderWatch(settings.adapter_dir, catalog).run(), name="folder-watch"))
+            watch = FolderWatch(settings.adapter_dir, catalog)
+            background.every(watch.pause, watch.scan, f"the adapters in {settings.adapter_dir} are not followed")
         try:
             yield catalog
         finally:
-            await _ended(tasks)
+            await background.close()
     finally:
         await store.close()
 
@@ -81,26 +86,28 @@ async def open_catalog(settings: Settings) -> AsyncIterator[Catalog]:
 async def following_catalog(settings: Settings, adapters: AdapterStore) -> AsyncIterator[None]:
     """Inside, the store keeps what is pinned in the catalog, and drops what has left it."""
     store = _catalog_store(settings)
-    prefetching: set[asyncio.Task[None]] = set()
+    view, background = CatalogView(store), Background()
+    followed, left = -1, set[str]()
+
+    async def follow() -> None:
+        nonlocal followed
+        left.update(await view.refresh())
+        if view.revision == followed:
+            return
+        adapters.pin(view.pinned)
+        adapters.forget(left)
+        for adapter in view.list() if view.pinned else ():
+            if adapter.pinned and adapter.digest not in adapters.digests:
+                background.start(_bring_in(adapter, adapters), f"the load of the pinned adapter {adapter.name!r}")
+        left.clear()
+        followed = view.revision
+
     try:
-        view = CatalogView(store)
-
-        def follow(left: Collection[str]) -> None:
-            adapters.pin(view.pinned)
-            adapters.forget(left)
-            for adapter in view.list() if view.pinned else ():
-                if adapter.pinned and adapter.digest not in adapters.digests:
-                    task = asyncio.create_task(_bring_in(adapter, adapters))
-                    prefetching.add(task)
-                    task.add_done_callback(prefetching.discard)
-
-        follow(await view.refresh())
-        watch = asyncio.create_task(view.watch(settings.router.poll_interval, follow), name="catalog-watch")
-        try:
-            yield
-        finally:
-            await _ended([watch, *prefetching])
+        await follow()
+        background.every(settings.router.poll_interval, follow, NOT_UP_TO_DATE)
+        yield
     finally:
+        await background.close()
         await store.close()
 
 
@@ -166,10 +173,3 @@ def _sweep(uploads: Path, sources: Collection[str]) -> None:
                     shutil.rmtree(upload, ignore_errors=True)
                 else:
                     upload.unlink()
-
-
-async def _ended(tasks: Collection[asyncio.Task[None]]) -> None:
-    for task in tasks:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task

@@ -51,7 +51,7 @@ def with_model_length(settings: Settings) -> Settings:
     Every engine and the gateway then use the same figure. Raises ConfigError if the model can't do that length.
     """
     try:
-        own = _own_length(json.loads(_config_bytes(settings.model)))
+        own = _own_length(read_model_config(settings.model))
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ConfigError(f"model: {settings.model}/config.json has a value of a wrong kind: {error}") from error
     if settings.max_model_len is not None:
@@ -63,9 +63,14 @@ def with_model_length(settings: Settings) -> Settings:
     return settings.model_copy(update={"max_model_len": own})
 
 
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """What config.json says of the language model. Raises ConfigError if it can't be read."""
+    config = json.loads(_config_bytes(folder))
+    return {**config, **(config.get("text_config") or {})}
+
+
 def _own_length(config: dict[str, Any]) -> int | None:
     """The model's own length in tokens; None if its configuration doesn't say it."""
-    config = {**config, **(config.get("text_config") or {})}
     own = config.get("max_position_embeddings")
     if not isinstance(own, int) or own < 1:
         return None

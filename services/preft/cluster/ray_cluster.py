@@ -27,6 +27,7 @@ from pydantic import SecretStr
 from preft.cluster.logs import cause_in, output_to
 from preft.cluster.ray_folder import new_ray_folder
 from preft.cluster.secret import read_secret
+from preft.cluster.sizing import check_gpus, gpus_per_worker, has_gpu_build
 from preft.cluster.worker import run_worker
 from preft.core.cluster import Role
 from preft.core.errors import ConfigError
@@ -112,7 +113,10 @@ class RayCluster:
         self._actors: dict[str, Any] = {}  # by worker id
 
     def start(self) -> None:
-        """Starts Ray (or joins it) and all workers; returns while their engines still load. Raises ConfigError."""
+        """Starts Ray (or joins it) and all workers; returns while their engines still load.
+
+        Raises ConfigError, also if the workers need more GPUs than this machine has.
+        """
         ray_logger = logging.getLogger("ray")
         ray_logger.handlers.clear()  # which print
         ray_logger.propagate = True
@@ -138,10 +142,14 @@ class RayCluster:
         except (OSError, RuntimeError, ValueError) as error:
             name = "Ray" if local else f"ray_address: Ray at {address}"
             raise ConfigError(f"{name} can't be {'started' if local else 'joined'}: {error}") from error
+        gpu_build = has_gpu_build()
+        if local:  # another cluster may grow
+            check_gpus(self._settings, gpu_build, ray.cluster_resources().get("GPU", 0.0))
         for role in self._settings.roles:
             own = self._settings.engine(role)
+            gpus = gpus_per_worker(self._settings, role, gpu_build)
             actor = ray.remote(WorkerActor).options(
-                num_cpus=own.num_cpus, num_gpus=own.num_gpus, max_restarts=-1, max_concurrency=2
+                num_cpus=own.num_cpus, num_gpus=gpus, max_restarts=-1, max_concurrency=2
             )
             for number in range(own.replicas):
                 name = f"{role.value}-{number}"

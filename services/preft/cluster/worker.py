@@ -5,7 +5,6 @@ Owns the order of start and stop. Doesn't know who started it (Ray, the command 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
 import hashlib
@@ -21,7 +20,9 @@ from preft.adapters.store import AdapterStore
 from preft.cluster.adapters import following_catalog, open_disk_tier, source_limits
 from preft.cluster.model import model_identity
 from preft.cluster.secret import cluster_secret
+from preft.cluster.sizing import staging_bytes
 from preft.colocated.service import ColocatedService
+from preft.core.background import Background
 from preft.core.cluster import AdapterLoad, Role, Worker, WorkerLoad, WorkerState
 from preft.core.errors import PreftError
 from preft.core.ports import StateStore
@@ -30,7 +31,7 @@ from preft.decode.service import DecodeService
 from preft.engine.port import Engine, EngineInfo
 from preft.prefill.service import PrefillService
 from preft.rpc import common_pb2, kv_transfer_pb2, workers_pb2, workers_pb2_grpc
-from preft.rpc.convert import adapter_from_proto, load_to_proto, place_to_proto
+from preft.rpc.convert import adapter_from_proto, place_to_proto
 from preft.rpc.secret import ClusterSecret, OnlyTheCluster
 from preft.rpc.server_options import WORKER_SERVER_OPTIONS
 from preft.rpc.status import errors_reported
@@ -68,7 +69,7 @@ class WorkerServer:
         self._adapters = adapters
         self._handles: HandleTable | None = None
         self._running_of_service: Callable[[], int]
-        self._heart: asyncio.Task[None] | None = None
+        self._background = Background()
         self._opened = contextlib.AsyncExitStack()
 
     @classmethod
@@ -101,7 +102,7 @@ class WorkerServer:
         async with contextlib.AsyncExitStack() as opened:
             opened.push_async_callback(store.remove_worker, worker_id)
             await store.put_worker(record)
-            arena = StagingArena.create(own.staging_bytes)
+            arena = StagingArena.create(staging_bytes(settings, role))
             opened.callback(arena.close)
             memory = StagingArena.create(settings.store.host_bytes) if record.adapter_slots else None
             if memory is not None:
@@ -113,12 +114,13 @@ class WorkerServer:
             if role is Role.COLOCATED:
                 identity += f":{worker_id}"
             else:
-                _warn_of_little_room(role, own.staging_bytes, info)
+                _warn_of_little_room(role, arena.capacity, info)
             record = dataclasses.replace(
                 record,
                 fingerprint=hashlib.sha256(identity.encode()).hexdigest(),
                 engine_pids=info.pids,
                 block_size=info.block_size,
+                block_bytes=info.block_bytes,
                 max_model_len=info.max_model_len,
             )
             adapters = None
@@ -146,9 +148,9 @@ class WorkerServer:
             guard.serve_at(worker._record.address)
             await server.start()
             opened.push_async_callback(server.stop, 0)
-            await worker._beat(WorkerState.READY)
+            await worker._beat()
             worker._opened = opened.pop_all()
-        worker._heart = asyncio.create_task(worker._beat_for_ever(), name=f"heartbeat-{worker_id}")
+        worker._background.every(HEARTBEAT_SECONDS, worker._beat, f"the heartbeat of {worker_id}")
         address = worker._record.address
         logger.info("%s worker %s serves %s on %s", role.value, worker_id, ", ".join(names), address)
         return worker
@@ -164,9 +166,7 @@ class WorkerServer:
 
     async def close(self) -> None:
         """Forgets the registration, stops serving, and ends all that was started."""
-        if self._heart is not None:
-            self._heart.cancel()
-            await asyncio.wait({self._heart})
+        await self._background.close()
         with contextlib.suppress(PreftError):
             await self._store.remove_worker(self._record.id)
         with contextlib.suppress(PreftError):
@@ -181,6 +181,7 @@ class WorkerServer:
             kv_blocks_free=round(total * (1 - self._engine.stats.kv_usage)),
             staging_bytes_total=self._arena.capacity,
             staging_bytes_used=self._arena.used,
+            staging_bytes_evictable=self._arena.evictable,
             open_handles=self._handles.open_handles if self._handles is not None else self._arena.regions,
             preemptions=self._engine.stats.preemptions,
             adapters=self._adapters.digests if self._adapters else (),
@@ -189,7 +190,7 @@ class WorkerServer:
 
     def _add_services(self, settings: Settings, role: Role, secret: ClusterSecret) -> list[str]:
         descriptor = workers_pb2.DESCRIPTOR.services_by_name
-        names = [descriptor["WorkerStatus"].full_name, health.SERVICE_NAME]
+        names = [health.SERVICE_NAME]
         adapters = self._adapters
         if adapters is not None:
             workers_pb2_grpc.add_WorkerAdaptersServicer_to_server(_Adapters(adapters), self._server)  # type: ignore[no-untyped-call]
@@ -218,39 +219,23 @@ class WorkerServer:
                 descriptor["DecodeWorker"].full_name,
                 kv_transfer_pb2.DESCRIPTOR.services_by_name["KvTransfer"].full_name,
             ]
-        workers_pb2_grpc.add_WorkerStatusServicer_to_server(_Status(self), self._server)  # type: ignore[no-untyped-call]
         servicer = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(servicer, self._server)
         servicer._server_status.update(dict.fromkeys(["", *names], health_pb2.HealthCheckResponse.SERVING))
         return names
 
-    async def _beat(self, state: WorkerState) -> None:
-        self._record = dataclasses.replace(self._record, state=state, heartbeat=time.time(), load=self.load())
+    async def _beat(self) -> None:
+        """Says that the worker is ready, and what it uses."""
+        self._record = dataclasses.replace(
+            self._record, state=WorkerState.READY, heartbeat=time.time(), load=self.load()
+        )
         await self._store.put_worker(self._record)
 
-    async def _beat_for_ever(self) -> None:
-        while True:
-            await asyncio.sleep(HEARTBEAT_SECONDS)
-            try:
-                await self._beat(WorkerState.READY)
-            except PreftError as error:
-                logger.warning("heartbeat of %s: %s", self._record.id, error)
 
-
-def _warn_of_little_room(role: Role, staging_bytes: int, info: EngineInfo) -> None:
-    room = staging_bytes // info.block_bytes * info.block_size
+def _warn_of_little_room(role: Role, capacity: int, info: EngineInfo) -> None:
+    room = capacity // info.block_bytes * info.block_size
     if room < min(info.max_model_len, info.kv_blocks * info.block_size):
         logger.warning("%s.staging_bytes: prompts of more than %d tokens don't fit in, and are refused", role, room)
-
-
-class _Status(workers_pb2_grpc.WorkerStatusServicer):
-    def __init__(self, worker: WorkerServer) -> None:
-        self._worker = worker
-
-    async def Stats(
-        self, request: workers_pb2.StatsRequest, context: grpc.aio.ServicerContext
-    ) -> workers_pb2.StatsReply:
-        return load_to_proto(self._worker.load())
 
 
 class _Adapters(workers_pb2_grpc.WorkerAdaptersServicer):

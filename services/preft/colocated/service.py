@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+import dataclasses
+from collections.abc import Callable
 from contextlib import aclosing, nullcontext
+from functools import partial
 
 import grpc.aio
 
 from preft.adapters.store import AdapterStore
 from preft.core.errors import InvalidRequest
-from preft.core.request import TokenDelta
-from preft.decode.choices import ChoiceService, choice_sampling
+from preft.decode.choices import ChoiceService, Deltas, choice_sampling
 from preft.engine.port import Engine, EngineRequest
 from preft.rpc import workers_pb2
-from preft.rpc.convert import adapter_from_proto
+from preft.rpc.convert import adapter_from_proto, sampling_from_proto
 
 
 class ColocatedService(ChoiceService):
@@ -24,21 +25,29 @@ class ColocatedService(ChoiceService):
         self._engine = engine
         self._adapters = adapters
 
-    async def generate(self, request: workers_pb2.DecodeRequest) -> AsyncGenerator[TokenDelta, None]:
+    def begin(self, request: workers_pb2.DecodeRequest) -> Callable[[workers_pb2.DecodeChoice], Deltas]:
         adapter = adapter_from_proto(request.adapter) if request.HasField("adapter") else None
         if request.adapter_digest != (adapter.digest if adapter else ""):
             raise InvalidRequest("the request names one adapter and brings another", param="adapter")
-        choice = EngineRequest(
-            request_id=f"{request.request_id}-{request.index}-{request.handle}",
+        prompt = EngineRequest(
+            request_id=f"{request.request_id}-{request.handle}",
             prompt_token_ids=tuple(request.prompt_token_ids),
-            sampling=choice_sampling(request),
-            index=request.index,
+            sampling=sampling_from_proto(request.sampling),
             adapter=adapter,
-            output_token_ids=tuple(request.output_token_ids),
+        )
+        return partial(self._generate, prompt)
+
+    async def _generate(self, prompt: EngineRequest, choice: workers_pb2.DecodeChoice) -> Deltas:
+        request = dataclasses.replace(
+            prompt,
+            request_id=f"{prompt.request_id}-{choice.index}",
+            sampling=choice_sampling(prompt.sampling, choice.index),
+            index=choice.index,
+            output_token_ids=tuple(choice.output_token_ids),
         )
         async with (
-            self._adapters.using(adapter) if adapter else nullcontext(),
-            aclosing(self._engine.generate(choice)) as deltas,
+            self._adapters.using(request.adapter) if request.adapter else nullcontext(),
+            aclosing(self._engine.generate(request)) as deltas,
         ):
             async for delta in deltas:
                 yield delta

@@ -1,4 +1,4 @@
-"""What the cluster is made of, as the router sees it: workers with capacity and load, adapters, a snapshot of both."""
+"""What the cluster is made of, as the router sees it: workers with capacity and load, a snapshot of them, adapters."""
 
 from __future__ import annotations
 
@@ -56,6 +56,7 @@ class AdapterLoad:
     load_seconds: Mapping[Tier, float] = field(default_factory=dict)
 
 
+REGION_BYTES = 128  # a staging region's header, seal and rounding
 BY_TIER = ("hits", "loads", "load_seconds")  # fields of AdapterLoad
 
 
@@ -71,6 +72,7 @@ class WorkerLoad:
     kv_blocks_free: int = 0
     staging_bytes_total: int = 0
     staging_bytes_used: int = 0
+    staging_bytes_evictable: int = 0  # among the used ones: copies that make room when new KV comes
     open_handles: int = 0
     preemptions: int = 0
     adapters: tuple[str, ...] = ()  # digests in host memory, most recently used last; the last 1,024 of them
@@ -83,7 +85,8 @@ class Worker:
 
     `fingerprint` names model, dtype, KV layout, block size and attention backend: KV moves only between equal ones. A
     colocated worker's is its own alone: its KV moves nowhere.
-    `heartbeat` is in `time.time()` seconds.
+    `heartbeat` is in `time.time()` seconds of the worker's clock, which others' clocks need not agree with: it changes
+    while the worker lives.
     """
 
     id: str
@@ -94,11 +97,20 @@ class Worker:
     pid: int
     engine_pids: tuple[int, ...] = ()
     block_size: int = 16
+    block_bytes: int = 0  # one KV block over all layers; 0 if its KV moves nowhere
     max_model_len: int = 0
     max_num_seqs: int = 0
     adapter_slots: int = 0  # distinct adapters in one engine batch
     heartbeat: float = 0.0
     load: WorkerLoad = field(default_factory=WorkerLoad)
+
+    def blocks(self, tokens: int) -> int:
+        """KV blocks that `tokens` tokens take."""
+        return -(-tokens // self.block_size)
+
+    def staging_bytes(self, tokens: int) -> int:
+        """Bytes of staging memory that the KV of a prompt of `tokens` tokens takes on its way."""
+        return self.blocks(tokens) * self.block_bytes + REGION_BYTES if self.block_bytes else 0
 
 
 def worker_row(worker: Worker, now: float) -> dict[str, Any]:
@@ -148,7 +160,6 @@ class ClusterSnapshot:
     """A consistent picture for one routing decision."""
 
     workers: Mapping[str, Worker]
-    taken: float
 
     def ready(self, *roles: Role) -> tuple[Worker, ...]:
         """Workers of these roles that take requests, ordered by id."""

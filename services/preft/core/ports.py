@@ -46,7 +46,10 @@ Progress = Callable[[int, int | None], None]
 
 
 class AdapterCatalog(Protocol):
-    """Names and the adapter versions they point to. `get` and `list` never wait: they read a watched copy."""
+    """Names and the adapter versions they point to. `get` and `list` never wait: they read a watched copy.
+
+    Both raise Unavailable once the copy hasn't been brought up to date for too long.
+    """
 
     def get(self, name: str) -> Adapter | None: ...
 

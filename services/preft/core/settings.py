@@ -37,9 +37,9 @@ class EngineSettings(_Strict):
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
     enable_prefix_caching: bool = True
     enforce_eager: bool | None = None  # None: eager on CPU, compiled on GPU
-    staging_bytes: Annotated[int, Field(ge=1 * MiB)] = 1 * GiB  # host memory for KV on its way
+    staging_bytes: Annotated[int, Field(ge=1 * MiB)] | None = None  # host memory for KV on its way; None: by model
     num_cpus: Annotated[float, Field(ge=0)] = 0  # what Ray reserves per worker
-    num_gpus: Annotated[float, Field(ge=0)] = 0
+    num_gpus: Annotated[float, Field(ge=0)] | None = None  # likewise; None: 1 with vLLM's GPU build, else 0
 
 
 class PrefillSettings(EngineSettings):
@@ -61,6 +61,7 @@ class StoreSettings(_Strict):
     max_adapter_bytes: Annotated[int, Field(ge=1)] = 2 * GiB  # a larger one is refused
     source_timeout: Seconds = 30.0  # without a byte, after which a source has failed
     source_min_rate: Annotated[int, Field(ge=1)] = 64 << 10  # bytes per second that a remote source sends at least
+    catalog_timeout: Seconds = 60.0  # without a look at the catalog, after which adapters' requests get 503
 
 
 class RouterSettings(_Strict):

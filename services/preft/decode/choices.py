@@ -8,45 +8,59 @@ from __future__ import annotations
 import dataclasses
 import logging
 from abc import abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
+from functools import partial
 
 import grpc.aio
 
 from preft.core.errors import EngineFailed, PreftError
 from preft.core.request import Sampling, TokenDelta
-from preft.decode.session import DecodeSession, Put
+from preft.decode.session import DecodeSession, Put, Serve
 from preft.rpc import workers_pb2, workers_pb2_grpc
-from preft.rpc.convert import check_decode, sampling_from_proto
+from preft.rpc.convert import check_decode
 from preft.rpc.status import errors_reported
 
 logger = logging.getLogger(__name__)
 
 
+Deltas = AsyncGenerator[TokenDelta, None]
+"""A choice's deltas, the last one with its finish reason. Raises a PreftError if the choice can't be made."""
+
+
 class ChoiceService(workers_pb2_grpc.DecodeWorkerServicer):
-    """Serves each choice with `generate`, which a subclass has."""
+    """Serves each choice with what a subclass makes of it."""
 
     def __init__(self) -> None:
         self.running = 0
 
     @abstractmethod
-    def generate(self, request: workers_pb2.DecodeRequest) -> AsyncGenerator[TokenDelta, None]:
-        """The choice's deltas, the last one with its finish reason. Raises a PreftError if it can't be done."""
+    def begin(self, request: workers_pb2.DecodeRequest) -> Callable[[workers_pb2.DecodeChoice], Deltas]:
+        """Works out, once, what the request's choices share; the result makes one choice. Raises InvalidRequest."""
 
     async def Decode(
         self, commands: AsyncIterator[workers_pb2.DecodeCommand], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[workers_pb2.DecodeEvents]:
-        session = DecodeSession(self._serve)
+        session = DecodeSession(self._begin)
         async with errors_reported(context), aclosing(session.run(commands)) as batches:
             async for batch in batches:
                 yield batch
 
-    async def _serve(self, request: workers_pb2.DecodeRequest, put: Put) -> None:
+    def _begin(self, request: workers_pb2.DecodeRequest) -> Serve:
+        check_decode(request)
+        return partial(self._serve, request.request_id, self.begin(request))
+
+    async def _serve(
+        self,
+        request_id: str,
+        generate: Callable[[workers_pb2.DecodeChoice], Deltas],
+        choice: workers_pb2.DecodeChoice,
+        put: Put,
+    ) -> None:
         """Gives `put` everything there is to say of one choice: its deltas, the last one finished, or an error."""
         self.running += 1
         try:
-            check_decode(request)
-            async with aclosing(self.generate(request)) as deltas:
+            async with aclosing(generate(choice)) as deltas:
                 async for delta in deltas:
                     put(delta)
                     if delta.finish_reason is not None:
@@ -55,15 +69,14 @@ class ChoiceService(workers_pb2_grpc.DecodeWorkerServicer):
         except PreftError as error:
             put(error)
         except Exception:
-            logger.exception("request %s broke", request.request_id)
+            logger.exception("choice %d of request %s broke", choice.index, request_id)
             put(EngineFailed("an internal error ended the request"))
         finally:
             self.running -= 1
 
 
-def choice_sampling(request: workers_pb2.DecodeRequest) -> Sampling:
-    """How this one choice is sampled: its seed is its own."""
-    sampling = sampling_from_proto(request.sampling)
+def choice_sampling(sampling: Sampling, index: int) -> Sampling:
+    """How this one choice of a request is sampled: its seed is its own."""
     if sampling.seed is None:
         return sampling
-    return dataclasses.replace(sampling, seed=sampling.seed + request.index)
+    return dataclasses.replace(sampling, seed=sampling.seed + index)

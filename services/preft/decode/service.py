@@ -5,17 +5,19 @@ Owns the link between a claimed handle and the engine request that uses it.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+import dataclasses
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
+from functools import partial
 
 import grpc.aio
 
 from preft.core.errors import EngineFailed, InvalidRequest, NumbersNotFinite, TransferFailed
-from preft.core.request import TokenDelta
-from preft.decode.choices import ChoiceService, choice_sampling
+from preft.decode.choices import ChoiceService, Deltas, choice_sampling
 from preft.engine.port import Engine, EngineRequest, KvRegion
 from preft.rpc import workers_pb2
 from preft.rpc.checked import handle_of
+from preft.rpc.convert import sampling_from_proto
 from preft.rpc.status import errors_reported
 from preft.transfer.handles import Claim, HandleTable
 from preft.transfer.port import hash_prompt
@@ -36,43 +38,53 @@ class DecodeService(ChoiceService):
             self._handles.release(handle_of(request.handle))
         return workers_pb2.ReleaseReply()
 
-    async def generate(self, request: workers_pb2.DecodeRequest) -> AsyncGenerator[TokenDelta, None]:
-        prompt = tuple(request.prompt_token_ids)
-        if not prompt or not request.output_token_ids:
-            raise InvalidRequest(
-                "a decode request has a prompt and at least one output token", param="output_token_ids"
-            )
-        claim = await self._handles.claim(
+    def begin(self, request: workers_pb2.DecodeRequest) -> Callable[[workers_pb2.DecodeChoice], Deltas]:
+        tokens = tuple(request.prompt_token_ids)
+        if not tokens:
+            raise InvalidRequest("a decode request has a prompt", param="prompt_token_ids")
+        prompt = EngineRequest(
+            request_id=f"{request.request_id}-{request.handle}",
+            prompt_token_ids=tokens,
+            sampling=sampling_from_proto(request.sampling),
+            salt=_salt(request.adapter_digest, len(tokens)),
+        )
+        claim = partial(
+            self._handles.claim,
             request.handle,
             adapter_digest=request.adapter_digest,
-            prompt_hash=hash_prompt(prompt),
-            num_tokens=len(prompt),
+            prompt_hash=hash_prompt(tokens),
+            num_tokens=len(tokens),
             timeout=request.kv_timeout,
         )
+        return partial(self._generate, prompt, claim)
+
+    async def _generate(
+        self, prompt: EngineRequest, make_claim: Callable[[], Awaitable[Claim]], choice: workers_pb2.DecodeChoice
+    ) -> Deltas:
+        if not choice.output_token_ids:
+            raise InvalidRequest("a decode request has at least one output token", param="output_token_ids")
+        claim = await make_claim()
+        request = dataclasses.replace(
+            prompt,
+            request_id=f"{prompt.request_id}-{choice.index}",
+            sampling=choice_sampling(prompt.sampling, choice.index),
+            index=choice.index,
+            output_token_ids=tuple(choice.output_token_ids),
+            load=KvRegion(claim.region.offset, claim.region.size, claim.region.nonce),
+        )
         try:
-            async with aclosing(self._engine.generate(self._engine_request(request, prompt, claim))) as deltas:
+            async with aclosing(self._engine.generate(request)) as deltas:
                 async for delta in deltas:
                     claim.loaded()
                     yield delta
         except NumbersNotFinite:
             raise
         except EngineFailed as error:
-            raise TransferFailed(f"the prompt's KV cache is no longer there: {error}") from error
+            if not claim.evicted:
+                raise
+            raise TransferFailed("the prompt's KV cache had to make room for others, and was needed again") from error
         finally:
             claim.close()
-
-    def _engine_request(
-        self, request: workers_pb2.DecodeRequest, prompt: tuple[int, ...], claim: Claim
-    ) -> EngineRequest:
-        return EngineRequest(
-            request_id=f"{request.request_id}-{request.index}-{request.handle}",
-            prompt_token_ids=prompt,
-            sampling=choice_sampling(request),
-            index=request.index,
-            output_token_ids=tuple(request.output_token_ids),
-            load=KvRegion(claim.region.offset, claim.region.size, claim.region.nonce),
-            salt=_salt(request.adapter_digest, len(prompt)),
-        )
 
 
 def _salt(adapter_digest: str, prompt_length: int) -> str:

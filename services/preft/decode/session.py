@@ -6,26 +6,32 @@ Owns a task per running choice. What a choice is and how it is decoded is `servi
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from functools import partial
 from typing import Any
 
-from preft.core.errors import InvalidRequest, PreftError
+from preft.core.errors import EngineFailed, InvalidRequest, PreftError
 from preft.core.request import TokenDelta
 from preft.rpc import workers_pb2
 from preft.rpc.convert import delta_to_proto
 from preft.rpc.status import error_to_proto
 
+logger = logging.getLogger(__name__)
+
 Put = Callable[[TokenDelta | PreftError], None]
 """Takes what there is to say of a choice: its deltas, the last one finished, or the error it ended with."""
+
+Serve = Callable[[workers_pb2.DecodeChoice, Put], Coroutine[Any, Any, None]]
+"""Runs one choice, and is cancelled if nobody wants it any more."""
 
 
 class DecodeSession:
     """One Decode call: starts and cancels choices as told, and gathers what they say in one engine step."""
 
-    def __init__(self, serve: Callable[[workers_pb2.DecodeRequest, Put], Coroutine[Any, Any, None]]) -> None:
-        """`serve` runs one choice, and is cancelled if nobody wants it any more."""
-        self._serve = serve
+    def __init__(self, begin: Callable[[workers_pb2.DecodeRequest], Serve]) -> None:
+        """`begin` is called once per request, for all its choices. If it raises, all of them end with the error."""
+        self._begin = begin
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._events: list[workers_pb2.DecodeEvent] = []
         self._changed = asyncio.Event()
@@ -57,18 +63,30 @@ class DecodeSession:
         try:
             async for command in commands:
                 if command.HasField("start"):
-                    self._start(command.id, command.start)
-                elif command.id in self._tasks:
-                    self._tasks[command.id].cancel()
+                    await self._start(command.start)
+                elif command.cancel in self._tasks:
+                    self._tasks[command.cancel].cancel()
         finally:
             self._changed.set()
 
-    def _start(self, number: int, request: workers_pb2.DecodeRequest) -> None:
-        if number in self._tasks:
-            raise InvalidRequest(f"id {number} is in use")
-        task = asyncio.create_task(self._serve(request, partial(self._put, number)))
-        self._tasks[number] = task
-        task.add_done_callback(partial(self._ended, number))
+    async def _start(self, request: workers_pb2.DecodeRequest) -> None:
+        """Starts the choices one after the other: other work comes in between, however many they are."""
+        try:
+            serve = self._begin(request)
+        except Exception as error:  # the call's other choices go on
+            if not isinstance(error, PreftError):
+                logger.exception("request %s broke", request.request_id)
+                error = EngineFailed("an internal error ended the request")
+            for choice in request.choices:
+                self._put(choice.id, error)
+            return
+        for choice in request.choices:
+            if choice.id in self._tasks:
+                raise InvalidRequest(f"id {choice.id} is in use")
+            task = asyncio.create_task(serve(choice, partial(self._put, choice.id)))
+            self._tasks[choice.id] = task
+            task.add_done_callback(partial(self._ended, choice.id))
+            await asyncio.sleep(0)
 
     def _put(self, number: int, outcome: TokenDelta | PreftError) -> None:
         if isinstance(outcome, TokenDelta):
@@ -80,4 +98,10 @@ class DecodeSession:
 
     def _ended(self, number: int, task: asyncio.Task[None]) -> None:
         del self._tasks[number]
+        broken = task.cancelled() or task.exception() is not None
+        if broken and not task.cancelling():  # nobody here cancelled it, and its caller would wait for ever
+            logger.error(
+                "choice %d ended without a word", number, exc_info=None if task.cancelled() else task.exception()
+            )
+            self._put(number, EngineFailed("an internal error ended the request"))
         self._changed.set()

@@ -25,7 +25,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from preft.adapters.base_model import TARGETS
 from preft.core.cluster import Role
-from preft.core.errors import EngineFailed, InvalidAdapter, InvalidRequest, NumbersNotFinite, WorkerLost
+from preft.core.errors import ConfigError, EngineFailed, InvalidAdapter, InvalidRequest, NumbersNotFinite, WorkerLost
 from preft.core.request import AdapterRef, FinishReason, Sampling, TokenDelta, TokenLogprob
 from preft.core.settings import GiB, PrefillSettings, Settings
 from preft.engine.numbers import ENVIRONMENT, NOT_FINITE
@@ -88,6 +88,22 @@ def engine_args(settings: Settings, role: Role, arena: str) -> AsyncEngineArgs:
             "lora_target_modules": list(TARGETS),  # no slots in layers that no adapter may change
         }
     return AsyncEngineArgs(**args)
+
+
+def check_one_device(args: AsyncEngineArgs) -> None:
+    """Raises ConfigError for an engine of several ranks.
+
+    Every rank would write its part of the KV to the same place and seal it: the KV would be wrong, and nobody told.
+    """
+    for name in (
+        "tensor_parallel_size",
+        "pipeline_parallel_size",
+        "data_parallel_size",
+        "prefill_context_parallel_size",
+        "decode_context_parallel_size",
+    ):
+        if getattr(args, name) != 1:
+            raise ConfigError(f"{name}: {getattr(args, name)} isn't supported yet: each engine uses one device")
 
 
 def sampling_params(request: EngineRequest, role: Role) -> SamplingParams:
@@ -172,7 +188,7 @@ class VllmEngine:
         """Starts the engine process and waits until it can serve (25-45 s on CPU).
 
         `arena` is where KV comes from or goes to, `adapter_arena` where adapters come from. `overrides` are vLLM's
-        arguments.
+        arguments. Raises ConfigError if the engine would use more than one device.
         """
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # where Triton is installed it is the default; ours is V1
@@ -182,6 +198,7 @@ class VllmEngine:
         start_tracker()
         stats = EngineStats()
         args = dataclasses.replace(engine_args(settings, role, arena), **overrides)
+        check_one_device(args)
         llm = await asyncio.to_thread(_start, args, stats)
         config = llm.vllm_config
         described = (await llm.collective_rpc("describe_kv"))[0]

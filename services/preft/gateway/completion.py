@@ -91,7 +91,11 @@ class Completion:
                 # The client needn't wait until the context is left, and leaving it mustn't be cancelled.
                 self._generating.discard(self._tasks[number])
                 self._wake()
-        except Exception as error:  # the top of a task; the reader raises it
+        except (Exception, asyncio.CancelledError) as error:  # the top of a task; the reader raises it
+            if isinstance(error, asyncio.CancelledError):
+                if self._tasks[number].cancelling():
+                    raise
+                error = EngineFailed("what the request waited for was cancelled")
             if self._tasks[number] not in self._generating:
                 _log.exception("request %s was answered, but left behind an error", request.request_id)
                 return

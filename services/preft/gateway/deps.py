@@ -10,6 +10,7 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry
 
 from preft.core.cluster import Role, Worker
+from preft.core.errors import Unavailable
 from preft.core.ports import AdapterCatalog, AdapterPlaces, Generator
 from preft.gateway.drain import Drain
 from preft.gateway.metrics import MeteredGenerator
@@ -58,4 +59,8 @@ class GatewayDeps:
             return "the server is shutting down"
         if not self.generator.ready():
             return missing_workers(self.workers() if self.workers is not None else (), self.roles)
+        try:
+            self.catalog.list()
+        except Unavailable as error:
+            return str(error)
         return ""

@@ -8,9 +8,10 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
-from preft.core.errors import InvalidRequest, ModelNotFound
+from preft.core.errors import InvalidRequest, ModelNotFound, Unavailable
 from preft.core.request import MAX_CHOICES, AdapterRef, GenerateRequest, Sampling
 from preft.gateway.chat_prompt import ChatPrompt
 from preft.gateway.choice import TextOptions
@@ -66,10 +67,14 @@ async def chat_job(body: ChatBody, deps: GatewayDeps) -> Job:
 
 
 def resolve_model(model: str, deps: GatewayDeps) -> AdapterRef | None:
-    """The adapter version behind `model`, None for the base model. Raises ModelNotFound, also if it could be both."""
+    """The adapter version behind `model`, or None for the base model.
+
+    Raises ModelNotFound, also if `model` could be both, and Unavailable while the catalog can't be read.
+    """
     if model == deps.model_name:
-        if deps.catalog.get(model) is not None:  # added by a server whose base model has another name
-            raise ModelNotFound(f"The model {model!r} is ambiguous: the base model and an adapter have this name.")
+        with suppress(Unavailable):  # a catalog that can't be read is no reason to refuse the base model
+            if deps.catalog.get(model) is not None:  # added by a server whose base model has another name
+                raise ModelNotFound(f"The model {model!r} is ambiguous: the base model and an adapter have this name.")
         return None
     adapter = served_version(deps.catalog, model)
     return AdapterRef(adapter.name, adapter.digest, adapter.source)

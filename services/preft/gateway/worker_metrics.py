@@ -22,11 +22,20 @@ class WorkerMetrics(Collector):
         """The figures now."""
         free = GaugeMetricFamily("preft_kv_blocks_free", "Free KV blocks.", labels=["worker"])
         total = GaugeMetricFamily("preft_kv_blocks", "KV blocks.", labels=["worker"])
+        staging = GaugeMetricFamily("preft_staging_bytes", "Memory for KV on its way.", labels=["worker"])
+        staged = GaugeMetricFamily(
+            "preft_staging_bytes_used", "Of it, what can't make room for other KV.", labels=["worker"]
+        )
+        preemptions = CounterMetricFamily("preft_preemptions", "Requests that lost their KV blocks.", labels=["worker"])
         workers = list(self._workers())
         for worker in workers:
-            free.add_metric([worker.id], worker.load.kv_blocks_free)
-            total.add_metric([worker.id], worker.load.kv_blocks_total)
-        yield from (free, total)
+            load = worker.load
+            free.add_metric([worker.id], load.kv_blocks_free)
+            total.add_metric([worker.id], load.kv_blocks_total)
+            staging.add_metric([worker.id], load.staging_bytes_total)
+            staged.add_metric([worker.id], load.staging_bytes_used - load.staging_bytes_evictable)
+            preemptions.add_metric([worker.id], load.preemptions)
+        yield from (free, total, staging, staged, preemptions)
         yield from _adapter_metrics([(worker.id, worker.load.tiers) for worker in workers if worker.adapter_slots])
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, nullcontext
 
@@ -158,10 +157,8 @@ class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
             uses=uses,
             prompt_hash=hash_prompt(prompt),
         )
-        started = time.perf_counter()
         await self._sender.push(request.target.address, header, payload, timeout=timeout)
-        pushed = workers_pb2.KvPushed(bytes=region.size, seconds=time.perf_counter() - started)
-        return workers_pb2.PrefillEvent(kv_pushed=pushed)
+        return workers_pb2.PrefillEvent(kv_pushed=workers_pb2.KvPushed())
 
 
 def _first_tokens_event(choices: list[TokenDelta]) -> workers_pb2.PrefillEvent:

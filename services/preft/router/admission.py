@@ -1,7 +1,7 @@
 """The bounded queue in front of the workers: who waits, who is next, who is turned away.
 
 First come, first served per adapter; an adapter whose next request fits nowhere, or that isn't in memory yet, doesn't
-hold up the others. A request that has waited long keeps one decode worker free of newcomers until it fits, so that big
+hold up the others. A request that has waited long keeps one worker free of newcomers until it fits, so that big
 ones aren't starved by small ones, or one prefill worker's adapter slots free of younger requests, so that new adapters
 aren't starved by busy ones. Choosing workers is the policy's business.
 """
@@ -15,14 +15,14 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from preft.core.cluster import Worker
+from preft.core.cluster import Role, Worker
 from preft.core.errors import DeadlineExceeded, InvalidRequest, PreftError, QueueFull, Unavailable
 from preft.core.request import AdapterRef
 from preft.router.lease import Lease
 from preft.router.ledger import Ledger
 from preft.router.policy import Absent, Crowded, Demand, Pair, Policy, Refusal, Roster
 
-PATIENCE = 5.0  # seconds until a waiting request keeps a decode worker for itself
+PATIENCE = 5.0  # seconds until a waiting request keeps a worker for itself
 SLOT_PATIENCE = 0.5  # seconds until a request that waits for an adapter slot lets no younger one have it
 RETRY_AFTER = (1.0, 30.0)  # seconds, least and most
 
@@ -95,7 +95,7 @@ class Admission:
         self._max_queue = max_queue
         self._restart_grace = restart_grace
         self._roster = Roster((), {}, {})
-        self._open = self._roster  # without the decode worker that is kept for a request that has waited long
+        self._open = self._roster  # without the worker that is kept for a request that has waited long
         self._queues: dict[str, deque[Ticket]] = {}  # by adapter digest, never empty
         self._crowded: dict[str, str] = {}  # digest -> the one worker whose slots its queue waits for
         self._waiting = 0
@@ -103,6 +103,7 @@ class Admission:
         self._grants: deque[float] = deque(maxlen=64)  # when the last ones left the queue
         self._pump_due = False
         self._serving_until = -math.inf
+        self._closed: PreftError | None = None
 
     @property
     def waiting(self) -> int:
@@ -115,7 +116,9 @@ class Admission:
         return self._roster
 
     def update(self, roster: Roster) -> None:
-        """Goes on with a new picture of the cluster."""
+        """Goes on with a new picture of the cluster. Does nothing once closed."""
+        if self._closed is not None:
+            return
         now = asyncio.get_running_loop().time()
         self._roster = self._open = roster
         self._crowded.clear()
@@ -138,8 +141,11 @@ class Admission:
 
         `since` (loop time) is when the request came. One that has `started` before and lost its workers is let in
         whatever the queue's length, ahead of its adapter's others, and waits for workers to restart. `avoid` are the
-        workers that have failed it. Raises QueueFull, Unavailable, or InvalidRequest if no worker could ever hold it.
+        workers that have failed it. Raises QueueFull, Unavailable, or InvalidRequest if no worker could ever hold it;
+        once closed, what it was closed with.
         """
+        if self._closed is not None:
+            raise self._closed
         if not started:
             if not self._roster.serving:
                 raise Unavailable("no prefill and decode workers that fit together are ready")
@@ -172,7 +178,7 @@ class Admission:
             self._crowded.pop(ticket.demand.digest, None)
             if not queue:
                 del self._queues[ticket.demand.digest]
-            self._open = self._roster  # it may have kept a decode worker for itself
+            self._open = self._roster  # it may have kept a worker for itself
             self.wake()
 
     def load_ended(self, digest: str, error: PreftError | None) -> None:
@@ -202,10 +208,11 @@ class Admission:
             self._pump_due = True
             asyncio.get_running_loop().call_soon(self._pump)
 
-    def close(self) -> None:
-        """Turns away everything that waits, and everything that still comes."""
+    def close(self, error: PreftError) -> None:
+        """Turns away everything that waits, and everything that still comes, with `error`."""
+        self._closed = error
         self._roster = self._open = Roster((), {}, {})
-        self._refuse_all(Unavailable("the server is shutting down"))
+        self._refuse_all(error)
 
     def _pump(self) -> None:
         """Places whatever fits, oldest first."""
@@ -236,7 +243,7 @@ class Admission:
             heapq.heappop(heads)
             if refusal is Refusal.NO_PREFILL and not ticket.avoid:
                 break
-            if refusal is Refusal.NO_DECODE and not ticket.avoid:
+            if isinstance(refusal, Refusal) and not ticket.avoid:
                 refused = ticket.demand
             waited = now - ticket.order[0]
             if isinstance(refusal, Crowded):
@@ -245,8 +252,9 @@ class Admission:
                 crowded.add(refusal.worker.id)
                 if waited > SLOT_PATIENCE:
                     self._ledger.keep_slots(refusal.worker.id)
-            if refusal is Refusal.NO_DECODE and waited > PATIENCE and self._open is self._roster:
-                self._open = self._keep_one_for(ticket.demand)
+            lacks_memory = refusal in (Refusal.NO_STAGING, Refusal.NO_DECODE)
+            if lacks_memory and waited > PATIENCE and self._open is self._roster:
+                self._open = self._keep_one_for(ticket.demand, refusal)
 
     def _grant(self, ticket: Ticket, roster: Roster) -> Refusal | Absent | Crowded | None:
         """Why `ticket` gets no lease now, or None: it has one, or needs none."""
@@ -273,9 +281,18 @@ class Admission:
         self._open = self._roster
         self._ledger.keep_no_slots()
 
-    def _keep_one_for(self, demand: Demand) -> Roster:
-        """The roster without the decode worker that can hold `demand` and is nearest to have room for it."""
-        able = [worker for worker in self._decode_workers() if _holds(worker, demand.blocks(worker) * demand.choices)]
+    def _keep_one_for(self, demand: Demand, refusal: Refusal | Absent | Crowded) -> Roster:
+        """The roster without the worker that can hold `demand` and is nearest to have the memory that it lacks."""
+        if refusal is Refusal.NO_STAGING:
+            able = [worker for worker in self._roster.prefill if _stages(worker, demand)]
+            if not able:
+                return self._roster
+            return self._roster.without_prefill(min(able, key=lambda worker: self._ledger.staging(worker.id)))
+        able = [
+            worker
+            for worker in self._decode_workers()
+            if _holds(worker, demand.blocks(worker) * demand.choices) and _stages(worker, demand)
+        ]
         if not able:
             return self._roster
         emptiest = min(able, key=lambda worker: self._ledger.blocks(worker.id) / worker.load.kv_blocks_total)
@@ -285,7 +302,15 @@ class Admission:
         workers = self._decode_workers()
         if not demand.decodes or not workers:
             return
-        if not any(_holds(worker, -(-demand.max_tokens // worker.block_size)) for worker in workers):
+        for role, members in ((Role.PREFILL, self._roster.prefill), (Role.DECODE, workers)):
+            if not any(_stages(worker, demand) for worker in members):
+                room = max(worker.load.staging_bytes_total for worker in members)
+                raise InvalidRequest(
+                    f"the KV cache of a prompt of {demand.prompt_tokens} tokens doesn't fit into the {room} bytes of "
+                    f"staging memory of any {role} worker: raise {role}.staging_bytes",
+                    param="prompt",
+                )
+        if not any(_holds(worker, worker.blocks(demand.max_tokens)) for worker in workers):
             room = max(worker.load.kv_blocks_total * worker.block_size for worker in workers)
             raise InvalidRequest(
                 f"prompt and max_tokens come to {demand.max_tokens} tokens, no decode worker holds more than {room}",
@@ -316,3 +341,7 @@ class Admission:
 
 def _holds(worker: Worker, blocks: int) -> bool:
     return blocks <= worker.load.kv_blocks_total
+
+
+def _stages(worker: Worker, demand: Demand) -> bool:
+    return demand.staging(worker) <= worker.load.staging_bytes_total

@@ -72,7 +72,7 @@ class Job:
 
 
 class Attempt:
-    """Call `first_tokens`, then `kv_in_place`, then `decode` for each choice that is still open; `close` at any time.
+    """Call `first_tokens`, then `kv_in_place`, then `start_decoding` and `decode`; `close` at any time.
 
     On a colocated worker `decode` does it all, first token included, and there is nothing to do before.
 
@@ -136,12 +136,17 @@ class Attempt:
                 raise TransferFailed(f"prefill worker {worker.id} ended without having sent the KV cache")
         self._prefill_ended()
 
+    def start_decoding(self, choices: Sequence[Choice]) -> None:
+        """Asks for the further tokens of all choices that are still open, in one message: they share the prompt."""
+        calls = self._channels.decode(self._decode_worker(), self._decode_request(choices), self._job.remaining())
+        self._decodes = {choice.index: call for choice, call in zip(choices, calls, strict=True)}
+
     async def decode(self, choice: Choice) -> AsyncGenerator[TokenDelta, None]:
-        """The choice's further tokens, taken by it, until it is finished or stopped."""
+        """The further tokens of a choice that decodes, taken by it, until it is finished or stopped."""
         worker, index = self._decode_worker(), choice.index
-        call = self._channels.decode(worker, self._decode_request(choice), self._job.remaining())
-        self._decodes[index] = call
+        call = self._decodes[index]
         room = self._lease.room(index) - len(self._job.request.prompt_token_ids)
+        first = True
         try:
             with self._blaming(worker.id):
                 while choice.open:
@@ -149,7 +154,10 @@ class Attempt:
                     if delta.index != index:
                         raise EngineFailed(f"decode worker {worker.id} answered another choice than {index}")
                     choice.take(delta)
-                    self._prompt_ended(index)  # on a colocated worker the first token says so
+                    if first:
+                        first = False
+                        self._lease.kv_loaded(index)
+                        self._prompt_ended(index)  # on a colocated worker the first token says so
                     if choice.finished:
                         del self._decodes[index]
                         self._unclaimed.discard(index)
@@ -247,16 +255,17 @@ class Attempt:
             resume=self.resumes,
         )
 
-    def _decode_request(self, choice: Choice) -> workers_pb2.DecodeRequest:
+    def _decode_request(self, choices: Sequence[Choice]) -> workers_pb2.DecodeRequest:
         request = self._job.request
         return workers_pb2.DecodeRequest(
             request_id=request.request_id,
             handle=self.handle,
             prompt_token_ids=request.prompt_token_ids,
-            output_token_ids=choice.tokens,
             sampling=self._job.sampling,
             adapter_digest=self._job.digest,
-            index=choice.index,
             kv_timeout=self._transfer_timeout,
             adapter=adapter_to_proto(request.adapter) if request.adapter and self._colocated else None,
+            choices=[
+                workers_pb2.DecodeChoice(index=choice.index, output_token_ids=choice.tokens) for choice in choices
+            ],
         )

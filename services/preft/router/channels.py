@@ -16,6 +16,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from preft.core.background import Background
 from preft.core.cluster import AdapterPlace, Worker
 from preft.core.errors import PreftError, WorkerLost
 from preft.core.request import AdapterRef
@@ -63,7 +64,7 @@ class WorkerChannels:
         self._on_lost = on_lost
         self._stubs: dict[str, WorkerStubs] = {}
         self._ending: set[Any] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._background = Background()
 
     def prefill(self, worker: Worker, request: workers_pb2.PrefillRequest, timeout: float) -> Any:
         """Starts a Prefill call, to be read with `read`."""
@@ -84,8 +85,8 @@ class WorkerChannels:
             raise self._error(rpc_error, worker) from rpc_error
         return place_from_proto(worker.id, reply)
 
-    def decode(self, worker: Worker, request: workers_pb2.DecodeRequest, timeout: float) -> DecodeCall:
-        """Starts to decode a choice."""
+    def decode(self, worker: Worker, request: workers_pb2.DecodeRequest, timeout: float) -> list[DecodeCall]:
+        """Starts to decode the request's choices."""
         stubs = self._stubs_of(worker.address)
         if stubs.stream is None or stubs.stream.broken:
             stubs.stream = DecodeStream(stubs.decode, worker.id, partial(self._on_lost, worker))
@@ -115,20 +116,17 @@ class WorkerChannels:
 
     def release(self, worker: Worker, handle: str) -> None:
         """Tells a decode worker, in the background, that nobody will claim `handle` (any more)."""
-        self._background(self._release(worker, handle))
+        self._background.start(self._release(worker, handle), f"the release of a KV handle at {worker.id}")
 
     def retain(self, addresses: Collection[str]) -> None:
         """Lets go of channels to other addresses, in the background and once their calls have ended."""
         for address in self._stubs.keys() - set(addresses):
-            self._background(self._stubs.pop(address).close(grace=DRAIN_SECONDS))
+            closing = self._stubs.pop(address).close(grace=DRAIN_SECONDS)
+            self._background.start(closing, f"the end of the connection to {address}")
 
     async def close(self) -> None:
         """Ends everything, once the releases under way had their time."""
-        if self._tasks:
-            _, late = await asyncio.wait(self._tasks, timeout=RELEASE_SECONDS)
-            for task in late:
-                task.cancel()
-            await asyncio.gather(*late, return_exceptions=True)
+        await self._background.finish(RELEASE_SECONDS)
         for call in list(self._ending):
             call.cancel()
         for stubs in self._stubs.values():
@@ -146,11 +144,6 @@ class WorkerChannels:
         if type(error) is WorkerLost:
             self._on_lost(worker)
         return error
-
-    def _background(self, work: Any) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
     def _stubs_of(self, address: str) -> WorkerStubs:
         stubs = self._stubs.get(address)

@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import logging
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any
 
 import grpc.aio
@@ -84,12 +85,18 @@ class DecodeStream:
         """Whether it takes no more choices."""
         return self._task.done()
 
-    def start(self, request: workers_pb2.DecodeRequest, timeout: float) -> DecodeCall:
-        """Begins a choice that ends with DeadlineExceeded after `timeout` seconds."""
-        number = next(self._ids)
-        call = self._calls[number] = DecodeCall(lambda: self._cancel(number), timeout)
-        self._commands.put_nowait(workers_pb2.DecodeCommand(id=number, start=request))
-        return call
+    def start(self, request: workers_pb2.DecodeRequest, timeout: float) -> list[DecodeCall]:
+        """Begins the request's choices, each of which ends with DeadlineExceeded after `timeout` seconds.
+
+        Gives them their ids. The calls are in the order of the choices.
+        """
+        calls = []
+        for choice in request.choices:
+            choice.id = next(self._ids)
+            call = self._calls[choice.id] = DecodeCall(partial(self._cancel, choice.id), timeout)
+            calls.append(call)
+        self._commands.put_nowait(workers_pb2.DecodeCommand(start=request))
+        return calls
 
     async def finish(self, seconds: float) -> None:
         """Lets the running choices end, for so long at most; takes no more."""
@@ -98,14 +105,17 @@ class DecodeStream:
         await self.close()
 
     async def close(self) -> None:
-        """Cancels what runs."""
+        """Ends what runs, as if the worker had gone."""
         self._task.cancel()
         await asyncio.wait({self._task})
-        self._end(CallCancelled())  # a task that is cancelled before its first step does nothing itself
+        self._end(self._closed())  # a task that is cancelled before its first step does nothing itself
+
+    def _closed(self) -> WorkerLost:
+        return WorkerLost(f"worker {self._peer}: the connection to it was closed")
 
     def _cancel(self, number: int) -> None:
         del self._calls[number]
-        self._commands.put_nowait(workers_pb2.DecodeCommand(id=number, cancel=workers_pb2.Cancel()))
+        self._commands.put_nowait(workers_pb2.DecodeCommand(cancel=number))
 
     async def _send(self) -> AsyncIterator[workers_pb2.DecodeCommand]:
         while (command := await self._commands.get()) is not None:
@@ -121,7 +131,7 @@ class DecodeStream:
         except grpc.aio.AioRpcError as rpc_error:
             error = error_from_rpc(rpc_error, self._peer)
         except asyncio.CancelledError:
-            error = CallCancelled()
+            error = self._closed()
             raise
         except Exception:
             logger.exception("%s", error)

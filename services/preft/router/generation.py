@@ -42,7 +42,7 @@ GATHERING_SECONDS = 0.02  # a lost worker fails all its choices, but not in the 
 
 @dataclass(slots=True)
 class Counters:
-    """Totals since the start, for metrics."""
+    """Totals since the start."""
 
     retries: int = 0  # attempts begun again before the first token
     resumes: int = 0  # attempts that took up where others had ended
@@ -80,6 +80,7 @@ class RoutedGeneration:
         self._avoid: frozenset[str] = frozenset()
         self._first: Ticket | None = None
         self._stream: AsyncGenerator[TokenDelta, None] | None = None
+        self._failure: PreftError | None = None  # of the whole request, from outside
         # What runs or waits now, for `stop` and `close`:
         self._tickets: set[Ticket] = set()
         self._attempts: set[Attempt] = set()
@@ -92,7 +93,7 @@ class RoutedGeneration:
 
     def __aiter__(self) -> AsyncIterator[TokenDelta]:
         if self._stream is None:
-            self._stream = self._serve(self._choices, self._first)
+            self._stream = self._tokens()
         return self._stream
 
     def stop(self, index: int) -> None:
@@ -104,11 +105,15 @@ class RoutedGeneration:
         if not any(other.open for other in self._choices):
             self._cancel()
 
+    def fail(self, error: PreftError) -> None:
+        """Ends the request at once: its work is cancelled, and the iteration raises `error`, unless it is complete."""
+        if any(choice.open for choice in self._choices):
+            self._failure = error
+        self._stop_all()
+
     async def close(self) -> None:
         """Cancels whatever still runs, and gives back all that the request holds."""
-        for choice in self._choices:
-            choice.stopped = True
-        self._cancel()
+        self._stop_all()
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -118,6 +123,18 @@ class RoutedGeneration:
                 RuntimeError
             ):  # another task is iterating: its read was cancelled above, and it ends by itself
                 await self._stream.aclose()
+
+    async def _tokens(self) -> AsyncGenerator[TokenDelta, None]:
+        async with aclosing(self._serve(self._choices, self._first)) as deltas:
+            async for delta in deltas:
+                yield delta
+        if self._failure is not None:
+            raise self._failure
+
+    def _stop_all(self) -> None:
+        for choice in self._choices:
+            choice.stopped = True
+        self._cancel()
 
     def _cancel(self) -> None:
         for ticket in self._tickets:
@@ -132,6 +149,7 @@ class RoutedGeneration:
             digest=self._job.digest,
             kv_tokens=prompt + min(most, done + KV_ALLOWANCE),
             max_tokens=prompt + most,
+            prompt_tokens=prompt,
             choices=len(choices),
             decodes=most > 1,
             adapter=request.adapter,
@@ -160,12 +178,14 @@ class RoutedGeneration:
                 if any(choice.open for choice in choices):
                     await attempt.kv_in_place()
                 going = [choice for choice in choices if choice.open]
+                if going:
+                    attempt.start_decoding(going)
                 if len(going) == 1:
                     async with aclosing(attempt.decode(going[0])) as deltas:
                         async for delta in deltas:
                             yield delta
             except CallCancelled:
-                continue  # by `stop` or `close`: no choice is open any more
+                continue  # by `stop`, `fail` or `close`: no choice is open; or the worker has left: open ones go on
             except PreftError as error:
                 if not self._may_retry(choices, attempt, error):
                     raise
@@ -187,7 +207,7 @@ class RoutedGeneration:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
-            return None  # by `stop` or `close`
+            return None  # by `stop`, `fail` or `close`
         finally:
             ticket.cancel()
             self._tickets.discard(ticket)
@@ -260,7 +280,7 @@ async def _feed(
             async for delta in source:
                 queue.put_nowait(delta)
     except CallCancelled:
-        pass  # by `stop` or `close`
+        pass  # by `stop`, `fail` or `close`
     except PreftError as failure:
         error = failure
     except Exception:

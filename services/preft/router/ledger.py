@@ -16,8 +16,42 @@ K = TypeVar("K", bound=Hashable)
 HEARTBEATS = 3  # of a worker, until they surely tell of an adapter that it has just brought in
 
 
+class _Memory:
+    """One kind of memory of all workers, in its own unit: what this router has reserved, and what others use.
+
+    Others (another router, say) are known from heartbeats, which are late: what they count may have been ours and be
+    free by now. So only what exceeds the most that was ours since the heartbeat before counts as foreign.
+    """
+
+    def __init__(self) -> None:
+        self.own: Counter[str] = Counter()
+        self._peak: dict[str, int] = {}  # most own since the last heartbeat
+        self._foreign: dict[str, int] = {}
+
+    def taken(self, worker_id: str) -> int:
+        return self.own.get(worker_id, 0) + self._foreign.get(worker_id, 0)
+
+    def add(self, worker_id: str, amount: int) -> None:
+        if amount:
+            self.own[worker_id] += amount
+            self._peak[worker_id] = max(self._peak.get(worker_id, 0), self.own[worker_id])
+
+    def drop(self, worker_id: str, amount: int) -> None:
+        if amount:
+            _take(self.own, worker_id, amount)
+
+    def heard(self, worker_id: str, used: int) -> None:
+        """A new heartbeat says how much is used in all."""
+        self._foreign[worker_id] = max(0, used - self._peak.get(worker_id, 0))
+        self._peak[worker_id] = self.own.get(worker_id, 0)
+
+    def forget(self, worker_id: str) -> None:
+        self._foreign.pop(worker_id, None)
+        self._peak.pop(worker_id, None)
+
+
 class Ledger:
-    """Counts per worker id: running prefills (also per adapter digest), KV blocks and sequences on decode workers."""
+    """Counts per worker id: prefills that run (also per adapter digest), staging bytes, KV blocks, sequences."""
 
     def __init__(self) -> None:
         self._prefills: Counter[str] = Counter()
@@ -27,17 +61,17 @@ class Ledger:
         self._loaded: dict[tuple[str, str], int] = {}  # for how many more heartbeats our word counts
         self._refused: dict[tuple[str, str], int] = {}  # likewise
         self._slots_kept: set[str] = set()
-        self._blocks: Counter[str] = Counter()
+        self._blocks = _Memory()
+        self._staging = _Memory()
         self._sequences: Counter[str] = Counter()
-        self._peak: dict[str, int] = {}  # most own blocks since the last heartbeat
-        self._foreign: dict[str, int] = {}  # blocks that others hold, as far as the last heartbeat tells
         self._heartbeats: dict[str, float] = {}
         self._beats: dict[str, float] = {}  # of workers that hold adapters
 
     @property
     def idle(self) -> bool:
         """Whether everything was given back."""
-        return not (self._prefills or self._adapters or self._blocks or self._sequences)
+        held = (self._prefills, self._adapters, self._blocks.own, self._staging.own, self._sequences)
+        return not any(held)
 
     def prefills(self, worker_id: str) -> int:
         """Prefills of this router that run on the worker."""
@@ -87,7 +121,11 @@ class Ledger:
 
     def blocks(self, worker_id: str) -> int:
         """KV blocks that are taken on the worker: reserved here, or used by others at the last heartbeat."""
-        return self._blocks.get(worker_id, 0) + self._foreign.get(worker_id, 0)
+        return self._blocks.taken(worker_id)
+
+    def staging(self, worker_id: str) -> int:
+        """Bytes of the worker's staging memory that are taken, without copies that make room: likewise."""
+        return self._staging.taken(worker_id)
 
     def sequences(self, worker_id: str) -> int:
         """Choices of this router that the worker decodes or is about to."""
@@ -116,36 +154,39 @@ class Ledger:
 
     def add_decode(self, worker_id: str, blocks: int, sequences: int) -> None:
         """Reserves KV blocks for `sequences` more choices (0: a running one has grown)."""
-        self._blocks[worker_id] += blocks
-        self._sequences[worker_id] += sequences
-        self._peak[worker_id] = max(self._peak.get(worker_id, 0), self._blocks[worker_id])
-        if not self._sequences[worker_id]:
-            del self._sequences[worker_id]
+        self._blocks.add(worker_id, blocks)
+        if sequences:
+            self._sequences[worker_id] += sequences
 
     def drop_decode(self, worker_id: str, blocks: int, sequences: int) -> None:
         """Gives back what choices that ended had reserved."""
-        _take(self._blocks, worker_id, blocks)
+        self._blocks.drop(worker_id, blocks)
         _take(self._sequences, worker_id, sequences)
 
-    def observe(self, workers: Iterable[Worker]) -> None:
-        """Learns from new heartbeats how much of each decode worker's KV memory others use (another router, say).
+    def add_staging(self, worker_id: str, size: int) -> None:
+        """Reserves staging memory, `size` bytes."""
+        self._staging.add(worker_id, size)
 
-        A heartbeat is late: what it counts may have been ours and be free by now. So only what exceeds the most that
-        was ours since the heartbeat before counts as foreign.
-        """
+    def drop_staging(self, worker_id: str, size: int) -> None:
+        """Gives it back."""
+        self._staging.drop(worker_id, size)
+
+    def observe(self, workers: Iterable[Worker]) -> None:
+        """Learns from new heartbeats how much of each worker's memory others use."""
         workers = tuple(workers)
         self._forget_loads(workers)
-        known = {worker.id: worker for worker in workers if worker.role is not Role.PREFILL}
+        known = {worker.id: worker for worker in workers}
         for gone in self._heartbeats.keys() - known.keys():
             del self._heartbeats[gone]
-            self._foreign.pop(gone, None)
-            self._peak.pop(gone, None)
+            self._blocks.forget(gone)
+            self._staging.forget(gone)
         for worker in known.values():
             if self._heartbeats.get(worker.id) != worker.heartbeat:
                 self._heartbeats[worker.id] = worker.heartbeat
-                used = worker.load.kv_blocks_total - worker.load.kv_blocks_free
-                self._foreign[worker.id] = max(0, used - self._peak.get(worker.id, 0))
-                self._peak[worker.id] = self._blocks.get(worker.id, 0)
+                load = worker.load
+                if worker.role is not Role.PREFILL:  # the KV of a prefill worker's prompts is reserved nowhere
+                    self._blocks.heard(worker.id, load.kv_blocks_total - load.kv_blocks_free)
+                self._staging.heard(worker.id, load.staging_bytes_used - load.staging_bytes_evictable)
 
     def _forget_loads(self, workers: Iterable[Worker]) -> None:
         beats = {worker.id: worker.heartbeat for worker in workers if worker.role is not Role.DECODE}

@@ -6,7 +6,7 @@ Owns the choice alone. Waiting for room is `admission`'s business; nothing here 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import Protocol
 from zlib import crc32
@@ -21,23 +21,34 @@ class Demand:
     """What a request asks of the cluster. Tokens are per choice.
 
     `kv_tokens` is what decode should have room for at the start, `max_tokens` what it may grow to (prompt included).
-    `decodes` is False if the first token is also the last: no decode worker is needed.
+    The KV of `prompt_tokens` goes through staging memory, on both workers.
+    `decodes` is False if the first token is also the last: no decode worker and no staging memory is needed.
     """
 
     digest: str  # of the adapter; "" is the base model
     kv_tokens: int
     max_tokens: int
+    prompt_tokens: int = 0
     choices: int = 1
     decodes: bool = True
     adapter: AdapterRef | None = None  # to be loaded where it isn't yet
 
     def blocks(self, worker: Worker) -> int:
         """KV blocks to reserve on `worker` for each choice."""
-        return -(-self.kv_tokens // worker.block_size)
+        return worker.blocks(self.kv_tokens)
+
+    def staging(self, worker: Worker) -> int:
+        """Bytes of staging memory to reserve on `worker`, once for all choices."""
+        return worker.staging_bytes(self.prompt_tokens) if self.decodes else 0
 
     def covers(self, other: Demand) -> bool:
-        """Whether this needs at least as much decode room as `other`."""
-        return self.decodes and self.kv_tokens >= other.kv_tokens and self.choices >= other.choices
+        """Whether this needs at least as much room for its KV as `other`."""
+        return (
+            self.decodes
+            and self.kv_tokens >= other.kv_tokens
+            and self.choices >= other.choices
+            and self.prompt_tokens >= other.prompt_tokens
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +68,7 @@ class Absent:
 
 @dataclass(frozen=True, slots=True)
 class Crowded:
-    """This worker has the adapter, and should be waited for: its engine slots are full of others, or its prefills."""
+    """This worker has the adapter, and should be waited for: its slots, prefills or staging memory are taken."""
 
     worker: Worker
 
@@ -66,6 +77,7 @@ class Refusal(Enum):
     """Why nothing fits now."""
 
     NO_PREFILL = auto()  # no prefill worker takes more, of whatever adapter
+    NO_STAGING = auto()  # no prefill worker has staging memory for that much, of whatever adapter
     NO_DECODE = auto()  # no decode worker has room for that much, of whatever adapter
 
 
@@ -106,7 +118,11 @@ class Roster:
         """The same cluster, with this decode worker taken out."""
         others = tuple(other for other in self.decode[worker.fingerprint] if other.id != worker.id)
         decode = {**self.decode, worker.fingerprint: others}
-        return Roster(self.prefill, {name: workers for name, workers in decode.items() if workers}, self.holders)
+        return replace(self, decode={name: workers for name, workers in decode.items() if workers})
+
+    def without_prefill(self, worker: Worker) -> Roster:
+        """The same cluster, with this prefill worker taken out."""
+        return replace(self, prefill=tuple(other for other in self.prefill if other.id != worker.id))
 
 
 class Policy(Protocol):
@@ -118,7 +134,7 @@ class Policy(Protocol):
         """Two workers of equal fingerprint with room for `demand`, or why there are none.
 
         Workers in `avoid` (ids) have just failed this request: they are taken only where nothing else is ready. With an
-        empty `avoid`, NO_PREFILL and NO_DECODE hold for every demand that `covers` this one.
+        empty `avoid`, a Refusal holds for every demand that `covers` this one.
         """
 
     def home(self, demand: Demand, roster: Roster, ledger: Ledger) -> Worker | None:
@@ -149,16 +165,25 @@ class AffinityPolicy:
                 if worker is not None:
                     decode[fingerprint] = worker
         ready = _prefer(roster.prefill, avoid)
-        if not any(self._takes_more(worker, ledger) for worker in ready):
+        takers = [worker for worker in ready if self._takes_more(worker, ledger)]
+        if not takers:
             return Refusal.NO_PREFILL
         if demand.decodes:
             ready = tuple(worker for worker in ready if worker.fingerprint in decode)
-            if not any(self._takes_more(worker, ledger) for worker in ready):
+            takers = [worker for worker in takers if worker.fingerprint in decode]
+            if not takers:
                 return Refusal.NO_DECODE
-        prefill = self._nearest(demand.digest, ready, roster, ledger)
+            staging = [worker for worker in takers if _stages(worker, demand, ledger)]
+            if not staging:
+                return Refusal.NO_STAGING
+            if len(staging) < len(takers):  # what never has room for this prompt isn't waited for
+                ready = tuple(worker for worker in ready if demand.staging(worker) <= worker.load.staging_bytes_total)
+            takers = staging
+        prefill = self._nearest(demand, ready, takers, roster, ledger)
         if demand.adapter is not None and not _holds(prefill, demand.digest, roster, ledger):
             return Absent(prefill)
-        if demand.digest and not (self._takes_more(prefill, ledger) and _has_slot(prefill, demand.digest, ledger)):
+        has_room = self._takes_more(prefill, ledger) and _stages(prefill, demand, ledger)
+        if demand.digest and not (has_room and _has_slot(prefill, demand.digest, ledger)):
             return Crowded(prefill)
         return Pair(prefill, decode.get(prefill.fingerprint))
 
@@ -181,24 +206,32 @@ class AffinityPolicy:
             running = ledger.sequences(worker.id)
             batch = worker.max_num_seqs * (1 + self.queued_share) if worker.max_num_seqs else float("inf")
             crowd = min(demand.choices, max(1, batch - worker.max_num_seqs))  # what is more waits in the engine
-            if blocks > total or (running and running + crowd > batch):
+            if blocks > total or (running and running + crowd > batch) or not _stages(worker, demand, ledger):
                 continue
             key = (max(blocks / total, running / batch), worker.load.running, worker.id)
             if key < best_key:
                 best, best_key = worker, key
         return best
 
-    def _nearest(self, digest: str, workers: Sequence[Worker], roster: Roster, ledger: Ledger) -> Worker:
-        """Where the prompt should be computed: now, or once the worker has room, a slot or the adapter."""
+    def _nearest(
+        self, demand: Demand, workers: Sequence[Worker], takers: Sequence[Worker], roster: Roster, ledger: Ledger
+    ) -> Worker:
+        """Where the prompt should be computed: now, or once the worker has room, a slot or the adapter.
+
+        `takers` are those that have room now, at least one.
+        """
+        digest = demand.digest
 
         def load(worker: Worker) -> tuple[int, int, str]:
             return ledger.prefills(worker.id), worker.load.running, worker.id
 
         def bearable(worker: Worker) -> bool:
+            if not _stages(worker, demand, ledger):
+                return False
             limit = ledger.prefills(least.id) * self.busier_factor
             return ledger.prefills(worker.id) <= limit + (self.busier_slack if self._takes_more(worker, ledger) else 0)
 
-        least = min(workers, key=load)
+        least = min(takers, key=load)
         if not digest:
             return least
         holders = [worker for worker in workers if _holds(worker, digest, roster, ledger)]
@@ -207,7 +240,7 @@ class AffinityPolicy:
             home = _home(digest, workers)
             return home if bearable(home) else least
         for near in (holders, loading):  # who has the adapter needn't wait for another worker's load
-            near = [worker for worker in near if _has_slot(worker, digest, ledger)]
+            near = [w for w in near if _has_slot(w, digest, ledger) and _stages(w, demand, ledger)]
             if near and bearable(nearest := min(near, key=load)):
                 return nearest
         near = holders or loading
@@ -234,6 +267,12 @@ def _has_slot(worker: Worker, digest: str, ledger: Ledger) -> bool:
     if not worker.adapter_slots or ledger.prompts_of(worker.id, digest):
         return True
     return ledger.distinct_adapters(worker.id) < worker.adapter_slots
+
+
+def _stages(worker: Worker, demand: Demand, ledger: Ledger) -> bool:
+    """Whether the worker's staging memory has room for the prompt's KV."""
+    needed = demand.staging(worker)
+    return not needed or ledger.staging(worker.id) + needed <= worker.load.staging_bytes_total
 
 
 def _home(digest: str, workers: Sequence[Worker]) -> Worker:

@@ -6,10 +6,10 @@ the policy's choice, and what the calls' ends mean for the queue is the queue's 
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable
 
+from preft.core.background import Background
 from preft.core.cluster import Worker
 from preft.core.errors import EngineFailed, PreftError, WorkerLost
 from preft.core.request import AdapterRef
@@ -37,21 +37,17 @@ class Prefetcher:
         self._ledger = ledger
         self._timeout = timeout
         self._on_end = on_end
-        self._calls: set[asyncio.Task[None]] = set()
+        self._calls = Background()
 
     def want(self, worker: Worker, adapter: AdapterRef) -> None:
         """`worker` should have `adapter`."""
         if not self._ledger.loading(worker.id, adapter.digest):
             self._ledger.load_begins(worker.id, adapter.digest)
-            task = asyncio.create_task(self._load(worker, adapter))
-            self._calls.add(task)
-            task.add_done_callback(self._calls.discard)
+            self._calls.start(self._load(worker, adapter), f"the load of adapter {adapter.name!r} at {worker.id}")
 
     async def close(self) -> None:
         """Ends what is under way."""
-        for call in self._calls:
-            call.cancel()
-        await asyncio.gather(*self._calls, return_exceptions=True)
+        await self._calls.close()
 
     async def _load(self, worker: Worker, adapter: AdapterRef) -> None:
         error: PreftError | None = None

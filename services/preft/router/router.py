@@ -6,15 +6,14 @@ Owns the poll of the state store and everything it starts; `close` ends it. A re
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
 
+from preft.core.background import Background
 from preft.core.cluster import AdapterPlace, ClusterSnapshot, Role, Worker, WorkerState
-from preft.core.errors import PreftError
+from preft.core.errors import Unavailable
 from preft.core.ports import Generation, StateStore
 from preft.core.request import AdapterRef, GenerateRequest
 from preft.core.settings import RouterSettings
@@ -22,18 +21,17 @@ from preft.router.admission import Admission
 from preft.router.channels import WorkerChannels
 from preft.router.generation import Counters, RoutedGeneration
 from preft.router.ledger import Ledger
+from preft.router.liveness import Liveness
 from preft.router.policy import AffinityPolicy, Policy, Roster
 from preft.router.prefetch import Prefetcher
 from preft.rpc.secret import ClusterSecret
-
-logger = logging.getLogger(__name__)
 
 WHERE_SECONDS = 2.0  # for a worker to say where it has an adapter
 
 
 @dataclass(frozen=True, slots=True)
 class RouterStats:
-    """For metrics. `in_flight` counts prefills or sequences per worker id; `retries` and `resumes` are totals."""
+    """`in_flight` counts prefills or sequences per worker id; `retries` and `resumes` are totals."""
 
     waiting: int
     in_flight: Mapping[str, int]
@@ -74,23 +72,23 @@ class Router:
         )
         self._counters = Counters()
         self._workers: Mapping[str, Worker] = {}  # as registered
-        self._snapshot = ClusterSnapshot({}, 0.0)
-        self._read_at = 0.0  # time.time() of the last answer of the store
-        self._lost_at: dict[str, float] = {}  # worker id -> time.time() of a broken call
-        self._polling: asyncio.Task[None] | None = None
+        self._snapshot = ClusterSnapshot({})
+        self._liveness = Liveness(settings.worker_timeout)
+        self._generations: set[RoutedGeneration] = set()
+        self._background = Background()
 
     async def start(self) -> None:
         """Reads the cluster once and keeps reading it. Raises Unavailable if the store can't be read."""
-        self._registered(await self._store.workers())
-        self._polling = asyncio.create_task(self._poll())
+        await self._poll()
+        self._background.every(self._settings.poll_interval, self._poll, "the router's list of workers is not read")
 
     async def close(self) -> None:
-        """Turns away what waits, and ends all that was started. Running generations fail."""
-        if self._polling is not None:
-            self._polling.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._polling
-        self._admission.close()
+        """Ends every generation with Unavailable, at once, those that come later too; then all that was started."""
+        stopping = Unavailable("the server is shutting down")
+        await self._background.close()
+        self._admission.close(stopping)
+        for generation in list(self._generations):
+            generation.fail(stopping)
         await self._prefetcher.close()
         await self._channels.close()
 
@@ -111,7 +109,7 @@ class Router:
 
     @property
     def snapshot(self) -> ClusterSnapshot:
-        """The cluster as the router sees it: silent or unreachable workers are DEAD in it."""
+        """The cluster as the router sees it: silent or unreachable workers are DEAD in it, unless they start still."""
         return self._snapshot
 
     async def places(self, adapter: AdapterRef) -> Sequence[AdapterPlace]:
@@ -122,7 +120,7 @@ class Router:
         return [answer for answer in answers if isinstance(answer, AdapterPlace)]
 
     def stats(self) -> RouterStats:
-        """The router's own figures at this moment."""
+        """The figures at this moment."""
         return RouterStats(
             self._admission.waiting, self._ledger.in_flight(), self._counters.retries, self._counters.resumes
         )
@@ -132,51 +130,32 @@ class Router:
         generation = RoutedGeneration(request, self._admission, self._channels, self._settings, self._counters)
         try:
             generation.start()
+            self._generations.add(generation)
             yield generation
         finally:
+            self._generations.discard(generation)
             await generation.close()
 
     async def _poll(self) -> None:
-        failing = False
-        while True:
-            await asyncio.sleep(self._settings.poll_interval)
-            try:
-                self._registered(await self._store.workers())
-                failing = False
-            except PreftError as error:
-                if not failing:
-                    logger.warning("routing goes on with the workers known so far: %s", error)
-                failing = True
-            except Exception:  # the poll must outlive any one bad answer
-                logger.exception("the cluster's state couldn't be taken over")
-
-    def _registered(self, workers: Iterable[Worker]) -> None:
-        """Takes over the registry's list."""
-        self._read_at = time.time()
-        self._workers = {worker.id: worker for worker in workers if worker.id.startswith(self._prefix)}
-        self._lost_at = {
-            worker_id: lost
-            for worker_id, lost in self._lost_at.items()
-            if worker_id in self._workers and self._workers[worker_id].heartbeat <= lost
-        }
-        self._ledger.observe(self._workers.values())
-        self._channels.retain({worker.address for worker in self._workers.values()})
+        """Takes over the registry's list. While the store can't be read, routing goes on with the last list."""
+        asked = time.monotonic()
+        workers = {worker.id: worker for worker in await self._store.workers() if worker.id.startswith(self._prefix)}
+        self._workers = workers
+        self._liveness.read(workers.values(), asked)
+        self._ledger.observe(workers.values())
+        self._channels.retain({worker.address for worker in workers.values()})
         self._look()
 
     def _lost(self, worker: Worker) -> None:
         """A call to `worker` broke: nothing more goes there until it is heard of again."""
-        known = worker.id in self._lost_at
-        self._lost_at[worker.id] = time.time()
-        if not known:
+        if self._liveness.lost(worker.id):
             self._look()
 
     def _look(self) -> None:
-        now = self._read_at  # while the store can't be read, silence is the store's
-        self._snapshot = ClusterSnapshot({key: self._judged(worker, now) for key, worker in self._workers.items()}, now)
+        dead = [
+            replace(worker, state=WorkerState.DEAD)
+            for worker in self._workers.values()
+            if worker.state is not WorkerState.STARTING and not self._liveness.alive(worker.id)
+        ]
+        self._snapshot = ClusterSnapshot({**self._workers, **{worker.id: worker for worker in dead}})
         self._admission.update(Roster.of(self._snapshot))
-
-    def _judged(self, worker: Worker, now: float) -> Worker:
-        silent = now - worker.heartbeat > self._settings.worker_timeout
-        if worker.state is not WorkerState.DEAD and (silent or worker.id in self._lost_at):
-            return replace(worker, state=WorkerState.DEAD)
-        return worker

@@ -7,9 +7,7 @@ worker's EngineFailed. Values that don't fit the message's type (a negative coun
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
-
-from preft.core.cluster import BY_TIER, AdapterLoad, AdapterPlace, Tier, WorkerLoad
+from preft.core.cluster import AdapterPlace, Tier
 from preft.core.errors import EngineFailed
 from preft.core.request import MAX_CHOICES, NO_BIAS, AdapterRef, FinishReason, Sampling, TokenDelta, TokenLogprob
 from preft.rpc import common_pb2, workers_pb2
@@ -95,7 +93,8 @@ def check_decode(message: workers_pb2.DecodeRequest) -> None:
     text_of(message.request_id, "request_id")
     handle_of(message.handle)
     digest_of(message.adapter_digest)
-    count_of(message.index, "index", 0, MAX_CHOICES - 1)
+    for choice in message.choices:
+        count_of(choice.index, "index", 0, MAX_CHOICES - 1)
     seconds_of(message.kv_timeout, "kv_timeout")
 
 
@@ -138,36 +137,6 @@ def delta_from_proto(message: common_pb2.TokenDelta) -> TokenDelta:
     )
 
 
-def load_to_proto(load: WorkerLoad) -> workers_pb2.StatsReply:
-    """A worker's own view of its use, as it answers `Stats`."""
-    return workers_pb2.StatsReply(
-        running=load.running,
-        kv_blocks_total=load.kv_blocks_total,
-        kv_blocks_free=load.kv_blocks_free,
-        staging_bytes_total=load.staging_bytes_total,
-        staging_bytes_used=load.staging_bytes_used,
-        open_handles=load.open_handles,
-        preemptions=load.preemptions,
-        adapters=load.adapters,
-        tiers=workers_pb2.AdapterTiers(**asdict(load.tiers)),
-    )
-
-
-def load_from_proto(message: workers_pb2.StatsReply) -> WorkerLoad:
-    """What `load_to_proto` was given."""
-    return WorkerLoad(
-        running=message.running,
-        kv_blocks_total=message.kv_blocks_total,
-        kv_blocks_free=message.kv_blocks_free,
-        staging_bytes_total=message.staging_bytes_total,
-        staging_bytes_used=message.staging_bytes_used,
-        open_handles=message.open_handles,
-        preemptions=message.preemptions,
-        adapters=tuple(message.adapters),
-        tiers=_tiers_from_proto(message.tiers),
-    )
-
-
 def place_to_proto(place: AdapterPlace) -> workers_pb2.WhereReply:
     """A worker's answer to `Where`."""
     return workers_pb2.WhereReply(tier=place.tier, last_used=place.last_used, users=place.users)
@@ -178,13 +147,6 @@ def place_from_proto(worker_id: str, message: workers_pb2.WhereReply) -> Adapter
     if message.tier not in set(Tier):
         raise EngineFailed(f"worker {worker_id} names the unknown tier {message.tier[:40]!r}")
     return AdapterPlace(worker_id, Tier(message.tier), message.last_used, message.users)
-
-
-def _tiers_from_proto(message: workers_pb2.AdapterTiers) -> AdapterLoad:
-    values = {field.name: getattr(message, field.name) for field in fields(AdapterLoad)}
-    for name in BY_TIER:
-        values[name] = {Tier(tier): value for tier, value in values[name].items()}
-    return AdapterLoad(**values)
 
 
 def _logprob_to_proto(logprob: TokenLogprob) -> common_pb2.TokenLogprob:

@@ -48,12 +48,8 @@ class FirstTokens(_message.Message):
     def __init__(self, choices: _Optional[_Iterable[_Union[_common_pb2.TokenDelta, _Mapping]]] = ...) -> None: ...
 
 class KvPushed(_message.Message):
-    __slots__ = ("bytes", "seconds")
-    BYTES_FIELD_NUMBER: _ClassVar[int]
-    SECONDS_FIELD_NUMBER: _ClassVar[int]
-    bytes: int
-    seconds: float
-    def __init__(self, bytes: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class PrefetchReply(_message.Message):
     __slots__ = ()
@@ -70,18 +66,12 @@ class WhereReply(_message.Message):
     def __init__(self, tier: _Optional[str] = ..., last_used: _Optional[float] = ..., users: _Optional[int] = ...) -> None: ...
 
 class DecodeCommand(_message.Message):
-    __slots__ = ("id", "start", "cancel")
-    ID_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("start", "cancel")
     START_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
-    id: int
     start: DecodeRequest
-    cancel: Cancel
-    def __init__(self, id: _Optional[int] = ..., start: _Optional[_Union[DecodeRequest, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
-
-class Cancel(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    cancel: int
+    def __init__(self, start: _Optional[_Union[DecodeRequest, _Mapping]] = ..., cancel: _Optional[int] = ...) -> None: ...
 
 class DecodeEvents(_message.Message):
     __slots__ = ("events",)
@@ -110,26 +100,34 @@ class Error(_message.Message):
     def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ..., param: _Optional[str] = ...) -> None: ...
 
 class DecodeRequest(_message.Message):
-    __slots__ = ("request_id", "handle", "prompt_token_ids", "output_token_ids", "sampling", "adapter_digest", "index", "kv_timeout", "adapter")
+    __slots__ = ("request_id", "handle", "prompt_token_ids", "sampling", "adapter_digest", "kv_timeout", "adapter", "choices")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
-    OUTPUT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_DIGEST_FIELD_NUMBER: _ClassVar[int]
-    INDEX_FIELD_NUMBER: _ClassVar[int]
     KV_TIMEOUT_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    CHOICES_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     handle: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
-    output_token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: _common_pb2.Sampling
     adapter_digest: str
-    index: int
     kv_timeout: float
     adapter: _common_pb2.AdapterRef
-    def __init__(self, request_id: _Optional[str] = ..., handle: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., output_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., adapter_digest: _Optional[str] = ..., index: _Optional[int] = ..., kv_timeout: _Optional[float] = ..., adapter: _Optional[_Union[_common_pb2.AdapterRef, _Mapping]] = ...) -> None: ...
+    choices: _containers.RepeatedCompositeFieldContainer[DecodeChoice]
+    def __init__(self, request_id: _Optional[str] = ..., handle: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., adapter_digest: _Optional[str] = ..., kv_timeout: _Optional[float] = ..., adapter: _Optional[_Union[_common_pb2.AdapterRef, _Mapping]] = ..., choices: _Optional[_Iterable[_Union[DecodeChoice, _Mapping]]] = ...) -> None: ...
+
+class DecodeChoice(_message.Message):
+    __slots__ = ("id", "index", "output_token_ids")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    index: int
+    output_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, id: _Optional[int] = ..., index: _Optional[int] = ..., output_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ReleaseRequest(_message.Message):
     __slots__ = ("handle",)
@@ -140,76 +138,3 @@ class ReleaseRequest(_message.Message):
 class ReleaseReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
-
-class StatsRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
-
-class AdapterTiers(_message.Message):
-    __slots__ = ("slots", "slots_used", "host_adapters", "host_bytes", "host_bytes_total", "host_evictions", "disk_evictions", "hits", "loads", "load_seconds", "disk_bytes")
-    class HitsEntry(_message.Message):
-        __slots__ = ("key", "value")
-        KEY_FIELD_NUMBER: _ClassVar[int]
-        VALUE_FIELD_NUMBER: _ClassVar[int]
-        key: str
-        value: int
-        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
-    class LoadsEntry(_message.Message):
-        __slots__ = ("key", "value")
-        KEY_FIELD_NUMBER: _ClassVar[int]
-        VALUE_FIELD_NUMBER: _ClassVar[int]
-        key: str
-        value: int
-        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
-    class LoadSecondsEntry(_message.Message):
-        __slots__ = ("key", "value")
-        KEY_FIELD_NUMBER: _ClassVar[int]
-        VALUE_FIELD_NUMBER: _ClassVar[int]
-        key: str
-        value: float
-        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
-    SLOTS_FIELD_NUMBER: _ClassVar[int]
-    SLOTS_USED_FIELD_NUMBER: _ClassVar[int]
-    HOST_ADAPTERS_FIELD_NUMBER: _ClassVar[int]
-    HOST_BYTES_FIELD_NUMBER: _ClassVar[int]
-    HOST_BYTES_TOTAL_FIELD_NUMBER: _ClassVar[int]
-    HOST_EVICTIONS_FIELD_NUMBER: _ClassVar[int]
-    DISK_EVICTIONS_FIELD_NUMBER: _ClassVar[int]
-    HITS_FIELD_NUMBER: _ClassVar[int]
-    LOADS_FIELD_NUMBER: _ClassVar[int]
-    LOAD_SECONDS_FIELD_NUMBER: _ClassVar[int]
-    DISK_BYTES_FIELD_NUMBER: _ClassVar[int]
-    slots: int
-    slots_used: int
-    host_adapters: int
-    host_bytes: int
-    host_bytes_total: int
-    host_evictions: int
-    disk_evictions: int
-    hits: _containers.ScalarMap[str, int]
-    loads: _containers.ScalarMap[str, int]
-    load_seconds: _containers.ScalarMap[str, float]
-    disk_bytes: int
-    def __init__(self, slots: _Optional[int] = ..., slots_used: _Optional[int] = ..., host_adapters: _Optional[int] = ..., host_bytes: _Optional[int] = ..., host_bytes_total: _Optional[int] = ..., host_evictions: _Optional[int] = ..., disk_evictions: _Optional[int] = ..., hits: _Optional[_Mapping[str, int]] = ..., loads: _Optional[_Mapping[str, int]] = ..., load_seconds: _Optional[_Mapping[str, float]] = ..., disk_bytes: _Optional[int] = ...) -> None: ...
-
-class StatsReply(_message.Message):
-    __slots__ = ("running", "kv_blocks_total", "kv_blocks_free", "staging_bytes_total", "staging_bytes_used", "open_handles", "preemptions", "adapters", "tiers")
-    RUNNING_FIELD_NUMBER: _ClassVar[int]
-    KV_BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
-    KV_BLOCKS_FREE_FIELD_NUMBER: _ClassVar[int]
-    STAGING_BYTES_TOTAL_FIELD_NUMBER: _ClassVar[int]
-    STAGING_BYTES_USED_FIELD_NUMBER: _ClassVar[int]
-    OPEN_HANDLES_FIELD_NUMBER: _ClassVar[int]
-    PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
-    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
-    TIERS_FIELD_NUMBER: _ClassVar[int]
-    running: int
-    kv_blocks_total: int
-    kv_blocks_free: int
-    staging_bytes_total: int
-    staging_bytes_used: int
-    open_handles: int
-    preemptions: int
-    adapters: _containers.RepeatedScalarFieldContainer[str]
-    tiers: AdapterTiers
-    def __init__(self, running: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., staging_bytes_total: _Optional[int] = ..., staging_bytes_used: _Optional[int] = ..., open_handles: _Optional[int] = ..., preemptions: _Optional[int] = ..., adapters: _Optional[_Iterable[str]] = ..., tiers: _Optional[_Union[AdapterTiers, _Mapping]] = ...) -> None: ...

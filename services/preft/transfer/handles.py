@@ -9,7 +9,6 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import TracebackType
 
 from preft.core.errors import TransferFailed
 from preft.transfer.port import KvHeader, PushRefused, Refusal
@@ -26,18 +25,19 @@ class _Handle:
     region: Region | None = None  # None while arriving: the bytes belong to whoever receives them
     evicted: bool = False
     claims: set[Claim] = field(default_factory=set)
+    loading: int = 0  # claims whose engine request has no copy of its own yet
     settled: asyncio.Event = field(default_factory=asyncio.Event)  # ready or ended
     lease: asyncio.TimerHandle | None = None
 
 
 class Claim:
-    """One Decode call's right to a handle's KV. Close it, whatever happens; `with` does."""
+    """One choice's right to a handle's KV. Close it, whatever happens."""
 
     def __init__(self, handles: HandleTable, handle: _Handle, region: Region) -> None:
         self._handles = handles
         self._handle = handle
         self.region = region
-        self.is_loaded = False
+        self._loading = True
 
     @property
     def evicted(self) -> bool:
@@ -46,19 +46,17 @@ class Claim:
 
     def loaded(self) -> None:
         """The engine has its own copy now. Once all uses have one, the region may make room for others."""
-        self.is_loaded = True
-        self._handles._settle(self._handle)
+        if self._loading:  # this comes with every token
+            self._loading = False
+            self._handle.loading -= 1
+            self._handles._settle(self._handle)
 
     def close(self) -> None:
         """The request is over. Closing again does nothing."""
+        self._handle.loading -= self._loading
+        self._loading = False
         self._handle.claims.discard(self)
         self._handles._settle(self._handle)
-
-    def __enter__(self) -> Claim:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
 
 
 class HandleTable:
@@ -139,6 +137,7 @@ class HandleTable:
         assert handle.region is not None
         claim = Claim(self, handle, handle.region)
         handle.claims.add(claim)
+        handle.loading += 1
         handle.unclaimed -= 1
         self._renew(handle)
         return claim
@@ -189,7 +188,7 @@ class HandleTable:
             return
         if not handle.claims:
             self._end(handle, "is used up")
-        elif all(claim.is_loaded for claim in handle.claims):
+        elif not handle.loading:
 
             def on_evict() -> None:
                 handle.evicted = True

@@ -98,6 +98,11 @@ class StagingArena:
         return self.capacity - self._free.total
 
     @property
+    def evictable(self) -> int:
+        """Bytes among the used ones that make room for others."""
+        return sum(region.span for region in self._evictable)
+
+    @property
     def regions(self) -> int:
         """Regions reserved now."""
         return len(self._live)

@@ -30,6 +30,7 @@ from preft.adapters.folder import NOT_PREFILL_ONLY
 from preft.adapters.folder_texts import OTHER_TEMPLATE
 from preft.adapters.source_limits import SourceLimits
 from preft.adapters.sources import open_source
+from preft.core.background import Background
 from preft.core.cluster import Adapter
 from preft.core.errors import (
     AdapterExists,
@@ -536,6 +537,66 @@ async def test_versions_count_all_replacements_of_two_catalogs(
     await store.close()
 
 
+class RacingStore(SqliteStore):
+    """Two writers' first reads of an entry end together: neither writes before both have read."""
+
+    def __init__(self, path: Path, both_read: asyncio.Barrier) -> None:
+        super().__init__(path)
+        self._both_read: asyncio.Barrier | None = both_read
+
+    async def adapter(self, name: str) -> Adapter | None:
+        entry = await super().adapter(name)
+        barrier, self._both_read = self._both_read, None
+        if barrier is not None:
+            await barrier.wait()
+        return entry
+
+
+@contextlib.asynccontextmanager
+async def racing_catalogs(tmp_path: Path, disk: DiskTier, base: BaseModel) -> AsyncIterator[list[Catalog]]:
+    """Two catalogs over one file. The next write of each meets the other's."""
+    barrier = asyncio.Barrier(2)
+    stores = [RacingStore(tmp_path / "state.sqlite", barrier) for _ in range(2)]
+    yield [Catalog(store, disk, tmp_path / "uploads", base, "base", LIMITS) for store in stores]
+    for store in stores:
+        await store.close()
+
+
+async def test_two_writers_that_read_the_same_entry_both_count(
+    catalog: Catalog, disk: DiskTier, base: BaseModel, tmp_path: Path
+) -> None:
+    sources = [str(write_lora(tmp_path / f"s{i}", seed=i)) for i in range(3)]
+    await catalog.add("ada", sources[0])
+    async with racing_catalogs(tmp_path, disk, base) as writers:
+        adds = (writer.add("ada", source, replace=True) for writer, source in zip(writers, sources[1:], strict=True))
+        results = await asyncio.wait_for(asyncio.gather(*adds), 20)
+    await catalog.refresh()
+    assert sorted(result.version for result in results) == [2, 3]
+    assert catalog.get("ada") == max(results, key=lambda result: result.version)
+
+
+async def test_two_writers_that_find_a_name_free_do_not_both_get_it(
+    disk: DiskTier, base: BaseModel, tmp_path: Path
+) -> None:
+    sources = [str(write_lora(tmp_path / f"s{i}", seed=i)) for i in range(2)]
+    async with racing_catalogs(tmp_path, disk, base) as writers:
+        adds = (writer.add("ada", source) for writer, source in zip(writers, sources, strict=True))
+        results = await asyncio.wait_for(asyncio.gather(*adds, return_exceptions=True), 20)
+    assert {type(result) for result in results} == {Adapter, AdapterExists}
+
+
+async def test_a_pin_and_a_replacement_at_once_are_both_kept(
+    catalog: Catalog, disk: DiskTier, base: BaseModel, tmp_path: Path
+) -> None:
+    sources = [str(write_lora(tmp_path / f"s{i}", seed=i)) for i in range(2)]
+    await catalog.add("ada", sources[0])
+    async with racing_catalogs(tmp_path, disk, base) as (one, other):
+        changes = one.pin("ada", True), other.add("ada", sources[1], replace=True)
+        _, added = await asyncio.wait_for(asyncio.gather(*changes), 20)
+    await catalog.refresh()
+    assert catalog.get("ada") == dataclasses.replace(added, pinned=True)
+
+
 async def test_a_view_follows_what_changes(catalog: Catalog, tmp_path: Path) -> None:
     store = open_store(tmp_path / "state.sqlite")
     view = CatalogView(store)
@@ -614,15 +675,17 @@ async def test_watching_survives_a_store_that_fails(
     changed = asyncio.Event()
     left: list[str] = []
 
-    def on_change(digests: object) -> None:
-        left.extend(digests)  # type: ignore[call-overload]
-        changed.set()
+    async def follow() -> None:
+        if found := await catalog.refresh():
+            left.extend(found)
+            changed.set()
 
+    background = Background()
     with contextlib.closing(sqlite3.connect(tmp_path / "state.sqlite", isolation_level=None)) as db:
         db.execute("ALTER TABLE adapters RENAME TO hidden")
-        watching = asyncio.create_task(catalog.watch(0.005, on_change))
+        background.every(0.005, follow, "the catalog is not up to date")
         async with asyncio.timeout(5):
-            while "the adapter catalog is not up to date" not in caplog.text:
+            while "the catalog is not up to date" not in caplog.text:
                 await asyncio.sleep(0.001)
         assert catalog.get("ada") == added
         assert not changed.is_set()
@@ -634,11 +697,26 @@ async def test_watching_survives_a_store_that_fails(
     await asyncio.wait_for(changed.wait(), 5)
     assert catalog.get("ada") is None
     assert left == [added.digest]
-    assert caplog.text.count("the adapter catalog is not up to date") == 1
-    watching.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await watching
+    assert caplog.text.count("the catalog is not up to date") == 1
+    await background.close()
     await other.close()
+
+
+async def test_a_copy_that_is_too_old_says_so(
+    store: StateStore, disk: DiskTier, base: BaseModel, tmp_path: Path
+) -> None:
+    """A name may point elsewhere by then, or nowhere."""
+    limits = dataclasses.replace(LIMITS, max_age=0.05)
+    catalog = Catalog(store, disk, tmp_path / "uploads", base, "base", limits)
+    added = await catalog.add("ada", str(write_lora(tmp_path / "a")))
+    await catalog.refresh()
+    assert catalog.get("ada") == added
+    await asyncio.sleep(0.1)
+    for read in (catalog.list, lambda: catalog.get("ada"), lambda: catalog.get("bob")):
+        with pytest.raises(Unavailable, match="catalog could not be read for 0 seconds"):
+            read()
+    await catalog.refresh()
+    assert catalog.get("ada") == added
 
 
 # The base model

@@ -10,6 +10,7 @@ import stat
 import tarfile
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -19,8 +20,10 @@ from preft.adapters.sources import open_source
 from preft.cluster.adapters import following_catalog, open_catalog, open_disk_tier, source_limits, uploads_folder
 from preft.core.cluster import Role, Tier
 from preft.core.errors import ConfigError, InvalidAdapter
+from preft.core.ports import AdapterChanges
 from preft.core.request import AdapterRef
 from preft.core.settings import MiB, Settings, load_settings
+from preft.state.sqlite import SqliteStore
 from preft.transfer.staging import StagingArena
 from support.adapter_tiers import adapter_store
 from support.fake_engine import FakeEngine
@@ -45,6 +48,58 @@ async def test_configured_adapters_and_a_watched_folder_are_there(tmp_path: Path
         await until(lambda: catalog.get("bob") is not None)
     async with open_catalog(settings_in(tmp_path)) as again:
         assert [adapter.name for adapter in again.list()] == ["ada", "bob"]
+
+
+class BreakingStore(SqliteStore):
+    """Fails as nobody expects, for as long as there are `faults`."""
+
+    faults: ClassVar[list[BaseException]] = []
+
+    async def adapter_changes(self, since: int) -> AdapterChanges:
+        if self.faults:
+            raise self.faults.pop()
+        return await super().adapter_changes(since)
+
+
+@pytest.mark.parametrize("fault", [KeyError("unexpected"), asyncio.CancelledError()])
+async def test_no_fault_makes_the_catalog_answer_with_old_versions_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: BaseException
+) -> None:
+    """Seen by the gateway, and by a worker, which keeps what is pinned."""
+    monkeypatch.setattr("preft.cluster.adapters.open_store", lambda path: BreakingStore(Path(path)))
+    settings = settings_in(tmp_path)
+    async with open_catalog(settings) as catalog, open_catalog(settings) as elsewhere:
+        adapters = ForgettingStore()
+        async with following_catalog(settings, adapters):  # type: ignore[arg-type]
+            first = await elsewhere.add("ada", str(write_lora(tmp_path / "1")))
+            await until(lambda: catalog.get("ada") == first and adapters.changes == 2)
+            BreakingStore.faults.extend([fault] * 6)
+            await until(lambda: not BreakingStore.faults)
+            adapters.broken = True
+            second = await elsewhere.add("ada", str(write_lora(tmp_path / "2", seed=2)), replace=True)
+            await until(lambda: catalog.get("ada") == second)
+            await until(lambda: not adapters.broken)
+            await until(lambda: adapters.forgotten == {first.digest})
+
+
+class ForgettingStore:
+    """As much of an AdapterStore as following the catalog needs. `broken` fails one call."""
+
+    digests = ()
+
+    def __init__(self) -> None:
+        self.broken = False
+        self.changes = 0  # of the catalog, the first look included
+        self.forgotten: set[str] = set()
+
+    def pin(self, digests: frozenset[str]) -> None:
+        self.changes += 1
+        if self.broken:
+            self.broken = False
+            raise KeyError("unexpected")
+
+    def forget(self, digests: set[str]) -> None:
+        self.forgotten |= digests
 
 
 async def test_a_base_model_that_takes_an_adapters_name_is_refused(tmp_path: Path) -> None:

@@ -46,13 +46,13 @@ class Rig:
             request_id="r",
             handle="h",
             prompt_token_ids=PROMPT,
-            output_token_ids=output,
             sampling=sampling_to_proto(sampling),
             adapter_digest=digest if digest is not None else adapter.digest if adapter else "",
             adapter=adapter_to_proto(adapter) if adapter else None,
-            index=index,
+            choices=[workers_pb2.DecodeChoice(index=index, output_token_ids=output)],
         )
-        return self.stream.start(request, 20.0)
+        [call] = self.stream.start(request, 20.0)
+        return call
 
 
 @asynccontextmanager

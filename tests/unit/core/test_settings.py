@@ -68,6 +68,7 @@ def test_a_mistake_names_its_key(overrides: dict[str, Any], key: str) -> None:
     "key",
     [
         "store.source_timeout",
+        "store.catalog_timeout",
         "router.request_timeout",
         "router.transfer_timeout",
         "router.worker_timeout",

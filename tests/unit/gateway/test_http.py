@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import threading
@@ -665,6 +666,33 @@ async def test_health_and_readiness(gateway):
     gateway.generator.is_ready = False
     assert (await gateway.client.get("/health")).status_code == 200
     assert (await gateway.client.get("/ready")).status_code == 503
+
+
+async def test_a_catalog_that_is_not_up_to_date_serves_the_base_model_alone(gateway):
+    gateway.catalog.stale = True
+    for response in (
+        await gateway.complete(model="ann"),
+        await gateway.chat(model="ann"),
+        await gateway.complete(model="unknown"),
+        await gateway.client.get("/v1/models"),
+        await gateway.client.get("/v1/adapters"),
+    ):
+        assert response.status_code == 503
+        assert "could not be read for 61 seconds" in response.json()["error"]["message"]
+    assert (await gateway.complete()).status_code == 200
+    ready = await gateway.client.get("/ready")
+    assert (ready.status_code, ready.json()["reason"]) == (503, "the adapter catalog could not be read for 61 seconds")
+    gateway.catalog.stale = False
+    assert (await gateway.complete(model="ann")).status_code == 200
+    assert (await gateway.client.get("/ready")).status_code == 200
+
+
+async def test_something_cancelled_below_a_request_is_its_error(gateway):
+    """Not a client that waits for ever."""
+    gateway.script = Script(gateway.letters("hi"), fail=asyncio.CancelledError(), fail_after=1)
+    response = await asyncio.wait_for(gateway.complete(), 10)
+    assert response.status_code == 500
+    assert response.json()["error"]["code"] == "engine_failed"
 
 
 async def test_metrics(gateway):

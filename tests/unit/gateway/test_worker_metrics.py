@@ -28,13 +28,16 @@ def test_every_figure_of_every_worker() -> None:
     )
     workers = [
         a_worker("p", 8, WorkerLoad(kv_blocks_total=9, kv_blocks_free=4, tiers=tiers)),
-        a_worker("d", 0, WorkerLoad(kv_blocks_total=7, kv_blocks_free=7)),
+        a_worker("d", 0, WorkerLoad(0, 7, 7, 900, 500, staging_bytes_evictable=200, preemptions=3)),
     ]
     registry = CollectorRegistry()
     WorkerMetrics(lambda: workers, registry)
     expected = {
         ("preft_kv_blocks_free", "p", ""): 4,
         ("preft_kv_blocks", "d", ""): 7,
+        ("preft_staging_bytes", "d", ""): 900,
+        ("preft_staging_bytes_used", "d", ""): 300,
+        ("preft_preemptions_total", "d", ""): 3,
         ("preft_adapter_slots", "p", ""): 8,
         ("preft_adapter_slots_used", "p", ""): 3,
         ("preft_adapters_in_memory", "p", ""): 5,

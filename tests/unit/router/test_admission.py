@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preft.core.cluster import ClusterSnapshot, Role, Worker, WorkerLoad, WorkerState
+from preft.core.cluster import REGION_BYTES, ClusterSnapshot, Role, Worker, WorkerLoad, WorkerState
 from preft.core.errors import (
     DeadlineExceeded,
     InvalidAdapter,
@@ -27,6 +28,8 @@ from preft.router.ledger import Ledger
 from preft.router.policy import AffinityPolicy, Demand, Roster
 from support.readable_ref import ReadableRef
 
+BLOCK_BYTES = 1000
+
 
 def a_worker(worker_id: str, role: Role, blocks: int = 10) -> Worker:
     load = WorkerLoad(kv_blocks_total=blocks, kv_blocks_free=blocks)
@@ -35,7 +38,7 @@ def a_worker(worker_id: str, role: Role, blocks: int = 10) -> Worker:
 
 def roster_of(decode: int = 1, blocks: int = 10) -> Roster:
     workers = [a_worker("p0", Role.PREFILL), *(a_worker(f"d{i}", Role.DECODE, blocks) for i in range(decode))]
-    return Roster.of(ClusterSnapshot({worker.id: worker for worker in workers}, 0.0))
+    return Roster.of(ClusterSnapshot({worker.id: worker for worker in workers}))
 
 
 def an_admission(roster: Roster | None, max_queue: int = 100, prefills: int = 100, grace: float = 0.1) -> Admission:
@@ -128,6 +131,65 @@ async def test_a_big_request_isnt_starved_by_small_ones(monkeypatch: pytest.Monk
     (await running[3].wait(1)).release()
     await settle()
     assert served(big) == [True]
+
+
+def staging_roster(prompts: int = 2) -> Roster:
+    """Staging memory for so many prompts of one block, on each side."""
+    workers = [a_worker("p0", Role.PREFILL), a_worker("d0", Role.DECODE, 1000)]
+    load = {"staging_bytes_total": prompts * (BLOCK_BYTES + REGION_BYTES)}
+    workers = [replace(worker, block_bytes=BLOCK_BYTES, load=replace(worker.load, **load)) for worker in workers]
+    return Roster.of(ClusterSnapshot({worker.id: worker for worker in workers}))
+
+
+def enter_prompt(admission: Admission, blocks: int, digest: str = "") -> Ticket:
+    demand = Demand(digest, blocks * 16, blocks * 16, prompt_tokens=blocks * 16)
+    return admission.enter(demand, [0], since=asyncio.get_running_loop().time())
+
+
+async def test_staging_memory_holds_the_queue() -> None:
+    """What has no room waits here, not on a worker; a smaller prompt may pass."""
+    admission = an_admission(staging_roster(3))
+    running = [enter_prompt(admission, 1) for _ in range(2)]
+    big, small = enter_prompt(admission, 2, "big"), enter_prompt(admission, 1, "small")
+    assert served(*running, big, small) == [True, True, False, True]
+    (await running[0].wait(1)).prefill_ended()
+    (await small.wait(1)).prefill_ended()
+    await settle()
+    assert served(big) == [False]  # it has room for its prefill, and none yet where its KV goes
+    (await running[0].wait(1)).kv_loaded(0)
+    (await small.wait(1)).kv_loaded(0)
+    await settle()
+    assert served(big) == [True]
+
+
+@pytest.mark.parametrize("side", ["prefill", "decode"])
+async def test_a_long_prompt_isnt_starved_of_staging_memory(monkeypatch: pytest.MonkeyPatch, side: str) -> None:
+    monkeypatch.setattr(admission_module, "PATIENCE", 0.05)
+    admission = an_admission(staging_roster())
+    running = [await enter_prompt(admission, 1).wait(1) for _ in range(2)]
+    if side == "decode":
+        for lease in running:
+            lease.prefill_ended()
+    big = enter_prompt(admission, 2, "")
+    await asyncio.sleep(0.1)
+    running[0].release()
+    await settle()
+    assert served(enter_prompt(admission, 1, "")) == [False]  # the room is kept
+    running[1].release()
+    await settle()
+    assert served(big) == [True]
+
+
+@pytest.mark.parametrize(("role", "setting"), [(Role.PREFILL, "prefill"), (Role.DECODE, "decode")])
+async def test_a_prompt_that_never_fits_is_refused_by_the_settings_name(role: Role, setting: str) -> None:
+    small, large = staging_roster(2), staging_roster(9)
+    roster = replace(large, prefill=small.prefill) if role is Role.PREFILL else replace(large, decode=small.decode)
+    admission = an_admission(roster)
+    enter_prompt(admission, 2)
+    with pytest.raises(InvalidRequest, match=rf"a prompt of 48 tokens doesn't fit .* raise {setting}\.staging_bytes$"):
+        enter_prompt(admission, 3)
+    sends_nothing = Demand("", 48, 48, prompt_tokens=48, decodes=False)
+    assert served(admission.enter(sends_nothing, [0], since=0.0)) == [True]
 
 
 async def test_leaving_gives_up_the_room_that_was_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,11 +346,13 @@ async def test_closing_turns_everything_away() -> None:
     admission = an_admission(roster_of())
     enter(admission)
     waiting = enter(admission)
-    admission.close()
+    admission.close(Unavailable("the server is shutting down"))
+    admission.update(roster_of())  # what is still heard of workers opens nothing again
     with pytest.raises(Unavailable, match="shutting down"):
         await waiting.wait(1)
-    with pytest.raises(Unavailable):
-        enter(admission)
+    for started in (False, True):
+        with pytest.raises(Unavailable, match="shutting down"):
+            enter(admission, started=started)
 
 
 async def test_a_long_queue_is_looked_through_quickly() -> None:
@@ -363,7 +427,7 @@ class Cluster:
         ]  # fmt: skip
         members.append(a_worker("d0", Role.DECODE, self.decode_blocks))
         self.ledger.observe(members)
-        self.admission.update(Roster.of(ClusterSnapshot({worker.id: worker for worker in members}, 0.0)))
+        self.admission.update(Roster.of(ClusterSnapshot({worker.id: worker for worker in members})))
 
     def enter(self, digest: str, blocks: int = 1, age: float = 0.0, **options: Any) -> Ticket:
         adapter = ReadableRef(digest, digest, "/") if digest else None
@@ -727,7 +791,7 @@ async def test_refusing_all_reaches_all_though_one_has_just_left() -> None:
     await settle()
     tasks[0].cancel()
     tickets[0].outcome.cancel()
-    cluster.admission.close()
+    cluster.admission.close(Unavailable("the server is shutting down"))
     outcomes = await asyncio.gather(*tasks, return_exceptions=True)
     assert [type(outcome) for outcome in outcomes] == [asyncio.CancelledError, Unavailable, Unavailable]
 

@@ -22,7 +22,7 @@ class Colocated(Harness):
     @property
     def requests(self) -> list[tuple[str, int]]:
         """Which workers were asked, and with how many tokens so far."""
-        return [(worker.id, len(asked.output_token_ids)) for worker in self.workers for asked in worker.requests]
+        return [(worker.id, len(asked.output_token_ids)) for worker in self.workers for asked in worker.choices]
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ async def test_tokens_come_whole_and_in_order(
     assert await colocated.collect(request) == foretold(request)
     ((worker, _),) = set(colocated.requests)
     asked_workers = [each for each in colocated.workers if each.id == worker]
-    (asked,) = {(one.adapter.digest, one.adapter_digest) for each in asked_workers for one in each.requests}
+    (asked,) = {(one.adapter.digest, one.adapter_digest) for each in asked_workers for one in each.messages}
     assert asked == ((f"{adapter}-digest",) * 2 if adapter else ("", ""))
     assert colocated.cluster.released == []
 
@@ -51,7 +51,7 @@ async def test_many_requests_spread_and_an_adapter_stays(colocated: Colocated) -
     requests = [a_request(2 + i % 7, n=1 + i % 3, prompt=range(i + 1), adapter=f"a{i % 5}") for i in range(60)]
     results = await asyncio.gather(*(colocated.collect(request) for request in requests))
     assert results == [foretold(request) for request in requests]
-    assert all(worker.requests for worker in colocated.workers)
+    assert all(worker.messages for worker in colocated.workers)
 
 
 async def test_a_broken_stream_goes_on_elsewhere(colocated: Colocated) -> None:
@@ -61,7 +61,7 @@ async def test_a_broken_stream_goes_on_elsewhere(colocated: Colocated) -> None:
     request = a_request(max_tokens=9)
     assert await colocated.collect(request) == foretold(request)
     assert sorted(done for _, done in colocated.requests) == [0, 4, 8]
-    assert {asked.adapter.digest for worker in colocated.workers for asked in worker.requests} == {"ada-digest"}
+    assert {asked.adapter.digest for worker in colocated.workers for asked in worker.messages} == {"ada-digest"}
 
 
 async def test_a_failure_before_the_first_token_is_tried_elsewhere(colocated: Colocated) -> None:

@@ -11,14 +11,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preft.core.cluster import ClusterSnapshot, Role, Worker, WorkerLoad, WorkerState
+from preft.core.cluster import REGION_BYTES, ClusterSnapshot, Role, Worker, WorkerLoad, WorkerState
 from preft.router.lease import Lease
 from preft.router.ledger import Ledger
 from preft.router.policy import Absent, AffinityPolicy, Crowded, Demand, Pair, Refusal, Roster
+from preft.transfer.seal import SEAL
+from preft.transfer.staging import span_of
 from support.readable_ref import ReadableRef
 
 POLICY = AffinityPolicy(max_inflight_prefills=8)
 NONE: frozenset[str] = frozenset()
+BLOCK_BYTES = 1000
+STAGED = BLOCK_BYTES + REGION_BYTES  # what a prompt of one block takes of staging memory
 
 
 def a_worker(
@@ -33,8 +37,18 @@ def a_worker(
     used: int = 0,
     slots: int = 0,
     running: int = 0,
+    staging: int = 0,
+    staged: int = 0,
 ) -> Worker:
-    load = WorkerLoad(running, kv_blocks_total=blocks, kv_blocks_free=blocks - used, adapters=adapters)
+    """`staging` in prompts of one block; with 0 nothing goes through staging memory. `staged` bytes of it are used."""
+    load = WorkerLoad(
+        running,
+        kv_blocks_total=blocks,
+        kv_blocks_free=blocks - used,
+        adapters=adapters,
+        staging_bytes_total=staging * STAGED,
+        staging_bytes_used=staged,
+    )
     return Worker(
         worker_id,
         role,
@@ -42,6 +56,7 @@ def a_worker(
         "h:1",
         f"{fingerprint} {worker_id}" if role is Role.COLOCATED else fingerprint,  # its KV moves nowhere
         pid=1,
+        block_bytes=BLOCK_BYTES if staging else 0,
         max_num_seqs=max_num_seqs,
         adapter_slots=slots,
         heartbeat=heartbeat,
@@ -50,11 +65,11 @@ def a_worker(
 
 
 def roster_of(*workers: Worker) -> Roster:
-    return Roster.of(ClusterSnapshot({worker.id: worker for worker in workers}, 0.0))
+    return Roster.of(ClusterSnapshot({worker.id: worker for worker in workers}))
 
 
-def a_demand(digest: str = "a", tokens: int = 32, choices: int = 1) -> Demand:
-    return Demand(digest, tokens, tokens, choices)
+def a_demand(digest: str = "a", tokens: int = 32, choices: int = 1, prompt: int = 16) -> Demand:
+    return Demand(digest, tokens, tokens, prompt, choices)
 
 
 def p(worker_id: str, **options: object) -> Worker:
@@ -82,6 +97,7 @@ workers = st.lists(
         adapters=st.sets(st.sampled_from(["a", "b", "c"])).map(tuple),
         max_num_seqs=st.integers(0, 3),
         slots=st.integers(0, 2),
+        staging=st.integers(0, 5),
     ),
     max_size=8,
 )
@@ -90,6 +106,7 @@ demands = st.builds(
     digest=st.sampled_from(["", "a", "b", "c"]),
     kv_tokens=st.integers(1, 200),
     max_tokens=st.just(0),
+    prompt_tokens=st.integers(1, 64),
     choices=st.integers(1, 3),
     decodes=st.booleans(),
 )
@@ -129,6 +146,8 @@ def test_a_choice_always_fits(
     assert pair.decode.fingerprint == pair.prefill.fingerprint
     needed = demand.blocks(pair.decode) * demand.choices
     assert ledger.blocks(pair.decode.id) + needed <= pair.decode.load.kv_blocks_total
+    for worker in {pair.prefill.id: pair.prefill, pair.decode.id: pair.decode}.values():
+        assert ledger.staging(worker.id) + demand.staging(worker) <= worker.load.staging_bytes_total
 
 
 @given(workers, st.lists(demands, max_size=12), demands, avoids)
@@ -141,15 +160,21 @@ def test_a_refusal_is_the_truth(
     The base model's requests alone: an adapter's may wait for a worker that has it.
     """
     demand = replace(demand, digest="")
-    members = [a_worker(w.id, w.role, w.fingerprint, w.load.kv_blocks_total, w.state) for w in members]
+    members = [replace(w, max_num_seqs=0, adapter_slots=0) for w in members]
     roster = roster_of(*members)
     ledger = filled(roster, before)
-    prefill = [w for w in roster.prefill if ledger.prefills(w.id) < POLICY.max_inflight_prefills]
+
+    def stages(w: Worker) -> bool:
+        taken = ledger.staging(w.id) + demand.staging(w)
+        return not demand.staging(w) or taken <= w.load.staging_bytes_total
+
+    prefill = [w for w in roster.prefill if ledger.prefills(w.id) < POLICY.max_inflight_prefills and stages(w)]
     fits = any(
         not demand.decodes
         or (
             w.fingerprint == v.fingerprint
             and ledger.blocks(v.id) + demand.blocks(v) * demand.choices <= v.load.kv_blocks_total
+            and stages(v)
         )
         for w in prefill
         for v in [v for group in roster.decode.values() for v in group] or [w]
@@ -168,7 +193,7 @@ def test_a_refusal_holds_for_all_that_ask_more(
     roster = roster_of(*members)
     ledger = filled(roster, before)
     refusal = POLICY.place(small, roster, ledger, NONE)
-    if refusal is Refusal.NO_PREFILL or (refusal is Refusal.NO_DECODE and other.covers(small)):
+    if refusal is Refusal.NO_PREFILL or (isinstance(refusal, Refusal) and other.covers(small)):
         assert isinstance(POLICY.place(other, roster, ledger, NONE), Refusal)
 
 
@@ -208,8 +233,11 @@ def test_an_adapters_request_goes_only_where_the_adapter_is_and_has_a_slot(
     worker = placed.prefill if isinstance(placed, Pair) else placed.worker
     held = digest in worker.load.adapters or ledger.loaded(worker.id, digest)
     full = ledger.prefills(worker.id) >= POLICY.max_inflight_prefills
-    others = ledger.distinct_adapters(worker.id) - (ledger.prompts_of(worker.id, digest) > 0)
-    no_slot = bool(worker.adapter_slots and others >= worker.adapter_slots) or ledger.slots_kept(worker.id)
+    full |= bool(demand.staging(worker)) and demand.staging(worker) > worker.load.staging_bytes_total
+    shares = ledger.prompts_of(worker.id, digest) > 0  # a slot that its adapter has, however many others have one
+    crowd = ledger.distinct_adapters(worker.id)
+    no_slot = bool(worker.adapter_slots and not shares and crowd >= worker.adapter_slots)
+    no_slot |= ledger.slots_kept(worker.id)
     assert held is not isinstance(placed, Absent)
     assert not demand.decodes or worker.fingerprint in roster.decode
     if isinstance(placed, Crowded):
@@ -287,6 +315,73 @@ def test_a_request_of_many_choices_need_not_wait_for_an_empty_batch() -> None:
     assert place(roster, ledger, a_demand(choices=100)).decode is not None
     ledger.add_decode("d0", blocks=1, sequences=1)
     assert POLICY.place(a_demand(choices=100), roster, ledger, NONE) is Refusal.NO_DECODE
+
+
+def test_prompts_go_where_staging_memory_is() -> None:
+    """On both sides; the base model's and an adapter's."""
+    workers = (
+        p("p0", staging=1, adapters=("a",)),
+        p("p1", staging=4, adapters=("a",)),
+        d("d0", staging=1),
+        d("d1", staging=4),
+    )
+    ledger = Ledger()
+    for digest in ("", "a"):
+        pair = place(roster_of(*workers), ledger, a_demand(digest, prompt=32))
+        assert (pair.prefill.id, pair.decode.id) == ("p1", "d1")  # type: ignore[union-attr]
+
+
+def test_what_has_no_staging_memory_waits_until_some_is_given_back() -> None:
+    roster = roster_of(p("p0", staging=2), d("d0", staging=3))
+    ledger, leases = Ledger(), list[Lease]()
+    for _ in range(2):
+        leases.append(Lease(place(roster, ledger, a_demand("")), a_demand(""), [0], ledger, lambda: None))
+    assert POLICY.place(a_demand(""), roster, ledger, NONE) is Refusal.NO_STAGING
+    leases[0].prefill_ended()
+    leases.append(Lease(place(roster, ledger, a_demand("")), a_demand(""), [0, 1], ledger, lambda: None))
+    leases[1].prefill_ended()
+    assert POLICY.place(a_demand(""), roster, ledger, NONE) is Refusal.NO_DECODE
+    leases[2].kv_loaded(0)
+    assert POLICY.place(a_demand(""), roster, ledger, NONE) is Refusal.NO_DECODE  # the other choice has no copy yet
+    leases[2].kv_loaded(1)
+    assert place(roster, ledger, a_demand(""))
+    assert isinstance(POLICY.place(replace(a_demand(""), decodes=False), roster, ledger, NONE), Pair)  # sends nothing
+    for lease in leases:
+        lease.release()
+        lease.kv_loaded(0)  # a late token changes nothing
+    assert ledger.idle
+
+
+def test_an_adapters_worker_without_staging_memory_is_waited_for_or_passed_by() -> None:
+    alone = roster_of(p("p0", staging=1, adapters=("a",)), d("d0", staging=9))
+    ledger = Ledger()
+    Lease(place(alone, ledger, a_demand()), a_demand(), [0], ledger, lambda: None)
+    crowded = POLICY.place(a_demand(), alone, ledger, NONE)
+    assert crowded is Refusal.NO_STAGING
+    two = roster_of(*alone.prefill, p("p1", staging=1, adapters=("a",)), d("d0", staging=9))
+    assert place(two, ledger, a_demand()).prefill.id == "p1"
+
+
+def test_heartbeats_tell_what_staging_memory_others_use() -> None:
+    ledger = Ledger()
+    ledger.observe([p("p0", heartbeat=1.0, staging=9)])
+    ledger.add_staging("p0", 300)
+    ledger.observe([p("p0", heartbeat=2.0, staging=9, staged=800)])
+    assert ledger.staging("p0") == 800
+    ledger.drop_staging("p0", 300)
+    ledger.observe([p("p0", heartbeat=3.0, staging=9, staged=300)])  # late: still counts what was ours
+    assert ledger.staging("p0") == 0
+    copies = replace(p("p0").load, staging_bytes_used=700, staging_bytes_evictable=600)
+    ledger.observe([replace(p("p0", heartbeat=4.0), load=copies)])
+    assert ledger.staging("p0") == 100  # kept copies make room
+
+
+@given(st.integers(1, 400), st.integers(1, 64))
+def test_a_prompt_takes_no_more_than_is_reserved(tokens: int, block_bytes: int) -> None:
+    """What is reserved on a worker is a little more than the arena's regions take, never less."""
+    worker = Worker("w", Role.PREFILL, WorkerState.READY, "h:1", "f", pid=1, block_bytes=16 * block_bytes)
+    taken = span_of(worker.blocks(tokens) * worker.block_bytes + SEAL.size)
+    assert 0 <= worker.staging_bytes(tokens) - taken <= 64
 
 
 def test_heartbeats_tell_what_others_use() -> None:
@@ -385,9 +480,9 @@ def test_a_thousand_workers() -> None:
     for _ in range(3000):
         digest = f"digest-{draw.choices(range(2000), popularity)[0]}"
         demand = Demand(digest, draw.randint(1, 640), 0)
-        started = time.perf_counter()
+        started = time.process_time()
         pair = policy.place(demand, roster, ledger, NONE)
-        spent += time.perf_counter() - started
+        spent += time.process_time() - started
         assert isinstance(pair, Pair)
         placed += 1
         homes.setdefault(digest, set()).add(pair.prefill.id)

@@ -63,9 +63,19 @@ async def test_tokens_come_whole_and_in_order(harness: Harness, n: int, adapter:
     (prefill,) = harness.p.requests
     assert prefill.HasField("adapter") is (adapter is not None)
     assert (prefill.n, prefill.resume, prefill.target.address) == (n, False, harness.d.address)
-    assert {decode.handle for decode in harness.d.requests} == {prefill.target.handle}
+    assert {decode.handle for decode in harness.d.messages} == {prefill.target.handle}
     assert harness.d.released == []
     assert harness.p.cancelled == harness.d.cancelled == 0
+
+
+async def test_the_prompt_is_sent_once_for_all_choices(harness: Harness) -> None:
+    """Once for prefill, once for decode: ten choices of a long prompt mustn't be ten prompts on the wire."""
+    request = a_request(max_tokens=3, n=10, prompt=range(1500))
+    assert await harness.collect(request) == foretold(request)
+    (prefill,), (decode,) = harness.p.requests, harness.d.messages
+    assert decode.prompt_token_ids == prefill.prompt_token_ids
+    assert decode.ByteSize() < 1.2 * prefill.ByteSize()
+    assert len(harness.d.choices) == 10
 
 
 async def test_many_requests_at_once(harness: Harness) -> None:
@@ -96,7 +106,7 @@ async def test_the_first_token_doesnt_wait_for_the_kv(harness: Harness) -> None:
 async def test_eos_as_first_token_never_touches_decode(harness: Harness) -> None:
     harness.cluster.ends = {0: 0}
     assert await harness.collect(a_request()) == {0: [EOS]}
-    assert harness.d.requests == []
+    assert harness.d.messages == []
     assert harness.d.released == []
     assert harness.p.cancelled == 0
 
@@ -105,14 +115,14 @@ async def test_only_choices_that_go_on_are_decoded(harness: Harness) -> None:
     harness.cluster.ends = {1: 0, 2: 3}
     request = a_request(n=3)
     assert await harness.collect(request) == foretold(request, harness.cluster.ends)
-    assert sorted(decode.index for decode in harness.d.requests) == [0, 2]
+    assert sorted(choice.index for choice in harness.d.choices) == [0, 2]
 
 
 async def test_one_token_needs_no_decode_worker(harness: Harness) -> None:
     request = a_request(max_tokens=1, n=2)
     assert await harness.collect(request) == foretold(request)
     assert not harness.p.requests[0].HasField("target")
-    assert harness.d.requests == []
+    assert harness.d.messages == []
 
 
 async def test_calls_end_by_themselves_though_the_caller_left_at_the_last_token(harness: Harness) -> None:
@@ -234,9 +244,9 @@ async def test_a_stream_survives_the_death_of_its_decode_worker(harness: Harness
     resumed = [prefill for prefill in harness.p.requests + p1.requests if prefill.resume]
     assert [prefill.n for prefill in resumed] == [n]  # one prefill for all choices
     assert resumed[0].adapter.digest == "ada-digest"
-    assert {decode.handle for decode in alive.requests} == {resumed[0].target.handle}
-    assert resumed[0].target.handle not in {decode.handle for decode in dead.requests}
-    assert all(len(decode.output_token_ids) > after for decode in alive.requests)
+    assert {decode.handle for decode in alive.messages} == {resumed[0].target.handle}
+    assert resumed[0].target.handle not in {decode.handle for decode in dead.messages}
+    assert all(len(choice.output_token_ids) > after for choice in alive.choices)
     assert harness.router.stats().resumes >= 1
 
 
@@ -274,12 +284,12 @@ async def test_a_healthy_choice_goes_on_while_another_is_resumed(harness: Harnes
     assert await harness.collect(request) == foretold(request)
     first, again = harness.p.requests
     assert (again.resume, again.n) == (True, 1)
-    by_handle = {handle: [d.index for d in harness.d.requests if d.handle == handle] for handle in
+    by_handle = {handle: [c.index for d in harness.d.messages if d.handle == handle for c in d.choices] for handle in
                  (first.target.handle, again.target.handle)}  # fmt: skip
     assert sorted(by_handle[first.target.handle]) == [0, 1, 2]
     assert by_handle[again.target.handle] == [1]
-    (resumed,) = (d for d in harness.d.requests if d.handle == again.target.handle)
-    assert list(resumed.output_token_ids) == foretold(request)[1][:3]
+    (resumed,) = (d for d in harness.d.messages if d.handle == again.target.handle)
+    assert list(resumed.choices[0].output_token_ids) == foretold(request)[1][:3]
     assert harness.d.cancelled == 1  # the failed call itself
 
 
@@ -303,7 +313,7 @@ async def test_a_stale_handle_is_resumed_with_a_new_one(harness: Harness) -> Non
     harness.d.faults = [Fault(TransferFailed("unknown handle"))]
     request = a_request()
     assert await harness.collect(request) == foretold(request)
-    handles = [decode.handle for decode in harness.d.requests]
+    handles = [decode.handle for decode in harness.d.messages]
     assert len(set(handles)) == 2
 
 
@@ -774,7 +784,7 @@ async def test_stopping_at_the_first_token_starts_no_decode(harness: Harness) ->
         async for _ in generation:
             generation.stop(0)
     await harness.clean()
-    assert harness.d.requests == []
+    assert harness.d.messages == []
     await harness.seen(lambda: harness.d.released == [harness.p.requests[0].target.handle])
 
 
@@ -795,7 +805,7 @@ async def test_stopping_one_choice_leaves_the_others(harness: Harness) -> None:
     assert streams[2] == expected[2][: len(streams[2])]
     assert 5 <= len(streams[2]) <= 7  # tokens that were on their way
     await harness.clean()
-    assert sorted(decode.index for decode in harness.d.requests) == [1, 2]
+    assert sorted(choice.index for choice in harness.d.choices) == [1, 2]
     assert harness.d.released == [harness.p.requests[0].target.handle]
 
 
@@ -945,6 +955,105 @@ async def test_a_silent_worker_takes_nothing() -> None:
         assert harness.router.snapshot.workers["d0"].state is WorkerState.DEAD
         harness.d.silent_since = None
         await harness.seen(harness.router.ready)
+
+
+@pytest.mark.parametrize("error", [-3600.0, 3600.0])
+async def test_clocks_need_not_agree(error: float) -> None:
+    async with running(Harness(), worker_timeout=0.3) as harness:
+        harness.p.clock_error = harness.d.clock_error = error
+        await harness.seen(
+            lambda: harness.router.snapshot.workers["d0"].heartbeat - time.time() == pytest.approx(error, abs=1)
+        )
+        await harness.seen(harness.router.ready)
+        await asyncio.sleep(0.5)
+        assert harness.router.ready()
+        request = a_request()
+        assert await harness.collect(request) == foretold(request)
+        harness.d.silent_since = time.time()
+        await harness.seen(lambda: not harness.router.ready())
+        harness.d.silent_since = None
+        await harness.seen(harness.router.ready)
+
+
+async def test_a_worker_that_broke_a_call_is_used_again_whatever_its_clock_says() -> None:
+    async with running(Harness()) as harness:
+        harness.p.clock_error = -3600.0
+        harness.p.faults = [Fault(WorkerLost("a broken connection"))]
+        request = a_request()
+        assert await harness.collect(request) == foretold(request)
+
+
+async def test_the_list_of_workers_is_read_again_after_whatever_the_store_answers(
+    harness: Harness, caplog: pytest.LogCaptureFixture
+) -> None:
+    workers = harness.cluster.workers
+
+    async def broken() -> Any:
+        raise KeyError("what nobody expected")
+
+    async def cancelled() -> Any:
+        raise asyncio.CancelledError
+
+    for fault in (broken, cancelled):
+        harness.cluster.workers = fault  # type: ignore[method-assign]
+        await harness.seen(lambda: "the router's list of workers is not read" in caplog.text)
+        caplog.clear()
+    harness.cluster.workers = workers  # type: ignore[method-assign]
+    await harness.second()
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("stage", ["queue", "prefill", "push", "decode"])
+async def test_closing_ends_every_generation_at_once(n: int, stage: str) -> None:
+    """With an error that says why, wherever the request is."""
+    async with running(Harness(), max_inflight_prefills=1) as harness:
+        request = a_request(max_tokens=50, n=n)
+        first = asyncio.Event()
+
+        async def read() -> None:
+            async with harness.router.generate(request) as generation:
+                async for _ in generation:
+                    first.set()
+
+        hour = Fault(seconds=3600)
+        if stage == "queue":
+            harness.p.faults = [hour]
+            other = asyncio.create_task(read())
+            await harness.seen(lambda: harness.p.calls == 1)
+        elif stage == "prefill":
+            harness.p.faults = [hour]
+        elif stage == "push":
+            harness.p.push_faults = [hour]
+        else:
+            harness.d.choice_faults = {index: [Fault(seconds=3600, after=3)] for index in range(n)}
+        reading = asyncio.create_task(read())
+        if stage == "queue":
+            await harness.seen(lambda: harness.router.stats().waiting == 1)
+        elif stage == "prefill":
+            await harness.seen(lambda: harness.p.calls == 1)
+        elif stage == "push":
+            await first.wait()
+        else:
+            await harness.seen(lambda: harness.d.calls == n)
+        started = time.monotonic()
+        await harness.router.close()
+        for task in (reading, other) if stage == "queue" else (reading,):
+            with pytest.raises(Unavailable, match="shutting down"):
+                await asyncio.wait_for(task, 10)
+        assert time.monotonic() - started < 8
+        with pytest.raises(Unavailable, match="shutting down"):
+            await harness.collect(a_request())
+
+
+async def test_closing_takes_nothing_from_a_request_that_is_complete(harness: Harness) -> None:
+    request = a_request(max_tokens=4)
+    tokens: list[int] = []
+    async with harness.router.generate(request) as generation:
+        async for delta in generation:
+            tokens += delta.token_ids
+            if delta.finish_reason is not None:
+                await harness.router.close()
+    assert tokens == foretold(request)[0]
 
 
 async def test_a_closed_router_refuses(harness: Harness) -> None:

@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preft.core.cluster import WorkerLoad
 from preft.core.request import AdapterRef, FinishReason, Sampling, TokenDelta, TokenLogprob
-from preft.rpc import common_pb2, convert, workers_pb2
+from preft.rpc import common_pb2, convert
 
 ids = st.integers(0, 2**32 - 1)
 id_tuples = st.lists(ids, max_size=4).map(tuple)
@@ -38,11 +37,6 @@ samplings = st.integers(1, 2**31 - 1).flatmap(
     )
 )
 deltas = st.builds(TokenDelta, ids, id_tuples, logprobs, st.none() | st.sampled_from(FinishReason), st.none() | ids)
-loads = st.builds(
-    WorkerLoad,
-    **{name: ids for name, kind in get_type_hints(WorkerLoad).items() if kind is int},
-    adapters=st.lists(st.text(max_size=5), max_size=3).map(tuple),
-)
 
 
 @given(samplings)
@@ -57,12 +51,6 @@ def test_delta(delta: TokenDelta) -> None:
     assert convert.delta_from_proto(common_pb2.TokenDelta.FromString(wire)) == delta
 
 
-@given(loads)
-def test_load(load: WorkerLoad) -> None:
-    wire = convert.load_to_proto(load).SerializeToString()
-    assert convert.load_from_proto(workers_pb2.StatsReply.FromString(wire)) == load
-
-
 def test_adapter() -> None:
     adapter = AdapterRef("user/ada", "d1" * 32, "/adapters/d1")
     wire = convert.adapter_to_proto(adapter).SerializeToString()
@@ -74,7 +62,6 @@ def test_adapter() -> None:
     [
         (Sampling, common_pb2.Sampling),
         (TokenDelta, common_pb2.TokenDelta),
-        (WorkerLoad, workers_pb2.StatsReply),
         (TokenLogprob, common_pb2.TokenLogprob),
         (AdapterRef, common_pb2.AdapterRef),
     ],

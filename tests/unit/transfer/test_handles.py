@@ -1,5 +1,6 @@
 import asyncio
 import hashlib
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -59,10 +60,11 @@ async def claim(
 
 async def test_a_claim_gets_the_region_and_its_end_frees_it(table: HandleTable, arena: StagingArena) -> None:
     region = await arrive(table, arena)
-    with await claim(table) as claimed:
-        assert claimed.region == region
-        assert (table.open_handles, arena.regions) == (1, 1)
-        claimed.loaded()
+    claimed = await claim(table)
+    assert claimed.region == region
+    assert (table.open_handles, arena.regions) == (1, 1)
+    claimed.loaded()
+    claimed.close()
     claimed.close()
     assert (table.open_handles, arena.regions) == (0, 0)
     with pytest.raises(TransferFailed, match="KV handle h is used up"):
@@ -160,6 +162,32 @@ async def test_only_what_every_use_has_loaded_makes_room(table: HandleTable, are
     second.close()
     arena.view(other)  # not freed by claims on what lay there before
     arena.release(other)
+
+
+async def test_a_choice_that_ends_before_it_has_loaded_holds_nothing_up(
+    table: HandleTable, arena: StagingArena
+) -> None:
+    size = arena.capacity // 2
+    await arrive(table, arena, replace(HEADER, num_bytes=size, uses=2))
+    first, second = await claim(table), await claim(table)
+    first.loaded()
+    second.close()
+    second.loaded()
+    arena.release(await arena.reserve(size, timeout=0.001))
+    first.close()
+
+
+async def test_a_token_costs_the_same_however_many_choices_there_are(table: HandleTable, arena: StagingArena) -> None:
+    """A walk over all of them with each token would take seconds here."""
+    await arrive(table, arena, replace(HEADER, uses=3000))
+    claims = [await claim(table) for _ in range(3000)]
+    started = time.process_time()
+    for _ in range(3):
+        for claimed in claims:
+            claimed.loaded()
+    assert time.process_time() - started < 0.3
+    for claimed in claims:
+        claimed.close()
 
 
 async def test_release_ends_what_is_ready_and_unclaimed(table: HandleTable, arena: StagingArena) -> None:

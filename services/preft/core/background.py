@@ -1,0 +1,77 @@
+"""Background tasks of one owner: none of them ends in silence, and `close` ends them all.
+
+Owns the tasks, what happens when one raises, and the log lines about it. Doesn't know what the tasks do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+from preft.core.errors import PreftError
+
+logger = logging.getLogger(__name__)
+
+
+class Background:
+    """For one asyncio loop. The owner calls `close`."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """Runs `work` once. An exception in it is logged."""
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def every(self, pause: float | Callable[[], float], step: Callable[[], Awaitable[object]], name: str) -> None:
+        """Runs `step` again and again, `pause` seconds apart (before the first step too), until `close`.
+
+        A step that raises is logged, and the next step comes all the same. Further steps in a row that raise the same
+        class of error are not logged.
+        """
+        self.start(self._repeat(pause, step, name), name)
+
+    async def close(self) -> None:
+        """Cancels all tasks and waits for their end."""
+        while tasks := [task for task in self._tasks if not task.done()]:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+
+    async def finish(self, seconds: float) -> None:
+        """Gives the tasks `seconds` to end by themselves, then closes."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=seconds)
+        await self.close()
+
+    async def _repeat(
+        self, pause: float | Callable[[], float], step: Callable[[], Awaitable[object]], name: str
+    ) -> None:
+        failing: type[BaseException] | None = None
+        while True:
+            await asyncio.sleep(pause() if callable(pause) else pause)
+            try:
+                await step()
+            except (Exception, asyncio.CancelledError) as error:
+                task = asyncio.current_task()
+                if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+                    raise
+                if isinstance(error, PreftError) and type(error) is not failing:
+                    logger.warning("%s: %s", name, error)
+                elif type(error) is not failing:
+                    logger.error("%s: an unexpected error", name, exc_info=error)
+                failing = type(error)
+            else:
+                if failing is not None:
+                    logger.info("%s: it works again", name)
+                failing = None
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("%s: an unexpected error ended it", task.get_name(), exc_info=error)

@@ -394,7 +394,12 @@ async def test_a_request_of_many_choices_lets_other_work_in_between(rig: DecodeR
     watching = asyncio.create_task(watch())
     choices = [workers_pb2.DecodeChoice(index=index, output_token_ids=ALL[:1]) for index in range(50)]
     request = workers_pb2.DecodeRequest(
-        handle="h", prompt_token_ids=PROMPT, adapter_digest=DIGEST, kv_timeout=5, choices=choices
+        handle="h",
+        prompt_token_ids=PROMPT,
+        sampling=sampling_to_proto(LONG),
+        adapter_digest=DIGEST,
+        kv_timeout=5,
+        choices=choices,
     )
     calls = rig.stream.start(request, 20)
     await until(lambda: len(rig.engine.requests) == 50)

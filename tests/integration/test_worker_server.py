@@ -334,7 +334,9 @@ async def test_messages_of_very_long_requests_are_read(cluster: Cluster) -> None
     """More than gRPC takes by itself, and more than one frame of KV."""
     async with decode_stream(cluster.decode) as stream:
         choices = [workers_pb2.DecodeChoice(output_token_ids=[1])]
-        request = workers_pb2.DecodeRequest(handle="h", prompt_token_ids=[1] * (10 << 20), choices=choices)
+        request = workers_pb2.DecodeRequest(
+            handle="h", prompt_token_ids=[1] * (10 << 20), sampling=sampling_to_proto(GREEDY), choices=choices
+        )
         with pytest.raises(TransferFailed, match="is unknown"):
             await rest(*stream.start(request, 20))
 
@@ -400,7 +402,7 @@ async def test_no_prompt_is_computed_twice_for_lack_of_staging_memory(
             stack.push_async_callback(worker.close)
         decoding = start_engine.engines[Role.DECODE].going
         decoding.clear()
-        async with Router(store, settings.router) as routed:
+        async with Router(store, settings.router, SECRET) as routed:
 
             async def tokens(prompt: tuple[int, ...]) -> list[int]:
                 async with routed.generate(GenerateRequest("r", prompt, sampling)) as generation:

@@ -11,7 +11,11 @@ from e2e.conftest import ROOMY, Folders, Served, serve
 from e2e.test_parity import MODELS, check, mixed
 from support.http import complete_all
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.timeout(900),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),  # PEFT's, about merging
+]
 
 
 @pytest.fixture(scope="module", params=["mistral", "qwen3", "gemma2", "gemma3"])

@@ -32,9 +32,7 @@ def test_the_oldest_runs_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_state_folder_that_can_not_be_written_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(
-        ConfigError, match=r"^state_dir: .*/state can't be written \(Not a directory\): choose"
-    ):
+    with pytest.raises(ConfigError, match=r"^state_dir: .*/state can't be written \(Not a directory\): choose"):
         new_log_folder(tmp_path / "file" / "state", "a")
 
 

@@ -32,8 +32,8 @@ def test_the_oldest_runs_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_state_folder_that_can_not_be_written_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"^state_dir: .*/file can't be written \(Not a directory\): choose another"):
-        new_log_folder(tmp_path / "file", "a")
+    with pytest.raises(ConfigError, match=r"^state_dir: .*/state can't be written \(Not a directory\): choose"):
+        new_log_folder(tmp_path / "file" / "state", "a")
 
 
 def test_warnings_of_our_own_are_shown_and_tracebacks_are_not(

@@ -1,6 +1,7 @@
 """Every KV transport delivers exactly the bytes that were sent, or fails on both ends and leaves nothing behind."""
 
 import asyncio
+import contextlib
 import random
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -129,9 +130,10 @@ class Wire:
 
     async def received(self, name: str = "h", adapter_digest: str = DIGEST) -> bytes:
         """What a Decode call gets. Uses the handle up."""
-        with await self.handles.claim(
+        claim = await self.handles.claim(
             name, adapter_digest=adapter_digest, prompt_hash=PROMPT, num_tokens=17, timeout=5
-        ) as claim:
+        )
+        with contextlib.closing(claim):
             return bytes(self.arena.view(claim.region))
 
     async def until_arriving(self) -> None:

@@ -1,7 +1,7 @@
 """Decides which registered workers are alive, from their heartbeats and from calls that broke.
 
-It owns the time when each heartbeat was first seen, by this process's own clock: other machines' clocks may be wrong.
-It reads no registry and makes no calls.
+The module owns the time when each heartbeat was first seen, by this process's clock: other machines' clocks may be
+wrong. The module reads no registry and makes no calls.
 """
 
 from __future__ import annotations

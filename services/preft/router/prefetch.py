@@ -1,7 +1,7 @@
 """Makes workers load adapters into memory while requests for the adapters wait.
 
-It owns the calls under way: one per worker and adapter, for any number of waiting requests. The policy chooses the
-worker. The queue decides what the end of a load means for its requests.
+This module owns the calls under way: one per worker and adapter, for any number of waiting requests. The policy chooses
+the worker. The queue decides what the end of a load means for its requests.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The Generator over a cluster: connects queue, policy and channels, and keeps the list of workers up to date.
 
-It owns the poll of the state store and all that it starts; `close` ends them. `generation` owns a request's life.
+The router owns the poll of the state store and all that it starts; `close` ends them. `generation` owns a request's
+life.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Chooses the block sizes of a launch of the delta kernel: measured on such a GPU for such a shape, else by rule.
 
 The module owns the choice and the files of measured choices (`tuned/<name of the GPU>.json`, written by
-`preft_kernels.tune`). It launches nothing.
+`preft_kernels.tune`), and launches nothing.
 """
 
 from __future__ import annotations

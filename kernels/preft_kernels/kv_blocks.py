@@ -130,7 +130,6 @@ class KvBlocks:
             segment.index_copy_(0, index, part[skip:])
 
     def zero(self, block_ids: Sequence[int]) -> None:
-        """Fills these blocks with zeros."""
         if by_kernel(self._device):
             zero_blocks_kernel[self._grid(block_ids)](*self._table[:3], self._ids(block_ids), CHUNK=CHUNK)
             return

@@ -1,7 +1,7 @@
 """Low-rank delta: y[t] += scale * B[s_t] (A[s_t] x[t]) for every token t with a slot s_t >= 0. In place on y.
 
-The module owns the operation: its Triton kernel, its CPU implementation and its float32 reference. It doesn't know the
-content of a slot. The residual delta uses the same kernel: x may be the sum of two tensors, and a bias c[s_t] may be
+The module owns the operation: its Triton kernel, its CPU implementation and its float32 reference. The content of a
+slot is the caller's. The residual delta uses the same kernel: x may be the sum of two tensors, and a bias c[s_t] may be
 added to A[s_t] x[t].
 """
 

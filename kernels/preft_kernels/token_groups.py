@@ -1,6 +1,6 @@
 """Groups a step's tokens by slot, once per step on the host, for all kernels of that step.
 
-The module owns the grouping and its buffers. It doesn't know the content of a slot.
+The module owns the grouping and its buffers. The content of a slot is the caller's.
 """
 
 from __future__ import annotations

@@ -152,7 +152,6 @@ class _Reader:
         return self._file.seek(offset, whence)
 
     def tell(self) -> int:
-        """The position of the next read."""
         return self._file.tell()
 
     def seekable(self) -> bool:

@@ -1,4 +1,4 @@
-"""The threads that read sources. Each place has a limited share, so that slow sources of one place don't block others.
+"""The threads that read sources. Each place has a limited share, so that one place's slow sources block no other place.
 
 A place is a remote source's scheme and host (`AdapterSource.place`). The module owns the threads and their
 distribution, not the work that runs in them.

@@ -1,7 +1,7 @@
 """Checks a PEFT LoRA folder against the base model, tensor by tensor, without torch.
 
-A folder that passes loads in the engine. It changes exactly the modules that its tensors name, which are the modules
-that its configuration selects. `peft_config` reads the configuration.
+A folder that passes loads in the engine. The adapter changes exactly the modules that its tensors name, and its
+configuration selects the same modules. `peft_config` reads the configuration.
 """
 
 from __future__ import annotations

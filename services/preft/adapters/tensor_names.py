@@ -2,7 +2,7 @@
 
 Training wrappers write the same module under many names: `base_model.model.model.layers.0.mlp.up_proj`, the same with
 the prefix twice or not at all, with `_orig_mod` (torch.compile), `_fsdp_wrapped_module` (FSDP) or `module` (DDP) in
-it, or inside a multimodal model (`language_model`). Each of these names has one meaning here; other names have none.
+it, or inside a multimodal model (`language_model`). Each of these names has one meaning here; no other name has one.
 """
 
 from __future__ import annotations

@@ -66,7 +66,6 @@ class AdapterWeights:
         return self.lora[HEAD][0].a.shape[0] if HEAD in self.lora else 0
 
     def drop(self) -> None:
-        """Drops the references to the memory."""
         self.lora, self.reft = {}, {}
 
 

@@ -136,7 +136,6 @@ def _read_seconds(folder: Path, size: int) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0 once everything was measured."""
     parser = argparse.ArgumentParser(prog="bench-tiers", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, default=RESULTS)

@@ -38,8 +38,8 @@ class GroupedPunicaWrapper(PunicaWrapperBase):
     """Applies adapters to the tokens that name them, grouped by slot; other tokens stay unchanged.
 
     `lora` and `reft` are persistent buffers for the largest batch, refilled in each step, so that compiled graphs can
-    refer to them. They differ for adapters without LoRA, and for tokens at positions where the adapter's ReFT doesn't
-    act. `head` groups the rows from which a token is sampled, for adapters with a LoRA on the output layer.
+    refer to them. The two differ for adapters without LoRA, and for tokens at positions where the adapter's ReFT
+    doesn't act. `head` groups the rows from which a token is sampled, for adapters with a LoRA on the output layer.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Prepares every vLLM process; vLLM calls `register` through its `general_plugins` entry point.
 
-`register` requests permission to use AMX tiles: without it bfloat16 attention on CPU dies with SIGILL. It also watches
-the parent process, because an engine process otherwise outlives a worker that was killed.
+`register` requests permission to use AMX tiles: without it bfloat16 attention on CPU dies with SIGILL. `register` also
+watches the parent process, because an engine process otherwise outlives a worker that was killed.
 """
 
 from __future__ import annotations

@@ -47,8 +47,8 @@ class HandoverRunner(FiniteRunner):
     def _spare_generators(self: Any, scheduler_output: SchedulerOutput) -> None:
         """Lets only rows whose token will count draw from their generators.
 
-        After a chunk that doesn't complete its request's tokens, vLLM sets the generator back. That kills the engine on
-        CPU, where a generator can't be set back.
+        After a chunk that doesn't complete its request's tokens, vLLM sets the generator back. On CPU a generator can't
+        be set back, and the attempt kills the engine.
         """
         batch = self.input_batch
         for request_id, scheduled in scheduler_output.num_scheduled_tokens.items():

@@ -107,7 +107,6 @@ class Admission:
 
     @property
     def waiting(self) -> int:
-        """Requests in the queue."""
         return self._waiting
 
     @property

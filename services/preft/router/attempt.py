@@ -82,7 +82,7 @@ class Attempt:
     def __init__(
         self, job: Job, choices: Sequence[Choice], lease: Lease, channels: WorkerChannels, transfer_timeout: float
     ) -> None:
-        """The attempt takes over `lease`. Choices with tokens are resumed; the others begin."""
+        """The attempt takes over `lease`. Choices with tokens are resumed; choices without tokens begin."""
         self.handle = uuid.uuid4().hex
         self.resumes = any(choice.tokens for choice in choices)
         self.blamed: frozenset[str] = frozenset()

@@ -36,7 +36,7 @@ class DecodeCall:
         self._timer = asyncio.get_running_loop().call_later(timeout, self._abandon, late)
 
     async def read(self) -> common_pb2.TokenDelta:
-        """Returns the next delta; the last one has a finish reason. This runs once per token.
+        """Returns the next delta; the last one has a finish reason. `read` runs once per token.
 
         Raises the PreftError that ended the choice, or CallCancelled.
         """

@@ -217,7 +217,7 @@ class RoutedGeneration:
         return attempt
 
     async def _decode_all(self, attempt: Attempt, choices: Sequence[Choice]) -> AsyncGenerator[TokenDelta, None]:
-        """Yields tokens of several choices as they come. Failed choices are resumed together; the others go on."""
+        """Yields tokens of several choices as they come. Failed choices are resumed together; running ones go on."""
         queue: asyncio.Queue[TokenDelta | Ended] = asyncio.Queue()
         running = 0
 

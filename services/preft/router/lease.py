@@ -1,4 +1,4 @@
-"""What one attempt holds on its two workers. Each part is released as soon as the attempt no longer needs it.
+"""The resources that one attempt holds on its two workers, each released as soon as the attempt no longer needs it.
 
 The lease owns when a part is released; the ledger does the counting, and the policy decides who gets a lease.
 """
@@ -80,7 +80,6 @@ class Lease:
             self._on_free()
 
     def release(self) -> None:
-        """Releases all remaining parts."""
         self.prefill_ended()
         for index in list(self._blocks):
             self.choice_ended(index)

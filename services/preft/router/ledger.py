@@ -1,4 +1,4 @@
-"""This router's own count of what it has reserved on each worker, so that placement needn't wait for heartbeats.
+"""This router's own count of its reservations on each worker, so that placement needn't wait for heartbeats.
 
 The ledger only counts. The policy decides who gets room, and the lease when room is released.
 """
@@ -17,7 +17,7 @@ HEARTBEATS = 3  # for so many beats, our own record of an adapter load outranks 
 
 
 class _Memory:
-    """One kind of memory on all workers, in its own unit: reserved by this router (own) and by others (foreign).
+    """One kind of memory on all workers, in its own unit: used by this router (own), and elsewhere (foreign).
 
     Heartbeats report the total use, and are late: the reported use may include reservations of ours that have ended
     since. So only use beyond our own peak since the previous heartbeat counts as foreign.
@@ -69,7 +69,6 @@ class Ledger:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is reserved."""
         held = (self._prefills, self._adapters, self._blocks.own, self._staging.own, self._sequences)
         return not any(held)
 
@@ -120,11 +119,11 @@ class Ledger:
         return worker_id in self._slots_kept
 
     def blocks(self, worker_id: str) -> int:
-        """KV blocks taken on the worker: reserved here, or used by others as of the last heartbeat."""
+        """KV blocks taken on the worker: reserved by this router, or in use elsewhere as of the last heartbeat."""
         return self._blocks.taken(worker_id)
 
     def staging(self, worker_id: str) -> int:
-        """Bytes taken of the worker's staging memory, by us and by others; evictable copies don't count."""
+        """Bytes of the worker's staging memory that are taken, as in `blocks`; evictable copies don't count."""
         return self._staging.taken(worker_id)
 
     def sequences(self, worker_id: str) -> int:
@@ -136,7 +135,6 @@ class Ledger:
         return {**self._prefills, **self._sequences}
 
     def add_prefill(self, worker_id: str, digest: str) -> None:
-        """Counts one prefill."""
         self._prefills[worker_id] += 1
         self._adapters[worker_id, digest] += 1
         if digest and self._adapters[worker_id, digest] == 1:
@@ -164,15 +162,13 @@ class Ledger:
         _take(self._sequences, worker_id, sequences)
 
     def add_staging(self, worker_id: str, size: int) -> None:
-        """Reserves `size` bytes of staging memory."""
         self._staging.add(worker_id, size)
 
     def drop_staging(self, worker_id: str, size: int) -> None:
-        """Releases `size` bytes of staging memory."""
         self._staging.drop(worker_id, size)
 
     def observe(self, workers: Iterable[Worker]) -> None:
-        """Computes from new heartbeats how much of each worker's memory others use."""
+        """Computes from new heartbeats how much of each worker's memory is foreign."""
         workers = tuple(workers)
         self._forget_loads(workers)
         known = {worker.id: worker for worker in workers}

@@ -18,7 +18,7 @@ from preft.router.ledger import Ledger
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What a request needs from the cluster. Tokens are per choice and include the prompt.
+    """A request's needs from the cluster. Tokens are per choice and include the prompt.
 
     Decode should have room for `kv_tokens` at the start; the sequence may grow to `max_tokens`. The KV of
     `prompt_tokens` goes through staging memory on both workers. `decodes` is False if the first token is also the
@@ -74,7 +74,7 @@ class Crowded:
 
 
 class Refusal(Enum):
-    """Why no worker fits now, whatever the adapter."""
+    """Why no worker fits now, for any adapter."""
 
     NO_PREFILL = auto()  # no prefill worker takes another prefill
     NO_STAGING = auto()  # no prefill worker has enough free staging memory
@@ -94,7 +94,6 @@ class Roster:
 
     @classmethod
     def of(cls, snapshot: ClusterSnapshot) -> Roster:
-        """The roster of `snapshot`."""
         prefill = snapshot.ready(Role.PREFILL, Role.COLOCATED)
         decode: dict[str, list[Worker]] = {}
         for worker in snapshot.ready(Role.DECODE, Role.COLOCATED):
@@ -115,13 +114,11 @@ class Roster:
         return any(worker.fingerprint in self.decode for worker in self.prefill)
 
     def without_decode(self, worker: Worker) -> Roster:
-        """The same roster without this decode worker."""
         others = tuple(other for other in self.decode[worker.fingerprint] if other.id != worker.id)
         decode = {**self.decode, worker.fingerprint: others}
         return replace(self, decode={name: workers for name, workers in decode.items() if workers})
 
     def without_prefill(self, worker: Worker) -> Roster:
-        """The same roster without this prefill worker."""
         return replace(self, prefill=tuple(other for other in self.prefill if other.id != worker.id))
 
 
@@ -251,7 +248,6 @@ class AffinityPolicy:
 
 
 def _holds(worker: Worker, digest: str, roster: Roster, ledger: Ledger) -> bool:
-    """Whether the worker has the adapter in memory."""
     return worker.id in roster.holders.get(digest, ()) or ledger.loaded(worker.id, digest)
 
 

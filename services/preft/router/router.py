@@ -121,7 +121,6 @@ class Router:
         return [answer for answer in answers if isinstance(answer, AdapterPlace)]
 
     def stats(self) -> RouterStats:
-        """Counts at this moment."""
         return RouterStats(
             self._admission.waiting, self._ledger.in_flight(), self._counters.retries, self._counters.resumes
         )

@@ -66,7 +66,6 @@ class SqliteStore:
         await self._run(lambda: self._write("DELETE FROM workers WHERE id = ?", worker_id, durable=False))
 
     async def workers(self) -> list[Worker]:
-        """All registered workers, by id."""
         return await self._run(self._workers)
 
     async def put_adapter(self, adapter: Adapter, *, expect: Adapter | None) -> bool:

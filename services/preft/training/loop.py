@@ -31,7 +31,7 @@ def fit(
     """Trains the parameters of `model` that require gradients, with AdamW and a one-cycle schedule. Returns the losses.
 
     `batch_of(step)` returns the arguments of `loss` for step 0, 1, ..., always the same for the same step. So a run
-    that was interrupted, and restarted with equal arguments, ends like a run without interruption. The run resumes from
+    that was interrupted, and restarted with equal arguments, ends like a run without interruption. A run resumes from
     the file `checkpoint`, which it writes every `checkpoint_every` steps and removes at the end. Shows a progress bar.
     Raises ValueError if the checkpoint is from a run of another length or another model.
     """

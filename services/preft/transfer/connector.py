@@ -1,8 +1,8 @@
 """The KV connector in both engines: writes a prompt's KV blocks to the staging arena, or reads them from the arena.
 
-The connector runs inside the engine's processes, as scheduler side and worker side. It moves whole blocks as bytes,
-because the layout inside a block is the attention backend's. Its job ends at the arena's regions: handles, networks and
-adapters belong to other modules.
+The connector runs inside the engine's processes, as scheduler side and worker side. The connector moves whole blocks as
+bytes, because the layout inside a block is the attention backend's. Handles, networks and adapters belong to other
+modules.
 
 A region's payload is the request's blocks as `KvBlocks` packs them, and a seal (`SEAL`), which is written last.
 Loading is all or nothing: for a region that is stale, unsealed or of another size, the scheduler fails the request

@@ -13,7 +13,6 @@ class FreeSpans:
 
     @property
     def total(self) -> int:
-        """Free bytes."""
         return sum(end - start for start, end in self._spans)
 
     def copy(self) -> FreeSpans:

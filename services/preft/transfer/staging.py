@@ -1,7 +1,7 @@
 """The staging arena: shared host memory for KV bytes between a worker process and its engine process.
 
 The module owns the shared memory, its regions and evictions, and when bytes may be reused. The meaning and origin of
-the bytes, and handles, belong to other modules. It uses the standard library only, as both processes import it.
+the bytes, and handles, belong to other modules. The module uses the standard library only, as both processes import it.
 
 A region is a 64-byte header (magic, nonce, size) and a payload. The worker (`StagingArena`) reserves and releases
 regions. The engine (`StagingView`) accesses a payload only inside `hold`, which keeps a shared file lock on the
@@ -105,7 +105,6 @@ class StagingArena:
 
     @property
     def regions(self) -> int:
-        """Number of reserved regions."""
         return len(self._live)
 
     async def reserve(self, size: int, *, timeout: float, pinned: bool = False) -> Region:

@@ -172,7 +172,7 @@ class Catalog(CatalogView):
         return self._disk.has(adapter.digest)
 
     async def add_archive(self, name: str, archive: Path, *, replace: bool = False) -> Adapter:
-        """Like `add`, from a tar or zip file. Its content is kept until no name has it as its source."""
+        """Like `add`, from a tar or zip file. The content stays until no entry has this upload as its source."""
         self._new_name(name)
         stop = threading.Event()
         folder = self._uploads / uuid.uuid4().hex
@@ -297,7 +297,7 @@ class Catalog(CatalogView):
             raise Unavailable(f"the archive can't be kept on the server's disk: {error.strerror or error}") from error
 
     async def _drop_upload(self, source: str) -> None:
-        """Removes an upload's content if no entry has it as its source."""
+        """Removes an upload's content if no entry has the upload as its source."""
         if Path(source).parent != self._uploads:
             return
         await self.refresh()

@@ -1,4 +1,4 @@
-"""Which files make an adapter, and their sha256, which is the adapter's identity.
+"""The files of an adapter, and their sha256, which is the adapter's identity.
 
 A LoRA is the two files that PEFT writes. A ReFT is two files of PreFT's format (docs/adapters.md). A folder with both
 is one adapter. The folder's path and its other files don't enter the digest. Other modules check the content.

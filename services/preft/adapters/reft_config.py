@@ -1,4 +1,7 @@
-"""Reads `reft_config.json`: method, layers, rank and positions. docs/adapters.md documents the format."""
+"""Reads `reft_config.json`: method, layers, rank and positions. docs/adapters.md documents the format.
+
+`reft_format` checks the tensors.
+"""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ class RemoteFolder:
             return {name: _found(info) for name, info in infos.items()}
 
     def names(self) -> set[str]:
-        """Names in the folder; subfolders end in a slash. A web server lists nothing: then those of TELLTALES."""
+        """Names in the folder; subfolders end in a slash. For web servers, which list none: existing TELLTALES."""
         if self._scheme in ("http", "https"):
             return set(self.find(TELLTALES))
         with self._errors(SourceNotFound(f"there is no folder {self._uri}")):

@@ -65,7 +65,7 @@ class SourceLimits:
 
 
 def is_public(host: str, *, unless_name: bool = False) -> bool:
-    """Whether the IP address `host` is public. For a host name, which is no address, returns `unless_name`."""
+    """Whether the IP address `host` is public. Returns `unless_name` for a host name."""
     try:
         address = ip_address(host.partition("%")[0])
     except ValueError:  # a name, unless its last part is a number: 127.1 and 2130706433 are old forms of addresses

@@ -119,8 +119,8 @@ class AdapterStore:
     async def using(self, adapter: AdapterRef) -> AsyncIterator[None]:
         """Inside this context the adapter is in host memory, where the engine finds it.
 
-        Raises AdapterUnavailable if the adapter's content can't be obtained or the engine refuses it, which isn't the
-        request's fault. Raises Unavailable if host memory has no room.
+        Raises AdapterUnavailable if the adapter's content can't be obtained, or if the engine refuses the adapter: the
+        request is not at fault. Raises Unavailable if host memory has no room.
         """
         digest = adapter.digest
         self._users[digest] += 1

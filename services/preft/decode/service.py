@@ -88,7 +88,7 @@ class DecodeService(ChoiceService):
 
 
 def _salt(adapter_digest: str, prompt_length: int) -> str:
-    """The salt of a prefix-cache entry, on which it depends beside its tokens.
+    """The properties on which a prefix-cache entry depends beside its tokens.
 
     The adapter made the KV up to the prompt's end, and the base model the KV after it. So only requests with the same
     adapter and the same prompt length agree at every position. The base model has no such border.

@@ -1,4 +1,7 @@
-"""The calls that a worker makes to its engine's processes through `collective_rpc`."""
+"""The calls that a worker makes to its engine's processes through `collective_rpc`.
+
+`lora` owns the adapters, and `transfer.connector` the KV.
+"""
 
 from __future__ import annotations
 

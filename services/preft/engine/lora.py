@@ -299,10 +299,10 @@ class GroupedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         self._regions: dict[int, Region] = {}  # by vLLM's id
 
     def place_adapter(self, lora_id: int, path: str, region: Region) -> bool:
-        """Notes that the adapter lies in `region` of the arena at `path`. Checks it once, without filling a slot.
+        """Notes that the adapter lies in `region` of the arena at `path`. Checks the adapter, but fills no slot.
 
-        Returns whether it acts on positions that are counted from a prompt's end. Raises ValueError or InvalidAdapter
-        for an adapter that can't be served, and StaleRegion if the region is gone.
+        Returns whether the adapter acts on positions that are counted from a prompt's end. Raises ValueError or
+        InvalidAdapter for an adapter that can't be served, and StaleRegion if the region is gone.
         """
         if self._memory is None:
             self._memory = StagingView(path)

@@ -1,4 +1,4 @@
-"""The interface of an engine, in token ids. `VllmEngine` implements it; tests have a fake."""
+"""The interface of an engine, in token ids, and the check of a request. `VllmEngine` implements the interface."""
 
 from __future__ import annotations
 

@@ -37,9 +37,9 @@ from preft.engine.shared_memory import start_tracker
 from preft.transfer.connector import OUTPUT_SO_FAR
 from preft.transfer.staging import Region
 
-# Turns of a loop for which OpenMP's threads wait for work on CPU. By default they spin for milliseconds, which delays
-# other engines' steps on shared cores. Without spinning, they would sleep between the many short operations of a decode
-# step or of a prompt's adapters.
+# Turns of a loop for which OpenMP's threads wait for work on CPU. By default the threads spin for milliseconds, which
+# delays other engines' steps on shared cores. Without spinning, the threads would sleep between the many short
+# operations of a decode step or of a prompt's adapters.
 SPIN = "5000"
 CODE_VERSION = 6
 """Part of vLLM's compile-cache key, which ignores our worker class. Raise it when traced code changes."""

@@ -256,7 +256,7 @@ class Admission:
                 self._open = self._keep_one_for(ticket.demand, refusal)
 
     def _grant(self, ticket: Ticket, roster: Roster) -> Refusal | Absent | Crowded | None:
-        """Gives `ticket` a lease and returns None, or returns why it gets none now. An ended ticket also gets None."""
+        """Gives `ticket` a lease and returns None, or returns why there is none. Returns None for an ended ticket."""
         if ticket.outcome.done():
             return None  # the waiting task was just cancelled, and hasn't left the queue yet
         self._crowded.pop(ticket.demand.digest, None)

@@ -102,7 +102,7 @@ class Attempt:
         self._closed = False
 
     async def first_tokens(self) -> Sequence[TokenDelta]:
-        """Runs the prompt. Returns each choice's first token, already added to the choice; nothing if it resumes."""
+        """Runs the prompt. Returns each choice's first token, already added to the choice; nothing on a resume."""
         if self._colocated:
             return ()
         worker = self._lease.prefill

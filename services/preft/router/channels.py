@@ -1,7 +1,7 @@
 """The router's gRPC connections to workers: one channel per address, kept while the worker is registered.
 
-Owns the channels, calls that only wait for their end, and releases under way; `close` ends all of them. In the router,
-gRPC errors of unary and Prefill calls become PreftErrors here alone.
+The module owns the channels, calls that only wait for their end, and releases under way; `close` ends all of them. In
+the router, gRPC errors of unary and Prefill calls become PreftErrors here alone.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ class RoutedGeneration:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         if self._stream is not None:
-            with suppress(RuntimeError):  # another task iterates: its cancelled calls end it
+            with suppress(RuntimeError):  # another task iterates; the cancelled calls end its loop
                 await self._stream.aclose()
 
     async def _tokens(self) -> AsyncGenerator[TokenDelta, None]:

@@ -97,7 +97,7 @@ class Ledger:
         self._loading.add((worker_id, digest))
 
     def load_ended(self, worker_id: str, digest: str, *, done: bool) -> None:
-        """Records the worker's answer: loaded (`done`) or refused. Later the worker's heartbeats tell."""
+        """Records the worker's answer: loaded (`done`) or refused. After HEARTBEATS beats the record expires."""
         self._loading.discard((worker_id, digest))
         self._refused.pop((worker_id, digest), None)
         (self._loaded if done else self._refused)[worker_id, digest] = HEARTBEATS

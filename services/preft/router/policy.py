@@ -142,8 +142,8 @@ class Policy(Protocol):
 class AffinityPolicy:
     """Prefill goes to a holder of the adapter, unless the holder is clearly busier than another worker.
 
-    Decode goes to the worker with most room. The hash of an adapter that no worker holds chooses its home: so adapters
-    spread over the workers, and all routers of a cluster agree on the home before a heartbeat reports the adapter.
+    Decode goes to the worker with most room. An adapter that no worker holds gets a home by hash: so adapters spread
+    over the workers, and all routers of a cluster agree on the home before a heartbeat reports the adapter.
     """
 
     max_inflight_prefills: int  # per worker

@@ -125,7 +125,7 @@ class SqliteStore:
     def _make_room(self, db: sqlite3.Connection) -> None:
         """Grows the log to its final size, and the file by as many free pages, so that heartbeats survive a full disk.
 
-        The last process that closes the log removes it, so the next process calls this again. If the disk is nearly
+        The last process that closes the log removes it, so the next process grows the log again. If the disk is nearly
         full, the store stays as it is.
         """
         log = Path(f"{self._path.resolve()}-wal")

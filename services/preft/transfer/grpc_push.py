@@ -1,4 +1,7 @@
-"""The sending side of KV over gRPC: the header as request metadata, the bytes as raw messages without protobuf."""
+"""The sending side of KV over gRPC: the header as request metadata, the bytes as raw messages without protobuf.
+
+`port` owns the header and the errors, and `grpc_receive` the receiving side.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The receiving side of KV over gRPC: turns a Push call into a header and frames, and errors into status codes."""
+"""The receiving side of KV over gRPC: turns a Push call into a header and frames, and errors into status codes.
+
+`receive` owns memory, verification and handles.
+"""
 
 from __future__ import annotations
 

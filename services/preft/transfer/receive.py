@@ -1,4 +1,7 @@
-"""Receives one push over any transport: reserves room, takes the bytes, verifies them, and makes the handle ready."""
+"""Receives one push over any transport: reserves room, takes the bytes, verifies them, and makes the handle ready.
+
+`staging` owns the memory, `handles` the handles, and a transport the frames.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """KV blocks of all layers: packing into one contiguous buffer, unpacking, zeroing and checks for NaN.
 
 On GPU each operation is one launch. The module owns the buffer's layout: for every layer in order of name, the
-request's blocks in order, as the bytes in the cache. If a layer keeps its keys and values apart, all blocks of the keys
-come first. The attention backend owns the layout inside a block.
+request's blocks in order, as the bytes in the cache. If a layer keeps keys and values apart, all blocks of one part
+come before those of the next. The attention backend owns the layout inside a block.
 """
 
 from __future__ import annotations

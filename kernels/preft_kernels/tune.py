@@ -42,7 +42,7 @@ Run = Callable[[], None]
 
 
 def layers(models: Iterable[tuple[int, ...]]) -> list[tuple[int, tuple[int, ...], bool]]:
-    """Inputs, columns per slice, and whether it is a ReFT, for every layer that an adapter can change."""
+    """For every layer that an adapter can change: inputs, columns per slice, and whether the adapter is a ReFT."""
     found = []
     for hidden, q, kv, inner in models:
         found += [(hidden, (q, kv, kv), False), (q, (hidden,), False), (hidden, (inner, inner), False)]

@@ -1,6 +1,6 @@
 """Checks of the tensors in an adapter's file, for LoRA and ReFT: present, of a served type, and finite.
 
-The formats check names and shapes.
+`peft_format` and `reft_format` check names and shapes.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class BaseModel:
 def read_base_model(folder: Path) -> BaseModel:
     """Reads config.json and the headers of the safetensors files in `folder`; blocks for some milliseconds per file.
 
-    Raises ConfigError if one is missing or broken.
+    Raises ConfigError if a file is missing or broken.
     """
     config = _json(folder / "config.json")
     layers = config.get("num_hidden_layers")

@@ -283,7 +283,7 @@ class Catalog(CatalogView):
         return check_adapter(copy, self._base, self._limits.max_rank)
 
     def _unpack(self, archive: Path, target: Path, stop: threading.Event) -> None:
-        """Unpacks and checks the archive in `target`, a folder for this upload alone."""
+        """Unpacks the archive to `target`, a folder for this upload alone, and checks the content."""
         try:
             self._uploads.mkdir(mode=0o700, parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self._uploads, prefix=".unfinished-") as unpacked:

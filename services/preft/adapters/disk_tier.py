@@ -3,7 +3,7 @@
 All processes of the machine share the folder, and all state lies in it, so no process has to keep running. A copy gets
 its name when it is complete, checked and of that digest; no process changes it afterwards. An unfinished copy lies in
 `.unfinished-<id>-<bytes>/`, which the process that writes it keeps locked. An unlocked one was left behind by a
-dead process, and is removed. A copy may be damaged after a power cut: readers check its digest. Everything here blocks.
+dead process, and is removed. A copy may be damaged after a power cut: readers check its digest. All calls block.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Checks an adapter's folder of either kind against the base model. The formats own the checks themselves."""
+"""Checks an adapter's folder of either kind against the base model. `peft_format` and `reft_format` own the checks."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Keeps a catalog in step with a folder of adapters, in which each subfolder's name is an adapter's name.
 
 The watch owns when to add, replace or remove an adapter; the catalog checks and stores it. The folder decides: an
-adapter removed from the catalog alone comes back. An empty folder that has never held an adapter removes none, because
-the mount point of a disk that isn't mounted looks the same.
+adapter removed from the catalog alone comes back. A folder without adapters that has never held one causes no removals,
+because the mount point of a disk that isn't mounted looks the same.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ KINDS = (  # pattern of a file name, explanation; the first match counts
 
 
 def explain(names: Iterable[str], place: str) -> str | None:
-    """One sentence about the first of `names` in `place` that is known, or None.
+    """One sentence about a known one of the `names` in `place`, or None.
 
     The name of a subfolder ends in a slash. The name of a file in a subfolder includes the subfolder.
     """

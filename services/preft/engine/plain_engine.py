@@ -30,7 +30,7 @@ from preft.engine.vllm_engine import engine_args
 
 
 def plain_args(settings: Settings, *, lora: bool) -> AsyncEngineArgs:
-    """The arguments of our decode engine (with `lora`: prefill engine), without all of our extensions."""
+    """The arguments of our decode engine (with `lora`: prefill engine), without our extensions."""
     ours = engine_args(settings, Role.PREFILL if lora else Role.DECODE, arena="")
     return dataclasses.replace(
         ours,

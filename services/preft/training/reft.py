@@ -53,7 +53,7 @@ class Intervention(torch.nn.Module):  # type: ignore[misc]
 class ReftModel(torch.nn.Module):  # type: ignore[misc]
     """A transformers causal language model (or a peft model of one) with a ReFT on its residual stream.
 
-    Call it like the model itself. Only the ReFT's parameters get gradients, and a peft model's trainable parameters.
+    Call it like the model itself. Only the ReFT's parameters and a peft model's trainable parameters get gradients.
     `attention_mask` defines the positions, so rows may be padded on the right.
     """
 

@@ -143,7 +143,7 @@ class HandleTable:
         return claim
 
     def release(self, name: str) -> None:
-        """Ends the handle for further claims: aborts an arriving push and refuses a later one. Open claims go on."""
+        """Ends further claims. An arriving push is aborted, and a later one refused. Open claims go on."""
         self._give_up(name, "was released")
 
     def close(self) -> None:

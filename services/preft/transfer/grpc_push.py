@@ -58,7 +58,7 @@ class GrpcKvSender:
             # receiver ends early.
             call = channel.stream_stream(METHOD)(metadata=((HEADER_KEY, encode_header(header)),), timeout=timeout)
             status = status_of(call)
-            known: asyncio.Future[bool] = asyncio.get_running_loop().create_future()  # whether the receiver knows the secret
+            known: asyncio.Future[bool] = asyncio.get_running_loop().create_future()  # if the peer knows the secret
             writing = asyncio.create_task(self._write(call, header.handle, known, payload))
             try:
                 await asyncio.wait({status, writing}, return_when=asyncio.FIRST_COMPLETED)

@@ -20,7 +20,7 @@ class KvReceiver:
     """The decode worker's side of every transport."""
 
     def __init__(self, arena: StagingArena, handles: HandleTable, *, room_timeout: float, frame_timeout: float) -> None:
-        """Limits in seconds: `room_timeout` on the wait for staging memory, `frame_timeout` on the wait for each frame."""
+        """Limits in seconds: `room_timeout` on the wait for staging memory, `frame_timeout` on that for each frame."""
         self._arena = arena
         self._handles = handles
         self._room_timeout = room_timeout

@@ -1,4 +1,4 @@
-"""Triton where it is installed, and otherwise names that let the files with kernels in them be imported."""
+"""Triton if it is installed; otherwise stand-ins with which files that contain kernels can still be imported."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import torch
 try:
     import triton
     import triton.language as tl
-except ImportError:  # CPU builds have none
+except ImportError:  # CPU builds have no Triton
     triton: Any = SimpleNamespace(jit=lambda function=None, **options: function or (lambda wrapped: wrapped))  # type: ignore[no-redef]
     tl: Any = None  # type: ignore[no-redef]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Whether Triton's interpreter runs the kernels, on tensors in host memory. Slow, and for tests alone."""
+"""Whether Triton's interpreter runs the kernels, on tensors in host memory. Slow; for tests only."""
 
 
 def by_kernel(device: torch.device | str) -> bool:
-    """Whether tensors on `device` are worked on by Triton kernels."""
+    """Whether Triton kernels process tensors on `device`."""
     return torch.device(device).type != "cpu" or INTERPRETED
 
 

@@ -1,7 +1,7 @@
-"""How a launch of the delta kernel cuts its work: as measured on such a GPU for such a shape, else by rule.
+"""Chooses the block sizes of a launch of the delta kernel: measured on such a GPU for such a shape, else by rule.
 
-Owns the choice and the files of measured ones (`tuned/<name of the GPU>.json`, written by `preft_kernels.tune`).
-Launches nothing.
+The module owns the choice and the files of measured choices (`tuned/<name of the GPU>.json`, written by
+`preft_kernels.tune`), and launches nothing.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from preft_kernels.token_groups import TILE
 
 SHIPPED = Path(__file__).parent / "tuned"
 FOLDER = "PREFT_KERNEL_TUNING"
-"""Environment variable: a folder with files of one's own, which count before the shipped ones."""
+"""Environment variable: a folder with tuning files, which take precedence over the shipped ones."""
 
 NEAR = 2.5
-"""How far a measured shape may be from the one at hand: a sum of distances in powers of two."""
+"""Largest distance at which a measured shape counts for another: a sum of distances in powers of two."""
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one launch has to do. `outputs` are all slices' columns, `residual` says that it is a residual delta."""
+    """The work of one launch. `outputs` is the number of all slices' columns; `residual` marks a residual delta."""
 
     inputs: int
     outputs: int
@@ -38,7 +38,7 @@ class Work:
     element_size: int = 2
 
     def distance(self, other: Work) -> float:
-        """In powers of two, over all sizes; infinite if it isn't the same kind of work."""
+        """The sum over all sizes, in powers of two; infinite for another kind of work."""
         if (self.slices, self.residual, self.element_size) != (other.slices, other.residual, other.element_size):
             return float("inf")
         pairs = zip(self._sizes(), other._sizes(), strict=True)
@@ -52,8 +52,8 @@ class Work:
 class Blocks:
     """Tokens, outputs, inputs and ranks that a program takes at a time: powers of two from 16 on, `m` at most TILE.
 
-    `splits`: 0 for shrink and expand in one launch. Otherwise the shrink is a launch of its own, in which so many
-    programs share a tile's inputs; their sums go through memory, once. `programs`: how many a processor is given.
+    `splits` is 0 for shrink and expand in one launch. Otherwise the shrink is a separate launch in which `splits`
+    programs share a tile's inputs; their sums go through memory once. `programs` is the number per processor.
     """
 
     m: int = 32
@@ -67,9 +67,9 @@ class Blocks:
 
 
 def by_rule(work: Work, processors: int) -> Blocks:
-    """A choice for any shape, by reason: as large as registers hold, and with few tokens a launch for the shrink alone.
+    """A choice for any shape: blocks as large as registers hold, and, for few tokens, a separate launch for the shrink.
 
-    (There a second launch costs less than shrinking anew in each of the programs that share a tile's columns.)
+    For few tokens a second launch costs less than a repeated shrink in each program that shares a tile's columns.
     """
     wide = work.element_size > 2
     r = min(_power(work.rank), 32 if wide else 64 if work.slices > 1 else 128)
@@ -77,7 +77,7 @@ def by_rule(work: Work, processors: int) -> Blocks:
     if splits < 4:
         splits = 0
     if work.residual and work.rank > r and not splits:
-        splits = 1  # in one launch it would have to hold all ranks at once: it reads what it writes
+        splits = 1  # one launch reads what it writes, so it would have to hold all ranks at once
     much = r * work.slices * work.element_size
     n = 64 if much <= 256 else 32
     k = 128 if much <= 64 and not work.residual else 64 if much <= 384 else 32
@@ -85,7 +85,7 @@ def by_rule(work: Work, processors: int) -> Blocks:
 
 
 def candidates(work: Work, processors: int) -> Iterator[Blocks]:
-    """What is worth measuring for this work, the rule's choice first. Some may not fit on a GPU."""
+    """Choices to measure for this work, the rule's choice first. Some may not fit on a GPU."""
     rule = by_rule(work, processors)
     yield rule
     high = _power(work.rank)
@@ -104,20 +104,20 @@ def candidates(work: Work, processors: int) -> Iterator[Blocks]:
 
 @cache
 def choose(work: Work, device: str, processors: int) -> Blocks:
-    """The measured choice for the nearest shape on this kind of GPU, or the rule's if none is near."""
+    """The measured choice for the nearest shape on this kind of GPU, or the rule's choice if no shape is near."""
     near = min(measured(device), key=lambda one: one[0].distance(work), default=None)
     if near is None or near[0].distance(work) > NEAR:
         return by_rule(work, processors)
     blocks = near[1]
     high = _power(work.rank)
-    if work.residual and not blocks.splits and blocks.r < high:  # it reads what it writes: all ranks at once
+    if work.residual and not blocks.splits and blocks.r < high:  # reads what it writes: needs all ranks at once
         return by_rule(work, processors)
     return replace(blocks, r=min(blocks.r, high))
 
 
 @cache
 def measured(device: str) -> list[tuple[Work, Blocks]]:
-    """What is known of this kind of GPU, by the first file that there is. Raises ValueError if the file is broken."""
+    """The measured choices for this kind of GPU, from the first file that exists. Raises ValueError if it is broken."""
     for folder in (os.environ.get(FOLDER), SHIPPED):
         path = folder and tuning_file(Path(folder), device)
         if path and path.is_file():
@@ -130,7 +130,7 @@ def measured(device: str) -> list[tuple[Work, Blocks]]:
 
 
 def write(folder: Path, device: str, about: dict[str, Any], rows: list[dict[str, Any]]) -> Path:
-    """`rows`: `work`, `blocks` and what was measured of them."""
+    """Writes the tuning file. Each of `rows` has `work`, `blocks` and the measured figures."""
     folder.mkdir(parents=True, exist_ok=True)
     path = tuning_file(folder, device)
     lines = ",\n".join(
@@ -145,7 +145,7 @@ def tuning_file(folder: Path, device: str) -> Path:
 
 
 def _checked(blocks: Blocks) -> Blocks:
-    """`blocks`, unless a launch with them would leave out work in silence. Raises ValueError."""
+    """Returns `blocks`. Raises ValueError for sizes with which a launch would silently skip work."""
     if any(type(value) is not int or value < (name != "splits") for name, value in asdict(blocks).items()):
         raise ValueError(f"all sizes must be whole numbers from 1 on, and splits from 0 on: {blocks}")
     sizes = (blocks.m, blocks.n, blocks.k, blocks.r)
@@ -155,5 +155,5 @@ def _checked(blocks: Blocks) -> Blocks:
 
 
 def _power(rank: int) -> int:
-    """The least power of two that covers it and that a product of tiles can have."""
+    """The least power of two from 16 on that is at least `rank`; a product of tiles needs 16."""
     return max(16, 1 << (rank - 1).bit_length())

@@ -1,8 +1,8 @@
-"""KV blocks over all layers: into one contiguous buffer and back, made zero, checked for NaN; one launch each on GPU.
+"""KV blocks of all layers: packing into one contiguous buffer, unpacking, zeroing and checks for NaN.
 
-Owns the layout of that buffer: for every layer in order of name, the request's blocks in order, as they lie in memory;
-where a layer's blocks of keys and of values lie apart, first all of the one. Moves bytes; where in a block a token's
-keys lie is up to the attention backend.
+On GPU each operation is one launch. The module owns the buffer's layout: for every layer in order of name, the
+request's blocks in order, as the bytes in the cache. If a layer keeps keys and values apart, all blocks of one part
+come before those of the next. The attention backend owns the layout inside a block.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 
 from preft_kernels._triton import by_kernel, tl, triton
 
-WORD = 8  # bytes that are copied at once
-CHUNK = 1024  # words that one program works on
+WORD = 8  # bytes per copied word
+CHUNK = 1024  # words per program
 EXPONENTS = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 
 
@@ -23,7 +23,7 @@ def copy_blocks_kernel(  # type: ignore[no-untyped-def]
     bases, strides, sizes, begins, block_ids, packed, blocks, skip,
     UNPACK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one block of one segment. Programs: segment, block, chunk. All sizes in words of 8 bytes."""
+    """Copies one chunk of one block of one segment. Programs: segment, block, chunk. Sizes are in words of 8 bytes."""
     segment = tl.program_id(0)
     number = tl.program_id(1) + skip
     word = tl.program_id(2) * CHUNK + tl.arange(0, CHUNK)
@@ -42,7 +42,7 @@ def copy_blocks_kernel(  # type: ignore[no-untyped-def]
 def zero_blocks_kernel(  # type: ignore[no-untyped-def]
     bases, strides, sizes, block_ids, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Zeros in one chunk of one block of one segment. Programs and sizes as in `copy_blocks_kernel`."""
+    """Zeroes one chunk of one block of one segment. Programs and sizes as in `copy_blocks_kernel`."""
     segment = tl.program_id(0)
     word = tl.program_id(2) * CHUNK + tl.arange(0, CHUNK)
     block = tl.load(block_ids + tl.program_id(1)).to(tl.int64)
@@ -54,9 +54,9 @@ def zero_blocks_kernel(  # type: ignore[no-untyped-def]
 def not_finite_kernel(  # type: ignore[no-untyped-def]
     bases, strides, sizes, block_ids, flags, EXPONENT: tl.constexpr, BITS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """flags[number] = 1 if a value in the chunk has all bits of its exponent set (IEEE 754: it is NaN or infinity).
+    """flags[number] = 1 if a value in the chunk has all bits of its exponent set (IEEE 754: NaN or infinity).
 
-    Programs and sizes as in `copy_blocks_kernel`; values are of BITS bits, and EXPONENT masks their exponent.
+    Programs and sizes as in `copy_blocks_kernel`. A value has BITS bits, and EXPONENT masks its exponent.
     """
     segment = tl.program_id(0)
     number = tl.program_id(1)
@@ -72,13 +72,13 @@ def not_finite_kernel(  # type: ignore[no-untyped-def]
 
 
 class KvBlocks:
-    """The KV caches of all layers, as an engine has registered them."""
+    """The KV caches of all layers, as the engine registers them."""
 
     def __init__(self, caches: Mapping[str, torch.Tensor], num_blocks: int) -> None:
-        """`caches`: by layer name, [num_blocks, ...] or [k, num_blocks, ...], their dimensions in any order in memory.
+        """`caches`: by layer name, [num_blocks, ...] or [k, num_blocks, ...], with dimensions in any order in memory.
 
-        But a block (of each of k) must be one piece of memory, and all caches of one type. Raises ValueError naming a
-        layer where that isn't so.
+        All caches have one type, and each block (of each of the k parts) is one piece of memory. Raises ValueError,
+        naming a layer, otherwise.
         """
         dtype = next(iter(caches.values())).dtype
         if other := next((name for name, cache in caches.items() if cache.dtype != dtype), None):
@@ -89,12 +89,12 @@ class KvBlocks:
         ]
         sizes = [segment.shape[1] * segment.element_size() for segment in self._segments]
         self.block_bytes = sum(sizes)
-        """One block over all layers."""
+        """Bytes of one block over all layers."""
         self.layout = [
             (name, len(of), list(of[0].shape[1:]), list(of[0].stride()[1:]), str(of[0].dtype))
             for name, of in parts.items()
         ]
-        """What two engines must share to exchange blocks: each layer's name, parts, and the inside of a block."""
+        """Equal for engines that can exchange blocks: each layer's name, parts, and layout inside a block."""
         self._device = self._segments[0].device
         words = torch.tensor(sizes) // WORD
         columns = (
@@ -120,7 +120,7 @@ class KvBlocks:
             torch.index_select(segment, 0, index, out=part)
 
     def unpack(self, packed: torch.Tensor, block_ids: Sequence[int], skip: int = 0) -> None:
-        """Copies `packed`, as `pack` leaves it, into these blocks but for the first `skip`."""
+        """Copies `packed`, written by `pack`, into these blocks, except the first `skip`."""
         self._check(packed, len(block_ids))
         if by_kernel(self._device):
             self.launch(block_ids, packed.to(self._device), skip, unpack=True)
@@ -130,7 +130,6 @@ class KvBlocks:
             segment.index_copy_(0, index, part[skip:])
 
     def zero(self, block_ids: Sequence[int]) -> None:
-        """Makes these blocks all zeros."""
         if by_kernel(self._device):
             zero_blocks_kernel[self._grid(block_ids)](*self._table[:3], self._ids(block_ids), CHUNK=CHUNK)
             return
@@ -139,9 +138,9 @@ class KvBlocks:
             segment.index_fill_(0, index, 0)
 
     def not_finite(self, block_ids: Sequence[int]) -> torch.Tensor:
-        """int32 [len(block_ids)], on the caches' device: 1 for a block that holds NaN or infinity in any layer, else 0.
+        """int32 [len(block_ids)], on the caches' device: 1 for a block with NaN or infinity in any layer, else 0.
 
-        Caches of another type than float32, bfloat16 and float16 are taken for finite.
+        Only float32, bfloat16 and float16 caches are checked; other types count as finite.
         """
         flags = torch.zeros(len(block_ids), dtype=torch.int32, device=self._device)
         if self._dtype not in EXPONENTS:
@@ -164,7 +163,7 @@ class KvBlocks:
         return on_device(block_ids, self._device, torch.int32)
 
     def launch(self, block_ids: Sequence[int], packed: torch.Tensor, skip: int = 0, *, unpack: bool = False) -> None:
-        """What `pack` and `unpack` do on GPU, with `packed` there too."""
+        """Does the work of `pack` and `unpack` on GPU, with `packed` on the GPU too."""
         count = len(block_ids)
         if count > skip:
             index = self._ids(block_ids)
@@ -179,7 +178,7 @@ class KvBlocks:
             )
 
     def _packed(self, packed: torch.Tensor, count: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Each segment, and its `count` blocks as they lie in `packed`."""
+        """Each segment, with the view of its `count` blocks in `packed`."""
         begin = 0
         for segment in self._segments:
             end = begin + count * segment.shape[1] * segment.element_size()
@@ -188,12 +187,12 @@ class KvBlocks:
 
 
 def on_device(numbers: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-    """[len(numbers)]. From pinned memory: a copy from any other waits for what runs on the GPU."""
+    """[len(numbers)] on `device`. Uses pinned memory: a copy from other memory waits for the GPU's running work."""
     return torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def _parts(name: str, cache: torch.Tensor, num_blocks: int) -> list[torch.Tensor]:
-    """The cache as [num_blocks, ...], for each of what comes before the blocks. Raises ValueError."""
+    """The cache as one [num_blocks, ...] tensor per index of the dimensions before the blocks. Raises ValueError."""
     if num_blocks not in cache.shape[:2]:
         raise ValueError(f"{name}: KV cache of shape {tuple(cache.shape)} has no block dimension {num_blocks}")
     if cache.shape[0] != num_blocks:

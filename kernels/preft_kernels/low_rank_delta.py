@@ -1,7 +1,8 @@
 """Low-rank delta: y[t] += scale * B[s_t] (A[s_t] x[t]) for every token t with a slot s_t >= 0. In place on y.
 
-Owns the operation: its Triton kernel, its CPU implementation and its float32 reference. Doesn't know what a slot holds.
-The kernel is the residual delta's as well: x may come as two addends, and a bias c[s_t] may be added to A[s_t] x[t].
+The module owns the operation: its Triton kernel, its CPU implementation and its float32 reference. The content of a
+slot is the caller's. The residual delta uses the same kernel: x may be the sum of two tensors, and a bias c[s_t] may be
+added to A[s_t] x[t].
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from preft_kernels._triton import INTERPRETED, by_kernel, tl, triton
 from preft_kernels.blocks import Blocks, Work, choose
 from preft_kernels.token_groups import RANK_STEP, TILE, TokenGroups, tiles_on_cpu
 
-MOST_SLICES = 3  # of one launch: q, k and v
+MOST_SLICES = 3  # per launch: q, k and v
 FUSED, SHRINK, EXPAND = (tl.constexpr(phase) for phase in range(3)) if tl else range(3)
-"""What a launch does: both products, or one of them."""
+"""The phase of a launch: both products, or one of them."""
 
 
 def low_rank_delta_reference(
     y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, slots: torch.Tensor, scale: float = 1.0
 ) -> torch.Tensor:
-    """The definition, token by token in float32. One slice; returns a new tensor.
+    """The definition, token by token in float32, for one slice. Returns a new tensor.
 
     y: [tokens, out], x: [tokens, in], a: [slots, rank, in], b: [slots, out, rank], slots: [tokens], negative for none.
     """
@@ -48,7 +49,7 @@ def _expand(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """y[tokens, left + n] += B[slot][n] low, for every `step`-th block of columns n < width from block `first` on.
 
-    `AHEAD` blocks of y are on their way at a time; None where the same program may have written them just before.
+    `AHEAD` is the number of prefetched blocks of y; None if the same program may have just written them.
     """
     for block in tl.range(first, tl.cdiv(width, BLOCK_N), step, num_stages=AHEAD):
         n = block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -75,21 +76,21 @@ def delta_kernel(  # type: ignore[no-untyped-def]
     SPLITS: tl.constexpr, TILE: tl.constexpr, RANK: tl.constexpr, RANK_STEP: tl.constexpr, WIDE: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Pieces of tiles: BLOCK_M tokens of one slot, shrunk to rank in registers and expanded from there.
+    """Processes pieces of tiles: BLOCK_M tokens of one slot, shrunk to the rank in registers and expanded from there.
 
-    With few pieces the columns of y are cut into parts, of which each program computes the shrink anew (FUSED); or the
-    shrink is a launch of its own (SHRINK) whose programs take a piece and a part of the inputs each, and leave sums in
-    `low`: [SPLITS, most_tokens, SLICES * RANK_PADDED] float32, for the next launch (EXPAND).
+    With few pieces, the columns of y are split into parts, and each part's program computes the shrink again (FUSED).
+    Alternatively the shrink is a separate launch (SHRINK), whose programs take a piece and a part of the inputs each.
+    Their sums go to `low`, [SPLITS, most_tokens, SLICES * RANK_PADDED] float32, for the next launch (EXPAND).
     """
     RANK_PADDED: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R * BLOCK_R
     AHEAD: tl.constexpr = STAGES if RANK <= BLOCK_R else None
     programs = tl.num_programs(0)
     many = tl.load(tiles)
-    full = tl.maximum(many, tl.cdiv(tl.load(tiles + 1), BLOCK_M))  # pieces with tokens in them, at least
+    full = tl.maximum(many, tl.cdiv(tl.load(tiles + 1), BLOCK_M))  # least number of pieces with tokens
     if PHASE == SHRINK:
         parts = SPLITS
     elif PHASE == FUSED and ADDEND:
-        parts = 1  # y may be x: read first, then written
+        parts = 1  # y may be x: one program reads it, and then writes it
     else:
         parts = tl.cdiv(tl.maximum(n0, tl.maximum(n1, n2)), BLOCK_N)
         parts = tl.minimum(parts, tl.maximum(programs // tl.maximum(full, 1), 1))
@@ -103,7 +104,7 @@ def delta_kernel(  # type: ignore[no-untyped-def]
             slot = tl.load(row).to(tl.int64)
             rank = tl.minimum(tl.load(row + 3), RANK)
             if RANK % RANK_STEP == 0:
-                rank = tl.multiple_of(rank, RANK_STEP)  # then B can be read in wide words
+                rank = tl.multiple_of(rank, RANK_STEP)  # allows wide reads of B
             m = tl.arange(0, BLOCK_M)
             real = m < count
             places = tl.load(row + 1) + begin + m
@@ -187,9 +188,10 @@ def launch_delta(
     c: torch.Tensor | None = None,
     blocks: Blocks | None = None,
 ) -> None:
-    """Launches the kernel for all slices, as few times as their strides allow. Shapes as in the operations that do.
+    """Launches the kernel for all slices, as few times as their strides allow.
 
-    With an addend, y may be x. `blocks` is for measuring: otherwise they are chosen by the shapes.
+    Shapes are those of the calling operation. With an addend, y may be x. `blocks` is for measurements; by default the
+    shapes choose the blocks.
     """
     tokens, rank = len(y), a[0].shape[1]
     if not tokens:
@@ -223,7 +225,7 @@ def launch_delta(
 
 @cache
 def processors(device: torch.device) -> int:
-    """Of a GPU; of Triton's interpreter, so that programs take several pieces."""
+    """Number of a GPU's multiprocessors; 2 for Triton's interpreter, so that a program takes several pieces."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
@@ -233,7 +235,7 @@ def device_name(device: torch.device) -> str:
 
 
 def _launches(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
-    """Which neighbouring slices one launch can do: MOST_SLICES at most, of equal strides and types."""
+    """Ranges of neighbouring slices for one launch each: at most MOST_SLICES, of equal strides and types."""
 
     def kind(index: int) -> object:
         return a[index].stride(), b[index].stride()[1:], a[index].dtype, b[index].dtype
@@ -248,7 +250,7 @@ def _launches(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> list[tupl
 def add_product_(
     y: torch.Tensor, tokens: slice | torch.Tensor, low: torch.Tensor, bt: torch.Tensor, scale: float = 1.0
 ) -> None:
-    """y[tokens] += scale * low bt, in place. For implementations on CPU."""
+    """y[tokens] += scale * low bt, in place. For CPU implementations."""
     if isinstance(tokens, slice) and y.dtype == bt.dtype:
         y[tokens].addmm_(low, bt, alpha=scale)
     else:
@@ -308,12 +310,12 @@ def low_rank_delta_(
 ) -> None:
     """Adds each token's own low-rank delta to consecutive column slices of `y`, in place.
 
-    y: [tokens, >= offset + sum of out_i], x: [tokens, in]; for each slice i: a[i]: [slots, rank, in],
-    b[i]: [slots, out_i, rank]. Slice i covers columns offset + sum(out_j, j < i) onwards. `groups` says which token is
-    under which slot, and what ranks the slots hold; beyond, up to a multiple of RANK_STEP, a[i] and b[i] must be zero.
-    Tokens without a slot are neither read nor written. float32, bfloat16 and float16; products are summed in float32,
-    and A[s] x is rounded to b's type in between. Raises ValueError naming the argument whose shape is wrong.
-    (LoRA: Hu et al. 2021, arXiv 2106.09685, eq. 3.)
+    y: [tokens, >= offset + sum of out_i], x: [tokens, in]; for each slice i: a[i]: [slots, rank, in], b[i]: [slots,
+    out_i, rank]. Slice i covers columns offset + sum(out_j, j < i) onwards. `groups` maps tokens to slots, and has the
+    slots' ranks. From a slot's rank up to the next multiple of RANK_STEP, a[i] and b[i] must be zero. Tokens without a
+    slot are neither read nor written. Types: float32, bfloat16 and float16. Products are summed in float32, and A[s] x
+    is rounded to b's type in between. Raises ValueError, naming the argument with a wrong shape. (LoRA: Hu et al. 2021,
+    arXiv 2106.09685, eq. 3.)
     """
     if y.dim() != 2 or x.dim() != 2 or x.shape[0] != y.shape[0]:
         raise ValueError(

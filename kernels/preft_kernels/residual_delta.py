@@ -1,8 +1,8 @@
 """Residual delta: the ReFT form h' = h + B[s] (A[s] h + c[s]) on the residual stream h = hidden + residual.
 
-Owns the operation, its CPU implementation and its float32 reference; its Triton kernel is the low-rank delta's. Decoder
-layers hand on the stream as two addends, of which only `hidden` is changed. (LoReFT and DiReFT: Wu et al. 2024, arXiv
-2404.03592, sections 3.2 and 3.3: with R, W, b as trained, LoReFT is A = W - R, B = R^T, c = b; DiReFT is A = W,
+The module owns the operation, its CPU implementation and its float32 reference; its Triton kernel is the low-rank
+delta's. Decoder layers return the stream as two addends, and only `hidden` changes. (LoReFT and DiReFT: Wu et al. 2024,
+arXiv 2404.03592, sections 3.2 and 3.3. With R, W, b as trained, LoReFT is A = W - R, B = R^T, c = b; DiReFT is A = W,
 B = R^T, c = b.)
 """
 
@@ -23,7 +23,7 @@ def residual_delta_reference(
     c: torch.Tensor,
     slots: torch.Tensor,
 ) -> torch.Tensor:
-    """The definition, token by token in float32; returns the new `hidden`.
+    """The definition, token by token in float32. Returns the new `hidden`.
 
     Shapes as in `residual_delta_`; slots: [tokens], negative for none.
     """
@@ -78,9 +78,9 @@ def residual_delta_(
     """Adds each token's own delta to `hidden`, in place; `residual` is read only.
 
     hidden, residual: [tokens, features]; a: [slots, rank, features]; b: [slots, features, rank]; c: [slots, rank].
-    `groups` says which token is under which slot, and what ranks the slots hold; beyond, up to a multiple of RANK_STEP,
-    a, b and c must be zero. Tokens without a slot are neither read nor written. Types and roundings as in
-    `low_rank_delta_`. Raises ValueError naming the argument whose shape is wrong.
+    `groups` maps tokens to slots, and has the slots' ranks. From a slot's rank up to the next multiple of RANK_STEP, a,
+    b and c must be zero. Tokens without a slot are neither read nor written. Types and roundings are as in
+    `low_rank_delta_`. Raises ValueError, naming the argument with a wrong shape.
     """
     if hidden.dim() != 2 or residual.shape != hidden.shape:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Times work on a GPU by CUDA events. For benchmarks and tuning; launches nothing of its own but a wait."""
+"""Times work on a GPU with CUDA events, for benchmarks and tuning. Its only own launch is a wait."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-WAIT_CYCLES = 5_000_000  # some 3 ms: the GPU waits until the host has queued what is timed
+WAIT_CYCLES = 5_000_000  # about 3 ms, in which the host queues the timed work
 
 
 def seconds_on_gpu(run: Callable[[], Any], runs: int) -> float:
-    """Of one of `runs` runs, back to back. What the host takes to launch them doesn't count, unless it is far more."""
+    """Seconds of one of `runs` consecutive runs. The host's launch time doesn't count, unless it is far longer."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda._sleep(WAIT_CYCLES)
     begin.record()

@@ -1,6 +1,6 @@
-"""Which tokens of a step are under which slot, grouped once per step on the host for all kernels of that step.
+"""Groups a step's tokens by slot, once per step on the host, for all kernels of that step.
 
-Owns the grouping and the buffers it lies in. Doesn't know what a slot holds.
+The module owns the grouping and its buffers. The content of a slot is the caller's.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ import torch
 from preft_kernels._triton import by_kernel
 
 BASE = -1
-"""Slot of tokens that no adapter touches."""
+"""Slot of tokens without an adapter."""
 
-TILE = 64  # tokens of one slot that lie side by side for GPU kernels
-RANK_STEP = 8  # to which tiles' ranks are rounded up
-LONG_RUN = 8  # tokens: on CPU, from here on a run is worked on in place; shorter ones are gathered into one product
+TILE = 64  # tokens of one slot that are adjacent for GPU kernels
+RANK_STEP = 8  # tiles' ranks are rounded up to a multiple of this
+LONG_RUN = 8  # tokens: on CPU a run of this length is processed in place; shorter runs are gathered into one product
 
 
 class TokenGroups:
-    """A step's tokens by slot, in buffers of fixed size and place: compiled and captured graphs hold on to them.
+    """A step's tokens by slot, in buffers of fixed size and address, so that compiled and captured graphs can use them.
 
-    `order`: [max_tokens] int32, the tokens that have a slot, those of a tile side by side in ascending order.
-    `tiles`: [1 + max_tiles, 4] int32, first how many tiles and how many tokens there are; then per tile its slot, its
-    first place in `order`, its number of tokens, and the rank of what is in the slot, rounded up to a multiple of
-    RANK_STEP. A tile is at most TILE tokens on GPU. On CPU it is a long run of neighbours (a prompt's chunk), or all
-    other tokens of a slot.
+    `order`: [max_tokens] int32, the tokens that have a slot; those of a tile are adjacent and ascending.
+    `tiles`: [1 + max_tiles, 4] int32. The first row has the numbers of tiles and of tokens. Each further row is a tile:
+    slot, start in `order`, number of tokens, and the rank of the slot's content, rounded up to a multiple of RANK_STEP.
+    On GPU a tile has at most TILE tokens. On CPU a tile is a long run of neighbours (a prompt's chunk), or all other
+    tokens of a slot.
     """
 
     def __init__(self, max_tokens: int, slots: int, rank: int, device: torch.device | str = "cpu") -> None:
-        """`rank` is the highest, and every slot's until `set` is told otherwise."""
+        """`rank` is the highest rank. All slots have it until `set` is called with other ranks."""
         self.slots = slots
         self.rank = rank
         self._group = _tiles if by_kernel(device) else _runs
@@ -45,7 +45,7 @@ class TokenGroups:
 
     @classmethod
     def of(cls, slots: torch.Tensor, count: int, rank: int) -> TokenGroups:
-        """Groups of these tokens alone: `slots` has one slot per token, of `count`."""
+        """Groups of these tokens: `slots` has one slot per token, less than `count`."""
         groups = cls(len(slots), count, rank, slots.device)
         groups.set(slots.cpu().numpy())
         return groups
@@ -55,11 +55,11 @@ class TokenGroups:
         return torch.zeros(shape, dtype=torch.int32, pin_memory=pinned)
 
     def set(self, slots: np.ndarray, ranks: np.ndarray | None = None) -> None:
-        """Takes a step's tokens. `slots`: [tokens], any negative for none; `ranks`: [slots], of what each slot holds.
+        """Takes a step's tokens. `slots`: [tokens], negative for none; `ranks`: [slots], ranks of the slots' content.
 
-        On GPU the copies are queued on the current stream: kernels that are launched after it see them. Whoever calls
-        waits for the last step's copies first, as vLLM's input preparation does. Raises ValueError if a slot or the
-        number of tokens is more than there is room for.
+        On GPU the copies are queued on the current stream, and kernels launched later see them. The caller first waits
+        for the last step's copies, as vLLM's input preparation does. Raises ValueError if a slot or the number of
+        tokens exceeds the buffers.
         """
         if slots.ndim != 1 or slots.dtype.kind != "i":
             raise ValueError(f"slots must be integers of one dimension, got {slots.dtype} {slots.shape}")
@@ -78,7 +78,7 @@ class TokenGroups:
 
 
 def tiles_on_cpu(order: torch.Tensor, tiles: torch.Tensor) -> list[tuple[int, slice | torch.Tensor, int]]:
-    """Each tile's slot, its tokens (neighbours as a slice) and its rank. For implementations on CPU."""
+    """Each tile's slot, its tokens (neighbours as a slice) and its rank. For CPU implementations."""
     places, rows = order.numpy(), tiles.numpy()
     found: list[tuple[int, slice | torch.Tensor, int]] = []
     for slot, start, count, rank in rows[1 : 1 + rows[0, 0]].tolist():
@@ -89,18 +89,18 @@ def tiles_on_cpu(order: torch.Tensor, tiles: torch.Tensor) -> list[tuple[int, sl
 
 
 def _tiles(slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`order` and `tiles`, without ranks, of at most TILE tokens each."""
+    """`order` and `tiles`, without ranks, with at most TILE tokens per tile."""
     order = np.argsort(slots, kind="stable")[np.count_nonzero(slots < 0) :]
     used, counts = np.unique(slots[order], return_counts=True)
     pieces = -(-counts // TILE)
-    piece = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # its number within its slot
+    piece = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # each tile's number in its slot
     begin = np.repeat(np.cumsum(counts) - counts, pieces) + piece * TILE
     count = np.minimum(np.repeat(counts, pieces) - piece * TILE, TILE)
     return order, np.stack([np.repeat(used, pieces), begin, count, count], axis=1)
 
 
 def _runs(slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`order` and `tiles`, without ranks, of a long run of neighbours or all short ones of a slot."""
+    """`order` and `tiles`, without ranks. A tile is a long run of neighbours, or all short runs of a slot."""
     borders = [0, *(np.flatnonzero(slots[1:] != slots[:-1]) + 1).tolist(), len(slots)]
     parts: list[tuple[int, list[np.ndarray]]] = []
     short: dict[int, list[np.ndarray]] = {}

@@ -1,9 +1,9 @@
 """`make tune-gpu`: measures block sizes of the delta kernel for the layers of common models on this machine's GPU.
 
-Writes `tuned/<name of the GPU>.json`, which launches choose from (see `blocks`). Needs torch and Triton alone. A choice
-is kept if what it computes equals what the rule's choice computes, and if it takes at most KEEP of the rule's time.
-Time is a sum of medians over two mixes: one adapter for all tokens, and prompts of 64 tokens side by side, each under
-its own adapter. `--processes` compile at a time, one measures.
+The program writes `tuned/<name of the GPU>.json`, from which launches choose (see `blocks`). It needs only torch and
+Triton. A choice is kept if its result equals that of the rule's choice, and if it takes at most KEEP of the rule's
+time. The time is a sum of medians over two mixes: one adapter for all tokens, and consecutive prompts of 64 tokens,
+each with its own adapter. `--processes` processes compile at a time, and one of them measures.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ MODELS = {  # hidden size, columns of q, of k and of v, intermediate size
     "Qwen 2.5 32B": (5120, 5120, 1024, 27648),
     "Qwen 3 4B": (2560, 4096, 1024, 9728),
 }
-RANKS = (16, 64, 128)  # a lower rank costs what 16 does
+RANKS = (16, 64, 128)  # a lower rank costs as much as 16
 TOKENS = (64, 256, 1024, 4096, 16384)
 MOST_ADAPTERS = 64
 Run = Callable[[], None]
 
 
 def layers(models: Iterable[tuple[int, ...]]) -> list[tuple[int, tuple[int, ...], bool]]:
-    """Inputs, the slices' columns, and whether it is a ReFT, of every layer that an adapter can change."""
+    """For every layer that an adapter can change: inputs, columns per slice, and whether the adapter is a ReFT."""
     found = []
     for hidden, q, kv, inner in models:
         found += [(hidden, (q, kv, kv), False), (q, (hidden,), False), (hidden, (inner, inner), False)]
@@ -60,7 +60,7 @@ def tune(
     seconds: Callable[[Run], float],
     alone: AbstractContextManager[Any],
 ) -> dict[str, Any]:
-    """The fastest right blocks for one shape, and what was measured. While it measures it holds `alone`."""
+    """The fastest correct blocks for one shape, and the measured times. Holds `alone` while it measures."""
     work = Work(inputs, sum(columns), len(columns), rank, tokens, residual)
     mixes = [_Mix(work, columns, adapters, device) for adapters in {1, min(MOST_ADAPTERS, -(-tokens // 64))}]
     rule, *others = dict.fromkeys(candidates(work, processors(torch.device(device))))
@@ -90,7 +90,7 @@ def tune(
 
 
 class _Mix:
-    """Arguments of one shape: runs of tokens under so many adapters."""
+    """Arguments of one shape: runs of tokens, one run per adapter."""
 
     def __init__(self, work: Work, columns: tuple[int, ...], adapters: int, device: str) -> None:
         def random(*shape: int) -> torch.Tensor:
@@ -108,7 +108,7 @@ class _Mix:
         self._more = {"addend": self._x, "c": random(adapters, work.rank)} if work.residual else {}
 
     def run(self, blocks: Blocks, y: torch.Tensor | None = None, *, idle: bool = False) -> Run:
-        """Adds the delta to `y`, or to what nobody reads; `idle`: for no token."""
+        """Returns a function that adds the delta to `y`, or to a scratch tensor. `idle` means for no token."""
         y = self._spoiled if y is None else y
         groups = self._none if idle else self._groups
         x = y if self._more else self._x
@@ -138,7 +138,7 @@ def _tune(shape: tuple[int, tuple[int, ...], int, int, bool]) -> dict[str, Any]:
     return row
 
 
-_alone: Any = None  # in each process: the lock under which one measures
+_alone: Any = None  # the lock that a process holds while it measures
 
 
 def main(argv: Sequence[str] | None = None) -> int:

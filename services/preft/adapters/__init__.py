@@ -1,1 +1,1 @@
-"""Adapters on disk: what they hold, whether they fit the base model, which version a name points to."""
+"""Adapters on disk and in host memory: their content, their checks against the base model, and their versions."""

@@ -1,4 +1,7 @@
-"""The tensors of an adapter's file, whichever kind: there, of a type that is served, and finite."""
+"""Checks of the tensors in an adapter's file, for LoRA and ReFT: present, of a served type, and finite.
+
+`peft_format` and `reft_format` check names and shapes.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ DTYPES = ("F32", "F16", "BF16")
 
 
 def read_tensors(path: Path) -> dict[str, TensorEntry]:
-    """All tensors of the file by name, of which there is at least one. Raises InvalidAdapter, naming the file."""
+    """All tensors of the file by name, at least one. Raises InvalidAdapter, naming the file."""
     try:
         entries = read_entries(path)
     except BrokenTensorFile as error:
@@ -28,7 +31,7 @@ def read_tensors(path: Path) -> dict[str, TensorEntry]:
 
 
 def check_finite(path: Path, entries: Mapping[str, TensorEntry]) -> None:
-    """Reads all values. Raises InvalidAdapter for the first tensor with one that isn't finite."""
+    """Reads all values. Raises InvalidAdapter for the first tensor with an infinite value or NaN."""
     for name, entry in entries.items():
         if not is_finite(path, entry):
             raise InvalidAdapter(f"{path.name}: tensor {name} holds an infinite value or NaN")

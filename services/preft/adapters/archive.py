@@ -1,7 +1,7 @@
-"""Takes an adapter's files out of a tar or zip file that a user sent, and nothing else.
+"""Takes an adapter's files, and nothing else, out of a tar or zip file that a user sent.
 
-Trusts nothing in it: a name only decides which of the adapter's files a member is, sizes are counted while they come,
-and what is held in memory is bounded. Content is checked elsewhere, and so is whether the files are a whole adapter.
+The archive is not trusted: a member's name only decides which of the adapter's files the member is, sizes are counted
+while bytes arrive, and memory use is bounded. Other modules check the content, and whether the adapter is complete.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ ADAPTER_FILES = frozenset((*LORA_FILES, *REFT_FILES))
 CHUNK = 1 << 20  # bytes
 MAX_ENTRIES = 10_000
 MAX_READ = 16 << 20  # bytes that a header or a table of contents may claim
-MARGIN = 1 << 20  # bytes of headers and padding in a tar file, beside its files
-MEMBER_TYPES = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # the others unpack a piece of any size at once
+MARGIN = 1 << 20  # bytes of headers and padding in a tar file
+MEMBER_TYPES = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # other types unpack a chunk of any size at once
 BROKEN = (
     *(tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError),
     *(ValueError, KeyError, IndexError, OverflowError, RuntimeError, struct.error),
@@ -42,11 +42,11 @@ BROKEN = (
 
 
 def unpack_archive(archive: Path, target: Path, max_bytes: int, stop: threading.Event | None = None) -> None:
-    """Writes the adapter's files in `archive` to the empty folder `target`, down to the disk.
+    """Writes the adapter's files in `archive` to the empty folder `target`, and syncs them to the disk.
 
-    They lie at the top or in one folder of the archive; other files are left out. Of a compressed tar file, these may
-    have `max_bytes` too. Raises InvalidAdapter if that isn't so or if the archive is broken, Unavailable if the disk
-    fails or, from any thread, `stop` is set; what was written by then stays.
+    The files lie at the top or in one folder of the archive; other files are ignored. Ignored files of a compressed
+    tar file may have `max_bytes` more. Raises InvalidAdapter if the archive breaks these rules or is broken, and
+    Unavailable if the disk fails or a thread sets `stop`. Files written before an error stay.
     """
     taken = _Taken(target, max_bytes, stop or threading.Event())
     with _errors(archive), open(archive, "rb") as file:
@@ -72,9 +72,9 @@ class _Taken:
         self._others: set[str] = set()
 
     def wants(self, name: str, regular: bool) -> bool:
-        """Whether a member of this name is one of the adapter's files, or of the texts beside them.
+        """Whether a member of this name is one of the adapter's files, or of the text files beside them.
 
-        Raises InvalidAdapter if it is one and can't be taken.
+        Raises InvalidAdapter for an adapter file that can't be taken.
         """
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts:
@@ -95,9 +95,9 @@ class _Taken:
         return True
 
     def take(self, name: str, member: IO[bytes]) -> None:
-        """Copies the member to the disk. Raises InvalidAdapter if it takes the adapter over the limit.
+        """Copies the member to the disk. Raises InvalidAdapter if the adapter exceeds the limit.
 
-        Of a text its beginning is enough, which doesn't count.
+        Of a text file only the first TEXT_BYTES are copied, which don't count towards the limit.
         """
         path = self._target / PurePosixPath(name).name
         with _new_file(path) as write:
@@ -111,7 +111,7 @@ class _Taken:
                 write(chunk)
 
     def finish(self) -> None:
-        """Raises InvalidAdapter if no adapter was taken."""
+        """Removes text files of other folders, and syncs the folder. Raises InvalidAdapter if no adapter was taken."""
         if not self._folders:
             instead = explain(self._others, "the archive")
             raise _refusal(instead or f"the archive has no adapter in it: pack {' and '.join(LORA_FILES)}")
@@ -127,7 +127,7 @@ class _Taken:
 
 
 class _Reader:
-    """What tarfile and zipfile read from: nothing after `limit` bytes, nothing large at once, none once stopped."""
+    """The file that tarfile and zipfile read: bounded in total and per read, and unreadable once `stop` is set."""
 
     def __init__(self, file: IO[bytes], limit: int | None, taken: _Taken) -> None:
         self._file = file
@@ -136,7 +136,7 @@ class _Reader:
         self.last = b""
 
     def read(self, size: int = -1) -> bytes:
-        """The next bytes: as many as were asked for, unless the file ends."""
+        """The next `size` bytes; fewer at the end of the file."""
         self.last = self._file.read(min(size, MAX_READ + 1) if size >= 0 else MAX_READ + 1)
         if len(self.last) > MAX_READ:
             raise ValueError(f"a header claims more than {MAX_READ} bytes")
@@ -144,19 +144,17 @@ class _Reader:
         return self.last
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Where the next read begins."""
+        """Sets and returns the position of the next read."""
         if whence == os.SEEK_SET:
             if offset < 0:
                 raise ValueError("a header points to before the start")
-            self._check(offset)  # first, as a compressed file is unpacked up to there
+            self._check(offset)  # first: a seek in a compressed file unpacks all bytes up to `offset`
         return self._file.seek(offset, whence)
 
     def tell(self) -> int:
-        """Where the next read begins."""
         return self._file.tell()
 
     def seekable(self) -> bool:
-        """True."""
         return True
 
     def _check(self, offset: int) -> None:
@@ -176,11 +174,11 @@ def _unpack_tar(file: BinaryIO, opener: Callable[[BinaryIO], IO[bytes]] | None, 
                     content = members.extractfile(member)
                     assert content is not None
                     taken.take(member.name, content)
-            # tarfile takes a damaged header for the end; at the real one lie zeros.
+            # tarfile takes a damaged header for the end of the archive; a real end is a block of zeros.
             if reader.last != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("it ends without an end mark")
             if opener:
-                while reader.read(CHUNK):  # a compressed file's check sum is at its end
+                while reader.read(CHUNK):  # the checksum of a compressed file is at its end
                     pass
 
 
@@ -201,7 +199,7 @@ def _unpack_zip(file: BinaryIO, taken: _Taken) -> None:
 
 
 def _opener(start: bytes) -> Callable[[BinaryIO], IO[bytes]] | None:
-    """What unpacks a file that starts so; None if it isn't compressed."""
+    """The decompressor for a file that starts with `start`; None if the file isn't compressed."""
     if start.startswith(b"\x1f\x8b"):
         return cast(Callable[[BinaryIO], IO[bytes]], gzip.open)
     if start.startswith(b"BZh"):
@@ -220,7 +218,7 @@ def _check_count(count: int) -> None:
 
 @contextmanager
 def _new_file(path: Path) -> Iterator[Callable[[bytes], object]]:
-    """Gives what writes to the file; at the end everything is on the disk."""
+    """Yields a function that writes to the new file; on exit the file is synced to the disk."""
     with _disk_errors(path):
         file = open(path, "xb")  # noqa: SIM115 - closed below, within its own errors
     try:
@@ -257,7 +255,7 @@ def _errors(archive: Path) -> Iterator[None]:
         if error.errno is not None:
             logger.warning("%s can't be read: %s", archive, error)
             raise Unavailable(f"the archive can't be read from the server's disk: {error.strerror}") from error
-        raise _broken(error) from error  # a decompressor's
+        raise _broken(error) from error  # raised by a decompressor
     except BROKEN as error:
         raise _broken(error) from error
 

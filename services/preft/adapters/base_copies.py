@@ -1,7 +1,7 @@
-"""Copies of the base model's embedding and output layer in an adapter's weights file.
+"""Checks copies of the base model's embedding and output layer in an adapter's weights file.
 
-PEFT saves them beside a LoRA on the output layer, and when the vocabulary was resized; and puts them into the model
-when it loads the adapter. A copy is left out when served, so it must equal the base model's weight.
+PEFT saves these copies beside a LoRA on the output layer, and after the vocabulary was resized. PEFT also loads them
+into the model. PreFT ignores a copy when it serves the adapter, so the copy must equal the base model's weight.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from preft.core.errors import InvalidAdapter
 def check_copies(
     path: Path, entries: Mapping[str, TensorEntry], copies: Mapping[str, str], base: BaseModel
 ) -> tuple[str, ...]:
-    """What the user should be told of `copies`: which weight of the base model each of these tensors is.
+    """Compares each copy with the base model's weight; returns warnings for the user.
 
-    Reads them all. Raises InvalidAdapter for one that differs from the base model's weight.
+    `copies` maps a tensor's name to the name of that weight. Reads all values. Raises InvalidAdapter for a difference.
     """
     size = 0
     for name, weight in copies.items():

@@ -1,8 +1,8 @@
-"""What an adapter must fit: the base model's linear layers and their shapes, read from its folder without loading it.
+"""The base model's linear layers and their shapes, which adapters must fit. The model is not loaded.
 
-Covers models whose decoder layers are named as Llama's (Llama, Mistral, Qwen2, Qwen3, Gemma and their likes). Weights
-that are packed by a quantiser don't show their shape, so their modules take no adapter. The output layer takes a LoRA
-on the architectures of `DECODERS`.
+The module covers models whose decoder layers have Llama's names (Llama, Mistral, Qwen2, Qwen3, Gemma and similar).
+Weights packed by a quantiser don't show their shape, so adapters on their modules are refused. The output layer can
+have a LoRA on the architectures of `DECODERS`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from preft.core.errors import ConfigError
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MODULE = re.compile(rf"model\.layers\.(\d+)\.(?:self_attn|mlp)\.(?:{'|'.join(TARGETS)})")
-DECODERS = (  # their decoder layers hand on (hidden, residual), whose sum is the residual stream
+DECODERS = (  # their decoder layers return (hidden, residual), whose sum is the residual stream
     "LlamaForCausalLM",
     "MistralForCausalLM",
     "Qwen2ForCausalLM",
@@ -36,9 +36,9 @@ SHOWN_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 class BaseModel:
     """`modules` maps a linear layer's full name to its weight's shape (output features, input features).
 
-    `hidden` is the width of the residual stream, `architecture` the model class's name. `embeddings` says where the
-    weights of the embedding and of the output layer lie, which are one if the model ties them; `texts` what the model's
-    folder says of text, as `text_warnings` takes it.
+    `hidden` is the width of the residual stream, `architecture` the name of the model class. `embeddings` holds file
+    and place of the embedding's and the output layer's weight; a model that ties them has one weight for both. `texts`
+    holds the beginnings of the model's text files, for `text_warnings`.
     """
 
     layers: int
@@ -52,7 +52,7 @@ class BaseModel:
 def read_base_model(folder: Path) -> BaseModel:
     """Reads config.json and the headers of the safetensors files in `folder`; blocks for some milliseconds per file.
 
-    Raises ConfigError if one is missing or broken.
+    Raises ConfigError if a file is missing or broken.
     """
     config = _json(folder / "config.json")
     layers = config.get("num_hidden_layers")

@@ -1,7 +1,7 @@
-"""The AdapterCatalog: names, the version each points to, and the way in for new ones.
+"""The AdapterCatalog: adapter names, the version that each name points to, and the way to add adapters.
 
-Owns no memory of its own: entries live in the state store, content in its source and, for as long as there is room, in
-the disk tier. What `get` and `list` read is a copy of the store that `refresh` brings up to date.
+The catalog owns no data. Entries live in the state store. Content lives in its source, and in the disk tier while there
+is room. `get` and `list` read a copy of the store's entries, which `refresh` updates.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-PINNED_SHARE = 0.5  # of host memory and of the disk tier: what isn't pinned needs room as well
+PINNED_SHARE = 0.5  # of host memory and of the disk tier: adapters that aren't pinned need room as well
 
 
 class CatalogView:
-    """The catalog as one process sees it: up to date to the last `refresh`, and free to read."""
+    """One process's copy of the catalog, as of its last `refresh`. Reads don't wait for the store."""
 
     def __init__(self, store: StateStore, max_age: float = math.inf) -> None:
-        """`get` and `list` raise Unavailable once the last `refresh` is more than `max_age` seconds ago."""
+        """`get` and `list` raise Unavailable if the last `refresh` is more than `max_age` seconds ago."""
         self._store = store
         self._max_age = max_age
         self._read_at = time.monotonic()
@@ -55,27 +55,27 @@ class CatalogView:
         self.pinned: frozenset[str] = frozenset()  # digests
 
     def get(self, name: str) -> Adapter | None:
-        """The version `name` points to."""
+        """The entry of `name`, or None."""
         self._check_age()
         return self._by_name.get(normal_name(name))
 
     def list(self) -> Sequence[Adapter]:
-        """All entries by name; the same object until something changes."""
+        """All entries, sorted by name; the same object until an entry changes."""
         self._check_age()
         if self._sorted is None:
             self._sorted = tuple(adapter for _, adapter in sorted(self._by_name.items()))
         return self._sorted
 
     async def refresh(self) -> Collection[str]:
-        """Brings the copy up to date; returns the digests that no name points to any more.
+        """Updates the copy. Returns the digests that no name points to any more.
 
-        Raises Unavailable if the store can't be read; then the old copy stays.
+        Raises Unavailable if the store can't be read; the old copy then stays.
         """
         asked = time.monotonic()
         changes = await self._store.adapter_changes(self._revision)
         self._read_at = max(self._read_at, asked)
         if changes.revision <= self._revision:
-            return ()  # another refresh was quicker
+            return ()  # a concurrent refresh has read these changes already
         self._revision = changes.revision
         left = set()
         for name in (*changes.removed, *(adapter.name for adapter in changes.put)):
@@ -96,7 +96,7 @@ class CatalogView:
 
     @property
     def revision(self) -> int:
-        """Changes with each `refresh` that found something new."""
+        """Changes with each `refresh` that found changes."""
         return self._revision
 
     def _check_age(self) -> None:
@@ -109,9 +109,9 @@ class CatalogView:
 
 @dataclass(frozen=True, slots=True)
 class CatalogLimits:
-    """`max_rank`: the highest rank served. `pinned_bytes`: of all pinned adapters. `sources`: of what is added.
+    """`max_rank` is the highest rank served. `pinned_bytes` bounds all pinned adapters together.
 
-    `max_age`: seconds without a look at the store, after which nothing is said about names any more.
+    `sources` limits where new adapters may come from. `max_age`: seconds without a refresh until reads fail.
     """
 
     max_rank: int
@@ -124,8 +124,8 @@ class CatalogLimits:
 class Catalog(CatalogView):
     """An AdapterCatalog over `store`. New content is checked in the disk tier.
 
-    It comes in threads of the catalog's own, which nothing else waits for. An add that is cancelled first ends its
-    work there, and leaves nothing half-fetched.
+    The catalog has its own threads for fetching. A cancelled `add` waits until its fetch has stopped, and leaves no
+    unfinished copy.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class Catalog(CatalogView):
         base_name: str,
         limits: CatalogLimits,
     ) -> None:
-        """`uploads` is where the content of archives stays; `base_name` is taken."""
+        """`uploads` keeps the content of archives. `base_name` can't be an adapter's name."""
         super().__init__(store, limits.max_age)
         self._disk = disk
         self._uploads = uploads.absolute()
@@ -153,12 +153,12 @@ class Catalog(CatalogView):
         return left
 
     async def add(self, name: str, source: str, *, replace: bool = False, progress: Progress | None = None) -> Adapter:
-        """Fetches `source` and checks it, and points `name` to it; equal content under the name is fine.
+        """Fetches and checks `source`, and points `name` to its content. Equal content under the name is no error.
 
-        What the name has from there already, and what hasn't changed since, isn't fetched again.
+        An unchanged source whose content the name already has isn't fetched again.
 
         Raises InvalidAdapter, SourceNotFound, AdapterExists (other content and no `replace`), Unavailable, and
-        InvalidRequest if the name is pinned and there is no room for its new content.
+        InvalidRequest if the name is pinned and its new content has no room.
         """
         name = self._new_name(name)
         stop = threading.Event()
@@ -168,11 +168,11 @@ class Catalog(CatalogView):
         return await self._put(adapter, replace)
 
     def has_copy(self, adapter: Adapter) -> bool:
-        """Whether this machine holds the content of `adapter`, whatever has become of its source."""
+        """Whether this machine's disk tier holds the content of `adapter`."""
         return self._disk.has(adapter.digest)
 
     async def add_archive(self, name: str, archive: Path, *, replace: bool = False) -> Adapter:
-        """Like `add`, with the content of a tar or zip file, which stays until no name points to it any more."""
+        """Like `add`, from a tar or zip file. The content stays until no entry has this upload as its source."""
         self._new_name(name)
         stop = threading.Event()
         folder = self._uploads / uuid.uuid4().hex
@@ -185,9 +185,9 @@ class Catalog(CatalogView):
             raise
 
     async def pin(self, name: str, pinned: bool) -> Adapter:
-        """Keeps the adapter in host memory and on disk, or no longer.
+        """Keeps the adapter in host memory and on disk, or, if not `pinned`, no longer does.
 
-        Raises ModelNotFound, and InvalidRequest if there is no room for it beside the other pinned ones.
+        Raises ModelNotFound, and InvalidRequest if the pinned adapters would exceed `pinned_bytes`.
         """
         async with self._writing:
             while True:
@@ -202,7 +202,7 @@ class Catalog(CatalogView):
                     return changed
 
     async def remove(self, name: str) -> Adapter:
-        """Forgets `name`. Requests that run finish on its content. Raises ModelNotFound."""
+        """Removes `name`. Running requests finish with its content. Raises ModelNotFound."""
         removed = await self._store.delete_adapter(normal_name(name))
         if removed is None:
             raise ModelNotFound(f"no adapter is named {name!r}")
@@ -211,7 +211,7 @@ class Catalog(CatalogView):
         return removed
 
     async def _put(self, adapter: Adapter, replacing: bool) -> Adapter:
-        """Points the name to new content; what says the same as the present entry changes nothing."""
+        """Points the name to new content. An entry equal to the present one changes nothing."""
         async with self._writing:
             while True:
                 current = await self._store.adapter(adapter.name)
@@ -235,7 +235,7 @@ class Catalog(CatalogView):
         return wanted
 
     async def _check_pinned(self, adapter: Adapter) -> None:
-        """Raises InvalidRequest if there is no room for this one beside the other pinned ones."""
+        """Raises InvalidRequest if `adapter` and the other pinned adapters exceed `pinned_bytes`."""
         await self.refresh()
         sizes = {other.digest: other.size for other in self.list() if other.pinned and other.name != adapter.name}
         total = sum({**sizes, adapter.digest: adapter.size}.values())
@@ -247,7 +247,7 @@ class Catalog(CatalogView):
             )
 
     def _new_name(self, text: str) -> str:
-        """The name that `text` spells, if a new entry may have it. Raises InvalidAdapter."""
+        """The normal form of `text`, if a new entry may have this name. Raises InvalidAdapter."""
         name = adapter_name(text)
         if name == normal_name(self._base_name):
             raise InvalidAdapter(f"{name!r} is the base model's name: give the adapter another", param="name")
@@ -275,7 +275,7 @@ class Catalog(CatalogView):
         )
 
     def _is_unchanged(self, known: Adapter, uri: str, stamp: str) -> bool:
-        """Whether fetching it again would bring what is here, and what would pass again."""
+        """Whether a new fetch would bring the content that is on disk, and that content would pass the checks again."""
         same = stamp != "" and (known.source, known.stamp) == (uri, stamp)
         return same and known.rank <= self._limits.max_rank and self._disk.find(known.digest) is not None
 
@@ -283,7 +283,7 @@ class Catalog(CatalogView):
         return check_adapter(copy, self._base, self._limits.max_rank)
 
     def _unpack(self, archive: Path, target: Path, stop: threading.Event) -> None:
-        """The archive's content in the folder `target`, which no other upload shares."""
+        """Unpacks the archive to `target`, a folder for this upload alone, and checks the content."""
         try:
             self._uploads.mkdir(mode=0o700, parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self._uploads, prefix=".unfinished-") as unpacked:
@@ -297,7 +297,7 @@ class Catalog(CatalogView):
             raise Unavailable(f"the archive can't be kept on the server's disk: {error.strerror or error}") from error
 
     async def _drop_upload(self, source: str) -> None:
-        """Removes the content of an archive that no name has as its source any more."""
+        """Removes an upload's content if no entry has the upload as its source."""
         if Path(source).parent != self._uploads:
             return
         await self.refresh()

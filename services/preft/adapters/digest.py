@@ -1,7 +1,7 @@
-"""An adapter's files, and its identity: their sha256, wherever the folder lies and whatever else is in it.
+"""The files of an adapter, and their sha256, which is the adapter's identity.
 
-A LoRA is two files as PEFT names them, a ReFT two files of our own (docs/adapters.md); a folder with both is one
-adapter.
+A LoRA is the two files that PEFT writes. A ReFT is two files of PreFT's format (docs/adapters.md). A folder with both
+is one adapter. The folder's path and its other files don't enter the digest. Other modules check the content.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ REFT_CONFIG_FILE = "reft_config.json"
 REFT_WEIGHTS_FILE = "reft_model.safetensors"
 LORA_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 REFT_FILES = (REFT_CONFIG_FILE, REFT_WEIGHTS_FILE)
-PREFILL_ONLY = "prefill_only"  # field of either configuration: true if it was trained for the prompt pass alone
+PREFILL_ONLY = "prefill_only"  # field of either configuration: true if the adapter was trained for the prompt alone
 CHUNK = 1 << 20
 
 
 def adapter_files(folder: Path) -> tuple[str, ...]:
-    """The names of the files that are the adapter: a kind's two files if one of them is there; LoRA's if none is."""
+    """The names of the adapter's files: both files of each kind that has a file in the folder, else LoRA's."""
     kinds = [kind for kind in (LORA_FILES, REFT_FILES) if any((folder / name).exists() for name in kind)]
     return tuple(name for kind in kinds or [LORA_FILES] for name in kind)
 
 
 def adapter_digest(folder: Path) -> str:
-    """sha256 (hex) over name, size and bytes of each of the `adapter_files`, in that order. Blocks while it reads.
+    """sha256 (hex) over name, size and bytes of each of the `adapter_files`, in that order. Blocks.
 
     Raises InvalidAdapter if a file is missing or can't be read.
     """
@@ -43,12 +43,12 @@ def adapter_digest(folder: Path) -> str:
 
 
 def add_file_header(digest: hashlib._Hash, name: str, size: int) -> None:
-    """What goes before a file's bytes, so that no other split of the same bytes has the same digest."""
+    """Adds a header before a file's bytes, so that another split of the same bytes has another digest."""
     digest.update(f"{name} {size}\n".encode())
 
 
 def file_size(folder: Path, name: str) -> int:
-    """Bytes in a file of the adapter. Raises InvalidAdapter if it isn't there or isn't a regular file."""
+    """Bytes in a file of the adapter. Raises InvalidAdapter if the file is missing or isn't a regular file."""
     try:
         status = (folder / name).stat()
     except FileNotFoundError as error:
@@ -61,7 +61,7 @@ def file_size(folder: Path, name: str) -> int:
 
 
 def read_chunks(folder: Path, name: str) -> Iterator[bytes]:
-    """The file's bytes, a chunk at a time. Raises InvalidAdapter if it can't be read."""
+    """The file's bytes in chunks. Raises InvalidAdapter if the file can't be read."""
     try:
         with open(folder / name, "rb") as file:
             while chunk := file.read(CHUNK):

@@ -1,9 +1,9 @@
-"""One machine's folder of adapter copies, `<root>/<digest>/`: least recently used ones go when others need the room.
+"""One machine's folder of adapter copies, `<root>/<digest>/`, which evicts the least recently used copies.
 
-All processes of the machine share it, and none has to be alive: whatever is to be known stands in the folder. A copy
-gets its name once it is complete, checked and of that digest, and is never changed after it. One that is on its way
-lies in `.unfinished-<id>-<bytes>/`, which its process has locked: without a lock it was left behind, and is removed.
-Copies needn't survive a power cut: who reads one holds it against its digest. Everything here blocks.
+All processes of the machine share the folder, and all state lies in it, so no process has to keep running. A copy gets
+its name when it is complete, checked and of that digest; no process changes it afterwards. An unfinished copy lies in
+`.unfinished-<id>-<bytes>/`, which the process that writes it keeps locked. An unlocked one was left behind by a
+dead process, and is removed. A copy may be damaged after a power cut: readers check its digest. All calls block.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ T = TypeVar("T")
 
 LOCK = ".lock"
 UNFINISHED = ".unfinished-"
-GROWTH = 8 << 20  # bytes reserved at a time for files whose size the source doesn't tell
+GROWTH = 8 << 20  # bytes reserved at a time for files of unknown size
 
 
 class DiskTier:
     """The folder `root`, which holds `limit` bytes at most. Thread-safe."""
 
     def __init__(self, root: Path, limit: int, max_adapter_bytes: int) -> None:
-        """Creates the folder if it isn't there. Raises Unavailable if it can't be used."""
+        """Creates the folder if it is missing. Raises Unavailable if it can't be used."""
         self.root = root
         self.limit = limit
-        self.pinned: Collection[str] = ()  # digests that stay, whatever happens
+        self.pinned: Collection[str] = ()  # digests that are never evicted
         self.evictions = 0  # by this process
-        self.bytes_seen = 0  # `used` as of this process's last change or look
-        self._changes = -1  # of the folder, as its lock file counts them: what `bytes_seen` is true for
+        self.bytes_seen = 0  # `used` as of this process's last change or full scan
+        self._changes = -1  # the lock file's count of changes for which `bytes_seen` is valid
         self._mutex = threading.Lock()
         self._lock: int  # descriptor of the lock file, while locked
         self._max_adapter_bytes = max_adapter_bytes
-        self._sizes: dict[str, int] = {}  # digest -> bytes, of copies seen before: they never change
+        self._sizes: dict[str, int] = {}  # digest -> bytes of known copies, which never change
         with _disk_errors(root):
             root.mkdir(parents=True, exist_ok=True)
             with suppress(PermissionError):  # another user's folder
@@ -57,17 +57,17 @@ class DiskTier:
             self.used()
 
     def folder_of(self, digest: str) -> Path:
-        """Where the copy lies, or would lie. Raises InvalidRequest if `digest` is none, as it becomes a path here."""
+        """The path of a copy, present or not. Raises InvalidRequest for an invalid `digest`, as it becomes a path."""
         if not DIGEST.fullmatch(digest):
             raise InvalidRequest("an adapter's digest is 64 lowercase hexadecimal digits", param="digest")
         return self.root / digest
 
     def has(self, digest: str) -> bool:
-        """Whether the copy is there. That doesn't count as a use."""
+        """Whether the copy is there. The call doesn't count as a use."""
         return self.folder_of(digest).is_dir()
 
     def find(self, digest: str) -> Path | None:
-        """The copy's folder, which counts as a use, or None. It may be evicted at any time: open its files at once."""
+        """The copy's folder, or None; counts as a use. Open its files at once, as eviction can come at any time."""
         folder = self.folder_of(digest)
         try:
             os.utime(folder)
@@ -86,11 +86,11 @@ class DiskTier:
         digest: str | None = None,
         progress: Progress | None = None,
     ) -> tuple[str, T]:
-        """Copies what is in `source`; returns its digest and what `check` said.
+        """Copies the files of `source`. Returns their digest and what `check` returned.
 
-        `check` is given the copy, so that nobody can change what was checked, and raises InvalidAdapter to refuse it.
-        With `digest`, other content is refused. Raises what `AdapterSource` raises, InvalidAdapter if the adapter is
-        too large or changes while it is read, and Unavailable if the disk is full or fails.
+        `check` gets the copy, which no other process can change, and raises InvalidAdapter to refuse it. With `digest`,
+        other content is refused. Raises the errors of `AdapterSource`, InvalidAdapter if the adapter is too large or
+        changes during the copy, and Unavailable if the disk is full or fails.
         """
         sizes = source.files()
         self.check_size(sum(size or 0 for size in sizes.values()))
@@ -105,14 +105,14 @@ class DiskTier:
             return found, verdict
 
     def discard(self, digest: str) -> None:
-        """Removes a copy, if it is there: it turned out to be damaged."""
+        """Removes a damaged copy, if it is there."""
         with _disk_errors(self.root), self._locked():
             self._remove(digest)
             self._look()
             self._note(0)
 
     def used(self) -> int:
-        """Bytes of all copies, and reserved for those on their way."""
+        """Bytes of all copies, plus bytes reserved for unfinished ones."""
         with _disk_errors(self.root), self._locked():
             return sum(self._look().values())
 
@@ -133,7 +133,7 @@ class DiskTier:
                 copy.close()
 
     def grow(self, copy: _Unfinished) -> None:
-        """Reserves more for a copy under way, but no more than it may have."""
+        """Reserves GROWTH more bytes for an unfinished copy, up to the limits."""
         size = min(copy.reserved + GROWTH, self._max_adapter_bytes, self.limit)
         with self._locked():
             more = size - copy.reserved
@@ -145,16 +145,16 @@ class DiskTier:
         with self._locked():
             target = self.folder_of(digest)
             if target.exists():
-                os.utime(target)  # another was quicker, with the same content
+                os.utime(target)  # another process finished the same content first
                 return
             self._catch_up()
-            os.utime(copy.path)  # its time is that of its last file's creation, which may be long ago
+            os.utime(copy.path)  # its time is the creation of its last file, which may be long ago
             copy.rename(target)
             self._sizes[digest] = copy.written
             self._note(copy.written - copy.reserved)
 
     def check_size(self, size: int) -> None:
-        """Raises InvalidAdapter for an adapter that has `size` bytes or more if it can't be kept here."""
+        """Raises InvalidAdapter if an adapter of `size` bytes is too large for the disk tier."""
         if size > self._max_adapter_bytes:
             raise InvalidAdapter(
                 f"the adapter has more than {self._max_adapter_bytes} bytes, the limit of store.max_adapter_bytes"
@@ -165,10 +165,10 @@ class DiskTier:
                 "raise store.disk_bytes"
             )
 
-    # What follows is called with the folder locked.
+    # The following methods need the folder's lock.
 
     def _make_room(self, size: int) -> None:
-        """Evicts until `size` more bytes fit. Raises Unavailable if they can't."""
+        """Evicts copies until `size` more bytes fit. Raises Unavailable if eviction can't free enough."""
         self._catch_up()
         if self.bytes_seen + size <= self.limit:
             return
@@ -189,27 +189,27 @@ class DiskTier:
             self._note(-sizes.pop(name))
 
     def _catch_up(self) -> None:
-        """Looks again if another process has changed the folder: with thousands of copies that takes a while."""
+        """Scans the folder if another process has changed it. A scan of thousands of copies takes a while."""
         if self._changes != int.from_bytes(os.pread(self._lock, 8, 0), "little"):
             self._look()
 
     def _note(self, bytes_more: int) -> None:
-        """Tells the other processes that the folder has changed, after `_catch_up`.
+        """Counts a change, which tells other processes that the folder has changed. Call `_catch_up` first.
 
-        Whoever is killed before this leaves a count that is too high, if anything, until somebody looks.
+        A process that is killed before this call may leave `bytes_seen` too high until the next full scan.
         """
         self.bytes_seen += bytes_more
         self._changes += 1
         os.pwrite(self._lock, self._changes.to_bytes(8, "little"), 0)
 
     def _look(self) -> dict[str, int]:
-        """Bytes by folder name. Removes what dead processes left behind."""
+        """Scans the folder: bytes by folder name. Removes folders that dead processes left behind."""
         sizes = {}
         for name in os.listdir(self.root):
             if name.startswith(UNFINISHED):
                 if not _left_behind(self.root / name):
                     sizes[name] = int(name.rpartition("-")[2])
-            elif DIGEST.fullmatch(name):  # what else may lie there isn't ours
+            elif DIGEST.fullmatch(name):  # ignores other files
                 sizes[name] = self._sizes.get(name) or self._measure(name)
         self._sizes = {name: size for name, size in sizes.items() if not name.startswith(UNFINISHED)}
         self._changes = int.from_bytes(os.pread(self._lock, 8, 0), "little")
@@ -225,7 +225,7 @@ class DiskTier:
         return self.folder_of(name).stat().st_mtime
 
     def _remove(self, digest: str) -> None:
-        """Takes the copy's name away first: nobody finds half of it. Who has its files open can read on."""
+        """Renames the copy first, so that no reader finds half of it. A process with its files open can read on."""
         gone = self.root / f"{UNFINISHED}{uuid.uuid4().hex}-0"
         with suppress(FileNotFoundError):
             self.folder_of(digest).rename(gone)
@@ -243,7 +243,7 @@ class DiskTier:
 
 
 class _Unfinished:
-    """A copy under way. Made with the tier locked."""
+    """An unfinished copy. Construct it with the tier locked."""
 
     def __init__(self, tier: DiskTier, size: int) -> None:
         self._tier = tier
@@ -256,7 +256,7 @@ class _Unfinished:
         fcntl.flock(self._lock, fcntl.LOCK_EX)
 
     def reserve(self, size: int) -> None:
-        """Says by its name that it may have `size` bytes."""
+        """Reserves `size` bytes in all, by putting the number into the folder's name."""
         self.rename(self._tier.root / f"{UNFINISHED}{self._id}-{size}")
         self.reserved = size
 
@@ -265,7 +265,7 @@ class _Unfinished:
         self.path = target
 
     def fill(self, source: AdapterSource, sizes: dict[str, int | None], progress: Progress | None) -> str:
-        """Copies the files and returns the digest of the bytes that came."""
+        """Copies the files and returns the digest of the copied bytes."""
         digest = hashlib.sha256()
         total = None if None in sizes.values() else sum(size or 0 for size in sizes.values())
         for name, size in sizes.items():
@@ -295,19 +295,19 @@ class _Unfinished:
         return digest.hexdigest()
 
     def remove(self) -> int:
-        """Removes what isn't finished; returns how many bytes more are reserved then: none, or fewer."""
+        """Removes an unfinished copy. Returns the change in reserved bytes: 0 or less."""
         if not self.path.name.startswith(UNFINISHED):
             return 0
         shutil.rmtree(self.path, ignore_errors=True)
         return -self.reserved
 
     def close(self) -> None:
-        """From now on it is left behind, if it is still there."""
+        """Releases the lock. A copy that is still there then counts as left behind."""
         os.close(self._lock)
 
 
 def _left_behind(folder: Path) -> bool:
-    """Whether nobody works on this unfinished copy; then it is removed."""
+    """Whether no process works on this unfinished copy. Such a copy is removed."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except FileNotFoundError:

@@ -1,7 +1,7 @@
-"""The threads in which sources are read, shared so that no place's slow sources keep the others waiting.
+"""The threads that read sources. Each place has a limited share, so that one place's slow sources block no other place.
 
-A place is what slow sources have in common (`AdapterSource.place`). Owns the threads and who may have one; what runs in
-them is the caller's.
+A place is a remote source's scheme and host (`AdapterSource.place`). The module owns the threads and their
+distribution, not the work that runs in them.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from typing import TypeVar
 T = TypeVar("T")
 
 PER_PLACE = 8  # threads at a time
-REMOTE = 64  # threads of all remote places
+REMOTE = 64  # threads of all remote places together
 
 
 class FetchThreads:
-    """For one asyncio loop. Local sources have threads of their own, as they wait for no network."""
+    """For one asyncio loop. Local sources, which wait for no network, have separate threads."""
 
     def __init__(self, name: str, initializer: Callable[[], None] | None = None) -> None:
         """`initializer` runs at the start of each thread."""
         self._local = ThreadPoolExecutor(PER_PLACE, f"{name}-local", initializer)
         self._remote = ThreadPoolExecutor(REMOTE, name, initializer)
-        self._places: dict[str, tuple[asyncio.Semaphore, int]] = {}  # the turns, and how many have or want one
+        self._places: dict[str, tuple[asyncio.Semaphore, int]] = {}  # the semaphore, and its holders and waiters
 
     async def run(self, place: str, work: Callable[[], T], stop: threading.Event | None = None) -> T:
-        """What `work` returns, in a thread, once `place` ("" for local sources) may have one.
+        """Runs `work` in a thread, once `place` ("" for local sources) may have one, and returns its result.
 
-        With `stop`, which must soon end the work, a cancellation sets it and waits for the end. Without, the thread is
-        left to itself.
+        Cancelling with `stop` sets `stop`, which must soon end the work, and waits for the end. Cancelling without
+        `stop` leaves the thread running.
         """
         turns, waiting = self._places.get(place, (asyncio.Semaphore(PER_PLACE), 0))
         self._places[place] = turns, waiting + 1
@@ -52,6 +52,6 @@ class FetchThreads:
                 self._places[place] = turns, waiting - 1
 
     def close(self) -> None:
-        """Takes no more. Threads that work end by themselves."""
+        """Takes no more work. Running threads end by themselves."""
         for threads in (self._local, self._remote):
             threads.shutdown(wait=False, cancel_futures=True)

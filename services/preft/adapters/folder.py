@@ -1,4 +1,4 @@
-"""Checks an adapter's folder, of whichever kind, against the base model. Owns nothing but the order."""
+"""Checks an adapter's folder of either kind against the base model. `peft_format` and `reft_format` own the checks."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ NOT_PREFILL_ONLY = (
 
 @dataclass(frozen=True, slots=True)
 class AdapterSummary:
-    """What the catalog remembers of a folder that passed: "lora", "reft" or "lora+reft", and its highest rank.
+    """The facts about a valid folder that the catalog stores. `kind` is "lora", "reft" or "lora+reft".
 
-    `prefill_only` is whether its configuration says that it was trained for the prompt pass alone; `size` its files'
-    bytes. `warnings` are sentences for the user: the adapter is served, though perhaps not as the user expects.
+    `rank` is the highest rank, `size` the bytes of the adapter's files. `prefill_only` is whether each configuration
+    says that the adapter was trained for the prompt alone. `warnings` are sentences for the user: the adapter is
+    served, but perhaps not as the user expects.
     """
 
     kind: str
@@ -33,7 +34,7 @@ class AdapterSummary:
 
 
 def check_adapter(folder: Path, base: BaseModel, max_rank: int) -> AdapterSummary:
-    """Reads the whole adapter and holds it against `base`. Blocks while it reads. Raises InvalidAdapter."""
+    """Reads the whole adapter and checks it against `base`. Blocks. Raises InvalidAdapter."""
     names = adapter_files(folder)
     ranks, warnings = {}, []
     if CONFIG_FILE in names:

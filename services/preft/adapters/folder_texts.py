@@ -1,6 +1,6 @@
-"""What an adapter's folder says of text: a chat template, a tokenizer. The base model's count; the user is told so.
+"""Chat template and tokenizer files in an adapter's folder. PreFT uses the base model's instead, and warns the user.
 
-Knows the files that trainers save beside an adapter, of which it needs the beginning alone.
+The module knows the text files that trainers save beside an adapter, and reads only the beginning of each.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 TEMPLATE, TEMPLATE_JSON = "chat_template.jinja", "chat_template.json"
 TOKENIZER_CONFIG, TOKENIZER, ADDED_TOKENS = "tokenizer_config.json", "tokenizer.json", "added_tokens.json"
 TEXT_FILES = (TEMPLATE, TEMPLATE_JSON, TOKENIZER_CONFIG, TOKENIZER, ADDED_TOKENS)
-TEXT_BYTES = 1 << 20  # of each file: a tokenizer.json names its added tokens before its vocabulary
+TEXT_BYTES = 1 << 20  # of each file: tokenizer.json has its added tokens before its vocabulary
 
 OTHER_TEMPLATE = (
     "its folder has a chat template of its own, which is not used: chats are rendered with the base model's"
@@ -20,7 +20,7 @@ OTHER_TEMPLATE = (
 
 
 def text_warnings(adapter: Mapping[str, bytes], base: Mapping[str, bytes]) -> tuple[str, ...]:
-    """What the user should know of `adapter`'s TEXT_FILES, beside `base`'s: of each its first TEXT_BYTES."""
+    """Warnings about text files of `adapter` that differ from `base`'s. Both map names to the first TEXT_BYTES."""
     warnings = []
     if not set(_templates(adapter)) <= set(_templates(base)):
         warnings.append(OTHER_TEMPLATE)
@@ -65,7 +65,7 @@ def _object(content: bytes | None) -> dict[str, Any]:
 
 
 def _value_of(key: str, content: bytes | None) -> Any:
-    """The value of the first such key in the beginning of a JSON file; None if it isn't whole."""
+    """The value of the first `key` in the beginning of a JSON file; None if the value is cut off."""
     _, found, rest = (content or b"").decode(errors="replace").partition(f'"{key}":')
     try:
         return json.JSONDecoder().raw_decode(rest.lstrip())[0] if found else None

@@ -1,8 +1,8 @@
-"""Keeps a catalog in step with a folder of adapters: each subfolder is an adapter of that name.
+"""Keeps a catalog in step with a folder of adapters, in which each subfolder's name is an adapter's name.
 
-Owns when a subfolder is whole enough to be taken, and what becomes of those that change or go; the catalog checks and
-remembers them. The folder is right: what is removed from the catalog alone comes back. A folder without
-adapters that had none before removes nothing, as a disk that isn't mounted looks the same.
+The watch owns when to add, replace or remove an adapter; the catalog checks and stores it. The folder decides: an
+adapter removed from the catalog alone comes back. A folder without adapters that has never held one causes no removals,
+because the mount point of a disk that isn't mounted looks the same.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from preft.core.ports import AdapterCatalog
 logger = logging.getLogger(__name__)
 
 ADDED_AT_ONCE = 4
-PAUSE = 10  # times as long as the look at the folder took
+PAUSE = 10  # least pause, in durations of the last scan
 
 
 @dataclass(slots=True)
 class _Look:
-    """What one look at the folder found, by name, and what follows for the catalog.
+    """The result of one scan of the folder, by name, and the changes to the catalog that follow.
 
-    `stamps` of the subfolders that hold an adapter, `faults` of the others; `missing` are entries without a subfolder.
+    `stamps` has the subfolders with an adapter, `faults` the other subfolders, `missing` the entries without a
+    subfolder.
     """
 
     stamps: dict[str, str] = field(default_factory=dict)
@@ -42,30 +43,30 @@ class _Look:
 
 
 class FolderWatch:
-    """Watches `folder` for `catalog`: call `scan` again and again, one at a time, `pause()` seconds apart."""
+    """Watches `folder` for `catalog`. Call `scan` repeatedly, never concurrently, `pause()` seconds apart."""
 
     def __init__(self, folder: Path, catalog: AdapterCatalog, *, interval: float = 1.0) -> None:
-        """`interval` is the least time between two rounds, in seconds."""
+        """`interval` is the shortest pause between two scans, in seconds."""
         self._folder = os.path.abspath(folder.expanduser())
         self._catalog = catalog
         self._interval = interval
         self._pause = interval
         self._last = _Look()
-        self._folders: dict[str, str] = {}  # by name: the subfolder, whose spelling may not be the normal one
+        self._folders: dict[str, str] = {}  # by normal name: the subfolder as it is spelled
         self._sources: dict[str, AdapterSource] = {}
-        self._added: dict[str, tuple[str, str]] = {}  # by name: the stamp, and the digest that it stood for
+        self._added: dict[str, tuple[str, str]] = {}  # by name: the stamp, and the digest of that content
         self._refused: dict[str, str] = {}  # by name: the stamp
         self._told: dict[str, str] = {}  # by name: the last warning
         self._readable = True
-        self._unmounted = False  # as of the last look
-        self._filled: tuple[int, int] | None = None  # which folder it was when it last held an adapter
+        self._unmounted = False  # as of the last scan
+        self._filled: tuple[int, int] | None = None  # identity of the folder when it last held an adapter
 
     def pause(self) -> float:
-        """Seconds until the next round."""
+        """Seconds until the next scan."""
         return self._pause
 
     async def scan(self) -> None:
-        """One round. A subfolder is taken when two rounds in a row found the same in it, and gone when two miss it."""
+        """Scans once. An adapter is added when two scans in a row found it equal, and removed when two missed it."""
         entries = {entry.name: entry for entry in self._catalog.list()}
         started = time.monotonic()
         try:
@@ -86,7 +87,7 @@ class FolderWatch:
                 group.create_task(self._add_all(names))
 
     def _look(self, entries: Mapping[str, Adapter]) -> _Look:
-        """Holds the folder against the catalog's entries. Raises OSError if it can't be listed."""
+        """Compares the folder with the catalog's entries. Raises OSError if the folder can't be listed."""
         with os.scandir(self._folder) as listing:
             self._folders = {normal_name(entry.name): entry.name for entry in listing if _may_be_folder(entry)}
         names = sorted(self._folders)
@@ -114,7 +115,7 @@ class FolderWatch:
         return look
 
     def _is_unmounted(self, look: _Look) -> bool:
-        """Whether no adapter is there, and none was in this very folder before: a disk that isn't there looks so."""
+        """Whether this very folder (device and inode) has never held an adapter, as if its disk weren't mounted."""
         return not look.stamps and self._filled != _identity(self._folder)
 
     def _look_at(self, name: str, entry: Adapter | None, look: _Look) -> None:
@@ -124,7 +125,7 @@ class FolderWatch:
             stamp = self._sources[name].stamp()
         except PreftError as error:
             look.faults[name] = str(error)
-            if self._last.faults.get(name) == str(error):  # the first time it may be half copied
+            if self._last.faults.get(name) == str(error):  # at its first sight the folder may be half copied
                 self._warn(name, str(error))
             return
         look.stamps[name] = stamp
@@ -136,7 +137,7 @@ class FolderWatch:
     async def _add_all(self, names: Iterator[str]) -> None:
         for name in names:
             entry = self._catalog.get(name)
-            if entry is None or self._owns(entry):  # still
+            if entry is None or self._owns(entry):  # checked again, after earlier adds
                 await self._add(name, self._last.stamps[name])
 
     async def _add(self, name: str, stamp: str) -> None:
@@ -160,7 +161,7 @@ class FolderWatch:
             await self._catalog.remove(name)
             logger.info("adapter %r was removed, as it is no longer in %s", name, self._folder)
         except ModelNotFound:
-            pass  # somebody else was quicker
+            pass  # the entry was removed meanwhile
         except PreftError as error:
             self._warn(name, f"it is gone, but: {error}")
 
@@ -171,14 +172,14 @@ class FolderWatch:
         return f"{self._folder.rstrip('/')}/{self._folders.get(name, name)}"
 
     def _warn(self, name: str, message: str) -> None:
-        """Logs it, unless it was the last that was logged of this subfolder."""
+        """Logs the message, unless it was the last one logged for this subfolder."""
         if self._told.get(name) != message:
             self._told[name] = message
             logger.warning("adapter folder %s: %s", self._path(name), message)
 
 
 def _name_fault(name: str) -> str | None:
-    """Why a subfolder's name can't be an adapter's."""
+    """Why a subfolder's name can't be an adapter's name, or None."""
     if name.startswith("."):
         return "its name begins with '.'"
     try:
@@ -197,4 +198,4 @@ def _may_be_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
     except OSError:
-        return True  # so that a disk that fails removes no adapter
+        return True  # a failing disk must not remove adapters

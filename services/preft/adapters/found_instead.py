@@ -1,4 +1,4 @@
-"""What a folder without an adapter holds instead, and what the user should give. Knows names of files, not contents."""
+"""Explains what a folder without an adapter holds, and what the user should give. Only file names count."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ PICKLES = ("adapter_model.bin", "adapter_model.pt")
 INDEX = f"{WEIGHTS_FILE}.index.json"
 MODEL = "model.safetensors"
 TELLTALES = (*PICKLES, INDEX, MODEL, f"{MODEL}.index.json", "pytorch_model.bin", "adapters.safetensors")
-"""Names to ask for where a folder can't be listed."""
+"""Names to test for where a folder can't be listed."""
 
 CHECKPOINT = r"checkpoint-\d+/"  # of Hugging Face's trainer
-KINDS = (  # pattern of a file's name, what it says; the first one that matches counts
+KINDS = (  # pattern of a file name, explanation; the first match counts
     (
         r"adapter_model-\d+-of-\d+\.(safetensors|bin)|adapter_model\.(safetensors|bin)\.index\.json",
         f"is one of several files with the weights: save them as one file, {WEIGHTS_FILE}",
@@ -35,9 +35,9 @@ KINDS = (  # pattern of a file's name, what it says; the first one that matches 
 
 
 def explain(names: Iterable[str], place: str) -> str | None:
-    """One sentence, if one of these `names` in `place` tells what is there.
+    """One sentence about a known one of the `names` in `place`, or None.
 
-    A subfolder's name ends in a slash; a file in a subfolder is named with it.
+    The name of a subfolder ends in a slash. The name of a file in a subfolder includes the subfolder.
     """
     names = sorted(names)
     inside = {name.partition("/")[0] for name in names if name.endswith((f"/{CONFIG_FILE}", f"/{REFT_CONFIG_FILE}"))}

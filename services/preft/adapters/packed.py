@@ -1,6 +1,6 @@
-"""How an adapter lies in shared memory: all its files in one block, which a worker writes and its engine reads.
+"""The layout of an adapter in shared memory: one block with all files, which a worker writes and its engine reads.
 
-8 bytes: length of the index | index, JSON: {file name: [start, size]} | files, each from a multiple of 64 on
+8 bytes: length of the index | index, JSON: {file name: [start, size]} | files, each at a multiple of 64
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ LENGTH_BYTES = 8
 
 
 class DamagedCopy(Exception):
-    """The folder doesn't hold the content that it is named for."""
+    """The folder's content doesn't have the digest in the folder's name."""
 
 
 class AdapterFiles:
-    """An adapter's folder with its files open, so that nobody can take them away any more. Close it."""
+    """An adapter's folder with all files open, so that an eviction can't remove their content. Call `close`."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises FileNotFoundError if the folder isn't there, DamagedCopy if it is but a file of it isn't."""
+        """Raises FileNotFoundError if the folder is missing, and DamagedCopy if only a file is missing."""
         self._files: dict[str, int] = {}
         try:
             for name in adapter_files(folder):
@@ -48,7 +48,7 @@ class AdapterFiles:
         self.size = sum(sizes.values())
 
     def pack(self, memory: memoryview, digest: str) -> None:
-        """Fills `memory`, `packed_size` bytes. Blocks. Raises DamagedCopy unless the files' digest is `digest`."""
+        """Fills `memory` (`packed_size` bytes). Blocks. Raises DamagedCopy unless the files' digest is `digest`."""
         found = hashlib.sha256()
         for name, (start, size) in self._places.items():
             add_file_header(found, name, size)
@@ -75,7 +75,7 @@ class AdapterFiles:
 
 
 def unpack(memory: memoryview) -> dict[str, memoryview]:
-    """The files in a packed adapter, by name, as parts of `memory`. Raises InvalidAdapter if it isn't one."""
+    """The files of a packed adapter by name, as parts of `memory`. Raises InvalidAdapter for other memory."""
     length = int.from_bytes(memory[:LENGTH_BYTES], "little")
     try:
         index = json.loads(bytes(memory[LENGTH_BYTES : LENGTH_BYTES + length]))

@@ -1,7 +1,7 @@
-"""Regular expressions of strangers, held against module names without letting them take the process.
+"""Matches regular expressions of untrusted adapters against module names, within a limit of processor time.
 
-Nothing can stop Python while it matches, and some patterns take for ever: another process matches those that are more
-than a name, and has a second of processor time for all of them.
+Python can't interrupt a running match, and some patterns take for ever. So a subprocess matches all patterns that are
+more than a plain name, and has MATCH_SECONDS of processor time. Other modules decide what a match means.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from preft.adapters.digest import CONFIG_FILE
 from preft.core.errors import InvalidAdapter
 
 PLAIN = re.compile(r"[\w.-]+")
-MATCH_SECONDS = 1  # of processor time, for all patterns and names
+MATCH_SECONDS = 1  # of processor time, for all patterns and names together
 MATCHER = r"""
 import json, re, resource, sys
 resource.setrlimit(resource.RLIMIT_CPU, (int(sys.argv[1]), int(sys.argv[1])))
@@ -26,17 +26,17 @@ print(json.dumps([[name for name in names if pattern.fullmatch(name)] for patter
 """
 
 Matches = Mapping[str, Collection[str]]
-"""Pattern -> those of the names that the whole pattern matches."""
+"""Maps each pattern to the names that the whole pattern matches."""
 Match = Callable[[Collection[str], Collection[str]], Matches]
 
 
 def match_here(patterns: Collection[str], names: Collection[str]) -> Matches:
-    """For patterns that `match_apart` has been through."""
+    """Matches in this process. Only for patterns that have passed `match_apart`."""
     return {pattern: _matching(pattern, names) for pattern in patterns}
 
 
 def match_apart(patterns: Collection[str], names: Collection[str]) -> Matches:
-    """The same for any pattern that compiles. Raises InvalidAdapter if matching takes long."""
+    """Like `match_here`, for any pattern that compiles. Raises InvalidAdapter if matching takes too long."""
     intricate = [pattern for pattern in patterns if not _is_plain(pattern)]
     found = match_here([pattern for pattern in patterns if _is_plain(pattern)], names)
     if not intricate:
@@ -54,7 +54,7 @@ def match_apart(patterns: Collection[str], names: Collection[str]) -> Matches:
 
 
 def ending(pattern: str) -> str:
-    """What matches a whole name if `pattern` matches from one of its dots, or its start, to its end."""
+    """A pattern for whole names that end in a match of `pattern`, which begins at the start or after a dot."""
     return rf"(.*\.)?({pattern})"
 
 

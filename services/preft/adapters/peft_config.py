@@ -1,7 +1,7 @@
-"""Reads `adapter_config.json` of a PEFT LoRA folder and refuses what can't be served exactly.
+"""Reads `adapter_config.json` of a PEFT LoRA folder, and refuses fields that can't be served exactly.
 
-Each field that changes what the adapter computes is either understood here or an error. `peft_fields` says of every
-field which of the two; `peft_targets` knows which modules the adapter acts on.
+This module either uses or refuses each field that changes the computation. `peft_fields` lists the fields of both
+kinds. `peft_targets` finds the modules that the adapter changes.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from preft.adapters.peft_fields import HARMLESS, READ, REFUSED, is_set
 from preft.adapters.peft_targets import Targets, read_targets
 from preft.core.errors import InvalidAdapter
 
-PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")  # they draw the adapter's first weights and change no other
-BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq")  # PEFT changes the base model's weights when it loads these
+PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")  # set the adapter's first weights and change no other weight
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq")  # PEFT changes the base model when it loads these
 LORA_GA = "lora_ga"
 LORA_GA_WARNING = (
     f"init_lora_weights in {CONFIG_FILE} is {LORA_GA}, which changes the base model's weights for the training. The "
@@ -32,7 +32,7 @@ LORA_GA_WARNING = (
 
 @dataclass(frozen=True, slots=True)
 class LoraConfig:
-    """The part of the config that says what the adapter computes, and what the user should be told about it."""
+    """The fields that define the adapter's computation, and warnings for the user."""
 
     rank: int
     alpha: float
@@ -43,13 +43,13 @@ class LoraConfig:
     warnings: tuple[str, ...]
 
     def ranks(self, spellings: Mapping[str, Collection[str]], match: Match) -> dict[str, int]:
-        """The rank of each module, of which `spellings` has all names. As in PEFT the first pattern wins."""
+        """The rank of each module. `spellings` has all names of each module. As in PEFT, the first pattern wins."""
         return _by_pattern(self.rank_pattern, self.rank, spellings, match)
 
     def scalings(
         self, ranks: Mapping[str, int], spellings: Mapping[str, Collection[str]], match: Match
     ) -> dict[str, float]:
-        """What each module's B A x is multiplied with: alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
+        """The factor of each module's B A x: alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
         alphas = _by_pattern(self.alpha_pattern, self.alpha, spellings, match)
         return {
             module: alphas[module] / (math.sqrt(rank) if self.use_rslora else rank) for module, rank in ranks.items()
@@ -64,7 +64,7 @@ def _by_pattern(
     names = sorted({name for spelled in spellings.values() for name in spelled})
     found = match([ending(pattern) for pattern in values], names)
     by_name: dict[str, Any] = {}
-    for pattern in reversed([*values]):  # so that the first one is written last
+    for pattern in reversed([*values]):  # the first pattern is written last, and so wins
         by_name.update(dict.fromkeys(found[ending(pattern)], values[pattern]))
     return {
         module: next((by_name[name] for name in spelled if name in by_name), default)
@@ -73,7 +73,7 @@ def _by_pattern(
 
 
 def read_lora_config(folder: Path, max_rank: int) -> LoraConfig:
-    """The config in `folder`. Raises InvalidAdapter, naming the field, if it's broken or not supported."""
+    """The config in `folder`. Raises InvalidAdapter, naming the field, for a broken or unsupported config."""
     try:
         content = (folder / CONFIG_FILE).read_bytes()
     except OSError as error:
@@ -125,7 +125,7 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
 
 
 def _check_init(init: Any) -> tuple[str, ...]:
-    """What the user should be told. Raises InvalidAdapter if PEFT would load another base model."""
+    """Warnings for the user. Raises InvalidAdapter if PEFT would change the base model."""
     if init is None or isinstance(init, bool):
         return ()
     name = init.lower() if isinstance(init, str) else ""

@@ -1,6 +1,6 @@
-"""Every field that `adapter_config.json` may have, and what it does to the computation. PEFT 0.21 and older.
+"""All fields of `adapter_config.json` (PEFT 0.21 and older), and whether PreFT reads, ignores or refuses each.
 
-A field that isn't here may change the computation: a folder that sets it is refused.
+A field that is missing here may change the computation, so a folder that sets it is refused.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ READ = frozenset(  # understood by peft_config
 )
 HARMLESS = frozenset(
     {
-        # Where the adapter comes from, and how PEFT is to load it.
+        # The adapter's origin, and how PEFT loads it.
         *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
         "merge_weights",
-        # Training alone: VeLoRA's forward pass is LoRA's; each initialisation is named by init_lora_weights.
+        # Training only. VeLoRA's forward pass is LoRA's; init_lora_weights names each initialisation.
         *("lora_dropout", "runtime_config", "velora_config"),
         *("eva_config", "corda_config", "loftq_config", "lora_ga_config"),
-        # Of no meaning without another field, which is refused.
+        # Without effect unless another field is set, which is refused.
         *("megatron_core", "qalora_group_size"),
     }
 )
-REFUSED = {  # field -> what it stands for
+REFUSED = {  # field -> the feature that it sets
     "use_dora": "DoRA",
     "use_qalora": "QALoRA",
     "use_bdlora": "block-diagonal LoRA",
@@ -46,5 +46,5 @@ REFUSED = {  # field -> what it stands for
 
 
 def is_set(value: Any) -> bool:
-    """Whether a field does anything. An empty object does: PEFT makes a sub-configuration of defaults out of it."""
+    """Whether a field has an effect. An empty object has one: PEFT reads a sub-configuration of defaults from it."""
     return value is not None and value is not False and value != "" and value != [] and value != 0

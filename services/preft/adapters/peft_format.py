@@ -1,7 +1,7 @@
 """Checks a PEFT LoRA folder against the base model, tensor by tensor, without torch.
 
-Whatever passes here loads in the engine and changes exactly the modules its tensors name, which are the modules that
-its configuration names.
+A folder that passes loads in the engine. The adapter changes exactly the modules that its tensors name, and its
+configuration selects the same modules. `peft_config` reads the configuration.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ SERVED_MODULES = f"{', '.join(TARGETS)} of the decoder layers and {HEAD}"
 
 @dataclass(frozen=True, slots=True)
 class LoraSummary:
-    """A LoRA's highest rank, and what the user should be told about it."""
+    """A LoRA's highest rank, and warnings for the user."""
 
     rank: int
     warnings: tuple[str, ...]
 
 
 def check_lora(folder: Path, base: BaseModel, max_rank: int) -> LoraSummary:
-    """Reads the whole LoRA and holds it against `base`. Blocks while it reads.
+    """Reads the whole LoRA and checks it against `base`. Blocks.
 
-    Raises InvalidAdapter, one sentence with the file and the field or tensor, for the first thing that is wrong.
+    Raises InvalidAdapter for the first fault, with one sentence that names the file and the field or tensor.
     """
     config = read_lora_config(folder, max_rank)
     path = folder / WEIGHTS_FILE
@@ -58,7 +58,7 @@ def check_lora(folder: Path, base: BaseModel, max_rank: int) -> LoraSummary:
 
 
 def _read(name: str, base: BaseModel) -> LoraTensor:
-    """What the tensor is. Raises InvalidAdapter if the base model has no such module."""
+    """Reads the tensor's name. Raises InvalidAdapter if the base model has no such module."""
     tensor = read_lora_name(name)
     if tensor is not None and tensor.module in base.modules:
         return tensor
@@ -77,7 +77,7 @@ def _read(name: str, base: BaseModel) -> LoraTensor:
 
 
 def _pairs(lora: Mapping[str, LoraTensor]) -> dict[str, dict[str, str]]:
-    """Per module the names of its two tensors, by side."""
+    """Each module's two tensor names, by side. Raises InvalidAdapter for two adapters, or a side that occurs twice."""
     pairs: dict[str, dict[str, str]] = {}
     adapters = sorted({tensor.adapter for tensor in lora.values()})
     if len(adapters) > 1:
@@ -92,7 +92,7 @@ def _pairs(lora: Mapping[str, LoraTensor]) -> dict[str, dict[str, str]]:
 
 
 def _check_pair(module: str, sides: Mapping[str, TensorEntry], base: BaseModel, max_rank: int) -> int:
-    """The pair's rank, once A [rank, inputs] and B [outputs, rank] fit the base weight."""
+    """Returns the pair's rank. Raises InvalidAdapter unless A [rank, inputs] and B [outputs, rank] fit the base."""
     for side in "AB":
         if side not in sides:
             raise InvalidAdapter(
@@ -116,7 +116,7 @@ def _check_pair(module: str, sides: Mapping[str, TensorEntry], base: BaseModel, 
 def _check_config(
     config: LoraConfig, lora: Mapping[str, LoraTensor], ranks: Mapping[str, int], base: BaseModel
 ) -> None:
-    """Raises InvalidAdapter if PEFT, with this config, would leave out or miss a tensor, or ask for another rank."""
+    """Raises InvalidAdapter if PEFT, with this config, would ignore or miss a tensor, or expect another rank."""
     spellings = _spellings(lora, base)
     expected = config.targets.chosen(spellings, match_apart)
     for module in sorted(ranks.keys() - expected):
@@ -138,11 +138,11 @@ def _check_config(
     for module, rank in ranks.items():
         if rank != asked[module]:
             raise _wrong(f"{module}.lora_A", f"has rank {rank}, but {CONFIG_FILE} says {asked[module]}")
-    config.scalings(ranks, own, match_apart)  # the engine matches these patterns too, where nothing guards it
+    config.scalings(ranks, own, match_apart)  # the engine matches these patterns later, without a time limit
 
 
 def _spellings(lora: Mapping[str, LoraTensor], base: BaseModel) -> dict[str, tuple[str, ...]]:
-    """All names of each of the base model's modules: its own, and that in the model that the adapter was trained in."""
+    """All names of each of the base model's modules: its own, and its names in the model of the training."""
     prefixes: dict[bool, set[str]] = {True: set(), False: set()}
     for tensor in lora.values():
         prefixes[tensor.module == HEAD].add(tensor.spelling.removesuffix(tensor.module.removeprefix("model.")))

@@ -1,4 +1,4 @@
-"""Which modules PEFT adapts, by `adapter_config.json`: the rule that a folder's tensors are held against.
+"""Selects the modules that PEFT would adapt, from `adapter_config.json`. The tensors of a folder must match them.
 
 The rule is PEFT 0.21's `check_target_module_exists`, over the names of the base model's linear layers.
 """
@@ -15,19 +15,19 @@ from preft.adapters.patterns import PLAIN, Match
 from preft.adapters.tensor_names import HEAD
 from preft.core.errors import InvalidAdapter
 
-ALL_LINEAR = "all-linear"  # every linear layer but the output layer
+ALL_LINEAR = "all-linear"  # every linear layer except the output layer
 ANY_LAYER = re.compile(r".*?\.[^.]*\.(?P<number>\d+)\.")
 
 Selection = str | tuple[str, ...]
-"""A pattern of whole names, or the ends of names."""
+"""One pattern for whole names, or a tuple of ends of names."""
 
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """The fields of the configuration that choose modules.
+    """The fields of the configuration that select modules.
 
-    `layers` are the numbers of the layers that are adapted, None: all; `layer_lists` the names of the module lists that
-    these numbers count in, none: any. `ties` is whether a tied embedding is adapted with the output layer.
+    `layers` holds the numbers of the adapted layers; None means all. `layer_lists` holds the names of the module lists
+    that these numbers index; empty means any list. `ties` is whether a tied embedding is adapted with the output layer.
     """
 
     targets: Selection
@@ -37,7 +37,7 @@ class Targets:
     ties: bool
 
     def chosen(self, spellings: Mapping[str, Collection[str]], match: Match) -> set[str]:
-        """Those modules that are adapted, of which `spellings` has all names."""
+        """The modules that are adapted. `spellings` has all names of each module."""
         names = sorted({name for spelled in spellings.values() for name in spelled})
         if isinstance(self.targets, str) and self.targets.lower() == ALL_LINEAR:
             wanted = {name for name in names if name.rpartition(".")[2] != HEAD}
@@ -59,7 +59,7 @@ class Targets:
         return set(match([selection], names)[selection])
 
     def _in_layers(self, name: str) -> bool:
-        if self.layers is None or name in self.targets:  # what is named in full is adapted in any layer
+        if self.layers is None or name in self.targets:  # a target with a full name is adapted in any layer
             return True
         if self.layer_lists:
             patterns = [re.compile(rf"(?:^|.*?\.){of}\.(?P<number>\d+)\.") for of in self.layer_lists]
@@ -70,7 +70,7 @@ class Targets:
 
 
 def read_targets(config: Mapping[str, Any]) -> Targets:
-    """What the fields say. Raises InvalidAdapter, naming the field, for values that PEFT would refuse as well."""
+    """Reads the fields. Raises InvalidAdapter, naming the field, for values that PEFT would refuse as well."""
     targets = _selection(config, "target_modules")
     if not targets:
         raise _wrong("target_modules is missing or empty")

@@ -1,4 +1,7 @@
-"""Reads `reft_config.json`: method, layers, rank and positions. The format is documented in docs/adapters.md."""
+"""Reads `reft_config.json`: method, layers, rank and positions. docs/adapters.md documents the format.
+
+`reft_format` checks the tensors.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ EVERY = 1 << 31  # more positions than any prompt has
 
 @dataclass(frozen=True, slots=True)
 class ReftConfig:
-    """What the adapter computes. It acts on a prompt's `first` first and `last` last positions."""
+    """The adapter's computation. The adapter changes the prompt's `first` first and `last` last positions."""
 
     method: str
     rank: int
@@ -29,7 +32,7 @@ class ReftConfig:
 
 
 def read_reft_config(folder: Path) -> ReftConfig:
-    """The config in `folder`. Raises InvalidAdapter, naming the field, if it's broken or not supported."""
+    """The config in `folder`. Raises InvalidAdapter, naming the field, for a broken or unsupported config."""
     try:
         return parse_reft_config((folder / REFT_CONFIG_FILE).read_bytes())
     except OSError as error:
@@ -61,7 +64,7 @@ def parse_reft_config(content: bytes) -> ReftConfig:
 
 
 def read_positions(value: Any) -> tuple[int, int]:
-    """How many of a prompt's first and last positions `value` means. Raises InvalidAdapter."""
+    """The number of first and of last positions that `value` selects. Raises InvalidAdapter."""
     if value == "all":
         return EVERY, 0
     match = POSITIONS.fullmatch(value) if isinstance(value, str) else None

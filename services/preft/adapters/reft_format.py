@@ -1,4 +1,4 @@
-"""Checks a ReFT folder against the base model, tensor by tensor, without torch. The format: docs/adapters.md."""
+"""Checks a ReFT folder against the base model, tensor by tensor, without torch. docs/adapters.md has the format."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ ROTATE, SOURCE, BIAS = "rotate_layer.weight", "learned_source.weight", "learned_
 
 
 def check_reft(folder: Path, base: BaseModel, max_rank: int) -> int:
-    """Reads the whole ReFT, holds it against `base`, and returns its rank. Blocks while it reads.
+    """Reads the whole ReFT, checks it against `base`, and returns its rank. Blocks.
 
-    Raises InvalidAdapter, one sentence with the file and the field or tensor, for the first thing that is wrong.
+    Raises InvalidAdapter for the first fault, with one sentence that names the file and the field or tensor.
     """
     if base.architecture not in DECODERS:
         raise InvalidAdapter(f"ReFT adapters can't be served on {base.architecture}, only on {', '.join(DECODERS)}")

@@ -1,7 +1,8 @@
-"""Reaches an adapter's files in an object store, on a web server or on a model hub, through fsspec.
+"""Reads an adapter's files from an object store, a web server or a model hub, through fsspec.
 
-Owns every detail of those file systems and turns their errors into ours; knows nothing of which files make an adapter.
-Credentials, endpoints and proxies come from the environment as the libraries behind it read them. Everything blocks.
+The module owns all details of these file systems, and maps their errors to PreftErrors. `sources` decides which files
+make an adapter. Credentials, endpoints and proxies come from the environment, as the libraries read them. All calls
+block.
 """
 
 from __future__ import annotations
@@ -43,11 +44,11 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CHUNK = 1 << 20  # bytes
-BLOCK = 4 << 20  # bytes of one request where a file comes in ranges
-LOOK_SECONDS = 0.1  # a wait that is stopped ends within this time
+BLOCK = 4 << 20  # bytes per request where a file is read in ranges
+LOOK_SECONDS = 0.1  # a stopped wait ends within this time
 NOT_THERE = (404, 410)
-# What S3, Google Storage, web servers and the Hugging Face hub say of a file's version. A web server's Last-Modified is
-# no part of it: two versions within a second have the same.
+# Fields in which S3, Google Storage, web servers and the Hugging Face hub report a file's version. A web server's
+# Last-Modified is not among them: two versions within one second have the same.
 VERSIONED_BY = (
     *("ETag", "LastModified", "VersionId"),
     *("etag", "generation", "md5Hash", "updated"),
@@ -58,7 +59,7 @@ VERSIONED_BY = (
 
 @dataclass(frozen=True, slots=True)
 class FoundFile:
-    """A file of a source: its size in bytes if known, and a mark that changes when it is rewritten, "" if unknown."""
+    """A file of a source. `mark` changes when the file is rewritten. An unknown size is None, an unknown mark ""."""
 
     size: int | None
     regular: bool
@@ -66,9 +67,9 @@ class FoundFile:
 
 
 class RemoteFolder:
-    """The folder at `uri`, within `limits`. Once `stop` is set, waiting for it ends with Unavailable.
+    """The folder at `uri`, within `limits`. Once `stop` is set, waits end with Unavailable.
 
-    Google's files and the hub's are waited for by their own libraries, which can't be stopped in the middle of a call.
+    Calls to Google Storage and to the hub run in their own libraries, and can't be stopped half-way.
     """
 
     def __init__(self, scheme: str, uri: str, limits: SourceLimits, stop: threading.Event) -> None:
@@ -79,7 +80,7 @@ class RemoteFolder:
         self._stop = stop
 
     def find(self, names: Iterable[str]) -> dict[str, FoundFile]:
-        """Those of `names` that are there. Raises SourceNotFound if the folder isn't, Unavailable if nobody answers."""
+        """The files among `names` that exist. Raises SourceNotFound for a missing folder, Unavailable if reads fail."""
         with self._errors(SourceNotFound(f"there is no folder {self._uri}")):
             files = self._filesystem()
             if self._scheme in ("http", "https"):
@@ -90,7 +91,7 @@ class RemoteFolder:
             return {name: _found(info) for name, info in infos.items()}
 
     def names(self) -> set[str]:
-        """What is in the folder, subfolders with a slash at the end; of web servers, which list nothing, TELLTALES."""
+        """Names in the folder; subfolders end in a slash. For web servers, which list none: existing TELLTALES."""
         if self._scheme in ("http", "https"):
             return set(self.find(TELLTALES))
         with self._errors(SourceNotFound(f"there is no folder {self._uri}")):
@@ -98,7 +99,7 @@ class RemoteFolder:
             return {name + "/" * (entry["type"] == "directory") for name, entry in entries.items()}
 
     def read(self, name: str) -> Iterator[bytes]:
-        """The file's bytes. Raises InvalidAdapter if it isn't there, Unavailable if not all of it comes in time."""
+        """The file's bytes. Raises InvalidAdapter if it is missing, and Unavailable if the bytes don't come in time."""
         with self._errors(InvalidAdapter(f"{name} is missing in {self._uri}")):
             files = self._filesystem()
             path = f"{files._strip_protocol(self._uri)}/{name}"
@@ -106,15 +107,15 @@ class RemoteFolder:
             if self._scheme in ("http", "https", "s3"):
                 yield from self._read_stream(files, path, pace)
             else:
-                # The hub's files stream if the block size is 0; Google's come in ranges.
+                # Block size 0 makes the hub's files a stream; Google's files are read in ranges.
                 with files.open(path, "rb", block_size=0 if self._scheme == "hf" else BLOCK) as file:
                     while chunk := pace.timed(lambda: file.read(CHUNK)):
                         yield chunk
 
     def _filesystem(self) -> Any:
-        """A file system for the calling thread. fsspec keeps those it may share; none of them remembers a listing."""
+        """A file system for this thread. fsspec caches those that can be shared; none of them caches listings."""
         if self._scheme == "s3":
-            # botocore reads these by itself, but only once per kept file system.
+            # botocore reads these variables itself, but only once per cached file system.
             endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
             limits = {"connect_timeout": self._timeout, "read_timeout": self._timeout}
             return fsspec.filesystem("s3", endpoint_url=endpoint, config_kwargs=limits, use_listings_cache=False)
@@ -122,30 +123,30 @@ class RemoteFolder:
             return fsspec.filesystem("gs", requests_timeout=self._timeout, use_listings_cache=False)
         if self._scheme == "hf":
             return fsspec.filesystem("hf", skip_instance_cache=True)
-        # Compressed answers have no length to hold them against.
+        # A compressed response has no length to check.
         options = {"headers": {"Accept-Encoding": "identity"}, "trust_env": True, "rules": self._limits.rules}
         timeouts = ClientTimeout(connect=self._timeout, sock_connect=self._timeout, sock_read=self._timeout)
         return fsspec.filesystem("http", get_client=_web_session, client_kwargs={**options, "timeout": timeouts})
 
     def _entries(self, files: Any) -> dict[str, Mapping[str, Any]]:
         root = files._strip_protocol(self._uri)
-        if isinstance(files, fsspec.asyn.AsyncFileSystem):  # within the time limit, whatever is retried inside
+        if isinstance(files, fsspec.asyn.AsyncFileSystem):  # the time limit includes retries inside the library
             entries = self._wait(files, files._ls(root, detail=True, refresh=True), self._timeout)
         else:
             entries = files.ls(root, detail=True, refresh=True)
         return {entry["name"].rstrip("/").rpartition("/")[2]: entry for entry in entries if entry["name"] != root}
 
     async def _ask_for(self, files: Any, names: tuple[str, ...]) -> dict[str, Mapping[str, Any]]:
-        """Web servers list no folders, so each file is asked for."""
+        """Requests each file, as web servers list no folders."""
         infos = await asyncio.gather(*(_web_info(files, f"{self._uri}/{name}") for name in names))
         return {name: info for name, info in zip(names, infos, strict=True) if info is not None}
 
     def _read_stream(self, files: Any, path: str, pace: _Pace) -> Iterator[bytes]:
-        size = {} if self._scheme == "s3" else {"size": 0}  # spares a web server the question how long the file is
+        size = {} if self._scheme == "s3" else {"size": 0}  # spares a request for the file's length
         file = self._wait(files, files.open_async(path, "rb", **size))
         try:
-            # The first bytes with the limit on the whole call, as it holds a request that may be retried inside; from
-            # then on the connection has the limit on silence, and the pace the one on slowness.
+            # The first read includes the request, with retries, so `timeout` bounds the whole call. Later the
+            # connection's own timeout bounds silence, and the pace bounds slowness.
             chunk = pace.timed(lambda: self._wait(files, file.read(CHUNK), self._timeout))
             while chunk:
                 yield chunk
@@ -160,7 +161,7 @@ class RemoteFolder:
         timeout: float | None = None,
         late: type[Exception] = TimeoutError,
     ) -> T:
-        """What `work` returns, in the file system's loop. Raises `late`, and Unavailable if stopped."""
+        """Runs `work` in the file system's loop. Raises `late` after `timeout`, and Unavailable once stopped."""
         running = asyncio.run_coroutine_threadsafe(work, files.loop)
         limit = math.inf if timeout is None else time.monotonic() + timeout
         while not wait([running], LOOK_SECONDS).done:
@@ -171,7 +172,7 @@ class RemoteFolder:
 
     @contextmanager
     def _errors(self, missing: PreftError) -> Iterator[None]:
-        """Raises `missing` for what isn't there, and Unavailable for the rest: each library has its own errors."""
+        """Raises `missing` for a missing file, and Unavailable for all other errors of the libraries."""
         try:
             yield
         except PreftError:
@@ -183,7 +184,7 @@ class RemoteFolder:
             raise Unavailable(f"{self._uri} can't be read: {self._reason(error)}") from error
 
     def _reason(self, error: Exception) -> str:
-        """For the caller. What a library says of files, names and addresses is for the log alone."""
+        """The reason for the caller. Libraries' messages about files and addresses go to the log alone."""
         if isinstance(error, ClientResponseError):
             return f"the server answered {error.status}"
         if isinstance(error, TooSlow):
@@ -196,11 +197,11 @@ class RemoteFolder:
 
 
 class TooSlow(Exception):
-    """A source sends less than `SourceLimits.min_rate`."""
+    """A source sends less than `SourceLimits.min_rate` bytes per second."""
 
 
 class _Pace:
-    """Measures how long one file's bytes are waited for. Doesn't count the time that the reader takes for itself."""
+    """Measures the time spent waiting for one file's bytes, without the time that the reader uses itself."""
 
     def __init__(self, limits: SourceLimits) -> None:
         self._limits = limits
@@ -209,11 +210,11 @@ class _Pace:
 
     @property
     def left(self) -> float:
-        """Seconds in which the next CHUNK bytes must come."""
+        """Seconds within which the next CHUNK bytes must come."""
         return self._limits.timeout + (self._bytes + CHUNK) / self._limits.min_rate - self._waited
 
     def timed(self, read: Callable[[], bytes]) -> bytes:
-        """What `read` returns. Raises TooSlow if that took too long in all."""
+        """Returns the result of `read`. Raises TooSlow if all reads together took too long."""
         started = time.monotonic()
         chunk = read()
         self._waited += time.monotonic() - started
@@ -224,35 +225,35 @@ class _Pace:
 
 
 def stopped(uri: str) -> Unavailable:
-    """What is raised for a source that nobody waits for any more."""
+    """The error for a source whose read was stopped."""
     return Unavailable(f"{uri} is not read any further: nobody waits for it")
 
 
-# What a request may not connect to, filled while it tries; None if it may connect to any address.
+# Collects the addresses that a request tried and may not use; None for a request that may use any address.
 _not_public: ContextVar[list[str] | None] = ContextVar("not_public", default=None)
 
 
 async def _web_session(*, rules: SourceRules, **options: Any) -> ClientSession:
-    """A session whose requests, redirected ones too, and connections keep to `rules`."""
+    """A session that applies `rules` to requests, redirects and connections."""
     if rules.allowed is None:
         return ClientSession(**options)
 
     async def check(request: ClientRequest, handler: ClientHandlerType) -> ClientResponse:
         url, refused = str(request.url), list[str]()
-        # A proxy finds the address itself: which ones it reaches is for its own rules.
+        # A proxy resolves the address itself, so its own rules decide which addresses it reaches.
         _not_public.set(refused if rules.check_uri(url) and request.proxy is None else None)
         try:
             return await handler(request)
         except ClientConnectionError as error:
             raise not_allowed(url) if refused else error from None
 
-    # A connection that is used again has no address checked.
+    # force_close: a reused connection would skip the check of its address.
     connector = TCPConnector(socket_factory=_checked_socket, force_close=True)
     return ClientSession(connector=connector, middlewares=(check,), **options)
 
 
 def _checked_socket(address: AddrInfoType) -> socket.socket:
-    """For each connection: after the name was resolved, so that it can't be another address by then."""
+    """Opens each connection's socket, after name resolution, so the checked address is the one that is used."""
     family, kind, protocol, _, place = address
     refused = _not_public.get()
     if refused is not None and not is_public(str(place[0])):
@@ -264,7 +265,7 @@ def _checked_socket(address: AddrInfoType) -> socket.socket:
 async def _web_info(files: Any, url: str) -> Mapping[str, Any] | None:
     try:
         return cast(Mapping[str, Any], await files._info(url))
-    except FileNotFoundError as error:  # fsspec's answer to whatever went wrong
+    except FileNotFoundError as error:  # fsspec raises this for every kind of error
         cause = error.__cause__
         if cause is None or (isinstance(cause, ClientResponseError) and cause.status in NOT_THERE):
             return None
@@ -272,7 +273,7 @@ async def _web_info(files: Any, url: str) -> Mapping[str, Any] | None:
 
 
 async def _fill(file: Any) -> bytes:
-    """The next CHUNK bytes; fewer at the end. A connection's own pieces are too small to change threads for each."""
+    """The next CHUNK bytes; fewer at the end. Network reads are too small for one thread switch each."""
     parts: list[bytes] = []
     missing = CHUNK
     while missing and (part := await file.read(missing)):
@@ -282,7 +283,7 @@ async def _fill(file: Any) -> bytes:
 
 
 async def _close(file: Any) -> None:
-    if file.r is not None:  # the answer; s3fs's streamed files don't close theirs
+    if file.r is not None:  # the response, which s3fs's streamed files don't close
         file.r.close()
         file.r = None
     await file.close()

@@ -1,6 +1,7 @@
-"""Where adapters may come from, and how slowly: what a source named in a request is held against.
+"""Rules for adapter sources: where adapters may come from, and how slow a source may be.
 
-Owns the decisions. `sources` asks for each source and file, `remote_files` for each redirect and connection.
+The module owns the decisions. `sources` applies them to each source and file, `remote_files` to each redirect and
+connection.
 """
 
 from __future__ import annotations
@@ -12,21 +13,21 @@ from urllib.parse import unquote, urlsplit
 
 from preft.core.errors import InvalidAdapter
 
-NAT64 = ip_network("64:ff9b::/96")  # IPv4 addresses in the last four bytes
+NAT64 = ip_network("64:ff9b::/96")  # the last four bytes are an IPv4 address
 
 
 @dataclass(frozen=True, slots=True)
 class SourceRules:
-    """`allowed`: folders, and beginnings of addresses such as `s3://bucket/team`, `https://host` or `hf://`; None: all.
+    """`allowed` holds folders, and URI prefixes such as `s3://bucket/team`, `https://host` or `hf://`. None allows all.
 
-    A beginning with a host allows that host wherever it is. `http://` and `https://` alone allow public addresses, so
-    that no request makes the server fetch from inside its network.
+    A prefix with a host allows this host at any address. `http://` and `https://` without a host allow only public
+    addresses, so that no request makes the server fetch from inside its network.
     """
 
     allowed: tuple[str, ...] | None = None
 
     def check_path(self, path: str) -> None:
-        """Raises InvalidAdapter unless `path`, with its links followed, lies in an allowed folder."""
+        """Raises InvalidAdapter unless `path`, with symbolic links resolved, lies in an allowed folder."""
         if self.allowed is None:
             return
         real = os.path.realpath(path)
@@ -35,7 +36,7 @@ class SourceRules:
             raise not_allowed(path)
 
     def check_uri(self, uri: str) -> bool:
-        """Whether only public addresses may be connected to for `uri`. Raises InvalidAdapter if it isn't allowed."""
+        """Whether `uri` may connect to public addresses only. Raises InvalidAdapter if `uri` isn't allowed."""
         if self.allowed is None:
             return False
         if ".." in unquote(uri).replace("\\", "/").split("/"):
@@ -53,9 +54,9 @@ class SourceRules:
 
 @dataclass(frozen=True, slots=True)
 class SourceLimits:
-    """`timeout`: seconds without a byte after which a source has failed. `min_rate`: bytes per second, on average.
+    """Limits of remote sources. `timeout`: seconds without a byte after which a source fails.
 
-    Both are of remote sources; a fetch that is slower than `min_rate` is given up.
+    `min_rate`: average bytes per second below which a fetch fails.
     """
 
     timeout: float = 30.0
@@ -64,10 +65,10 @@ class SourceLimits:
 
 
 def is_public(host: str, *, unless_name: bool = False) -> bool:
-    """Whether the IP address `host` is one of the public internet. What isn't an address is `unless_name`."""
+    """Whether the IP address `host` is public. Returns `unless_name` for a host name."""
     try:
         address = ip_address(host.partition("%")[0])
-    except ValueError:  # a name, unless its last part is a number: 127.1 and 2130706433 are old ways to write addresses
+    except ValueError:  # a name, unless its last part is a number: 127.1 and 2130706433 are old forms of addresses
         return unless_name and not host.rstrip(".").rpartition(".")[2][:1].isdigit()
     if isinstance(address, IPv6Address):
         inner = address.ipv4_mapped or (IPv4Address(int(address) & 0xFFFFFFFF) if address in NAT64 else None)
@@ -78,7 +79,7 @@ def is_public(host: str, *, unless_name: bool = False) -> bool:
 
 
 def _is_in(place: str, folder: str) -> bool:
-    """Whether `place` is `folder` or below it. `https://` is the folder of all that begins so."""
+    """Whether `place` is `folder` or below it. A scheme such as `https://` contains all its URIs."""
     if folder.endswith("://"):
         return place.startswith(folder)
     folder = folder.rstrip("/")
@@ -86,7 +87,7 @@ def _is_in(place: str, folder: str) -> bool:
 
 
 def _web_normal(uri: str) -> str:
-    """A web address with its host in lower case; other addresses as they are."""
+    """A web address with its host in lower case; other addresses unchanged."""
     scheme, separator, rest = uri.partition("://")
     if scheme.lower() not in ("http", "https"):
         return uri
@@ -95,7 +96,7 @@ def _web_normal(uri: str) -> str:
 
 
 def not_allowed(source: str) -> InvalidAdapter:
-    """What is raised for a source that the rules don't allow."""
+    """The error for a source that the rules don't allow."""
     return InvalidAdapter(
         f"adapters may not be read from {source}: upload the adapter, or add the place to the setting adapter_sources",
         param="source",

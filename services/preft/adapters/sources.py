@@ -1,7 +1,7 @@
-"""Where adapters come from: a local folder, or one at s3://, gs://, http(s):// or hf://, as a few files to read.
+"""Opens an adapter's source: a local folder, or a folder at s3://, gs://, http(s):// or hf://, as a few files to read.
 
-Owns which files make an adapter and what is said if they aren't there. `remote_files` reaches those that aren't local.
-Content and size are checked elsewhere. Everything blocks, and may be called in several threads at once.
+The module owns which files make an adapter, and the errors for missing ones. `remote_files` reads files that aren't
+local. Other modules check content and size. All calls block, and are safe in several threads at once.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from preft.core.errors import InvalidAdapter, PreftError, SourceNotFound, Unavai
 from preft.rpc.checked import CONTROL, MAX_TEXT
 
 ADAPTER_FILES = (*LORA_FILES, *REFT_FILES)
-LISTED = 1000  # names of a folder, to say what is there instead of an adapter
+LISTED = 1000  # names read from a folder without an adapter, to explain what the folder holds
 SCHEME = re.compile(r"([^/]*)://(.*)", re.DOTALL)
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub", "http": "aiohttp", "https": "aiohttp"}
 UNLIMITED = SourceLimits()
-MAX_URI = MAX_TEXT // 2  # a relative path becomes longer
+MAX_URI = MAX_TEXT // 2  # a relative path gets longer when it is made absolute
 SERVED = "a local path, s3://, gs://, http://, https:// or hf://"
 
 
 class AdapterSource:
-    """One adapter's source. `uri` is normalised: a local one is an absolute path; none ends in a slash.
+    """One adapter's source. `uri` is normalised: a local `uri` is an absolute path, and no `uri` ends in a slash.
 
-    `place` is what slow sources have in common: their scheme and host or bucket, "" for local ones.
+    `place` is the scheme with host or bucket; "" for local sources. Slow sources of one place share its threads.
     """
 
     def __init__(self, uri: str, folder: LocalFolder | RemoteFolder, stop: threading.Event) -> None:
@@ -49,17 +49,17 @@ class AdapterSource:
         self._stop = stop
 
     def files(self) -> dict[str, int | None]:
-        """The adapter's files, each with its size in bytes, None where the server doesn't say.
+        """The adapter's files with their sizes in bytes; None where the server doesn't report a size.
 
-        Raises SourceNotFound if there is none of them, InvalidAdapter if they are not a whole adapter, Unavailable if
-        the source can't be reached.
+        Raises SourceNotFound if no adapter file exists, InvalidAdapter if the files are not a whole adapter, and
+        Unavailable if the source can't be reached.
         """
         return {name: found.size for name, found in self._adapter().items()}
 
     def read(self, name: str) -> Generator[bytes]:
         """The file's bytes, about 1 MiB at a time.
 
-        Raises Unavailable if the source fails, falls silent or ends early, InvalidAdapter if the file is gone.
+        Raises Unavailable if the source fails, stalls or ends early, and InvalidAdapter if the file is gone.
         """
         for chunk in self._folder.read(name):
             if self._stop.is_set():
@@ -67,9 +67,10 @@ class AdapterSource:
             yield chunk
 
     def stamp(self) -> str:
-        """Changes when a file is rewritten; reads none. "" if the source tells nothing of the kind. Raises as `files`.
+        """A text that changes when a file is rewritten; "" if the source reports no versions. Raises as `files`.
 
-        For a local folder from sizes, times of change and inodes, else from what the server says of its versions.
+        The stamp of a local folder is made of sizes, change times and inodes; that of a remote one, of the versions
+        that the server reports. No file is read.
         """
         marks = [(name, found.mark) for name, found in self._adapter().items()]
         if not all(mark for _, mark in marks):
@@ -77,7 +78,7 @@ class AdapterSource:
         return hashlib.sha256(repr(marks).encode()).hexdigest()[:32]
 
     def text_files(self) -> dict[str, bytes]:
-        """What the folder says of text: the beginnings of its TEXT_FILES. Those that can't be read are left out."""
+        """The beginnings of the folder's TEXT_FILES. Files that can't be read are left out."""
         texts = {}
         with suppress(PreftError):
             for name, found in self._folder.find(TEXT_FILES).items():
@@ -106,10 +107,10 @@ class AdapterSource:
 
 
 def open_source(uri: str, limits: SourceLimits = UNLIMITED, *, stop: threading.Event | None = None) -> AdapterSource:
-    """The source at `uri`, which isn't looked at yet. Once `stop` is set, from any thread, reading it soon ends.
+    """The source at `uri`, without access to it yet. Once a thread sets `stop`, reading the source soon ends.
 
-    Raises InvalidAdapter if no source can be there: an unknown scheme, one whose package isn't installed, or a place
-    that `limits` doesn't allow.
+    Raises InvalidAdapter for an unknown scheme, a scheme whose package isn't installed, or a place that `limits`
+    doesn't allow.
     """
     stop = stop or threading.Event()
     scheme, place = _split(uri)
@@ -133,16 +134,17 @@ def open_source(uri: str, limits: SourceLimits = UNLIMITED, *, stop: threading.E
 
 
 class LocalFolder:
-    """The folder at `path`. Links in it are followed, as far as `rules` allow."""
+    """The folder at `path`. Symbolic links are followed as far as `rules` allow."""
 
     def __init__(self, path: str, rules: SourceRules) -> None:
         self._path = path
         self._rules = rules
 
     def find(self, names: Iterable[str]) -> dict[str, FoundFile]:
-        """Those of `names` that are there.
+        """The files among `names` that exist.
 
-        Raises SourceNotFound if the folder isn't, InvalidAdapter if it is none, Unavailable if it can't be read.
+        If none exists, raises SourceNotFound for a missing folder, InvalidAdapter if `path` isn't a folder, and
+        Unavailable if the folder can't be read. Raises Unavailable for a file that can't be read.
         """
         found = {}
         for name in names:
@@ -160,13 +162,13 @@ class LocalFolder:
         return found
 
     def read(self, name: str) -> Generator[bytes]:
-        """The file's bytes. Raises InvalidAdapter if it isn't there or is no file, Unavailable if it can't be read."""
+        """The file's bytes. Raises InvalidAdapter if it is missing or not a file, Unavailable if it can't be read."""
         try:
-            # A pipe that took the file's place mustn't make the opening wait for a writer.
+            # Without O_NONBLOCK, opening a pipe that has replaced the file would wait for a writer.
             with open(f"{self._path}/{name}", "rb", buffering=0, opener=_open_without_waiting) as file:
                 if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                     raise InvalidAdapter(f"{name} in {self._path} is not a regular file")
-                self._rules.check_path(f"/proc/self/fd/{file.fileno()}")  # what was opened, whatever the name is now
+                self._rules.check_path(f"/proc/self/fd/{file.fileno()}")  # the opened file, even if it was renamed
                 while chunk := file.read(CHUNK):
                     yield chunk
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
@@ -175,7 +177,7 @@ class LocalFolder:
             raise Unavailable(f"{name} in {self._path} can't be read: {error.strerror}") from error
 
     def names(self) -> set[str]:
-        """What is in the folder, and of its subfolders the configurations of adapters. Empty if it can't be listed."""
+        """Names in the folder, and adapter configurations in its subfolders. Empty if the folder can't be listed."""
         names: set[str] = set()
         with suppress(OSError), os.scandir(self._path) as entries:
             for entry in islice(entries, LISTED):
@@ -209,7 +211,7 @@ def _open_without_waiting(path: str, flags: int) -> int:
 
 
 def _split(uri: str) -> tuple[str, str]:
-    if not uri or len(uri) > MAX_URI or CONTROL.search(uri):  # workers would refuse it
+    if not uri or len(uri) > MAX_URI or CONTROL.search(uri):  # workers would refuse this source
         raise _refusal(f"no adapter can be at {uri[:100]!r}: name {SERVED}")
     match = SCHEME.fullmatch(uri)
     return (match[1].lower(), match[2]) if match else ("", uri)

@@ -1,10 +1,10 @@
-"""A prefill worker's adapters over all tiers: source, disk, host memory, engine.
+"""A prefill worker's adapters in all tiers: source, disk, host memory, engine.
 
-Owns what is in host memory and who uses it. An adapter comes in once for however many ask for it, beside the engine's
-steps, and is held against its digest each time; one that is in use stays, the others go by least recent use. Pinned
-ones stay too; where they lie so that another adapter fits nowhere beside them, they make room and come back at once.
-What the engine has in its slots is the engine's business: it takes it from host memory, where it finds it as long as
-somebody uses it.
+The store owns the adapters in host memory, and the count of their users. Concurrent requests for an adapter share one
+load, which checks the digest and runs beside the engine's steps. An adapter in use stays; unused ones are evicted,
+least recently used first. A pinned adapter is evicted only if another adapter fits nowhere beside the pinned ones, and
+is loaded again at once. The engine's slots are vLLM's. The engine copies an adapter from host memory, and the region
+there is kept while a request uses the adapter.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-ATTEMPTS = 5  # at a fetch whose copy is evicted or damaged before it is read
-READS = 2  # disk reads at a time
-NICENESS = 10  # of their threads: engine steps come first
-ROOM_SECONDS = 30.0  # how long a load waits for host memory
+ATTEMPTS = 5  # fetches of an adapter whose copy is evicted or damaged before it is read
+READS = 2  # concurrent disk reads
+NICENESS = 10  # of the fetch and read threads: engine steps come first
+ROOM_SECONDS = 30.0  # a load's longest wait for host memory
 LISTED = 1024  # adapters named in a heartbeat
 
 
 class AdapterEngine(Protocol):
-    """What the store needs of an engine: see `preft.engine.port.Engine`."""
+    """The store's view of an engine: see `preft.engine.port.Engine`."""
 
     async def place_adapter(self, adapter: AdapterRef, region: Region) -> None: ...
 
@@ -62,7 +62,7 @@ class AdapterEngine(Protocol):
 
 
 class AdapterStore:
-    """The adapters of one worker. For one asyncio loop."""
+    """The adapters of one worker. Use it inside one asyncio loop."""
 
     def __init__(
         self,
@@ -75,29 +75,29 @@ class AdapterStore:
         *,
         room_timeout: float = ROOM_SECONDS,
     ) -> None:
-        """`engine` has `slots` slots and takes adapters from `arena`.
+        """`engine` has `slots` slots and copies adapters from `arena`.
 
-        `room_timeout`: seconds that a load waits for host memory, and a pinned adapter that had to go and couldn't
-        come back until it tries again.
+        `room_timeout`: seconds that a load waits for host memory, and seconds between attempts to load an evicted
+        pinned adapter again.
         """
         self._worker_id = worker_id
         self._disk = disk
         self._arena = arena
         self._engine = engine
         self._limits = limits
-        self._stop = threading.Event()  # ends what is fetched
+        self._stop = threading.Event()  # ends fetches
         self._room_timeout = room_timeout
         self._regions: OrderedDict[str, Region] = OrderedDict()  # by digest, least recently used first
         self._adapters: dict[str, AdapterRef] = {}  # by digest, those in host memory
         self._users: Counter[str] = Counter()
         self._pinned: frozenset[str] = frozenset()
         self._loading: dict[str, asyncio.Task[None]] = {}
-        self._background = Background()  # what leaves late, and what comes back
+        self._background = Background()  # ends of aborted uses, and returns of pinned adapters
         self._last_used: dict[str, float] = {}
-        self._slots: OrderedDict[str, None] = OrderedDict()  # what the engine's slots hold, most recent last
+        self._slots: OrderedDict[str, None] = OrderedDict()  # adapters in the engine's slots, most recent last
         self._slot_limit = slots
-        self._came_from: dict[str, Tier] = {}  # adapters that were brought in and not used yet
-        self._forgotten: set[str] = set()  # in use, but no name points to them
+        self._came_from: dict[str, Tier] = {}  # the origin of adapters that were loaded and not used yet
+        self._forgotten: set[str] = set()  # adapters in use to which no name points
         self._hits: Counter[Tier] = Counter()
         self._loads: Counter[Tier] = Counter()
         self._load_seconds = dict.fromkeys((Tier.DISK, Tier.SOURCE), 0.0)
@@ -111,21 +111,21 @@ class AdapterStore:
         return tuple(self._regions)[-LISTED:]
 
     async def prefetch(self, adapter: AdapterRef) -> None:
-        """Brings the adapter into host memory, unless it is there. Raises as `using`."""
+        """Loads the adapter into host memory, unless it is there. Raises as `using`."""
         if adapter.digest not in self._regions:
             await self._loaded(adapter)
 
     @asynccontextmanager
     async def using(self, adapter: AdapterRef) -> AsyncIterator[None]:
-        """Inside, the adapter is in host memory, and the engine finds it there.
+        """Inside this context the adapter is in host memory, where the engine finds it.
 
-        Raises AdapterUnavailable if its content can't be had any more or the engine refuses it: that is no fault of the
-        request that names it. Raises Unavailable if there is no room for it.
+        Raises AdapterUnavailable if the adapter's content can't be obtained, or if the engine refuses the adapter: the
+        request is not at fault. Raises Unavailable if host memory has no room.
         """
         digest = adapter.digest
         self._users[digest] += 1
         try:
-            while digest not in self._regions:  # again, should it have been evicted in between
+            while digest not in self._regions:  # repeats after an eviction
                 await self._loaded(adapter)
             self._hits[self._found_in(digest)] += 1
             self._touch(digest)
@@ -138,7 +138,7 @@ class AdapterStore:
         self._left(digest)
 
     async def _leave_aborted(self, digest: str) -> None:
-        """A request that was given up may be in the engine's next step still, and needs its adapter there."""
+        """Ends the use after the engine has dropped the aborted request, which may still be in the next step."""
         with suppress(PreftError):
             await self._engine.aborted()
         self._left(digest)
@@ -153,23 +153,23 @@ class AdapterStore:
         self._settle(digest)
 
     def _found_in(self, digest: str) -> Tier:
-        """Where a request has found its adapter: for the first one after a load, that is where it came from."""
+        """The tier where a request found its adapter. The first request after a load counts for the load's origin."""
         now = Tier.SLOT if digest in self._slots else Tier.HOST
         return self._came_from.pop(digest, now)
 
     def pin(self, digests: Collection[str]) -> None:
-        """From now on exactly these stay, in host memory once they are there and on disk.
+        """Pins exactly these digests: they stay on disk, and in host memory once they are there.
 
-        One that has to go, because another fits nowhere beside the pinned ones, is brought back.
+        A pinned adapter that is evicted, because another fits nowhere beside the pinned ones, is loaded again.
         """
         before, self._pinned = self._pinned, frozenset(digests)
         self._disk.pinned = self._pinned
-        self._forgotten -= self._pinned  # a name has come back to it
+        self._forgotten -= self._pinned  # a pinned digest has a name
         for digest in before ^ self._pinned:
             self._settle(digest)
 
     def forget(self, digests: Collection[str]) -> None:
-        """No name points to these any more: they leave host memory, once nobody uses them."""
+        """Drops adapters that have lost their last name from host memory, once no request uses them."""
         for digest in digests:
             if self._users[digest]:
                 self._forgotten.add(digest)
@@ -181,7 +181,7 @@ class AdapterStore:
                 self._gone(digest)
 
     def where(self, digest: str) -> AdapterPlace:
-        """The nearest tier that has this content."""
+        """The nearest tier with this content, and the content's uses."""
         if digest in self._regions:
             tier = Tier.SLOT if digest in self._slots else Tier.HOST
         else:
@@ -189,7 +189,7 @@ class AdapterStore:
         return AdapterPlace(self._worker_id, tier, self._last_used.get(digest, 0.0), self._users[digest])
 
     def load(self) -> AdapterLoad:
-        """What the tiers hold and have done, for the heartbeat."""
+        """The tiers' contents and counters, for the heartbeat."""
         return AdapterLoad(
             slots=self._slot_limit,
             slots_used=len(self._slots),
@@ -205,7 +205,7 @@ class AdapterStore:
         )
 
     async def close(self) -> None:
-        """Ends the loads under way. Threads that read a source end soon, by themselves."""
+        """Cancels loads under way. Threads that read a source end soon, by themselves."""
         self._stop.set()
         while loading := list(self._loading.values()):
             for task in loading:
@@ -217,10 +217,10 @@ class AdapterStore:
         self._reading.shutdown(wait=False, cancel_futures=True)
 
     async def _loaded(self, adapter: AdapterRef) -> None:
-        """Waits for the one load of this adapter. Who leaves early doesn't end it for the others."""
+        """Waits for the adapter's one load. A cancelled waiter doesn't cancel the load."""
         digest = adapter.digest
         task = self._loading.get(digest)
-        if task is None or task.done():  # it is there until its callback runs, and evicted again by then maybe
+        if task is None or task.done():  # a done task stays until its callback; its adapter may be evicted already
             task = asyncio.create_task(self._load(adapter), name=f"load-{digest[:12]}")
             self._loading[digest] = task
             task.add_done_callback(lambda task: self._load_ended(digest, task))
@@ -252,7 +252,7 @@ class AdapterStore:
         self._settle(adapter.digest)
 
     async def _bring_in(self, adapter: AdapterRef) -> tuple[Region, Tier]:
-        """Its content in host memory, and where that is from. No file is open while it waits for room or a thread."""
+        """Loads the content into host memory, from disk or source. While it waits, it keeps no file open."""
         for fetches in range(1 + ATTEMPTS):
             if fetches:
                 sizes = await self._fetch(adapter)
@@ -278,13 +278,13 @@ class AdapterStore:
         try:
             return AdapterFiles(folder)
         except FileNotFoundError:
-            return None  # evicted in this moment
+            return None  # evicted just now
         except DamagedCopy:
             self._disk.discard(digest)
             return None
 
     def _sizes(self, digest: str) -> tuple[int, int] | None:
-        """Bytes of the copy on disk, and of what it is in memory; None if there is none."""
+        """Bytes of the copy on disk, and of its packed form in memory; None if there is no copy."""
         files = self._open(digest)
         if files is None:
             return None
@@ -292,7 +292,7 @@ class AdapterStore:
         return files.size, files.packed_size
 
     async def _fetch(self, adapter: AdapterRef) -> tuple[int, int] | None:
-        """See `_sizes`: None if the copy was evicted in this moment."""
+        """Fetches a copy and returns its `_sizes`; None if the copy was evicted at once."""
         try:
             source = open_source(adapter.source, self._limits, stop=self._stop)
 
@@ -310,7 +310,7 @@ class AdapterStore:
             raise _unavailable(adapter, "it can't be fetched from its source", error) from error
 
     async def _read(self, adapter: AdapterRef, size: int, packed_size: int) -> Region | None:
-        """None if the copy has left the disk by now. Raises DamagedCopy, or Unavailable if there is no room."""
+        """Packs the copy into a new region; None if the copy is gone. Raises DamagedCopy, or Unavailable if full."""
         digest = adapter.digest
         try:
             region = await self._arena.reserve(packed_size, timeout=self._room_timeout, pinned=digest in self._pinned)
@@ -323,7 +323,7 @@ class AdapterStore:
             if await self._in(self._reading, self._pack, digest, self._arena.view(region)):
                 return region
         except asyncio.CancelledError:
-            raise  # the store closes; the thread still writes to the region
+            raise  # the store closes; its thread may still write to the region, so the region isn't released
         except BaseException:
             self._arena.release(region)
             raise
@@ -331,7 +331,7 @@ class AdapterStore:
         return None
 
     def _pack(self, digest: str, memory: memoryview) -> bool:
-        """Fills `memory` with the copy on disk, unless that is gone. Raises DamagedCopy."""
+        """Fills `memory` from the copy on disk; False if the copy is gone. Raises DamagedCopy."""
         files = self._open(digest)
         if files is None:
             return False
@@ -348,7 +348,7 @@ class AdapterStore:
         self._settle(digest)
 
     def _settle(self, digest: str) -> None:
-        """Evictable or not, now that something has changed."""
+        """Applies pins and users to the adapter's region: kept or evictable."""
         region = self._regions.get(digest)
         if region is None:
             return
@@ -366,7 +366,7 @@ class AdapterStore:
             self._background.start(self._bring_back(adapter), f"the return of the pinned adapter {adapter.name!r}")
 
     async def _bring_back(self, adapter: AdapterRef) -> None:
-        """A pinned adapter had to go: brings it in again, however often that takes."""
+        """Loads an evicted pinned adapter again, and retries until it succeeds or the pin ends."""
         while adapter.digest in self._pinned:
             try:
                 return await self.prefetch(adapter)
@@ -385,15 +385,15 @@ class AdapterStore:
 
 
 def _nothing_more(copy: Path) -> None:
-    """The digest says that the catalog has checked this content."""
+    """Checks nothing: the digest shows that the catalog has checked this content."""
 
 
 def _unavailable(adapter: AdapterRef, why: str, error: PreftError) -> AdapterUnavailable:
-    """For requests under an adapter that was added. What is wrong with files and hosts is for the log."""
+    """The error for requests that use an added adapter. Details about files and hosts go to the log alone."""
     logger.warning("adapter %r, from %s, can't be used: %s", adapter.name, adapter.source, error)
     return AdapterUnavailable(f"adapter {adapter.name!r} can't be used now: {why}")
 
 
 def _give_way() -> None:
-    """For threads whose work waits for that of others (on Linux each thread has a niceness of its own)."""
+    """Lowers this thread's priority; on Linux each thread has a niceness of its own."""
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

@@ -1,6 +1,6 @@
-"""Reads safetensors files without a tensor library: names, types and shapes from the header, finiteness from the bytes.
+"""Reads safetensors files without a tensor library: types and shapes from the header, checks of the values.
 
-Needed because the gateway checks adapters and never imports torch, and numpy has no bfloat16.
+The gateway checks adapters and never imports torch, and numpy has no bfloat16; hence this module.
 Format: https://huggingface.co/docs/safetensors/index#format
 """
 
@@ -19,19 +19,19 @@ CHECKED_AT_ONCE = 1 << 22  # elements
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 ITEM_BYTES |= {f"{sign}{8 * size}": size for sign in "IU" for size in (1, 2, 4, 8)} | {"BOOL": 1}
 NUMPY_TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-BF16_EXPONENT = 0x7F80  # all ones: infinity or not a number
+BF16_EXPONENT = 0x7F80  # all ones: infinity or NaN
 
 
 Array = np.ndarray[Any, Any]
 
 
 class BrokenTensorFile(ValueError):
-    """Not a whole safetensors file. `str(error)` says what is wrong, without the file's name."""
+    """Not a whole safetensors file. `str(error)` is the reason, without the file's name."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor: its element type in safetensors' words, its shape, and where its bytes lie in the file."""
+    """One tensor: its safetensors element type, its shape, and the offsets of its bytes in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -40,7 +40,7 @@ class TensorEntry:
 
 
 def read_entries(path: Path) -> dict[str, TensorEntry]:
-    """All tensors of the file, by name. Reads the header alone, and holds it against the file's size.
+    """All tensors of the file, by name. Reads the header alone, and checks it against the file's size.
 
     Raises BrokenTensorFile, or OSError if the file can't be read.
     """
@@ -54,13 +54,13 @@ def read_entries(path: Path) -> dict[str, TensorEntry]:
 
 
 def entries_in(memory: memoryview) -> dict[str, TensorEntry]:
-    """All tensors of a file that lies in memory. Raises BrokenTensorFile."""
+    """All tensors of a file in memory. Raises BrokenTensorFile."""
     header_bytes = int.from_bytes(memory[:8], "little")
     return _entries(bytes(memory[8 : 8 + header_bytes]), len(memory))
 
 
 def _entries(raw: bytes, size: int) -> dict[str, TensorEntry]:
-    """What a header says about a file of `size` bytes."""
+    """The tensors that a header describes, in a file of `size` bytes."""
     try:
         header = json.loads(raw)
     except (ValueError, RecursionError) as error:
@@ -92,7 +92,7 @@ def is_finite(path: Path, entry: TensorEntry) -> bool:
 
 
 def equal_values(path: Path, entry: TensorEntry, other_path: Path, other: TensorEntry) -> bool:
-    """Whether two tensors of one shape hold the same, as far as the less precise of their types can tell.
+    """Whether two tensors of one shape are equal, after rounding to the less precise of their types.
 
     Both must be F32, F16 or BF16.
     """
@@ -123,7 +123,7 @@ def _as_float32(values: Array, dtype: str) -> Array:
 
 
 def _rounded(values: Array, dtype: str) -> Array:
-    """float32 `values`, finite, as they are after they have been of type `dtype`. Rounds to the nearest even."""
+    """Finite float32 `values`, rounded to type `dtype` (to nearest even), as float32."""
     if dtype == "BF16":
         bits = values.view("<u4").astype("<u8")
         rounded: Array = ((bits + 0x7FFF + ((bits >> 16) & 1) >> 16) << 16).astype("<u4").view("<f4")

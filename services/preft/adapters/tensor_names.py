@@ -1,8 +1,8 @@
-"""What the name of a tensor in a PEFT weights file means. One rule, for the check at the gateway and for the engine.
+"""Reads the names of tensors in PEFT weights files. The gateway's check and the engine share this one rule.
 
 Training wrappers write the same module under many names: `base_model.model.model.layers.0.mlp.up_proj`, the same with
 the prefix twice or not at all, with `_orig_mod` (torch.compile), `_fsdp_wrapped_module` (FSDP) or `module` (DDP) in
-it, or inside a multimodal model (`language_model`). Each has one meaning here; no other name is understood.
+it, or inside a multimodal model (`language_model`). Each of these names has one meaning here; no other name has one.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ BASE_WEIGHT = re.compile(INNER + r"(?P<tail>lm_head|embed_tokens)(?:\.base_layer
 class LoraTensor:
     """One side ("A" or "B") of a module's LoRA.
 
-    `module` is the module's name in the base model, `spelling` the name that the file's model had for the module, and
-    `adapter` the name that the adapter had while it was trained ("" where the file leaves it out).
+    `module` is the module's name in the base model, `spelling` its name in the model of the training, and `adapter` the
+    adapter's name during the training ("" if the file has none).
     """
 
     module: str
@@ -38,7 +38,7 @@ class LoraTensor:
 
 
 def read_lora_name(name: str) -> LoraTensor | None:
-    """The LoRA tensor that `name` stands for; None if it stands for none."""
+    """The LoRA tensor of this name; None for a name that isn't understood."""
     spelling = _unwrapped(name)
     match = LORA.fullmatch(spelling)
     if match is None:
@@ -49,7 +49,7 @@ def read_lora_name(name: str) -> LoraTensor | None:
 
 
 def read_base_name(name: str) -> str | None:
-    """HEAD or EMBEDDING if `name` stands for a copy of that weight of the base model, else None.
+    """HEAD or EMBEDDING if `name` is that of a copy of this base model weight, else None.
 
     PEFT saves both beside a LoRA on the output layer, and after the vocabulary was resized.
     """

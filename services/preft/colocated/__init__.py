@@ -1,1 +1,1 @@
-"""Colocated workers: one engine runs the prompt under its adapter and the output without, nothing is transferred."""
+"""Colocated workers: one engine runs the prompt with its adapter and the output without it. No KV is transferred."""

@@ -1,4 +1,7 @@
-"""A colocated worker's service: each choice from prompt to end in one engine, the adapter on the prompt alone."""
+"""A colocated worker's service: each choice from prompt to end in one engine, with the adapter on the prompt alone.
+
+The engine's scheduler and model runner keep the adapter off the output.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from preft.rpc.convert import adapter_from_proto, sampling_from_proto
 
 
 class ColocatedService(ChoiceService):
-    """One colocated worker's gRPC face."""
+    """The gRPC service of one colocated worker."""
 
     def __init__(self, engine: Engine, adapters: AdapterStore) -> None:
         super().__init__()

@@ -1,1 +1,1 @@
-"""Adapters of other projects, turned into the folders that are served."""
+"""Converts adapters of other projects to folders that PreFT serves."""

@@ -1,9 +1,10 @@
-"""From what pyreft saves to a ReFT folder (docs/adapters.md).
+"""Converts a folder that pyreft saved to a ReFT folder (docs/adapters.md).
 
 pyreft (through pyvene's `IntervenableModel.save`) writes config.json, which lists the interventions, and one pickle of
-tensors, `intkey_<key>.bin`, for each. A LoReFT's holds `weight` and `bias` of its source and `rotate_layer`, which is
-R transposed. A DiReFT's is its module's state, in which R is an orthogonal parametrization that only torch itself can
-multiply out. Which positions were intervened on is nowhere in it: pyreft decides that when it prepares its data.
+tensors per intervention, `intkey_<key>.bin`. A LoReFT pickle holds `weight` and `bias` of its source, and
+`rotate_layer`, which is R transposed. A DiReFT pickle holds its module's state, in which R is an orthogonal
+parametrization that only torch itself can multiply out. The folder doesn't record the positions: pyreft chooses them
+when it prepares its data.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from preft.adapters.reft_format import BIAS, ROTATE, SOURCE
 from preft.core.errors import InvalidAdapter
 
 METHODS = {"LoreftIntervention": "loreft", "DireftIntervention": "direft"}
-BLOCK_OUTPUT = re.compile(r"(?:.*\.)?layers\[(\d+)\]\.output")  # pyvene's other way to say block_output of a layer
+BLOCK_OUTPUT = re.compile(r"(?:.*\.)?layers\[(\d+)\]\.output")  # pyvene's other name for a layer's block_output
 PARAMETRIZED = "rotate_layer.parametrizations.weight."
 
 
 @dataclass(frozen=True, slots=True)
 class _Intervention:
-    """One entry of pyreft's config: after which layer, of which class, and the names its file may have."""
+    """One entry of pyreft's config: its layer, its method, and possible names of its file."""
 
     layer: int
     method: str
@@ -40,9 +41,9 @@ class _Intervention:
 
 
 def convert_pyreft(source: Path, target: Path, positions: str) -> None:
-    """Writes the ReFT folder `target` from pyreft's folder `source`. `positions` as in reft_config.json.
+    """Converts pyreft's folder `source` to the ReFT folder `target`. `positions` is as in reft_config.json.
 
-    Raises InvalidAdapter if `source` isn't what pyreft writes, or holds what has no equal here, and writes nothing.
+    Raises InvalidAdapter, and writes nothing, if `source` isn't from pyreft or can't be expressed in PreFT's format.
     """
     read_positions(positions)
     interventions = _interventions(source)
@@ -103,14 +104,14 @@ def _interventions(source: Path) -> list[_Intervention]:
 
 
 def _entry(entry: Any) -> tuple[Any, str, str, Any]:
-    """Layer, component, unit and number of units, from a named tuple as JSON (a list) or from an object."""
+    """Layer, component, unit and number of units of an entry, which is a list (a named tuple in JSON) or an object."""
     values = entry if isinstance(entry, list) else [entry[key] for key in ("layer", "component", "unit")]
     units = entry.get("max_number_of_units", 1) if isinstance(entry, dict) else entry[3]
     return values[0], str(values[1]), str(values[2]), units
 
 
 def _tensors(source: Path, one: _Intervention) -> dict[str, torch.Tensor]:
-    """Our tensors of one intervention, float32: R and W [rank, hidden size], b [rank]."""
+    """One intervention's tensors in our format, float32: R and W [rank, hidden size], b [rank]."""
     path = next((source / name for name in one.files if (source / name).is_file()), None)
     if path is None:
         raise InvalidAdapter(f"{one.files[0]} is missing in {source}")

@@ -1,1 +1,1 @@
-"""Decode workers: continue from a prompt's KV cache and the tokens so far. Adapters don't exist here."""
+"""Decode workers: continue from a prompt's KV cache and the tokens so far, without adapters."""

@@ -1,6 +1,6 @@
-"""The `DecodeWorker` service without the question where a choice comes from: calls in, and an end for every choice.
+"""The `DecodeWorker` service for any source of choices: takes Decode calls, and ends every choice with an answer.
 
-Owns the count of running choices. Many choices share a call: see `session`.
+The service owns the count of running choices. A subclass generates a choice; `session` handles a call's many choices.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ logger = logging.getLogger(__name__)
 
 
 Deltas = AsyncGenerator[TokenDelta, None]
-"""A choice's deltas, the last one with its finish reason. Raises a PreftError if the choice can't be made."""
+"""A choice's deltas; the last one has a finish reason. Raises a PreftError if the choice fails."""
 
 
 class ChoiceService(workers_pb2_grpc.DecodeWorkerServicer):
-    """Serves each choice with what a subclass makes of it."""
+    """Serves choices that a subclass generates."""
 
     def __init__(self) -> None:
         self.running = 0
 
     @abstractmethod
     def begin(self, request: workers_pb2.DecodeRequest) -> Callable[[workers_pb2.DecodeChoice], Deltas]:
-        """Works out, once, what the request's choices share; the result makes one choice. Raises InvalidRequest."""
+        """Prepares the shared part of the request's choices; the result starts one choice. Raises InvalidRequest."""
 
     async def Decode(
         self, commands: AsyncIterator[workers_pb2.DecodeCommand], context: grpc.aio.ServicerContext
@@ -57,7 +57,7 @@ class ChoiceService(workers_pb2_grpc.DecodeWorkerServicer):
         choice: workers_pb2.DecodeChoice,
         put: Put,
     ) -> None:
-        """Gives `put` everything there is to say of one choice: its deltas, the last one finished, or an error."""
+        """Gives `put` all deltas of one choice, the last one with a finish reason, or an error."""
         self.running += 1
         try:
             async with aclosing(generate(choice)) as deltas:
@@ -76,7 +76,7 @@ class ChoiceService(workers_pb2_grpc.DecodeWorkerServicer):
 
 
 def choice_sampling(sampling: Sampling, index: int) -> Sampling:
-    """How this one choice of a request is sampled: its seed is its own."""
+    """The sampling of one choice of a request: each choice has its own seed."""
     if sampling.seed is None:
         return sampling
     return dataclasses.replace(sampling, seed=sampling.seed + index)

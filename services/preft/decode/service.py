@@ -1,6 +1,6 @@
-"""A decode worker's service: continues choices from KV that arrived under handles, whole and verified, or fails them.
+"""A decode worker's service: continues choices from KV that arrived whole and verified under a handle, or fails them.
 
-Owns the link between a claimed handle and the engine request that uses it.
+The service owns the link between a claimed handle and the engine request that uses it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from preft.transfer.port import hash_prompt
 
 
 class DecodeService(ChoiceService):
-    """One decode worker's gRPC face."""
+    """The gRPC service of one decode worker."""
 
     def __init__(self, engine: Engine, handles: HandleTable) -> None:
         super().__init__()
@@ -88,9 +88,9 @@ class DecodeService(ChoiceService):
 
 
 def _salt(adapter_digest: str, prompt_length: int) -> str:
-    """What a prefix-cache entry depends on beside its tokens.
+    """The properties on which a prefix-cache entry depends beside its tokens.
 
-    Up to the prompt's end KV was made under the adapter, after it by the base model: only requests with the same
-    adapter and the same prompt length agree on every position. For the base model there is no such border.
+    The adapter made the KV up to the prompt's end, and the base model the KV after it. So only requests with the same
+    adapter and the same prompt length agree at every position. The base model has no such border.
     """
     return f"{adapter_digest}:{prompt_length}" if adapter_digest else ""

@@ -1,6 +1,6 @@
-"""One Decode call, which carries many choices: its commands in, and their tokens out in one message per engine step.
+"""One Decode call with many choices: its commands in, and the choices' tokens out in one message per engine step.
 
-Owns a task per running choice. What a choice is and how it is decoded is `service`'s business.
+The session owns a task per running choice. `choices` and its subclasses own how a choice is decoded.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from preft.rpc.status import error_to_proto
 logger = logging.getLogger(__name__)
 
 Put = Callable[[TokenDelta | PreftError], None]
-"""Takes what there is to say of a choice: its deltas, the last one finished, or the error it ended with."""
+"""Takes a choice's deltas, the last one with a finish reason, or the error that ended it."""
 
 Serve = Callable[[workers_pb2.DecodeChoice, Put], Coroutine[Any, Any, None]]
-"""Runs one choice, and is cancelled if nobody wants it any more."""
+"""Runs one choice. The session cancels it when the caller cancels the choice."""
 
 
 class DecodeSession:
-    """One Decode call: starts and cancels choices as told, and gathers what they say in one engine step."""
+    """One Decode call: starts and cancels choices on command, and gathers their output of one engine step."""
 
     def __init__(self, begin: Callable[[workers_pb2.DecodeRequest], Serve]) -> None:
-        """`begin` is called once per request, for all its choices. If it raises, all of them end with the error."""
+        """`begin` is called once per request, for all its choices. If it raises, all of them end with that error."""
         self._begin = begin
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._events: list[workers_pb2.DecodeEvent] = []
@@ -39,9 +39,9 @@ class DecodeSession:
     async def run(
         self, commands: AsyncIterator[workers_pb2.DecodeCommand]
     ) -> AsyncGenerator[workers_pb2.DecodeEvents, None]:
-        """Messages until the caller has no more commands and every choice has ended. Closing it cancels them all.
+        """Yields messages until the caller's commands and all choices have ended. Closing cancels all choices.
 
-        Raises InvalidRequest if the caller uses an id again that hasn't ended.
+        Raises InvalidRequest if the caller reuses the id of a running choice.
         """
         reader = asyncio.create_task(self._read(commands))
         try:
@@ -70,7 +70,7 @@ class DecodeSession:
             self._changed.set()
 
     async def _start(self, request: workers_pb2.DecodeRequest) -> None:
-        """Starts the choices one after the other: other work comes in between, however many they are."""
+        """Starts the choices one after the other, so that other tasks run in between."""
         try:
             serve = self._begin(request)
         except Exception as error:  # the call's other choices go on
@@ -99,7 +99,7 @@ class DecodeSession:
     def _ended(self, number: int, task: asyncio.Task[None]) -> None:
         del self._tasks[number]
         broken = task.cancelled() or task.exception() is not None
-        if broken and not task.cancelling():  # nobody here cancelled it, and its caller would wait for ever
+        if broken and not task.cancelling():  # not cancelled by the session: without an error the caller waits for ever
             logger.error(
                 "choice %d ended without a word", number, exc_info=None if task.cancelled() else task.exception()
             )

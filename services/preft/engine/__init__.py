@@ -1,1 +1,1 @@
-"""The vLLM engine behind each worker: how it is started, fed and extended."""
+"""The vLLM engine behind each worker: its start, its requests, and PreFT's extensions of vLLM."""

@@ -1,7 +1,7 @@
-"""An adapter's weights as its engine takes them: views of the files that its worker has put into shared memory.
+"""An adapter's weights for its engine: views of the files that the worker has put into shared memory.
 
-Owns the way from names in files to modules of the model. Where the bytes lie, how long, and which slot they go to is
-the caller's business: nothing here copies a weight, except where ReFT's own form has to be computed.
+The module maps names in files to modules of the model. The caller owns the memory and chooses the slot. Weights aren't
+copied here, except where ReFT's own form has to be computed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 @dataclass(slots=True)
 class LoraPart:
-    """LoRA of one linear layer, or one slice of a packed one: A [rank, inputs], B [outputs, rank]."""
+    """LoRA of one linear layer, or of one slice of a packed layer: A [rank, inputs], B [outputs, rank]."""
 
     a: torch.Tensor
     b: torch.Tensor
@@ -45,9 +45,9 @@ class ReftPart:
 
 @dataclass(slots=True)
 class AdapterWeights:
-    """`id` is vLLM's. `lora` maps a module's name to its slices by number, `reft` a decoder layer's number to its part.
+    """An adapter's parts, as views of the memory that they were read from. `id` is vLLM's.
 
-    The tensors are views of the memory it was read from.
+    `lora` maps a module's name to its slices by number, `reft` a decoder layer's number to its part.
     """
 
     id: int
@@ -66,7 +66,6 @@ class AdapterWeights:
         return self.lora[HEAD][0].a.shape[0] if HEAD in self.lora else 0
 
     def drop(self) -> None:
-        """Lets go of the memory."""
         self.lora, self.reft = {}, {}
 
 
@@ -77,9 +76,9 @@ def read_weights(
     mapper: Any,
     max_rank: int,
 ) -> AdapterWeights:
-    """The packed adapter in `memory`. `place_of` says to which module and slice a linear layer's name belongs.
+    """Reads the packed adapter in `memory`. `place_of` maps a linear layer's name to its module and slice.
 
-    `mapper` is the model's vLLM WeightsMapper, or None. Raises ValueError or InvalidAdapter for what can't be served.
+    `mapper` is the model's vLLM WeightsMapper, or None. Raises ValueError or InvalidAdapter for unsupported weights.
     """
     files = unpack(memory)
     weights = AdapterWeights(adapter_id)
@@ -93,7 +92,7 @@ def read_weights(
 
 
 def tensors_in(memory: memoryview) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file in memory, as views of it."""
+    """The tensors of a safetensors file in memory, as views."""
     tensors = {}
     for name, entry in entries_in(memory).items():
         dtype = DTYPES[entry.dtype]

@@ -1,4 +1,7 @@
-"""What a worker asks of its engine's processes through `collective_rpc`."""
+"""The calls that a worker makes to its engine's processes through `collective_rpc`.
+
+`lora` owns the adapters, and `transfer.connector` the KV.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,12 @@ from preft.transfer.staging import Region
 
 
 class AnswersWorker:
-    """Mixed in before a vLLM worker class."""
+    """A mixin; put it before a vLLM worker class."""
 
     def place_adapter(
         self: Any, lora_id: int, arena: str, offset: int, size: int, nonce: bytes, gone: list[int]
     ) -> bool:
-        """See GroupedWorkerLoRAManager."""
+        """Forgets the adapters `gone`, then see `GroupedWorkerLoRAManager.place_adapter`."""
         manager = self.model_runner.lora_manager
         manager.forget_adapters(gone)
         placed: bool = manager.place_adapter(lora_id, arena, Region(offset, size, nonce))
@@ -26,8 +29,8 @@ class AnswersWorker:
     def describe_kv(self: Any) -> dict[str, Any]:
         """`{"layout": text, "block_bytes": int, "pids": [int, int]}`, see `StagedKvConnector.describe`.
 
-        An engine that transfers no KV says "" and 0. `pids` are this process and its parent: the engine's core, or
-        whoever started the engine where core and worker are one process.
+        An engine that transfers no KV returns "" and 0. `pids` are this process and its parent: the engine's core, or,
+        if core and worker are one process, the process that started the engine.
         """
         kv = {"layout": "", "block_bytes": 0}
         if has_kv_transfer_group():

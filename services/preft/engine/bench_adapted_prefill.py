@@ -1,8 +1,8 @@
-"""Part of `make bench-gpu`: prompt tokens/s of one colocated engine under many adapters, against the base model.
+"""Part of `make bench-gpu`: prompt tokens/s of one colocated engine with many adapters, against the base model.
 
-Dummy weights of Llama-3.1-8B's shapes (`--small`: 88 million parameters, for CPU), each prompt under its own adapter,
-one token asked for. The sides take turns in one engine. All LoRAs are one piece of memory, and so are all ReFTs: to the
-engine they are different adapters of the same size.
+The model has dummy weights of Llama-3.1-8B's shapes (`--small`: 88 million parameters, for CPU). Each prompt has its
+own adapter and generates one token. The sides take turns in one engine. All LoRAs share one piece of memory, and so do
+all ReFTs; for the engine they are different adapters of the same size.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""`make bench-kernels`, `make bench-gpu`: our kernels against vLLM's own and plain copies, in turns, as a table.
+"""`make bench-kernels`, `make bench-gpu`: our kernels against vLLM's and against plain copies, in turns, as a table.
 
-Needs torch, and Triton for GPU; vLLM's side is left out where vLLM isn't installed. Speeds are medians over rounds in
-which each side has one turn; on GPU every turn is many replays of a CUDA graph, so launches cost neither side.
+The benchmark needs torch, and Triton for GPU; without vLLM it leaves out vLLM's side. Speeds are medians over rounds in
+which each side has one turn. On GPU every turn is many runs: replays of a CUDA graph where the case allows, so that
+launches cost neither side.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ Work = Callable[[], Any]
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One case: seconds of each side (medians), what it must move and compute, and how fast memory is copied here."""
+    """One case: each side's median seconds, the bytes and operations it needs, and this machine's limits."""
 
     what: str
     seconds: dict[str, float]
@@ -44,17 +45,17 @@ class Figure:
 
     @property
     def speedup(self) -> float | None:
-        """Ours against vLLM's."""
+        """vLLM's time divided by ours."""
         return self.seconds["vllm"] / self.seconds["ours"] if "vllm" in self.seconds else None
 
     @property
     def of_copy(self) -> float:
-        """Bytes that must be moved per second, as a part of what a copy moves."""
+        """Our necessary bytes per second, as a fraction of a copy's."""
         return self.bytes / self.seconds["ours"] / self.copy_bytes_per_second
 
     @property
     def of_roofline(self) -> float:
-        """What copies and matrix products at full speed would take, whichever is longer, as a part of our time."""
+        """The roofline's least time (copies or matrix products at full speed), as a fraction of our time."""
         least = max(self.bytes / self.copy_bytes_per_second, self.flops / self.matmul_flops_per_second)
         return least / self.seconds["ours"]
 
@@ -86,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _low_rank(rounds: int, quick: bool) -> list[Figure]:
-    """A linear layer's LoRA: prompts side by side, each under the next adapter."""
+    """A linear layer's LoRA: consecutive prompts, each with the next adapter."""
     figures = []
     for tokens, hidden, columns, rank, adapters in _low_rank_cases(quick):
         x, y = _random(tokens, hidden), _random(tokens, sum(columns))
@@ -143,7 +144,7 @@ def _residual(rounds: int, quick: bool) -> list[Figure]:
 
 
 def _kv(rounds: int, quick: bool) -> list[Figure]:
-    """All blocks of a prompt into one buffer on the same device."""
+    """Packing of a prompt's blocks into one buffer on the same device."""
     layers, blocks, count = (2, 16, 4) if quick else (32, 2048, 512) if ON_GPU else (12, 512, 128)
     caches = {f"layers.{number:02}": _random(2, blocks, 16, 8, 128) for number in range(layers)}
     kv = KvBlocks(caches, blocks)
@@ -158,7 +159,7 @@ def _kv(rounds: int, quick: bool) -> list[Figure]:
 def _vllm(
     y: torch.Tensor, x: torch.Tensor, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], slots: torch.Tensor
 ) -> Work | None:
-    """vLLM's own way to do the same; None without vLLM."""
+    """vLLM's own implementation of the same operation; None without vLLM."""
     tokens, count, rank = len(slots), a[0].shape[0], a[0].shape[1]
     stacks = tuple(part[:, None] for part in a), tuple(part[:, None] for part in b)
     try:

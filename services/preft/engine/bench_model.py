@@ -1,8 +1,8 @@
-"""Writes a random Llama model and random adapters to measure with: `python -m preft.engine.bench_model DIR`.
+"""Writes a random Llama model and random adapters for benchmarks: `python -m preft.engine.bench_model DIR`.
 
 DIR gets `model/` (88 million parameters, float32, with a tokenizer of made-up words), and in `adapters/` LoRAs `a00`,
-`a01`, ... on all linear layers and LoReFTs `r00`, `r01`, ... on all decoder layers.
-Nothing is trained: only the amount of work is real.
+`a01`, ... on all linear layers and LoReFTs `r00`, `r01`, ... on all decoder layers. The weights are not trained: only
+the amount of work is realistic.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from preft.adapters.reft_format import BIAS, ROTATE, SOURCE
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A Llama's sizes."""
+    """The sizes of a Llama model."""
 
     vocabulary: int
     hidden: int
@@ -47,7 +47,7 @@ class Shape:
         }
 
     def write_config(self, folder: Path, dtype: str) -> None:
-        """config.json in the folder, which is made if it isn't there."""
+        """Writes config.json to the folder, and creates a missing folder."""
         folder.mkdir(parents=True, exist_ok=True)
         config = {
             "architectures": ["LlamaForCausalLM"],
@@ -75,7 +75,7 @@ LLAMA_8B = Shape(128256, 4096, 32, 32, 8, 14336, 131072)  # Llama 3.1 8B
 
 
 def write_model(folder: Path, seed: int = 0) -> int:
-    """A model folder that vLLM and the gateway take. Returns the number of parameters."""
+    """Writes a model folder for vLLM and the gateway. Returns the number of parameters."""
     SMALL.write_config(folder, "float32")
     source = np.random.default_rng(seed)
 
@@ -95,7 +95,7 @@ def write_model(folder: Path, seed: int = 0) -> int:
 
 
 def write_lora(folder: Path, rank: int, seed: int, model: Shape = SMALL) -> None:
-    """A PEFT LoRA folder over all linear layers, float16."""
+    """Writes a PEFT LoRA folder over all linear layers, float16."""
     folder.mkdir(parents=True)
     source = np.random.default_rng(seed)
     tensors = {}
@@ -119,7 +119,7 @@ def write_lora(folder: Path, rank: int, seed: int, model: Shape = SMALL) -> None
 
 
 def write_reft(folder: Path, rank: int, seed: int, model: Shape = SMALL) -> None:
-    """A LoReFT folder over all layers, float32."""
+    """Writes a LoReFT folder over all layers, float32."""
     folder.mkdir(parents=True)
     source = np.random.default_rng(seed)
     tensors = {}
@@ -136,7 +136,7 @@ def write_reft(folder: Path, rank: int, seed: int, model: Shape = SMALL) -> None
 
 
 def _write_tokenizer(folder: Path) -> None:
-    """A byte-level BPE whose tokens are mostly whole made-up words: as with real models, each brings text."""
+    """Writes a byte-level BPE whose tokens are mostly whole made-up words, so that each adds text as in real models."""
     vocabulary = ["<pad>", "<bos>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     syllables = [(consonant, vowel) for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
     merges = [*syllables, *(("Ġ", consonant + vowel) for consonant, vowel in syllables)]

@@ -1,7 +1,7 @@
-"""Part of `make bench-store`: what one large adapter takes from disk to host memory, and from there to a slot.
+"""Part of `make bench-store`: times of one large adapter from disk to host memory, and from host memory to a slot.
 
-One colocated engine with random weights; LoRAs of rank 320 on all linear layers, 104 MB each. From disk: the page cache
-doesn't have the files, and plain reads of the same files take turns with the loads.
+One colocated engine has random weights and LoRAs of rank 320 on all linear layers, 104 MB each. For loads from disk the
+page cache doesn't hold the files, and plain reads of the same files take turns with the loads.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ async def _measure(folder: Path, rounds: int) -> list[Comparison]:
         return size / await asyncio.to_thread(_read_seconds, copy, size) / 1e9
 
     async def fill(number: int) -> float:
-        """Fills per second: what a prompt under an adapter out of the slots takes longer than one in them."""
-        adapter = adapters[number % ADAPTERS]  # the one that was used least recently
+        """Fills per second, from the extra time of a prompt whose adapter isn't in a slot over one whose adapter is."""
+        adapter = adapters[number % ADAPTERS]  # the least recently used one
         seconds = await first_token(adapter) - min([await first_token(adapter) for _ in range(3)])
         return 1 / max(seconds, 1e-4)
 
@@ -120,7 +120,7 @@ async def _measure(folder: Path, rounds: int) -> list[Comparison]:
 def _drop_pages(folder: Path) -> None:
     for name in adapter_files(folder):
         descriptor = os.open(folder / name, os.O_RDONLY)
-        os.fsync(descriptor)  # what isn't on disk yet can't be dropped
+        os.fsync(descriptor)  # pages that aren't on disk yet can't be dropped
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
 
@@ -136,7 +136,6 @@ def _read_seconds(folder: Path, size: int) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0 once everything was measured."""
     parser = argparse.ArgumentParser(prog="bench-tiers", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, default=RESULTS)

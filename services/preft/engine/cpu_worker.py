@@ -1,4 +1,4 @@
-"""vLLM's CPU worker with our model runner. Named to vLLM by `worker_cls`."""
+"""vLLM's CPU worker with our model runner. `worker_cls` names this class to vLLM."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from preft.engine.runner import HandoverRunner
 
 
 class HandoverCPUModelRunner(HandoverRunner, CPUModelRunner):
-    """vLLM's V1 CPU runner that takes over requests."""
+    """vLLM's V1 CPU runner with HandoverRunner's additions."""
 
 
 class PreftCPUWorker(AnswersWorker, CPUWorker):
-    """Builds its runner twice: vLLM's own `init_device` names the stock runner class directly."""
+    """Builds its runner twice, because vLLM's own `init_device` names the stock runner class."""
 
     def init_device(self) -> Any:
         super().init_device()

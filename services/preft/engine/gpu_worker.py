@@ -1,4 +1,4 @@
-"""vLLM's GPU worker with our model runner. Named to vLLM by `worker_cls`."""
+"""vLLM's GPU worker with our model runner. `worker_cls` names this class to vLLM."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from preft.engine.runner import HandoverRunner
 
 
 class HandoverGPUModelRunner(HandoverRunner, GPUModelRunner):
-    """vLLM's V1 GPU runner that takes over requests and has our adapters."""
+    """vLLM's V1 GPU runner with HandoverRunner's additions."""
 
 
 class PreftGPUWorker(AnswersWorker, Worker):
-    """With the V1 runner alone: under vLLM's second one, adapters would act on output too, and ReFT not at all."""
+    """Refuses vLLM's V2 runner: there adapters would act on output too, and ReFT not at all."""
 
     def _make_model_runner(self) -> Any:
         if self.use_v2_model_runner:

@@ -1,8 +1,8 @@
-"""LoRA on the output layer inside vLLM. It acts on one row of a request: the logits of its first output token.
+"""LoRA on the output layer inside vLLM. For each request it changes one row: the logits of its first output token.
 
-Which rows these are is the punica wrapper's to know. Extension point used: `LogitsProcessorWithLoRA`, with stacks of
-our own, because vLLM refuses vocabularies above 258,048. Of an embedding and an output layer that are tied, the
-output layer alone is changed, as in PEFT.
+The punica wrapper selects these rows. Extension point used: `LogitsProcessorWithLoRA`, with our own stacks, because
+vLLM refuses vocabularies above 258,048. If the model ties embedding and output layer, only the output layer changes, as
+in PEFT.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 
 
 class HeadLayer(LogitsProcessorWithLoRA):
-    """The step from hidden states to logits, with each sampled row's own LoRA. Stacks as those of a linear layer.
+    """The step from hidden states to logits, with each sampled row's own LoRA. Its stacks are those of a linear layer.
 
-    On GPU they take slots * rank * (hidden + vocabulary) elements; on CPU pages count once touched.
+    On GPU the stacks take slots * rank * (hidden + vocabulary) elements; on CPU a page takes memory once it is written.
     """
 
     def create_lora_weights(self, max_loras: int, lora_config: LoRAConfig, model_config: Any = None) -> None:
@@ -28,7 +28,7 @@ class HeadLayer(LogitsProcessorWithLoRA):
         self.lora_a_stacked = (torch.zeros(max_loras, 1, rank, self.hidden_size, **options),)
         self.lora_b_stacked = (torch.zeros(max_loras, 1, self.base_layer.vocab_size, rank, **options),)
         self.sharded_to_full_mapping_gpu = None
-        self.tp_size = 1  # logits are made whole before the LoRA acts, so each worker holds all of it
+        self.tp_size = 1  # the LoRA acts on whole logits, so each worker holds the whole LoRA
 
     def reset_lora(self, index: int) -> None:
         for stack in (*self.lora_a_stacked, *self.lora_b_stacked):
@@ -47,7 +47,7 @@ class HeadLayer(LogitsProcessorWithLoRA):
 
 
 def wrap_head(model: torch.nn.Module, slots: int, config: LoRAConfig) -> HeadLayer | None:
-    """Puts a HeadLayer around the logits processor of `model` and returns it; None if it has no plain one."""
+    """Wraps the logits processor of `model` in a HeadLayer and returns it; None if the model has no plain one."""
     processor = getattr(model, "logits_processor", None)
     weight = getattr(getattr(model, "lm_head", None), "weight", None)
     if weight is None:

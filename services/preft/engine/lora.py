@@ -1,12 +1,12 @@
-"""Our adapters inside vLLM: a punica wrapper over our own kernels, and the managers that install it and fill slots.
+"""Adapters inside vLLM: a punica wrapper over our own kernels, and the managers that install it and fill its slots.
 
 Extension points used: `LRUCacheWorkerLoRAManager._manager_cls` and `add_adapter`; `LoRAModelManager`'s
 `_init_punica_wrapper`, `_create_lora_modules`, `_add_adapter` and `activate_adapter`; the `PunicaWrapperBase`
-interface. The stock CPU wrapper takes slot -1 (no adapter) for the last slot, so that a base request in a mixed batch
-gets another tenant's adapter; this one leaves such tokens alone.
+interface. The stock CPU wrapper takes slot -1 (no adapter) for the last slot, so a base request in a mixed batch gets
+another tenant's adapter. This wrapper leaves tokens without an adapter unchanged.
 
-Weights come from host memory that the engine shares with its worker, and go straight into a slot: nothing is read from
-disk between two steps, and no copy stays here.
+Weights come from host memory that the engine shares with its worker, and are copied straight into a slot. No step reads
+a disk, and this module keeps no copy.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from preft_kernels.token_groups import BASE, RANK_STEP, TokenGroups
 
 
 class GroupedPunicaWrapper(PunicaWrapperBase):
-    """Applies adapters to the tokens that name them, grouped by slot; every other token is untouched.
+    """Applies adapters to the tokens that name them, grouped by slot; other tokens stay unchanged.
 
-    `lora` and `reft` are persistent buffers over the largest batch, refilled each step, so that compiled graphs may
-    hold on to them. They differ where an adapter has no LoRA, or has no ReFT that acts on the token's position. `head`
-    groups the rows that a token is sampled from, for adapters with a LoRA on the output layer.
+    `lora` and `reft` are persistent buffers for the largest batch, refilled in each step, so that compiled graphs can
+    refer to them. The two differ for adapters without LoRA, and for tokens at positions where the adapter's ReFT
+    doesn't act. `head` groups the rows from which a token is sampled, for adapters with a LoRA on the output layer.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class GroupedPunicaWrapper(PunicaWrapperBase):
         rank: int,
         **kwargs: Any,
     ) -> None:
-        """`slots` adapters at a time, of `rank` at most."""
+        """`slots` adapters at a time, each of rank `rank` at most."""
         super().__init__(max_num_batched_tokens, max_batches, device)
         self.lora, self.reft = (TokenGroups(max_num_batched_tokens, slots, rank, device) for _ in range(2))
         self.head = TokenGroups(max_batches, slots, rank, device)
@@ -62,9 +62,9 @@ class GroupedPunicaWrapper(PunicaWrapperBase):
         self._named = np.empty(0, dtype=np.int64)
 
     def hold(self, slot: int, lora_rank: int, reft: ReftConfig | None, head_rank: int = 0) -> None:
-        """Says what is in a slot from now on: a LoRA of at most this rank (0: none), a ReFT, or both.
+        """Declares the content of a slot: a LoRA of at most `lora_rank` (0: none), a ReFT, or both.
 
-        `head_rank` is that of the output layer's LoRA, 0 if there is none.
+        `head_rank` is the rank of the output layer's LoRA, 0 if there is none.
         """
         self._lora_ranks[slot] = lora_rank
         self._head_ranks[slot] = head_rank
@@ -78,7 +78,7 @@ class GroupedPunicaWrapper(PunicaWrapperBase):
         self.is_prefill = mapping.is_prefill
         slot_of = {lora_id: slot for slot, lora_id in enumerate(lora_index_to_id) if lora_id is not None} | {0: BASE}
         ids = mapping.index_mapping
-        # Kept: vLLM doesn't call this again for an equal mapping.
+        # Kept for `limit`: vLLM doesn't call this method again for an equal mapping.
         self._named = np.fromiter((slot_of[lora_id] for lora_id in ids), dtype=np.int64, count=len(ids))
         self.lora.set(self._acting(self._named, self._lora_ranks), self._lora_ranks)
         self.reft.set(self._acting(self._named, self._reft_ranks), self._reft_ranks)
@@ -86,9 +86,9 @@ class GroupedPunicaWrapper(PunicaWrapperBase):
         self.head.set(self._acting(sampled, self._head_ranks), self._head_ranks)
 
     def limit(self, positions: np.ndarray, from_end: np.ndarray) -> None:
-        """Leaves out the tokens that their ReFT doesn't act on. Call it after each `update_metadata`.
+        """Excludes the tokens on which their ReFT doesn't act. Call it after each `update_metadata`.
 
-        Per token: its position in its prompt, and how many positions before the prompt's end it is (the last one: 1).
+        Per token: its position in its prompt, and its distance to the prompt's end (1 for the last position).
         """
         slots = self._named[: len(positions)]
         inside = (positions < self._first[slots]) | (from_end <= self._last[slots])
@@ -96,7 +96,7 @@ class GroupedPunicaWrapper(PunicaWrapperBase):
 
     @staticmethod
     def _acting(slots: np.ndarray, ranks: np.ndarray) -> np.ndarray:
-        """`slots` without those that hold nothing of this kind."""
+        """`slots`, with BASE in place of slots that hold nothing of this kind."""
         return np.where((slots != BASE) & (ranks[slots] > 0), slots, BASE)
 
     def add_lora_linear(
@@ -138,7 +138,7 @@ class GroupedPunicaWrapper(PunicaWrapperBase):
         scale: float,
         **kwargs: Any,
     ) -> None:
-        """Rows are those that a token is sampled from: of an adapter, its prompt's last token alone."""
+        """Rows are those from which a token is sampled. An adapter acts only on its prompt's last token."""
         a, b = ([stack.squeeze(1) for stack in stacks] for stacks in (lora_a_stacked, lora_b_stacked))
         low_rank_delta_(y, x, a, b, self.head, scale=scale)
 
@@ -147,9 +147,9 @@ class GroupedPunicaWrapper(PunicaWrapperBase):
 
 
 class GroupedLoRAModelManager(LRUCacheLoRAModelManager):
-    """vLLM's slot cache with our punica wrapper, with slots for ReFT in each decoder layer, and filled by us.
+    """vLLM's slot cache with our punica wrapper, with ReFT slots in each decoder layer, and filled by us.
 
-    It is given as many places for adapters as slots, so that each registered one is in a slot.
+    Its capacity for adapters equals the number of slots, so each registered adapter is in a slot.
     """
 
     def _init_punica_wrapper(self, max_num_batched_tokens: int, vllm_config: VllmConfig) -> None:
@@ -169,7 +169,7 @@ class GroupedLoRAModelManager(LRUCacheLoRAModelManager):
             part: (name, index) for name, parts in self.packed_modules.items() for index, part in enumerate(parts)
         }
         self._decoder_layers = wrap_decoder_layers(self.model, self.lora_slots, self.lora_config)
-        self._written: defaultdict[int, set[str]] = defaultdict(set)  # by slot: modules that have ever had a LoRA there
+        self._written: defaultdict[int, set[str]] = defaultdict(set)  # by slot: modules that ever had a LoRA in it
         for layer in self._decoder_layers.values():
             self.register_module(layer.name, layer)
             layer.set_mapping(self._punica)
@@ -181,9 +181,9 @@ class GroupedLoRAModelManager(LRUCacheLoRAModelManager):
         self._launch_kernels_once()
 
     def _launch_kernels_once(self) -> None:
-        """For each kind of layer and steps of any length, with no token under an adapter.
+        """Launches the kernels for each kind of layer and for steps of any length, without adapters.
 
-        The first launch of a kind on GPU compiles it, which takes a second: no prompt should wait for that.
+        On GPU the first launch of a kind compiles the kernel for about a second, and no prompt should wait for that.
         """
         linear = {
             tuple(stack.shape for stack in (*module.lora_a_stacked, *module.lora_b_stacked)): module
@@ -210,7 +210,7 @@ class GroupedLoRAModelManager(LRUCacheLoRAModelManager):
                 residual_delta_(rows, rows, layer.a, layer.b, layer.c, self._punica.reft)
 
     def check(self, weights: AdapterWeights) -> None:
-        """Raises ValueError if this model can't take them."""
+        """Raises ValueError if this model can't take the weights."""
         for layer in weights.reft:
             if layer not in self._decoder_layers:
                 raise ValueError(f"the served model has no decoder layer {layer} that takes ReFT")
@@ -221,7 +221,7 @@ class GroupedLoRAModelManager(LRUCacheLoRAModelManager):
     def _add_adapter(self, lora: Any) -> None:
         if isinstance(lora, AdapterWeights):
             self._registered_adapters[lora.id] = lora
-        else:  # vLLM's own, made of zeros, for its trial runs
+        else:  # vLLM's own adapter of zeros, for its trial runs
             super()._add_adapter(lora)
 
     def activate_adapter(self, lora_id: int) -> bool:
@@ -239,7 +239,7 @@ class GroupedLoRAModelManager(LRUCacheLoRAModelManager):
         return True
 
     def _fill(self, slot: int, weights: AdapterWeights) -> None:
-        """Writes what the kernels read: of each stack as much as the adapter's own rank, zeros where it has less."""
+        """Writes the slot's stacks: as many ranks as the adapter has, and zeros where a part has fewer."""
         self._written[slot] |= weights.lora.keys()
         rank = min(-(-weights.lora_rank // RANK_STEP) * RANK_STEP, self.lora_config.max_lora_rank)
         for name in self._written[slot]:
@@ -252,7 +252,7 @@ class GroupedLoRAModelManager(LRUCacheLoRAModelManager):
                 layer.reset_lora(slot)
 
     def place_tokens(self, positions: np.ndarray, prompts: np.ndarray) -> None:
-        """Says where the step's tokens are: of each one its position in its request, and its prompt's length.
+        """Sets each token's position in its request, and its prompt's length.
 
         Call it after `set_adapter_mapping`, in each step.
         """
@@ -260,13 +260,13 @@ class GroupedLoRAModelManager(LRUCacheLoRAModelManager):
 
 
 def _pin(memory: memoryview) -> None:
-    """Locks it in place for CUDA, so that copies to the GPU go straight from there."""
+    """Page-locks the memory for CUDA, so that copies to the GPU need no intermediate buffer."""
     address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
     torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, len(memory), 0))
 
 
 def _fill_module(module: Any, slot: int, rank: int, parts: dict[int, LoraPart]) -> None:
-    if module.tp_size > 1 and parts:  # vLLM knows which part of the weights is this worker's
+    if module.tp_size > 1 and parts:  # vLLM selects this worker's part of the weights
         scaled = [(part.a, part.b * part.scaling) if (part := parts.get(i)) else (None, None) for i in _slices(module)]
         a, b = ([side for side in sides] for sides in zip(*scaled, strict=True))
         module.set_lora(slot, *((a, b) if len(a) > 1 else (a[0], b[0])))
@@ -289,7 +289,7 @@ def _slices(module: Any) -> range:
 
 
 class GroupedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
-    """Takes adapters from the host memory of this engine's worker, when a step needs them."""
+    """Takes adapters from the host memory of this engine's worker when a step needs them."""
 
     _manager_cls = GroupedLoRAModelManager
 
@@ -299,10 +299,10 @@ class GroupedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         self._regions: dict[int, Region] = {}  # by vLLM's id
 
     def place_adapter(self, lora_id: int, path: str, region: Region) -> bool:
-        """Says where the adapter is from now on: in the arena at `path`. Reads it once, without taking it in.
+        """Notes that the adapter lies in `region` of the arena at `path`. Checks the adapter, but fills no slot.
 
-        Returns whether it acts on positions that are counted from a prompt's end. Raises ValueError or InvalidAdapter
-        if it can't be served, StaleRegion if it isn't there.
+        Returns whether the adapter acts on positions that are counted from a prompt's end. Raises ValueError or
+        InvalidAdapter for an adapter that can't be served, and StaleRegion if the region is gone.
         """
         if self._memory is None:
             self._memory = StagingView(path)
@@ -316,15 +316,15 @@ class GroupedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         return config is not None and config.last > 0
 
     def forget_adapters(self, lora_ids: Sequence[int]) -> None:
-        """They are in memory no longer, and never will be under these ids."""
+        """Forgets adapters whose memory is gone. Their ids are never used again."""
         for lora_id in lora_ids:
             self._regions.pop(lora_id, None)
 
     def add_adapter(self, lora_request: Any) -> bool:
-        """Called in each step for each adapter that acts in it; the worker keeps these in memory."""
+        """vLLM calls this in each step for each adapter of the step. The worker keeps these adapters in memory."""
         lora_id, manager = lora_request.lora_int_id, self._adapter_manager
         if lora_id in self.list_adapters():
-            manager.get_adapter(lora_id)  # a use, as the next line is
+            manager.get_adapter(lora_id)  # counts as a use, like the next line
             manager.activate_adapter(lora_id)
             return True
         region = self._regions[lora_id]
@@ -336,7 +336,7 @@ class GroupedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
             manager.add_adapter(weights)
             manager.activate_adapter(lora_id)
             if self.device.type == "cuda":
-                torch.cuda.current_stream().synchronize()  # it may be overwritten once it isn't held
+                torch.cuda.current_stream().synchronize()  # after `hold`, the memory may be overwritten
         weights.drop()
         return True
 
@@ -347,5 +347,5 @@ class GroupedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         return read_weights(lora_id, memory, manager.places.get, mapper, self.lora_config.max_lora_rank)
 
     def place_tokens(self, positions: np.ndarray, prompts: np.ndarray) -> None:
-        """See GroupedLoRAModelManager."""
+        """See `GroupedLoRAModelManager.place_tokens`."""
         self._adapter_manager.place_tokens(positions, prompts)

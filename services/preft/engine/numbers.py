@@ -1,12 +1,12 @@
-"""Keeps numbers that aren't finite out of every answer but their own request's, which ends with an error.
+"""Keeps NaN and infinity of one request out of all other requests' answers, and ends that request with an error.
 
-Owns three rules. A KV block is zeroed before a request gets it: attention multiplies the slots behind a request's last
-token by zero, and zero times NaN is NaN. A block is checked when it is full, and a prompt's last block when the prompt
-is computed. A request with a block or a logit that isn't finite ends before its token leaves, and its blocks leave the
-prefix cache.
+The module owns three rules. A KV block is zeroed before a request gets it: attention multiplies the slots behind a
+request's last token by zero, and zero times NaN is NaN. A block is checked when it is full, and a prompt's last block
+when the prompt is computed. A request with a block or a logit that isn't finite ends before its token leaves, and its
+blocks leave the prefix cache.
 
-The worker side (`FiniteRunner`) finds such requests, the scheduler side (`FiniteScheduler`) ends them. Between the two,
-vLLM's own count of NaN per request travels (`VLLM_COMPUTE_NANS_IN_LOGITS`). Extension points used:
+The worker side (`FiniteRunner`) finds such requests, and the scheduler side (`FiniteScheduler`) ends them. vLLM's own
+count of NaN per request (`VLLM_COMPUTE_NANS_IN_LOGITS`) carries the finding between the two. Extension points used:
 `KVCacheConfig.needs_kv_cache_zeroing`, `Scheduler.update_from_output`; the V1 runner's `initialize_kv_cache_tensors`,
 `_zero_block_ids`, `sample_tokens` and `_bookkeeping_sync`.
 """
@@ -28,13 +28,13 @@ from vllm.v1.request import RequestStatus
 from preft_kernels.kv_blocks import KvBlocks, on_device
 
 ENVIRONMENT = {"VLLM_COMPUTE_NANS_IN_LOGITS": "1", "VLLM_RAISE_ON_LOGIT_NANS": "0"}
-"""What an engine's processes must find in their environment; the second one would end the engine for everybody."""
+"""The environment of an engine's processes. With the second variable at 1, a NaN would end the engine."""
 NOT_FINITE = "numbers_not_finite"
-"""The `stop_reason` of a request that was ended here."""
+"""The `stop_reason` of a request that this module has ended."""
 
 
 class BlockNumbers:
-    """Which of an engine's KV blocks hold NaN or infinity, as far as they were checked since they were zeroed."""
+    """Which of an engine's KV blocks hold NaN or infinity, from the checks since each block was zeroed."""
 
     def __init__(self, blocks: KvBlocks, num_blocks: int, block_size: int, device: torch.device) -> None:
         self._blocks = blocks
@@ -42,15 +42,15 @@ class BlockNumbers:
         self._bad = torch.zeros(num_blocks, dtype=torch.int32, device=device)
 
     def zero(self, block_ids: Sequence[int]) -> None:
-        """Makes the blocks all zeros, before their next request writes into them."""
+        """Zeroes the blocks before their next request writes into them."""
         self._blocks.zero(block_ids)
         self._bad.index_fill_(0, self._index(block_ids), 0)
 
     def bad_rows(self, starts: np.ndarray, ends: np.ndarray, prompts: np.ndarray, block_ids: Sequence[Any]) -> Any:
-        """Checks what a step has written; bool [requests], on the device: whose numbers aren't finite.
+        """Checks the blocks that a step has written. Returns bool [requests], on the device: True if not finite.
 
-        Per request: how many of its tokens were computed before the step and are now, how many are its prompt, and its
-        blocks. A request whose prompt was completed answers for all its blocks, also for those that others have made.
+        Per request: tokens computed before the step (`starts`) and after it (`ends`), prompt length, and blocks. A
+        request whose prompt is now complete answers for all its blocks, also for those that other requests have made.
         """
         size = self._block_size
         done = (starts < prompts) & (prompts <= ends)
@@ -75,17 +75,17 @@ class BlockNumbers:
 
 
 def bad_logits(logits: torch.Tensor) -> torch.Tensor:
-    """Of raw logits [rows, vocabulary], bool [rows]: whether one isn't finite, or all are equal.
+    """Of raw logits [rows, vocabulary], bool [rows]: whether a row has a value that isn't finite, or equal values only.
 
-    They are equal where a hidden state's square overflowed: RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467, eq. 4)
-    divides by its root, infinity, and leaves zeros.
+    Logits are equal if a hidden state's square overflowed: RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467, eq. 4)
+    divides by its root, which is infinity, and returns zeros.
     """
     low, high = logits.aminmax(dim=-1)
     return ~(low.isfinite() & high.isfinite()) | (low == high)
 
 
 class FiniteRunner:
-    """Mixed in before a V1 model runner class."""
+    """A mixin; put it before a V1 model runner class."""
 
     def initialize_kv_cache_tensors(self: Any, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> Any:
         caches: Mapping[str, torch.Tensor]
@@ -112,19 +112,19 @@ class FiniteRunner:
         return super().sample_tokens(grammar_output)  # type: ignore[misc]
 
     def _bookkeeping_sync(self: Any, scheduler_output: Any, sampler_output: Any, logits: Any, *args: Any) -> Any:
-        """vLLM looks at the logits here only to count NaN: it gets one column, NaN for each row that was found."""
+        """Passes vLLM one column with NaN for each bad row. vLLM uses the logits here only to count NaN."""
         marks = None if self._bad_rows is None else torch.where(self._bad_rows, torch.nan, 0.0).unsqueeze(1)
         return super()._bookkeeping_sync(scheduler_output, sampler_output, marks, *args)  # type: ignore[misc]
 
 
 class ZeroedKvCacheConfig(KVCacheConfig):
-    """With it vLLM's scheduler names each block that it gives to a request, for the runner to zero."""
+    """Makes vLLM's scheduler report each block that it gives to a request, so that the runner zeroes the block."""
 
     needs_kv_cache_zeroing = True
 
 
 class FiniteScheduler:
-    """Mixed in before a scheduler class."""
+    """A mixin; put it before a scheduler class."""
 
     def __init__(self, vllm_config: Any, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
         zeroed = ZeroedKvCacheConfig(

@@ -1,10 +1,10 @@
-"""vLLM as it comes, to measure against: an AsyncLLM with our decode engine's arguments, and nothing of ours inside.
+"""Stock vLLM as a baseline: an AsyncLLM with our decode engine's arguments, and none of our extensions.
 
-`python -m preft.engine.plain_engine --settings FILE` says `{"ready": true}`, then answers lines on stdin:
+`python -m preft.engine.plain_engine --settings FILE` prints `{"ready": true}`, then answers lines on stdin.
 `{"prompts": [[ids]...], "max_tokens": n, "concurrency": c, "adapters": [path or null...]}` runs the prompts, at most c
-at a time, greedy, each to exactly n tokens, and gives `{"seconds": s, "arrivals": [[t, ...] per prompt]}`: one time per
-token, in seconds since the start of the run. With `--lora` it serves adapters by vLLM's own multi-LoRA, with our
-prefill engine's limits; without it they must be null. It ends with its stdin.
+at a time, greedy, each to exactly n tokens. The answer is `{"seconds": s, "arrivals": [[t, ...] per prompt]}`: one time
+per token, in seconds since the start of the run. With `--lora` the engine serves adapters with vLLM's own multi-LoRA
+and our prefill engine's limits; without it all adapters must be null. The program ends at the end of stdin.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from preft.engine.vllm_engine import engine_args
 
 
 def plain_args(settings: Settings, *, lora: bool) -> AsyncEngineArgs:
-    """Our decode or, with `lora`, prefill engine's arguments without connector, worker class and all else of ours."""
+    """The arguments of our decode engine (with `lora`: prefill engine), without our extensions."""
     ours = engine_args(settings, Role.PREFILL if lora else Role.DECODE, arena="")
     return dataclasses.replace(
         ours,
@@ -84,10 +84,10 @@ def main() -> None:
     parser.add_argument("--settings", type=Path, required=True, help="a cluster's settings file")
     parser.add_argument("--lora", action="store_true", help="serve adapters")
     arguments = parser.parse_args()
-    os.environ["VLLM_PLUGINS"] = ""  # not our general plugin either
+    os.environ["VLLM_PLUGINS"] = ""  # disables our general plugin
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    out = os.fdopen(os.dup(1), "w")  # vLLM prints; only our lines may come here
+    out = os.fdopen(os.dup(1), "w")  # vLLM prints to stdout; only our lines may appear there
     os.dup2(2, 1)
     asyncio.run(_serve(load_settings(arguments.settings), arguments.lora, out))
 

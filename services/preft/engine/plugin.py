@@ -1,7 +1,7 @@
-"""What must happen in every vLLM process first; vLLM calls `register` through its `general_plugins` entry point.
+"""Prepares every vLLM process; vLLM calls `register` through its `general_plugins` entry point.
 
-Two things: permission to use AMX tiles (without it bfloat16 attention on CPU dies with SIGILL), and a watch on the
-parent process, because an engine process otherwise outlives a worker that was killed.
+`register` requests permission to use AMX tiles: without it bfloat16 attention on CPU dies with SIGILL. `register` also
+watches the parent process, because an engine process otherwise outlives a worker that was killed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import threading
 
 
 def register() -> None:
-    """Entry point; called once or more per process."""
+    """Entry point; vLLM may call it several times per process."""
     _permit_amx()
     _watch_parent()
 

@@ -1,4 +1,4 @@
-"""What a worker asks of an engine, in token ids. `VllmEngine` is the real one; tests have a fake peer."""
+"""The interface of an engine, in token ids, and the check of a request. `VllmEngine` implements the interface."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from preft.transfer.staging import Region
 
 @dataclass(frozen=True, slots=True)
 class KvRegion:
-    """Where one prompt's KV lies in the staging arena: `size` payload bytes at `offset`, while `nonce` stands there."""
+    """One prompt's KV in the staging arena: `size` payload bytes at `offset`, valid while the header has `nonce`."""
 
     offset: int
     size: int
@@ -22,12 +22,12 @@ class KvRegion:
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """One choice to be generated.
+    """One choice to generate.
 
-    On prefill: `adapter` may be set, and `save` tells where the prompt's KV goes. On decode: `load` tells where the
-    prompt's KV lies, and `output_token_ids` (at least one) are the tokens made so far; generation goes on after them.
-    Colocated: `adapter` acts on the prompt, and there may be `output_token_ids`. `salt` separates prefix-cache entries
-    that equal tokens alone must not share. A seed in `sampling` is this choice's own.
+    Prefill: `adapter` may be set, and `save` is the region for the prompt's KV. Decode: `load` is the region with the
+    prompt's KV, and `output_token_ids` (at least one) are the tokens so far, after which generation continues.
+    Colocated: `adapter` acts on the prompt, and `output_token_ids` may be empty. `salt` separates prefix-cache entries
+    that requests with equal tokens must not share. A seed in `sampling` is this choice's own.
     """
 
     request_id: str
@@ -43,19 +43,19 @@ class EngineRequest:
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What is known once an engine runs. Engines with equal `kv_layout` can exchange KV blocks ("": it can't)."""
+    """Properties of a running engine. Engines with equal `kv_layout` can exchange KV blocks; "" means no exchange."""
 
     kv_layout: str
     block_size: int
-    block_bytes: int  # one block over all layers; 0 if none is transferred
-    kv_blocks: int  # usable ones
+    block_bytes: int  # one block over all layers; 0 if the engine transfers no KV
+    kv_blocks: int  # usable blocks
     max_model_len: int
     vocab_size: int
     pids: tuple[int, ...]
 
 
 def check_request(request: EngineRequest, info: EngineInfo) -> None:
-    """Raises InvalidRequest for ids, a length or a seed that would end an engine's process, or that it can't take."""
+    """Raises InvalidRequest for ids, lengths or seeds that the engine can't take or that would end its process."""
     prompt, output, sampling = request.prompt_token_ids, request.output_token_ids, request.sampling
     if not prompt or len(prompt) + len(output) >= info.max_model_len:
         raise InvalidRequest("the engine refuses the request: it can't continue so many tokens", param="prompt")
@@ -68,7 +68,7 @@ def check_request(request: EngineRequest, info: EngineInfo) -> None:
 
 @dataclass(slots=True)
 class EngineStats:
-    """Kept up to date by the engine after each step."""
+    """Figures that the engine updates after each step."""
 
     kv_usage: float = 0.0
     running: int = 0
@@ -84,26 +84,26 @@ class Engine(Protocol):
     stats: EngineStats
 
     def generate(self, request: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
-        """Deltas of one choice, the last one with its finish reason. Closing the generator aborts the request.
+        """Yields the deltas of one choice; the last one has a finish reason. Closing the generator aborts the request.
 
-        Raises InvalidRequest for what no engine can do, EngineFailed if the engine gave the request up (on decode: its
-        KV couldn't be loaded), WorkerLost if the engine is dead.
+        Raises InvalidRequest for impossible requests, EngineFailed if the engine gave the request up (on decode: its
+        KV couldn't be loaded), and WorkerLost if the engine is dead.
         """
 
     async def place_adapter(self, adapter: AdapterRef, region: Region) -> None:
-        """Says where in the adapters' arena this content lies now. Raises InvalidAdapter if it can't be served.
+        """Tells the engine that the adapter lies in `region` of the adapters' arena. Raises InvalidAdapter.
 
-        It stays there while requests that name it run: the engine takes it into a slot when a step needs it.
+        The region stays while requests with this adapter run: the engine fills a slot from it when a step needs it.
         """
 
     def forget_adapter(self, digest: str) -> None:
-        """The content isn't in the arena any more. Nothing names it until it is placed again."""
+        """Tells the engine that the content left the arena. No request uses it until the next `place_adapter`."""
 
     async def aborted(self) -> None:
-        """Returns once no request whose generator was closed before can be in a step any more."""
+        """Returns when no step can contain a request whose generator was closed before this call."""
 
     async def wait_dead(self) -> str:
-        """Returns, with the reason, when the engine has died."""
+        """Waits until the engine has died, and returns the reason."""
 
     async def close(self) -> None:
         """Ends the engine's processes."""

@@ -1,6 +1,6 @@
-"""ReFT inside vLLM: decoder layers that take ReFT deltas.
+"""ReFT inside vLLM: decoder layers that add ReFT deltas to the residual stream.
 
-To vLLM's machinery a wrapped decoder layer is one more LoRA module. Extension point used: `BaseLayerWithLoRA`.
+For vLLM a wrapped decoder layer is one more LoRA module. Extension point used: `BaseLayerWithLoRA`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)")
 
 
 class ReftLayer(BaseLayerWithLoRA):
-    """A decoder layer, after which each token's own ReFT acts on the residual stream."""
+    """A decoder layer after which each token's own ReFT changes the residual stream."""
 
     def __init__(self, name: str, base_layer: torch.nn.Module, slots: int, config: LoRAConfig) -> None:
         """`name` is the layer's path in the model."""
@@ -48,7 +48,7 @@ class ReftLayer(BaseLayerWithLoRA):
         raise NotImplementedError("a decoder layer takes ReFT, by set_reft")
 
     def set_reft(self, slot: int, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> None:
-        """A [rank, hidden], B [hidden, rank], c [rank]; zeros beyond that rank."""
+        """Sets A [rank, hidden], B [hidden, rank] and c [rank], with zeros beyond that rank."""
         self.reset_lora(slot)
         rank = a.shape[0]
         self.a[slot, :rank].copy_(a)
@@ -62,7 +62,7 @@ class ReftLayer(BaseLayerWithLoRA):
 
 
 def wrap_decoder_layers(model: torch.nn.Module, slots: int, config: LoRAConfig) -> dict[int, ReftLayer]:
-    """Puts a ReftLayer around each decoder layer of `model` whose kind is known, and returns them by number."""
+    """Wraps each decoder layer of `model` with a known class in a ReftLayer, and returns the wrappers by number."""
     found = [
         (int(match[1]), name, module)
         for name, module in model.named_modules()

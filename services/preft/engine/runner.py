@@ -1,8 +1,8 @@
-"""What our model runner adds to vLLM's V1 runner: requests taken over in mid-generation, adapters on prompts alone.
+"""Our additions to vLLM's V1 model runner: requests that begin with output, and adapters on prompts alone.
 
-An engine may get requests whose first tokens were made elsewhere. The scheduler has been told that they are output
-(`split_output`); here the runner learns the same, before its batch metadata is refreshed, so that penalties,
-`min_tokens` and seeds continue exactly.
+An engine may get requests whose first tokens another engine has made. In the scheduler, `split_output` has marked these
+tokens as output. The runner does the same before it refreshes its batch metadata, so that penalties, `min_tokens` and
+seeds continue exactly.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from preft.transfer.connector import output_so_far
 
 
 class HandoverRunner(FiniteRunner):
-    """Mixed in before a V1 model runner class. Uses `_may_reorder_batch`, `set_active_loras` and `load_lora_model`."""
+    """A mixin before a V1 model runner class. Uses `_may_reorder_batch`, `set_active_loras` and `load_lora_model`."""
 
     def _may_reorder_batch(self: Any, scheduler_output: SchedulerOutput) -> None:
         for request in scheduler_output.scheduled_new_reqs:
@@ -33,7 +33,7 @@ class HandoverRunner(FiniteRunner):
 
     def _take_over(self: Any, request_id: str, tokens: list[int]) -> None:
         state = self.requests[request_id]
-        state.output_token_ids.extend(tokens)  # the batch refers to this very list
+        state.output_token_ids.extend(tokens)  # in place: the batch refers to this list
         batch = self.input_batch
         row = batch.req_id_to_index[request_id]
         start = int(batch.num_prompt_tokens[row])
@@ -45,10 +45,10 @@ class HandoverRunner(FiniteRunner):
             advance_generator(state.generator, len(tokens), batch.vocab_size, self.device)
 
     def _spare_generators(self: Any, scheduler_output: SchedulerOutput) -> None:
-        """Lets only those rows draw from their generators whose token will count.
+        """Lets only rows whose token will count draw from their generators.
 
-        After a chunk that doesn't end its request's tokens vLLM winds the generator back, which kills the engine on
-        CPU: these generators can't be.
+        After a chunk that doesn't complete its request's tokens, vLLM sets the generator back. On CPU a generator can't
+        be set back, and the attempt kills the engine.
         """
         batch = self.input_batch
         for request_id, scheduled in scheduler_output.num_scheduled_tokens.items():
@@ -79,7 +79,7 @@ class HandoverRunner(FiniteRunner):
 
 
 class PromptRows:
-    """A step's batch, whose adapters act on prompt positions alone.
+    """A step's batch in which adapters act on prompt positions alone.
 
     Per token of the step, in the batch's order: its position in its request, and the length of that request's prompt.
     """
@@ -95,7 +95,7 @@ class PromptRows:
     def make_lora_inputs(
         self, num_scheduled_tokens: np.ndarray, num_sampled_tokens: np.ndarray
     ) -> tuple[tuple[int, ...], tuple[int, ...], set[LoRARequest]]:
-        """See vLLM's InputBatch: adapters per sampled token, per scheduled token, and those that act in this step."""
+        """See vLLM's InputBatch: adapters per sampled token and per scheduled token, and the adapters of this step."""
         sampled, scheduled, requests = self._batch.make_lora_inputs(num_scheduled_tokens, num_sampled_tokens)
         in_prompt = self.positions < self.prompts
         scheduled = np.where(in_prompt, scheduled, 0)
@@ -109,9 +109,9 @@ class PromptRows:
 
 
 def advance_generator(generator: torch.Generator, draws: int, vocab_size: int, device: torch.device) -> None:
-    """Moves a request's generator past `draws` sampled tokens, as the sampler of this platform would have.
+    """Moves a request's generator past `draws` sampled tokens, as this platform's sampler would.
 
-    CPU: one 31-bit integer per token (a seed for its Gumbel noise); otherwise: one exponential per vocabulary entry.
+    CPU: one 31-bit integer per token (a seed for its Gumbel noise). Otherwise: one exponential per vocabulary entry.
     """
     for _ in range(draws):
         if current_platform.is_cpu():

@@ -1,9 +1,9 @@
-"""vLLM's schedulers with our rules. In a colocated engine a request has its adapter while its prompt is computed only.
+"""vLLM's schedulers with our rules. In a colocated engine a request has its adapter only until its prompt is computed.
 
 Extension points used: `scheduler_cls`; `Scheduler.add_request`, `_update_after_schedule`, `_preempt_request` and
-`_free_request`; `Request.lora_request` and `_block_hasher`. After its prompt a request counts for no adapter slot, and
-the blocks that hold its output are hashed as what they are: made by the base model after a prompt of that length under
-that adapter. No prompt hashes to the same, so the next turn of a chat computes them anew, with the adapter.
+`_free_request`; `Request.lora_request` and `_block_hasher`. After its prompt, a request takes no adapter slot. Blocks
+with output are hashed as output of the base model after a prompt of that length under that adapter. No prompt has the
+same hash, so the next turn of a chat computes these tokens again, with the adapter.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from preft.transfer.connector import split_output
 
 @dataclass(frozen=True, slots=True)
 class _AfterPrompt:
-    """Stands in for a LoRARequest while output blocks are hashed: vLLM puts name and path into the hash."""
+    """Replaces the LoRARequest while output blocks are hashed: vLLM puts its name and path into the hash."""
 
     lora_name: str
     lora_path: str
 
 
 class _PromptAdapters:
-    """Mixed in before a scheduler class of vLLM."""
+    """A mixin; put it before a scheduler class of vLLM."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._adapters: dict[str, Any] = {}  # request id -> its LoRARequest, whether it needs it now or not
+        self._adapters: dict[str, Any] = {}  # request id -> its LoRARequest, also after its prompt
 
     def add_request(self: Any, request: Request) -> None:
         split_output(request)
@@ -58,7 +58,7 @@ class _PromptAdapters:
                 request.lora_request = kept
 
         request._block_hasher = hasher
-        del request.block_hashes[prompt // self.hash_block_size :]  # output it came with was hashed as prompt
+        del request.block_hashes[prompt // self.hash_block_size :]  # the request's output was hashed as prompt
         request.update_block_hashes()
 
     def _update_after_schedule(self: Any, scheduler_output: SchedulerOutput) -> None:
@@ -78,16 +78,16 @@ class _PromptAdapters:
 
 
 class PreftScheduler(FiniteScheduler, Scheduler):
-    """Of a prefill or decode engine whose steps don't overlap (CPU)."""
+    """For a prefill or decode engine whose steps don't overlap (CPU)."""
 
 
 class AsyncPreftScheduler(FiniteScheduler, AsyncScheduler):
-    """Of a prefill or decode engine whose next step is scheduled while one runs."""
+    """For a prefill or decode engine that schedules the next step while one runs."""
 
 
 class PromptAdapterScheduler(_PromptAdapters, FiniteScheduler, Scheduler):
-    """Of a colocated engine whose steps don't overlap."""
+    """For a colocated engine whose steps don't overlap."""
 
 
 class AsyncPromptAdapterScheduler(_PromptAdapters, FiniteScheduler, AsyncScheduler):
-    """Of a colocated engine whose next step is scheduled while one runs."""
+    """For a colocated engine that schedules the next step while one runs."""

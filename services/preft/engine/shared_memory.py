@@ -1,7 +1,7 @@
-"""Shared memory and semaphores that an engine's processes make: unlinked however these processes end.
+"""Unlinks the shared memory and semaphores of an engine's processes, however these processes end.
 
-Python's resource tracker unlinks them when all processes that use it have ended. It is a child in their process group,
-though, and whoever kills the group kills the tracker with it: files in /dev/shm stay. Ours is in a session of its own.
+Python's resource tracker does so when all processes that use it have ended. But the tracker is a child in their process
+group, so a kill of the group kills the tracker too, and files stay in /dev/shm. Our tracker has its own session.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ main({fd})
 
 
 def start_tracker() -> None:
-    """Gives this process and its spawned children a tracker that outlives them. Does nothing if they have one."""
+    """Starts a tracker that outlives this process and its spawned children. Does nothing if there is one already."""
     tracker: Any = resource_tracker._resource_tracker
     if tracker._fd is not None:
         return
@@ -31,6 +31,6 @@ def start_tracker() -> None:
     try:
         program = [sys.executable, "-I", "-S", "-c", _PROGRAM.format(fd=reader)]
         subprocess.run(program, pass_fds=[reader], stdin=subprocess.DEVNULL, check=True)
-        tracker._fd = writer  # as multiprocessing.spawn does in a child
+        tracker._fd = writer  # multiprocessing.spawn does the same in a child
     finally:
         os.close(reader)

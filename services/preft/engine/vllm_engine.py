@@ -1,4 +1,7 @@
-"""The `Engine` port over an unmodified vLLM AsyncLLM: start-up arguments, requests in, token deltas out."""
+"""The `Engine` port over an unmodified vLLM AsyncLLM: arguments for its start, requests in, token deltas out.
+
+`port` owns the interface; the modules that vLLM loads by name (worker, scheduler, connector) own the extensions.
+"""
 
 from __future__ import annotations
 
@@ -34,16 +37,16 @@ from preft.engine.shared_memory import start_tracker
 from preft.transfer.connector import OUTPUT_SO_FAR
 from preft.transfer.staging import Region
 
-# How OpenMP's threads wait for work on CPU, in turns of a loop. By default they spin for milliseconds: on cores that
-# engines share, each waits against the other's steps. Without any spin they sleep between the many short operations of
-# a decode step, or of a prompt's adapters.
+# Turns of a loop for which OpenMP's threads wait for work on CPU. By default the threads spin for milliseconds, which
+# delays other engines' steps on shared cores. Without spinning, the threads would sleep between the many short
+# operations of a decode step or of a prompt's adapters.
 SPIN = "5000"
 CODE_VERSION = 6
-"""Part of vLLM's compile-cache key, which otherwise ignores our worker class. Raise it when traced code changes."""
+"""Part of vLLM's compile-cache key, which ignores our worker class. Raise it when traced code changes."""
 
 
 def engine_args(settings: Settings, role: Role, arena: str) -> AsyncEngineArgs:
-    """vLLM's arguments for one engine of `role`. On decode there are no adapters, on a colocated one no transfer."""
+    """vLLM's arguments for one engine of `role`. Decode has no adapters, and colocated no KV transfer."""
     own = settings.engine(role)
     on_cpu = current_platform.is_cpu()
     args: dict[str, Any] = {
@@ -61,7 +64,7 @@ def engine_args(settings: Settings, role: Role, arena: str) -> AsyncEngineArgs:
         "disable_hybrid_kv_cache_manager": True,
         "generation_config": "vllm",
         "disable_log_stats": True,
-        # vLLM's CPU default puts the model in a second process, and both then wait for each other by turning in a loop.
+        # vLLM's CPU default puts the model in a second process, and each process waits for the other in a busy loop.
         "distributed_executor_backend": UniProcExecutor if on_cpu else None,
         "worker_cls": "preft.engine.cpu_worker.PreftCPUWorker" if on_cpu else "preft.engine.gpu_worker.PreftGPUWorker",
         "additional_config": {"preft": CODE_VERSION, "role": role.value},
@@ -83,7 +86,7 @@ def engine_args(settings: Settings, role: Role, arena: str) -> AsyncEngineArgs:
         args |= {
             "enable_lora": True,
             "max_loras": own.max_loras,
-            "max_cpu_loras": own.max_loras,  # others wait in our own host memory
+            "max_cpu_loras": own.max_loras,  # further adapters wait in our own host memory
             "max_lora_rank": own.max_lora_rank,
             "lora_target_modules": list(TARGETS),  # no slots in layers that no adapter may change
         }
@@ -93,7 +96,7 @@ def engine_args(settings: Settings, role: Role, arena: str) -> AsyncEngineArgs:
 def check_one_device(args: AsyncEngineArgs) -> None:
     """Raises ConfigError for an engine of several ranks.
 
-    Every rank would write its part of the KV to the same place and seal it: the KV would be wrong, and nobody told.
+    All ranks would write their parts of the KV to the same place and seal it, and the wrong KV would go unnoticed.
     """
     for name in (
         "tensor_parallel_size",
@@ -107,7 +110,7 @@ def check_one_device(args: AsyncEngineArgs) -> None:
 
 
 def sampling_params(request: EngineRequest, role: Role) -> SamplingParams:
-    """vLLM's sampling parameters for one choice. EOS tokens travel as stop tokens: the engine has no tokenizer."""
+    """vLLM's sampling parameters for one choice. EOS tokens become stop tokens, as the engine has no tokenizer."""
     sampling = request.sampling
     stop = sampling.stop_token_ids if sampling.ignore_eos else (*sampling.stop_token_ids, *sampling.eos_token_ids)
     region = request.save or request.load
@@ -147,7 +150,7 @@ def _transfer_params(region: KvRegion, request: EngineRequest) -> dict[str, Any]
 
 
 class _Stats(StatLoggerBase):
-    """Copies what vLLM reports after each step into our `EngineStats`."""
+    """Copies vLLM's figures after each step into our `EngineStats`."""
 
     def __init__(self, stats: EngineStats) -> None:
         self._stats = stats
@@ -168,15 +171,15 @@ class _Stats(StatLoggerBase):
 
 
 class VllmEngine:
-    """One AsyncLLM with its engine process. Start it with `start`, end it with `close`."""
+    """One AsyncLLM with its engine process. `start` creates it, and `close` ends it."""
 
     def __init__(self, llm: AsyncLLM, role: Role, info: EngineInfo, stats: EngineStats, adapter_arena: str) -> None:
         self._llm = llm
         self._role = role
         self.info = info
         self.stats = stats
-        self._lora_ids: dict[str, int] = {}  # digest -> vLLM's integer id, which no other load has ever had
-        self._gone: list[int] = []  # ids that the engine may forget with the next adapter
+        self._lora_ids: dict[str, int] = {}  # digest -> vLLM's integer id, unique for each load
+        self._gone: list[int] = []  # ids that the engine forgets with the next `place_adapter`
         self._next_lora_id = itertools.count(1)
         self._counts_from_end: dict[str, bool] = {}  # digest -> whether its ReFT acts on the last positions
         self._adapter_arena = adapter_arena
@@ -187,11 +190,11 @@ class VllmEngine:
     ) -> VllmEngine:
         """Starts the engine process and waits until it can serve (25-45 s on CPU).
 
-        `arena` is where KV comes from or goes to, `adapter_arena` where adapters come from. `overrides` are vLLM's
-        arguments. Raises ConfigError if the engine would use more than one device.
+        `arena` holds KV, and `adapter_arena` adapters. `overrides` are vLLM arguments. Raises ConfigError if the engine
+        would use more than one device.
         """
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # where Triton is installed it is the default; ours is V1
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # V2 is the default where Triton is installed; our runner is V1
         os.environ.update(ENVIRONMENT)
         if current_platform.is_cpu():
             os.environ.setdefault("GOMP_SPINCOUNT", SPIN)
@@ -206,7 +209,7 @@ class VllmEngine:
             kv_layout=described["layout"],
             block_size=config.cache_config.block_size,
             block_bytes=described["block_bytes"],
-            kv_blocks=config.cache_config.num_gpu_blocks - 1,  # vLLM keeps one as the null block
+            kv_blocks=config.cache_config.num_gpu_blocks - 1,  # vLLM reserves one as the null block
             max_model_len=config.model_config.max_model_len,
             vocab_size=config.model_config.get_vocab_size(),
             pids=tuple(pid for pid in described["pids"] if pid != os.getpid()),
@@ -233,12 +236,14 @@ class VllmEngine:
 
     async def aborted(self) -> None:
         try:
-            await self._llm.collective_rpc("describe_kv")  # it comes to the engine after the aborts, and between steps
+            await self._llm.collective_rpc("describe_kv")  # reaches the engine after the aborts, between two steps
         except EngineDeadError as error:
             raise WorkerLost(f"the engine died: {error}") from error
 
     def _prompt_salt(self, request: EngineRequest) -> str:
-        """A ReFT on the last positions makes a prefix's KV depend on the prompt's length; nothing else does."""
+        """The prompt's length if the adapter's ReFT acts on last positions, else "". Such a ReFT makes a prefix's KV
+        depend on the prompt's length.
+        """
         if request.adapter is None:
             return ""
         return str(len(request.prompt_token_ids)) if self._counts_from_end[request.adapter.digest] else ""
@@ -302,13 +307,13 @@ def _start(args: AsyncEngineArgs, stats: EngineStats) -> AsyncLLM:
     return AsyncLLM.from_vllm_config(config, stat_loggers=[lambda *_: _Stats(stats)], disable_log_stats=True)
 
 
-_settings_are_read = threading.Lock()  # vLLM changes the environment and changes it back
+_settings_are_read = threading.Lock()  # vLLM changes the environment and restores it
 
 
 def _thread_settings(config: VllmConfig) -> dict[str, str]:
-    """Number and places of OpenMP's threads, as vLLM sets them for a process that runs the model and nothing else.
+    """Number and cores of OpenMP's threads, as vLLM sets them for a process that only runs the model.
 
-    Ray's own number for a worker is 1.
+    Ray sets one thread for a worker.
     """
     with _settings_are_read, OMPProcessManager(config).configure_omp_envs(rank=0, local_rank=0):
         return {name: value for name, value in os.environ.items() if name.startswith(("OMP_", "GOMP_CPU_", "KMP_"))}

@@ -1,1 +1,1 @@
-"""Prefill workers: the adapter is applied here, to the prompt, and nowhere after."""
+"""Prefill workers: run prompts with their adapters. No later step uses an adapter."""

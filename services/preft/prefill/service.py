@@ -1,6 +1,7 @@
-"""The `PrefillWorker` service: adapted prompt pass, first tokens, then the prompt's KV pushed to the decode worker.
+"""The `PrefillWorker` service: adapted prompt pass, first tokens, then the push of the prompt's KV to a decode worker.
 
-Owns the order of these steps and the staging region in between; the engine, the arena and the transport are given.
+The service owns the order of these steps and the staging region between them. Its caller owns engine, arena and
+transport.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from preft.transfer.seal import SEAL, clear_seal, read_seal
 from preft.transfer.staging import Region, StagingArena
 
 GREEDY = Sampling(max_tokens=1, temperature=0.0)
-"""How a resumed request's prompt pass is sampled: the token is thrown away."""
+"""The sampling of a resumed request's prompt pass, whose token is not used."""
 
 
 class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
-    """One prefill worker's gRPC face."""
+    """The gRPC service of one prefill worker."""
 
     def __init__(
         self,
@@ -70,7 +71,7 @@ class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
             yield _first_tokens_event(choices)
             return
         if adapter is not None:
-            await self._adapters.prefetch(adapter)  # nothing else is held while it comes
+            await self._adapters.prefetch(adapter)  # before the region is reserved: a load may take long
         region = await self._arena.reserve(self._kv_bytes(len(prompt)), timeout=timeout)
         try:
             clear_seal(self._arena.view(region))
@@ -96,7 +97,7 @@ class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
         adapter: AdapterRef | None,
         save: KvRegion | None,
     ) -> list[TokenDelta]:
-        """The first token of each choice. The first pass computes (and saves) the KV, further ones reuse its cache."""
+        """Each choice's first token. The first pass computes and saves the KV; other passes reuse its prefix cache."""
         attempt = request.target.handle or "last"
 
         def choice(index: int) -> EngineRequest:
@@ -119,7 +120,7 @@ class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
         deltas = [first, *(task.result() for task in others)]
-        if sampling.max_tokens > 1:  # the engine was asked for one token only: its "length" isn't the request's
+        if sampling.max_tokens > 1:  # the engine's limit was one token: its "length" isn't the request's
             deltas = [
                 dataclasses.replace(delta, finish_reason=None) if delta.finish_reason is FinishReason.LENGTH else delta
                 for delta in deltas

@@ -1,1 +1,1 @@
-"""Sends each request to a prefill and a decode worker and makes one token stream of what they answer."""
+"""Sends each request to a prefill and a decode worker, and makes one token stream of the workers' answers."""

@@ -1,9 +1,10 @@
-"""The bounded queue in front of the workers: who waits, who is next, who is turned away.
+"""The bounded queue of requests in front of the workers.
 
-First come, first served per adapter; an adapter whose next request fits nowhere, or that isn't in memory yet, doesn't
-hold up the others. A request that has waited long keeps one worker free of newcomers until it fits, so that big
-ones aren't starved by small ones, or one prefill worker's adapter slots free of younger requests, so that new adapters
-aren't starved by busy ones. Choosing workers is the policy's business.
+The queue owns the order of requests and refuses requests when it is full. The policy chooses workers. Requests for one
+adapter are served in order of arrival. An adapter that isn't in memory yet, or whose next request fits nowhere, doesn't
+delay other adapters. To prevent starvation of large requests, a request that has waited PATIENCE seconds keeps one
+worker free of other requests until it fits. To prevent starvation of new adapters, a request that has waited
+SLOT_PATIENCE seconds keeps one prefill worker's adapter slots free of younger requests.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from preft.router.lease import Lease
 from preft.router.ledger import Ledger
 from preft.router.policy import Absent, Crowded, Demand, Pair, Policy, Refusal, Roster
 
-PATIENCE = 5.0  # seconds until a waiting request keeps a worker for itself
-SLOT_PATIENCE = 0.5  # seconds until a request that waits for an adapter slot lets no younger one have it
+PATIENCE = 5.0  # seconds until a waiting request reserves a worker
+SLOT_PATIENCE = 0.5  # seconds until a request that waits for an adapter slot keeps younger requests off the slots
 RETRY_AFTER = (1.0, 30.0)  # seconds, least and most
 
 
@@ -42,10 +43,9 @@ class Ticket:
         self._ended = False
 
     async def wait(self, timeout: float) -> Lease:
-        """The lease, once there is room; it is the caller's to release.
+        """Returns the lease once there is room; the caller releases it. Cancelling the wait leaves the queue.
 
-        Raises DeadlineExceeded after `timeout` seconds, Unavailable if the workers went away for good. Gives up its
-        place if cancelled.
+        Raises DeadlineExceeded after `timeout` seconds, and Unavailable if no workers came back in time.
         """
         try:
             async with asyncio.timeout(timeout):
@@ -60,12 +60,12 @@ class Ticket:
         return lease
 
     def fail(self, error: PreftError) -> None:
-        """`wait` raises `error`, unless it is over already."""
+        """Makes `wait` raise `error`, unless the ticket has a lease or has ended."""
         if not self.outcome.done():
             self.outcome.set_exception(error)
 
     def cancel(self) -> None:
-        """Leaves the queue at once; a lease that nobody has taken is given back. `wait` then ends as cancelled."""
+        """Leaves the queue at once, and releases a lease that `wait` hasn't returned. `wait` then ends as cancelled."""
         if self._ended:
             return
         self._ended = True
@@ -75,7 +75,7 @@ class Ticket:
 
 
 class Admission:
-    """Owns the queue. `update` brings a new picture of the cluster; leases that are given back wake it themselves."""
+    """Owns the queue. `update` brings a new view of the cluster; a released lease wakes the queue by itself."""
 
     def __init__(
         self,
@@ -85,9 +85,9 @@ class Admission:
         restart_grace: float,
         prefetch: Callable[[Worker, AdapterRef], None],
     ) -> None:
-        """`max_queue` requests may wait; after `restart_grace` seconds without workers they get Unavailable.
+        """`max_queue` requests may wait. After `restart_grace` seconds without workers they get Unavailable.
 
-        `prefetch` has a worker bring in an adapter; `load_ended` is to be called when it has, or couldn't.
+        `prefetch` makes a worker load an adapter. The owner calls `load_ended` when the load has succeeded or failed.
         """
         self._policy = policy
         self._prefetch = prefetch
@@ -95,19 +95,18 @@ class Admission:
         self._max_queue = max_queue
         self._restart_grace = restart_grace
         self._roster = Roster((), {}, {})
-        self._open = self._roster  # without the worker that is kept for a request that has waited long
+        self._open = self._roster  # without the worker that is reserved for a request that has waited long
         self._queues: dict[str, deque[Ticket]] = {}  # by adapter digest, never empty
         self._crowded: dict[str, str] = {}  # digest -> the one worker whose slots its queue waits for
         self._waiting = 0
         self._serial = itertools.count()
-        self._grants: deque[float] = deque(maxlen=64)  # when the last ones left the queue
+        self._grants: deque[float] = deque(maxlen=64)  # times of the last leases
         self._pump_due = False
         self._serving_until = -math.inf
         self._closed: PreftError | None = None
 
     @property
     def waiting(self) -> int:
-        """Requests in the queue."""
         return self._waiting
 
     @property
@@ -116,7 +115,7 @@ class Admission:
         return self._roster
 
     def update(self, roster: Roster) -> None:
-        """Goes on with a new picture of the cluster. Does nothing once closed."""
+        """Replaces the view of the cluster. Does nothing once closed."""
         if self._closed is not None:
             return
         now = asyncio.get_running_loop().time()
@@ -137,12 +136,12 @@ class Admission:
         started: bool = False,
         avoid: frozenset[str] = frozenset(),
     ) -> Ticket:
-        """A place for `demand`, with its lease already if there is room.
+        """Queues `demand`, or gives its ticket a lease at once if there is room.
 
-        `since` (loop time) is when the request came. One that has `started` before and lost its workers is let in
-        whatever the queue's length, ahead of its adapter's others, and waits for workers to restart. `avoid` are the
-        workers that have failed it. Raises QueueFull, Unavailable, or InvalidRequest if no worker could ever hold it;
-        once closed, what it was closed with.
+        `since` (loop time) is when the request came. A request that has `started` before and lost its workers enters
+        even a full queue, ahead of its adapter's other requests, and waits for workers to restart. `avoid` holds the
+        ids of workers that have failed this request. Raises QueueFull, Unavailable, or InvalidRequest if no worker
+        could ever hold the request. A closed queue raises the error that `close` was given.
         """
         if self._closed is not None:
             raise self._closed
@@ -178,13 +177,13 @@ class Admission:
             self._crowded.pop(ticket.demand.digest, None)
             if not queue:
                 del self._queues[ticket.demand.digest]
-            self._open = self._roster  # it may have kept a worker for itself
+            self._open = self._roster  # the ticket may have had a worker reserved
             self.wake()
 
     def load_ended(self, digest: str, error: PreftError | None) -> None:
-        """An adapter has come into some worker's memory, or can't.
+        """Tells the queue that a worker has loaded an adapter, or failed to (`error`).
 
-        Then whoever waits for it gets `error`, except those that another worker can serve.
+        With an `error`, requests for this adapter fail, except those that another worker can still serve.
         """
         self._crowded.pop(digest, None)
         if error is not None and (queue := self._queues.pop(digest, None)):
@@ -201,7 +200,7 @@ class Admission:
         self.wake()
 
     def wake(self) -> None:
-        """Has the queue looked through soon, once for however many calls."""
+        """Schedules one pass over the queue; several calls before the pass share it."""
         if not self._queues:
             self._keep_nothing()
         elif not self._pump_due:
@@ -209,20 +208,20 @@ class Admission:
             asyncio.get_running_loop().call_soon(self._pump)
 
     def close(self, error: PreftError) -> None:
-        """Turns away everything that waits, and everything that still comes, with `error`."""
+        """Fails all waiting requests and all later ones with `error`."""
         self._closed = error
         self._roster = self._open = Roster((), {}, {})
         self._refuse_all(error)
 
     def _pump(self) -> None:
-        """Places whatever fits, oldest first."""
+        """Gives leases to all requests that fit, oldest first."""
         self._pump_due = False
         self._keep_nothing()
         now = asyncio.get_running_loop().time()
         heads = [(queue[0].order, queue) for queue in self._queues.values()]
         heapq.heapify(heads)
-        refused: Demand | None = None  # what covers it needn't be tried
-        crowded: set[str] = set()  # nor who waits for these workers' slots
+        refused: Demand | None = None  # a demand that covers this one needn't be tried
+        crowded: set[str] = set()  # workers whose slots an older request waits for
         while heads:
             _, queue = heads[0]
             ticket = queue[0]
@@ -257,9 +256,9 @@ class Admission:
                 self._open = self._keep_one_for(ticket.demand, refusal)
 
     def _grant(self, ticket: Ticket, roster: Roster) -> Refusal | Absent | Crowded | None:
-        """Why `ticket` gets no lease now, or None: it has one, or needs none."""
+        """Gives `ticket` a lease and returns None, or returns why there is none. Returns None for an ended ticket."""
         if ticket.outcome.done():
-            return None  # whoever waited was cancelled in this instant, and didn't come to leave the queue yet
+            return None  # the waiting task was just cancelled, and hasn't left the queue yet
         self._crowded.pop(ticket.demand.digest, None)
         placed = self._policy.place(ticket.demand, roster, self._ledger, ticket.avoid)
         if isinstance(placed, Absent) and ticket.demand.adapter is not None:
@@ -271,7 +270,7 @@ class Admission:
         return None
 
     def _has_others(self, ticket: Ticket) -> bool:
-        """Whether some worker has or loads the ticket's adapter, and isn't one that has just refused it."""
+        """Whether another worker holds or loads the ticket's adapter. A worker that just refused doesn't count."""
         if self._policy.home(ticket.demand, self._roster, self._ledger) is not None:
             return False
         placed = self._policy.place(ticket.demand, self._roster, self._ledger, ticket.avoid)
@@ -282,7 +281,7 @@ class Admission:
         self._ledger.keep_no_slots()
 
     def _keep_one_for(self, demand: Demand, refusal: Refusal | Absent | Crowded) -> Roster:
-        """The roster without the worker that can hold `demand` and is nearest to have the memory that it lacks."""
+        """The roster without one worker: of those that could hold `demand`, the one whose memory is least used."""
         if refusal is Refusal.NO_STAGING:
             able = [worker for worker in self._roster.prefill if _stages(worker, demand)]
             if not able:
@@ -325,7 +324,7 @@ class Admission:
         return [worker for workers in self._roster.decode.values() for worker in workers]
 
     def _retry_after(self) -> float:
-        """Seconds until half the queue is gone, at the rate it moved lately."""
+        """Seconds until half the queue is served, at the rate of the last leases."""
         least, most = RETRY_AFTER
         if len(self._grants) < 2:
             return least

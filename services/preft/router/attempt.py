@@ -1,7 +1,6 @@
-"""One attempt at one request: a prefill, the KV handle it fills, and a Decode call for each choice that goes on.
+"""One attempt at one request: a prefill, its KV handle, and a Decode call for each choice that continues.
 
-Owns the calls, the handle and the lease, and gives all of them back when it is closed, in whatever state they are.
-Trying again elsewhere is `generation`'s business.
+The attempt owns the calls, the handle and the lease; `close` releases them in any state. `generation` owns retries.
 """
 
 from __future__ import annotations
@@ -27,23 +26,23 @@ TOO_LATE = "the request's time limit passed before it was finished"
 
 @dataclass(slots=True, eq=False)
 class Choice:
-    """One of the request's continuations: its tokens so far, and whether more are wanted."""
+    """One of the request's continuations, with its tokens so far."""
 
     index: int
     tokens: list[int] = field(default_factory=list)
     finished: bool = False
     stopped: bool = False
-    failures: int = 0  # attempts in a row that ended early without a new token
-    counted: int = 0  # tokens at the last such end
+    failures: int = 0  # consecutive attempts that failed without a new token
+    counted: int = 0  # tokens when the last attempt failed
     attempt: Attempt | None = None  # the latest
 
     @property
     def open(self) -> bool:
-        """Whether more tokens are to come."""
+        """Whether more tokens are expected."""
         return not (self.finished or self.stopped)
 
     def take(self, delta: TokenDelta) -> None:
-        """Adds what has come."""
+        """Appends the delta's tokens, and notes a finish reason."""
         self.tokens.extend(delta.token_ids)
         if delta.finish_reason is not None:
             self.finished = True
@@ -51,7 +50,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What all attempts of a request share. `deadline` and `since` are in loop time."""
+    """The data that all attempts at a request share. `deadline` and `since` are in loop time."""
 
     request: GenerateRequest
     sampling: common_pb2.Sampling
@@ -64,7 +63,7 @@ class Job:
         return self.request.adapter.digest if self.request.adapter else ""
 
     def remaining(self) -> float:
-        """Seconds left. Raises DeadlineExceeded if there are none."""
+        """Seconds until the deadline. Raises DeadlineExceeded if none are left."""
         left = self.deadline - asyncio.get_running_loop().time()
         if left <= 0:
             raise DeadlineExceeded(TOO_LATE)
@@ -74,16 +73,16 @@ class Job:
 class Attempt:
     """Call `first_tokens`, then `kv_in_place`, then `start_decoding` and `decode`; `close` at any time.
 
-    On a colocated worker `decode` does it all, first token included, and there is nothing to do before.
+    On a colocated worker `decode` yields all tokens, the first included; `first_tokens` and `kv_in_place` do nothing.
 
-    Each raises the PreftError that ended it, after which `blamed` names the workers to avoid next time, or
-    CallCancelled if `stop` or `close` ended it.
+    Each step raises the PreftError that ended it; then `blamed` names the workers to avoid in the next attempt. A step
+    that `stop` or `close` ended raises CallCancelled.
     """
 
     def __init__(
         self, job: Job, choices: Sequence[Choice], lease: Lease, channels: WorkerChannels, transfer_timeout: float
     ) -> None:
-        """`lease` is this attempt's from now on. Choices that have tokens are resumed, the others begin."""
+        """The attempt takes over `lease`. Choices with tokens are resumed; choices without tokens begin."""
         self.handle = uuid.uuid4().hex
         self.resumes = any(choice.tokens for choice in choices)
         self.blamed: frozenset[str] = frozenset()
@@ -98,12 +97,12 @@ class Attempt:
         self._prefill: Any = None  # while it runs
         self._decodes: dict[int, DecodeCall] = {}  # while they run
         self._going = set(self._choices)
-        self._prompting = set(self._choices)  # on a colocated worker each choice computes the prompt
-        self._unclaimed: set[int] = set()  # uses of the handle that didn't end by themselves: closing releases it
+        self._prompting = set(self._choices)  # choices whose prompt isn't computed; used on a colocated worker
+        self._unclaimed: set[int] = set()  # choices that may still hold the handle: if any is left, `close` releases it
         self._closed = False
 
     async def first_tokens(self) -> Sequence[TokenDelta]:
-        """Runs the prompt and answers each choice's first token, taken by it; none if choices are resumed."""
+        """Runs the prompt. Returns each choice's first token, already added to the choice; nothing on a resume."""
         if self._colocated:
             return ()
         worker = self._lease.prefill
@@ -122,7 +121,7 @@ class Attempt:
             return deltas
 
     async def kv_in_place(self) -> None:
-        """Waits until the decode worker has the prompt's KV, whole and verified."""
+        """Waits until the decode worker has the prompt's whole KV and has verified it."""
         if self._colocated:
             return
         worker = self._lease.prefill
@@ -137,12 +136,12 @@ class Attempt:
         self._prefill_ended()
 
     def start_decoding(self, choices: Sequence[Choice]) -> None:
-        """Asks for the further tokens of all choices that are still open, in one message: they share the prompt."""
+        """Requests the further tokens of all open choices in one message, as they share the prompt."""
         calls = self._channels.decode(self._decode_worker(), self._decode_request(choices), self._job.remaining())
         self._decodes = {choice.index: call for choice, call in zip(choices, calls, strict=True)}
 
     async def decode(self, choice: Choice) -> AsyncGenerator[TokenDelta, None]:
-        """The further tokens of a choice that decodes, taken by it, until it is finished or stopped."""
+        """Yields the choice's further tokens, already added to the choice, until it is finished or stopped."""
         worker, index = self._decode_worker(), choice.index
         call = self._decodes[index]
         room = self._lease.room(index) - len(self._job.request.prompt_token_ids)
@@ -157,7 +156,7 @@ class Attempt:
                     if first:
                         first = False
                         self._lease.kv_loaded(index)
-                        self._prompt_ended(index)  # on a colocated worker the first token says so
+                        self._prompt_ended(index)  # on a colocated worker a first token means that the prompt is done
                     if choice.finished:
                         del self._decodes[index]
                         self._unclaimed.discard(index)
@@ -167,19 +166,19 @@ class Attempt:
                     yield delta
         except PreftError as error:
             if not isinstance(error, WorkerLost | DeadlineExceeded):
-                self._unclaimed.discard(index)  # the worker ended it, and its claim
+                self._unclaimed.discard(index)  # the worker ended the choice and its claim
             raise
         finally:
             self._end(choice)
 
     def stop(self, choice: Choice) -> None:
-        """Cancels what runs for `choice`, and everything else too if no other choice goes on."""
+        """Cancels the work for `choice`; closes the attempt if no other choice continues."""
         if choice.index in self._decodes:
             self._decodes[choice.index].cancel()
         self._end(choice)
 
     def close(self) -> None:
-        """Cancels what still runs, gives back the lease and, unless each use of it ended by itself, the handle."""
+        """Cancels running calls, and releases the lease and, unless every use of it has ended, the handle."""
         if self._closed:
             return
         self._closed = True
@@ -200,7 +199,7 @@ class Attempt:
             if choice is not None:
                 choice.take(delta)
         if all(delta.finish_reason for delta in deltas):
-            self._prefill_ended()  # there is nothing to send
+            self._prefill_ended()  # no KV is sent
             self._unclaimed.clear()
         for choice in self._choices.values():
             if choice.finished:

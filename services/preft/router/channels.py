@@ -1,7 +1,7 @@
 """The router's gRPC connections to workers: one channel per address, kept while the worker is registered.
 
-Owns the channels, the calls that only have their end left, and the releases under way; `close` ends all of them. gRPC
-errors become PreftErrors here and nowhere else in the router.
+The module owns the channels, calls that only wait for their end, and releases under way; `close` ends all of them. In
+the router, gRPC errors of unary and Prefill calls become PreftErrors here alone.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ OPTIONS = [
     ("grpc.max_send_message_length", -1),  # a prompt may have a million tokens
     ("grpc.max_receive_message_length", -1),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),  # a worker that restarts at its address is found soon
+    ("grpc.max_reconnect_backoff_ms", 1000),  # finds a worker that restarts at its address soon
     ("grpc.enable_http_proxy", 0),
 ]
 RELEASE_SECONDS = 5.0
-DRAIN_SECONDS = 600.0  # a worker that left the registry may still finish what it has
+DRAIN_SECONDS = 600.0  # a worker that left the registry may still finish its calls
 
 
 @dataclass(slots=True)
 class WorkerStubs:
-    """One channel and the services on it. Which of them the worker has depends on its role."""
+    """One channel and the stubs on it. The worker's role decides which of the services exist."""
 
     channel: ClusterChannel
     prefill: Any
@@ -49,7 +49,7 @@ class WorkerStubs:
     stream: DecodeStream | None = None
 
     async def close(self, grace: float) -> None:
-        """Lets the calls under way end, for at most `grace` seconds."""
+        """Waits at most `grace` seconds for running calls, then closes the channel."""
         if self.stream is not None:
             await self.stream.finish(grace)
         await self.channel.close(grace)
@@ -59,7 +59,7 @@ class WorkerChannels:
     """Calls to workers. Use it inside one event loop."""
 
     def __init__(self, secret: ClusterSecret, on_lost: Callable[[Worker], None]) -> None:
-        """`on_lost` is told of each worker that couldn't be reached or broke off."""
+        """`on_lost` is called with each worker whose connection failed or broke."""
         self._secret = secret
         self._on_lost = on_lost
         self._stubs: dict[str, WorkerStubs] = {}
@@ -67,18 +67,18 @@ class WorkerChannels:
         self._background = Background()
 
     def prefill(self, worker: Worker, request: workers_pb2.PrefillRequest, timeout: float) -> Any:
-        """Starts a Prefill call, to be read with `read`."""
+        """Starts a Prefill call; `read` returns its messages."""
         return self._stubs_of(worker.address).prefill.Prefill(request, timeout=timeout)
 
     async def prefetch(self, worker: Worker, adapter: AdapterRef, timeout: float) -> None:
-        """Has `worker` bring `adapter` into host memory, and waits for it. Raises the PreftError that it ended with."""
+        """Makes `worker` load `adapter` into host memory, and waits for it. Raises the call's PreftError."""
         try:
             await self._stubs_of(worker.address).adapters.Prefetch(adapter_to_proto(adapter), timeout=timeout)
         except grpc.aio.AioRpcError as rpc_error:
             raise self._error(rpc_error, worker) from rpc_error
 
     async def where(self, worker: Worker, adapter: AdapterRef, timeout: float) -> AdapterPlace:
-        """Where `worker` has `adapter`. Raises the PreftError that the call ended with."""
+        """Asks `worker` where it holds `adapter`. Raises the call's PreftError."""
         try:
             reply = await self._stubs_of(worker.address).adapters.Where(adapter_to_proto(adapter), timeout=timeout)
         except grpc.aio.AioRpcError as rpc_error:
@@ -86,16 +86,16 @@ class WorkerChannels:
         return place_from_proto(worker.id, reply)
 
     def decode(self, worker: Worker, request: workers_pb2.DecodeRequest, timeout: float) -> list[DecodeCall]:
-        """Starts to decode the request's choices."""
+        """Starts to decode the request's choices; the calls are in the order of the choices."""
         stubs = self._stubs_of(worker.address)
         if stubs.stream is None or stubs.stream.broken:
             stubs.stream = DecodeStream(stubs.decode, worker.id, partial(self._on_lost, worker))
         return stubs.stream.start(request, timeout)
 
     async def read(self, call: Any, worker: Worker) -> Any | None:
-        """The Prefill call's next message, or None at its good end.
+        """Returns the Prefill call's next message, or None after its last one.
 
-        Raises the PreftError it ended with, or CallCancelled if `call.cancel` was used.
+        Raises the call's PreftError, or CallCancelled after `call.cancel`.
         """
         try:
             message = await call.read()
@@ -109,23 +109,23 @@ class WorkerChannels:
         return None if message is grpc.aio.EOF else message
 
     def let_end(self, call: Any) -> None:
-        """Keeps a call that has nothing more to say until its end has come: dropping it would cancel it."""
+        """Keeps a reference to a call whose messages are all read until it ends: gRPC cancels a dropped call."""
         if not call.done():
             self._ending.add(call)
             call.add_done_callback(self._ending.discard)
 
     def release(self, worker: Worker, handle: str) -> None:
-        """Tells a decode worker, in the background, that nobody will claim `handle` (any more)."""
+        """Tells a decode worker, in the background, that `handle` gets no further claims."""
         self._background.start(self._release(worker, handle), f"the release of a KV handle at {worker.id}")
 
     def retain(self, addresses: Collection[str]) -> None:
-        """Lets go of channels to other addresses, in the background and once their calls have ended."""
+        """Closes channels to all other addresses, in the background, after their calls have ended."""
         for address in self._stubs.keys() - set(addresses):
             closing = self._stubs.pop(address).close(grace=DRAIN_SECONDS)
             self._background.start(closing, f"the end of the connection to {address}")
 
     async def close(self) -> None:
-        """Ends everything, once the releases under way had their time."""
+        """Waits RELEASE_SECONDS for releases under way, then ends all calls and channels."""
         await self._background.finish(RELEASE_SECONDS)
         for call in list(self._ending):
             call.cancel()
@@ -134,7 +134,7 @@ class WorkerChannels:
         self._stubs.clear()
 
     async def _release(self, worker: Worker, handle: str) -> None:
-        # A worker that can't be told drops the handle when its lease runs out.
+        # A worker that this call doesn't reach drops the handle when its lease expires.
         with contextlib.suppress(grpc.aio.AioRpcError):
             request = workers_pb2.ReleaseRequest(handle=handle)
             await self._stubs_of(worker.address).decode.Release(request, timeout=RELEASE_SECONDS)

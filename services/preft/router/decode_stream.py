@@ -1,7 +1,7 @@
-"""The caller's end of a decode worker's token stream: many choices over one gRPC call.
+"""The router's end of a decode worker's token stream: many choices over one gRPC call.
 
-A call costs Python about as much per message as the rest of a token's way; a decode step of 64 sequences is one message
-here instead of 64. Doesn't retry: a broken stream fails its choices, and `channels` opens another one.
+One message carries a whole decode step of, say, 64 sequences, because a message's fixed cost in Python is about that of
+the rest of a token's path. The stream doesn't retry: a broken stream fails its choices, and `channels` opens another.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ logger = logging.getLogger(__name__)
 
 
 class CallCancelled(Exception):
-    """The call was cancelled by this process; whoever did it knows why."""
+    """This process cancelled the call."""
 
 
 class DecodeCall:
-    """One choice that is being decoded. Read it to its end or cancel it."""
+    """One choice that a worker decodes. Read it to its end or cancel it."""
 
     def __init__(self, forget: Callable[[], None], timeout: float) -> None:
         self._items: asyncio.Queue[common_pb2.TokenDelta | Exception] = asyncio.Queue()
@@ -36,13 +36,13 @@ class DecodeCall:
         self._timer = asyncio.get_running_loop().call_later(timeout, self._abandon, late)
 
     async def read(self) -> common_pb2.TokenDelta:
-        """The next delta; the one with a finish reason is the last. On the per-token path.
+        """Returns the next delta; the last one has a finish reason. `read` runs once per token.
 
-        Raises the PreftError that the choice ended with, or CallCancelled.
+        Raises the PreftError that ended the choice, or CallCancelled.
         """
         item = await self._items.get()
         if isinstance(item, Exception):
-            self._items.put_nowait(item)  # whoever reads again is told again
+            self._items.put_nowait(item)  # a second read raises the same error
             raise item
         return item
 
@@ -51,11 +51,11 @@ class DecodeCall:
         self._abandon(CallCancelled())
 
     def put(self, delta: common_pb2.TokenDelta) -> None:
-        """For the stream: what has come."""
+        """Called by the stream with each delta."""
         self._items.put_nowait(delta)
 
     def end(self, error: Exception | None) -> None:
-        """For the stream: nothing more will come."""
+        """Called by the stream when no more deltas come."""
         self._timer.cancel()
         self._forget = None
         if error is not None:
@@ -68,10 +68,10 @@ class DecodeCall:
 
 
 class DecodeStream:
-    """One gRPC call to one worker, from its first choice until it breaks, or is closed."""
+    """One gRPC call to one worker, from its first choice until the call breaks or is closed."""
 
     def __init__(self, stub: Any, peer: str, on_lost: Callable[[], None]) -> None:
-        """`stub` is a DecodeWorkerStub. `on_lost` is told when the worker's end breaks a choice, or all of them."""
+        """`stub` is a DecodeWorkerStub. `on_lost` is called when the loss of the worker ends one choice or all."""
         self._peer = peer
         self._on_lost = on_lost
         self._ids = itertools.count(1)
@@ -82,13 +82,13 @@ class DecodeStream:
 
     @property
     def broken(self) -> bool:
-        """Whether it takes no more choices."""
+        """Whether the call has ended and takes no more choices."""
         return self._task.done()
 
     def start(self, request: workers_pb2.DecodeRequest, timeout: float) -> list[DecodeCall]:
-        """Begins the request's choices, each of which ends with DeadlineExceeded after `timeout` seconds.
+        """Begins the request's choices, and sets their ids. Each ends with DeadlineExceeded after `timeout` seconds.
 
-        Gives them their ids. The calls are in the order of the choices.
+        The calls are in the order of the choices.
         """
         calls = []
         for choice in request.choices:
@@ -99,16 +99,16 @@ class DecodeStream:
         return calls
 
     async def finish(self, seconds: float) -> None:
-        """Lets the running choices end, for so long at most; takes no more."""
+        """Takes no more choices; waits at most `seconds` for running ones, then closes."""
         self._commands.put_nowait(None)
         await asyncio.wait({self._task}, timeout=seconds)
         await self.close()
 
     async def close(self) -> None:
-        """Ends what runs, as if the worker had gone."""
+        """Ends running choices with WorkerLost."""
         self._task.cancel()
         await asyncio.wait({self._task})
-        self._end(self._closed())  # a task that is cancelled before its first step does nothing itself
+        self._end(self._closed())  # a task that is cancelled before its first step never reaches its own `finally`
 
     def _closed(self) -> WorkerLost:
         return WorkerLost(f"worker {self._peer}: the connection to it was closed")
@@ -139,8 +139,8 @@ class DecodeStream:
             self._end(error)
 
     def _end(self, error: Exception) -> None:
-        """Ends all choices that run, here and on the worker."""
-        self._stream.cancel()  # gRPC itself leaves it running if its reader is cancelled before the first message
+        """Ends all running choices, here and on the worker."""
+        self._stream.cancel()  # gRPC keeps a call running whose reader is cancelled before the first message
         calls = list(self._calls.values())
         self._calls.clear()
         for call in calls:
@@ -151,7 +151,7 @@ class DecodeStream:
     def _take(self, event: workers_pb2.DecodeEvent) -> None:
         call = self._calls.get(event.id)
         if call is None:
-            return  # cancelled here, and not yet there
+            return  # this process has cancelled the choice, and the worker doesn't know yet
         if event.HasField("delta"):
             call.put(event.delta)
             if not event.delta.finish_reason:

@@ -1,8 +1,8 @@
-"""One request's life: attempts one after the other until every choice is finished, seen from outside as one stream.
+"""One request's life: attempts, one after the other, until every choice is finished, as one stream of tokens.
 
-Before the first token a failed attempt is repeated; after it the choices that aren't finished are resumed: their prompt
-is prefilled again, with the adapter, and their tokens so far are replayed on a decode worker. A choice that is still
-being decoded isn't touched by another's failure.
+Before the first token, a failed attempt is repeated. After it, unfinished choices are resumed: another attempt
+prefills the prompt again, with the adapter, and replays the choices' tokens on a decode worker. One choice's failure
+doesn't disturb the other choices. `attempt` owns calls and leases; `admission` owns the queue.
 """
 
 from __future__ import annotations
@@ -34,30 +34,30 @@ from preft.rpc.convert import sampling_to_proto
 
 logger = logging.getLogger(__name__)
 
-# Another worker would say the same.
+# Every worker would give the same error.
 FINAL = (InvalidRequest, ModelNotFound, AdapterExists, DeadlineExceeded, NumbersNotFinite)
-KV_ALLOWANCE = 64  # output tokens per choice for which decode must have room at the start
-GATHERING_SECONDS = 0.02  # a lost worker fails all its choices, but not in the same instant
+KV_ALLOWANCE = 64  # output tokens per choice that the first reservation of KV blocks covers
+GATHERING_SECONDS = 0.02  # a lost worker fails all its choices, though not at the same instant
 
 
 @dataclass(slots=True)
 class Counters:
-    """Totals since the start."""
+    """Totals since the process started."""
 
-    retries: int = 0  # attempts begun again before the first token
-    resumes: int = 0  # attempts that took up where others had ended
+    retries: int = 0  # attempts repeated before the first token
+    resumes: int = 0  # attempts that continue choices that have tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How one of the streams that feed a request ended: the decode of `choice`, or the resumption of several (None)."""
+    """The end of one of the request's streams: the decode of `choice`, or, if None, the resumption of several."""
 
     choice: Choice | None
     error: PreftError | None
 
 
 class RoutedGeneration:
-    """A Generation. `start` it, iterate it once, `close` it in any case."""
+    """A Generation. Call `start`, iterate once, and always `close`."""
 
     def __init__(
         self,
@@ -80,14 +80,14 @@ class RoutedGeneration:
         self._avoid: frozenset[str] = frozenset()
         self._first: Ticket | None = None
         self._stream: AsyncGenerator[TokenDelta, None] | None = None
-        self._failure: PreftError | None = None  # of the whole request, from outside
-        # What runs or waits now, for `stop` and `close`:
+        self._failure: PreftError | None = None  # set by `fail`
+        # Running or waiting now, for `stop` and `close`:
         self._tickets: set[Ticket] = set()
         self._attempts: set[Attempt] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
-        """Takes a place in the queue. Raises what `Admission.enter` raises, and DeadlineExceeded if it's too late."""
+        """Enters the queue. Raises what `Admission.enter` raises, and DeadlineExceeded after the deadline."""
         self._job.remaining()
         self._first = self._enter(self._choices)
 
@@ -97,7 +97,7 @@ class RoutedGeneration:
         return self._stream
 
     def stop(self, index: int) -> None:
-        """No more tokens of choice `index` are wanted; its work is cancelled at once."""
+        """Stops choice `index`, and cancels its work at once."""
         choice = self._choices[index]
         choice.stopped = True
         if choice.attempt is not None:
@@ -106,22 +106,20 @@ class RoutedGeneration:
             self._cancel()
 
     def fail(self, error: PreftError) -> None:
-        """Ends the request at once: its work is cancelled, and the iteration raises `error`, unless it is complete."""
+        """Cancels the request's work at once. Unless the request is complete, the iteration raises `error`."""
         if any(choice.open for choice in self._choices):
             self._failure = error
         self._stop_all()
 
     async def close(self) -> None:
-        """Cancels whatever still runs, and gives back all that the request holds."""
+        """Cancels all running work, and releases all that the request holds."""
         self._stop_all()
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         if self._stream is not None:
-            with suppress(
-                RuntimeError
-            ):  # another task is iterating: its read was cancelled above, and it ends by itself
+            with suppress(RuntimeError):  # another task iterates; the cancelled calls end its loop
                 await self._stream.aclose()
 
     async def _tokens(self) -> AsyncGenerator[TokenDelta, None]:
@@ -165,7 +163,7 @@ class RoutedGeneration:
         return ticket
 
     async def _serve(self, choices: Sequence[Choice], ticket: Ticket | None = None) -> AsyncGenerator[TokenDelta, None]:
-        """Tokens of these choices until none is open, with as many attempts as that takes."""
+        """Yields tokens of these choices, over as many attempts as needed, until none is open."""
         while choices := [choice for choice in choices if choice.open]:
             attempt = await self._begin(choices, ticket or self._enter(choices))
             ticket = None
@@ -185,7 +183,7 @@ class RoutedGeneration:
                         async for delta in deltas:
                             yield delta
             except CallCancelled:
-                continue  # by `stop`, `fail` or `close`: no choice is open; or the worker has left: open ones go on
+                continue  # after `stop`, `fail` or `close` no choice is open; if the worker left, open ones go on
             except PreftError as error:
                 if not self._may_retry(choices, attempt, error):
                     raise
@@ -200,14 +198,14 @@ class RoutedGeneration:
                 self._attempts.discard(attempt)
 
     async def _begin(self, choices: Sequence[Choice], ticket: Ticket) -> Attempt | None:
-        """Waits for workers. None if no choice is wanted any more."""
+        """Waits for workers. Returns None if every choice was stopped."""
         try:
             lease = await ticket.wait(self._job.remaining())
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
-            return None  # by `stop`, `fail` or `close`
+            return None  # cancelled by `stop`, `fail` or `close`
         finally:
             ticket.cancel()
             self._tickets.discard(ticket)
@@ -219,7 +217,7 @@ class RoutedGeneration:
         return attempt
 
     async def _decode_all(self, attempt: Attempt, choices: Sequence[Choice]) -> AsyncGenerator[TokenDelta, None]:
-        """Tokens of several choices as they come. Those that fail are resumed together while the others go on."""
+        """Yields tokens of several choices as they come. Failed choices are resumed together; running ones go on."""
         queue: asyncio.Queue[TokenDelta | Ended] = asyncio.Queue()
         running = 0
 
@@ -251,7 +249,7 @@ class RoutedGeneration:
                 run(self._serve(failed), None)
 
     def _may_retry(self, choices: Sequence[Choice], attempt: Attempt, error: PreftError) -> bool:
-        """Counts the failure: too many in a row without a new token are the end."""
+        """Counts the failure. Returns False for a final error, or after too many failures without a new token."""
         self._avoid |= attempt.blamed
         going = [choice for choice in choices if choice.open]
         for choice in going:
@@ -273,14 +271,14 @@ def _drained(queue: asyncio.Queue[TokenDelta | Ended]) -> list[TokenDelta | Ende
 async def _feed(
     source: AsyncGenerator[TokenDelta, None], choice: Choice | None, queue: asyncio.Queue[TokenDelta | Ended]
 ) -> None:
-    """One task's life: everything from `source` into `queue`, and how it ended."""
+    """Puts all deltas of `source` into `queue`, and then how the source ended."""
     error: PreftError | None = None
     try:
         async with aclosing(source):
             async for delta in source:
                 queue.put_nowait(delta)
     except CallCancelled:
-        pass  # by `stop`, `fail` or `close`
+        pass  # cancelled by `stop`, `fail` or `close`
     except PreftError as failure:
         error = failure
     except Exception:

@@ -1,4 +1,7 @@
-"""What one attempt holds on its two workers, given back part by part as the parts end."""
+"""The resources that one attempt holds on its two workers, each released as soon as the attempt no longer needs it.
+
+The lease owns when a part is released; the ledger does the counting, and the policy decides who gets a lease.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,15 @@ from preft.router.policy import Demand, Pair
 
 
 class Lease:
-    """Room for one prefill, KV blocks per choice on the decode worker, and staging memory on both.
+    """Room for one prefill, KV blocks per choice on the decode worker, and staging memory on both workers.
 
-    Every part is given back exactly once.
+    Each part is released exactly once.
     """
 
     def __init__(
         self, pair: Pair, demand: Demand, choices: Iterable[int], ledger: Ledger, on_free: Callable[[], None]
     ) -> None:
-        """Takes the room. `on_free` is called whenever some of it is given back."""
+        """Reserves the room. `on_free` is called whenever a part is released."""
         self.prefill = pair.prefill
         self.decode = pair.decode
         self._digest = demand.digest
@@ -29,7 +32,7 @@ class Lease:
         self._staged = demand.staging(self.prefill)
         ledger.add_staging(self.prefill.id, self._staged)
         self._arriving = demand.staging(self.decode) if self.decode else 0
-        self._loading = set(self._blocks)  # choices whose engine has no copy of the prompt's KV yet
+        self._loading = set(self._blocks)  # choices whose prompt's KV the decode engine hasn't loaded yet
         if self.decode:
             ledger.add_decode(self.decode.id, sum(self._blocks.values()), len(self._blocks))
             ledger.add_staging(self.decode.id, self._arriving)
@@ -39,21 +42,21 @@ class Lease:
         return self._blocks.get(index, 0) * self.decode.block_size if self.decode else 0
 
     def grow(self, index: int) -> int:
-        """One more block for choice `index`, free or not: the engine takes it anyway. Returns the new room."""
+        """Counts one more block for choice `index`, as the engine takes one in any case. Returns the new room."""
         if self.decode and index in self._blocks:
             self._blocks[index] += 1
             self._ledger.add_decode(self.decode.id, 1, 0)
         return self.room(index)
 
     def prompt_ended(self) -> None:
-        """The prompt is computed: its adapter's slot is free for another."""
+        """Frees the adapter slot: the prompt is computed."""
         if self._prompting:
             self._prompting = False
             self._ledger.drop_prompt(self.prefill.id, self._digest)
             self._on_free()
 
     def prefill_ended(self) -> None:
-        """The prefill worker is done with the request."""
+        """Frees the prefill and its staging memory: the prefill worker has finished the request."""
         self.prompt_ended()
         if self._prefilling:
             self._prefilling = False
@@ -62,7 +65,7 @@ class Lease:
             self._on_free()
 
     def kv_loaded(self, index: int) -> None:
-        """Choice `index` has its prompt's KV in the decode engine: once all have, the copy on its way makes room."""
+        """Choice `index` has loaded its KV. After the last choice, the decode worker's copy no longer takes room."""
         self._loading.discard(index)
         if self.decode and not self._loading and self._arriving:
             self._ledger.drop_staging(self.decode.id, self._arriving)
@@ -70,14 +73,13 @@ class Lease:
             self._on_free()
 
     def choice_ended(self, index: int) -> None:
-        """Choice `index` needs no decode worker any more."""
+        """Frees the blocks of choice `index`."""
         if self.decode and index in self._blocks:
             self._ledger.drop_decode(self.decode.id, self._blocks.pop(index), 1)
             self.kv_loaded(index)
             self._on_free()
 
     def release(self) -> None:
-        """Gives back whatever is left."""
         self.prefill_ended()
         for index in list(self._blocks):
             self.choice_ended(index)

@@ -1,6 +1,6 @@
-"""What this router has put on each worker and not taken back yet, so that it needn't wait for a heartbeat to know.
+"""This router's own count of its reservations on each worker, so that placement needn't wait for heartbeats.
 
-Pure bookkeeping: who may be given more is the policy's business, and who gives back is the lease's.
+The ledger only counts. The policy decides who gets room, and the lease when room is released.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from preft.core.cluster import Role, Worker
 
 K = TypeVar("K", bound=Hashable)
 
-HEARTBEATS = 3  # of a worker, until they surely tell of an adapter that it has just brought in
+HEARTBEATS = 3  # for so many beats, our own record of an adapter load outranks the worker's heartbeat
 
 
 class _Memory:
-    """One kind of memory of all workers, in its own unit: what this router has reserved, and what others use.
+    """One kind of memory on all workers, in its own unit: used by this router (own), and elsewhere (foreign).
 
-    Others (another router, say) are known from heartbeats, which are late: what they count may have been ours and be
-    free by now. So only what exceeds the most that was ours since the heartbeat before counts as foreign.
+    Heartbeats report the total use, and are late: the reported use may include reservations of ours that have ended
+    since. So only use beyond our own peak since the previous heartbeat counts as foreign.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class _Memory:
             _take(self.own, worker_id, amount)
 
     def heard(self, worker_id: str, used: int) -> None:
-        """A new heartbeat says how much is used in all."""
+        """Takes a new heartbeat's total use."""
         self._foreign[worker_id] = max(0, used - self._peak.get(worker_id, 0))
         self._peak[worker_id] = self.own.get(worker_id, 0)
 
@@ -51,38 +51,37 @@ class _Memory:
 
 
 class Ledger:
-    """Counts per worker id: prefills that run (also per adapter digest), staging bytes, KV blocks, sequences."""
+    """Counts per worker id: running prefills (also per adapter digest), staging bytes, KV blocks, sequences."""
 
     def __init__(self) -> None:
         self._prefills: Counter[str] = Counter()
         self._adapters: Counter[tuple[str, str]] = Counter()
         self._distinct: Counter[str] = Counter()
         self._loading: set[tuple[str, str]] = set()
-        self._loaded: dict[tuple[str, str], int] = {}  # for how many more heartbeats our word counts
+        self._loaded: dict[tuple[str, str], int] = {}  # heartbeats for which this record still counts
         self._refused: dict[tuple[str, str], int] = {}  # likewise
         self._slots_kept: set[str] = set()
         self._blocks = _Memory()
         self._staging = _Memory()
         self._sequences: Counter[str] = Counter()
         self._heartbeats: dict[str, float] = {}
-        self._beats: dict[str, float] = {}  # of workers that hold adapters
+        self._beats: dict[str, float] = {}  # heartbeats of workers that hold adapters
 
     @property
     def idle(self) -> bool:
-        """Whether everything was given back."""
         held = (self._prefills, self._adapters, self._blocks.own, self._staging.own, self._sequences)
         return not any(held)
 
     def prefills(self, worker_id: str) -> int:
-        """Prefills of this router that run on the worker."""
+        """This router's running prefills on the worker."""
         return self._prefills.get(worker_id, 0)
 
     def prompts_of(self, worker_id: str, digest: str) -> int:
-        """Those among them whose prompt isn't computed yet and that use this adapter."""
+        """This router's prefills on the worker that use this adapter and whose prompt isn't computed yet."""
         return self._adapters.get((worker_id, digest), 0)
 
     def distinct_adapters(self, worker_id: str) -> int:
-        """How many adapters the prompts on the worker use: as many engine slots are taken."""
+        """Adapters that uncomputed prompts on the worker use, which is the number of engine slots taken."""
         return self._distinct.get(worker_id, 0)
 
     def loading(self, worker_id: str, digest: str) -> bool:
@@ -90,89 +89,86 @@ class Ledger:
         return (worker_id, digest) in self._loading
 
     def loaded(self, worker_id: str, digest: str) -> bool:
-        """Whether the worker has the adapter for sure: its prompts use it, or it has just brought it in."""
+        """Whether the worker surely has the adapter: its prompts use it, or the worker has just loaded it."""
         return (worker_id, digest) in self._loaded or self.prompts_of(worker_id, digest) > 0
 
     def load_begins(self, worker_id: str, digest: str) -> None:
-        """The worker is asked for an adapter."""
+        """Records that the worker is asked to load an adapter."""
         self._loading.add((worker_id, digest))
 
     def load_ended(self, worker_id: str, digest: str, *, done: bool) -> None:
-        """It has answered. From now on, if it is `done`, it has the adapter; later its heartbeats will tell."""
+        """Records the worker's answer: loaded (`done`) or refused. After HEARTBEATS beats the record expires."""
         self._loading.discard((worker_id, digest))
         self._refused.pop((worker_id, digest), None)
         (self._loaded if done else self._refused)[worker_id, digest] = HEARTBEATS
 
     def refused(self, worker_id: str, digest: str) -> bool:
-        """Whether the worker couldn't bring in this adapter lately."""
+        """Whether the worker recently failed to load this adapter."""
         return (worker_id, digest) in self._refused
 
     def keep_slots(self, worker_id: str) -> None:
-        """The next adapter slot of this worker is for a request that has waited long: until `keep_no_slots`."""
+        """Reserves the worker's next free adapter slot for a request that has waited long, until `keep_no_slots`."""
         self._slots_kept.add(worker_id)
 
     def keep_no_slots(self) -> None:
-        """Slots are for whoever comes first."""
+        """Ends all reservations of slots."""
         self._slots_kept.clear()
 
     def slots_kept(self, worker_id: str) -> bool:
-        """Whether no request that comes now may take a slot of this worker, or share one."""
+        """Whether the worker's slots are reserved: a new request may neither take nor share one."""
         return worker_id in self._slots_kept
 
     def blocks(self, worker_id: str) -> int:
-        """KV blocks that are taken on the worker: reserved here, or used by others at the last heartbeat."""
+        """KV blocks taken on the worker: reserved by this router, or in use elsewhere as of the last heartbeat."""
         return self._blocks.taken(worker_id)
 
     def staging(self, worker_id: str) -> int:
-        """Bytes of the worker's staging memory that are taken, without copies that make room: likewise."""
+        """Bytes of the worker's staging memory that are taken, as in `blocks`; evictable copies don't count."""
         return self._staging.taken(worker_id)
 
     def sequences(self, worker_id: str) -> int:
-        """Choices of this router that the worker decodes or is about to."""
+        """This router's choices that the worker decodes, or is about to."""
         return self._sequences.get(worker_id, 0)
 
     def in_flight(self) -> Mapping[str, int]:
-        """Prefills and sequences per worker, for those that have any."""
+        """Prefills and sequences per worker, without idle workers."""
         return {**self._prefills, **self._sequences}
 
     def add_prefill(self, worker_id: str, digest: str) -> None:
-        """One prefill starts."""
         self._prefills[worker_id] += 1
         self._adapters[worker_id, digest] += 1
         if digest and self._adapters[worker_id, digest] == 1:
             self._distinct[worker_id] += 1
 
     def drop_prompt(self, worker_id: str, digest: str) -> None:
-        """One prefill's prompt is computed, and needs its adapter no more."""
+        """The prompt of one prefill is computed, and no longer needs its adapter."""
         _take(self._adapters, (worker_id, digest), 1)
         if digest and not self._adapters[worker_id, digest]:
             _take(self._distinct, worker_id, 1)
 
     def drop_prefill(self, worker_id: str) -> None:
-        """One prefill ended, after its prompt."""
+        """One prefill has ended, after its prompt."""
         _take(self._prefills, worker_id, 1)
 
     def add_decode(self, worker_id: str, blocks: int, sequences: int) -> None:
-        """Reserves KV blocks for `sequences` more choices (0: a running one has grown)."""
+        """Reserves KV blocks for `sequences` more choices; 0 means that a running choice has grown."""
         self._blocks.add(worker_id, blocks)
         if sequences:
             self._sequences[worker_id] += sequences
 
     def drop_decode(self, worker_id: str, blocks: int, sequences: int) -> None:
-        """Gives back what choices that ended had reserved."""
+        """Releases the blocks of ended choices."""
         self._blocks.drop(worker_id, blocks)
         _take(self._sequences, worker_id, sequences)
 
     def add_staging(self, worker_id: str, size: int) -> None:
-        """Reserves staging memory, `size` bytes."""
         self._staging.add(worker_id, size)
 
     def drop_staging(self, worker_id: str, size: int) -> None:
-        """Gives it back."""
         self._staging.drop(worker_id, size)
 
     def observe(self, workers: Iterable[Worker]) -> None:
-        """Learns from new heartbeats how much of each worker's memory others use."""
+        """Computes from new heartbeats how much of each worker's memory is foreign."""
         workers = tuple(workers)
         self._forget_loads(workers)
         known = {worker.id: worker for worker in workers}
@@ -184,7 +180,7 @@ class Ledger:
             if self._heartbeats.get(worker.id) != worker.heartbeat:
                 self._heartbeats[worker.id] = worker.heartbeat
                 load = worker.load
-                if worker.role is not Role.PREFILL:  # the KV of a prefill worker's prompts is reserved nowhere
+                if worker.role is not Role.PREFILL:  # KV blocks of prefill workers are not reserved
                     self._blocks.heard(worker.id, load.kv_blocks_total - load.kv_blocks_free)
                 self._staging.heard(worker.id, load.staging_bytes_used - load.staging_bytes_evictable)
 

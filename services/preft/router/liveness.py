@@ -1,6 +1,7 @@
-"""Which registered workers live, judged by their heartbeats and by calls that broke.
+"""Decides which registered workers are alive, from their heartbeats and from calls that broke.
 
-Owns when each heartbeat was first seen, by this process's own clock: the clocks of other machines may be wrong.
+The module owns the time when each heartbeat was first seen, by this process's clock: other machines' clocks may be
+wrong. The module reads no registry and makes no calls.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from preft.core.cluster import Worker
 
 @dataclass(slots=True)
 class _Pulse:
-    """One worker. Times are in `time.monotonic()` seconds.
+    """The record of one worker. Times are in `time.monotonic()` seconds.
 
-    `lost_at` is when a call broke, None if none did. `beat_after` is the heartbeat of the first read after that, None
-    before such a read: that heartbeat may be older than the break, but a later one is not.
+    `lost_at` is when a call broke, or None. `beat_after` is the heartbeat of the first read after that break: this
+    heartbeat may be older than the break, but a later one is not.
     """
 
     process: tuple[str, int]
@@ -28,7 +29,7 @@ class _Pulse:
 
 
 class Liveness:
-    """`read` takes each list of workers, `lost` each broken call."""
+    """`read` takes each list of workers, and `lost` each broken call."""
 
     def __init__(self, timeout: float) -> None:
         """A worker whose heartbeat doesn't change for `timeout` seconds is dead."""
@@ -37,14 +38,14 @@ class Liveness:
         self._read_at = 0.0
 
     def read(self, workers: Iterable[Worker], asked: float) -> None:
-        """All workers of the registry, which was `asked` at this time (`time.monotonic()`)."""
+        """Takes the registry's list of all workers. `asked` is when the query began (`time.monotonic()`)."""
         self._read_at = asked
         known, self._pulses = self._pulses, {}
         for worker in workers:
             process = worker.address, worker.pid
             pulse = known.get(worker.id)
             if pulse is None or pulse.process != process:
-                # The only time that another clock counts: a wrong one keeps a worker out until its next heartbeat.
+                # Only here another clock counts: a wrong one keeps a new worker out until its next heartbeat.
                 age = time.time() - worker.heartbeat if pulse is None else 0.0
                 since = asked - age if age > self._timeout else asked
                 pulse = _Pulse(process, worker.heartbeat, since)
@@ -58,7 +59,7 @@ class Liveness:
             self._pulses[worker.id] = pulse
 
     def lost(self, worker_id: str) -> bool:
-        """A call to the worker broke: it is dead until a later heartbeat. Returns whether that is news."""
+        """Marks the worker dead until a later heartbeat, as a call broke. Returns False if it was marked already."""
         pulse = self._pulses.get(worker_id)
         if pulse is None:
             return False
@@ -67,6 +68,6 @@ class Liveness:
         return news
 
     def alive(self, worker_id: str) -> bool:
-        """While the registry can't be read, silence is the registry's, not the worker's."""
+        """Whether the worker is alive. While the registry can't be read, no heartbeat expires."""
         pulse = self._pulses[worker_id]
         return pulse.lost_at is None and self._read_at - pulse.changed_at <= self._timeout

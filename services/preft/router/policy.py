@@ -1,6 +1,6 @@
-"""Which workers a request goes to: a pure function of the request, the cluster and what is in flight.
+"""Chooses the workers of a request: a pure function of the request, the cluster and the requests in flight.
 
-Owns the choice alone. Waiting for room is `admission`'s business; nothing here keeps or changes state.
+The policy owns the choice alone, and keeps no state. `admission` owns waiting for room.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from preft.router.ledger import Ledger
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What a request asks of the cluster. Tokens are per choice.
+    """A request's needs from the cluster. Tokens are per choice and include the prompt.
 
-    `kv_tokens` is what decode should have room for at the start, `max_tokens` what it may grow to (prompt included).
-    The KV of `prompt_tokens` goes through staging memory, on both workers.
-    `decodes` is False if the first token is also the last: no decode worker and no staging memory is needed.
+    Decode should have room for `kv_tokens` at the start; the sequence may grow to `max_tokens`. The KV of
+    `prompt_tokens` goes through staging memory on both workers. `decodes` is False if the first token is also the
+    last: then the request needs no decode worker and no staging memory.
     """
 
     digest: str  # of the adapter; "" is the base model
@@ -31,7 +31,7 @@ class Demand:
     prompt_tokens: int = 0
     choices: int = 1
     decodes: bool = True
-    adapter: AdapterRef | None = None  # to be loaded where it isn't yet
+    adapter: AdapterRef | None = None  # names the adapter to a worker that has to load it
 
     def blocks(self, worker: Worker) -> int:
         """KV blocks to reserve on `worker` for each choice."""
@@ -42,7 +42,7 @@ class Demand:
         return worker.staging_bytes(self.prompt_tokens) if self.decodes else 0
 
     def covers(self, other: Demand) -> bool:
-        """Whether this needs at least as much room for its KV as `other`."""
+        """Whether this demand needs at least as much room for its KV as `other`."""
         return (
             self.decodes
             and self.kv_tokens >= other.kv_tokens
@@ -61,31 +61,31 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Absent:
-    """This worker should have the adapter in memory first, and before that nothing is taken anywhere."""
+    """The worker must load the adapter first; until then the request reserves nothing."""
 
     worker: Worker
 
 
 @dataclass(frozen=True, slots=True)
 class Crowded:
-    """This worker has the adapter, and should be waited for: its slots, prefills or staging memory are taken."""
+    """The worker has the adapter, but its slots, prefills or staging memory are taken: the request waits for it."""
 
     worker: Worker
 
 
 class Refusal(Enum):
-    """Why nothing fits now."""
+    """Why no worker fits now, for any adapter."""
 
-    NO_PREFILL = auto()  # no prefill worker takes more, of whatever adapter
-    NO_STAGING = auto()  # no prefill worker has staging memory for that much, of whatever adapter
-    NO_DECODE = auto()  # no decode worker has room for that much, of whatever adapter
+    NO_PREFILL = auto()  # no prefill worker takes another prefill
+    NO_STAGING = auto()  # no prefill worker has enough free staging memory
+    NO_DECODE = auto()  # no decode worker has enough room
 
 
 @dataclass(frozen=True, slots=True)
 class Roster:
-    """A snapshot's ready workers, indexed for the choice: decode workers by fingerprint, adapters by who holds them.
+    """A snapshot's ready workers: decode workers by fingerprint, and the ids of the holders of each adapter.
 
-    A colocated worker is on both lists, and paired with itself: nobody else has its fingerprint.
+    A colocated worker is on both lists, and is paired with itself: its fingerprint is its own.
     """
 
     prefill: tuple[Worker, ...]
@@ -94,7 +94,6 @@ class Roster:
 
     @classmethod
     def of(cls, snapshot: ClusterSnapshot) -> Roster:
-        """The roster of `snapshot`."""
         prefill = snapshot.ready(Role.PREFILL, Role.COLOCATED)
         decode: dict[str, list[Worker]] = {}
         for worker in snapshot.ready(Role.DECODE, Role.COLOCATED):
@@ -111,48 +110,46 @@ class Roster:
 
     @property
     def serving(self) -> bool:
-        """Whether some prefill and some decode worker fit together."""
+        """Whether a prefill worker and a decode worker with equal fingerprints are ready."""
         return any(worker.fingerprint in self.decode for worker in self.prefill)
 
     def without_decode(self, worker: Worker) -> Roster:
-        """The same cluster, with this decode worker taken out."""
         others = tuple(other for other in self.decode[worker.fingerprint] if other.id != worker.id)
         decode = {**self.decode, worker.fingerprint: others}
         return replace(self, decode={name: workers for name, workers in decode.items() if workers})
 
     def without_prefill(self, worker: Worker) -> Roster:
-        """The same cluster, with this prefill worker taken out."""
         return replace(self, prefill=tuple(other for other in self.prefill if other.id != worker.id))
 
 
 class Policy(Protocol):
-    """Chooses workers. Implementations are pure: equal arguments, equal choice, and nothing is changed."""
+    """Chooses workers. Implementations are pure: equal arguments give an equal choice, and nothing changes."""
 
     def place(
         self, demand: Demand, roster: Roster, ledger: Ledger, avoid: frozenset[str]
     ) -> Pair | Absent | Crowded | Refusal:
-        """Two workers of equal fingerprint with room for `demand`, or why there are none.
+        """Returns two workers of equal fingerprint with room for `demand`, or why there are none.
 
-        Workers in `avoid` (ids) have just failed this request: they are taken only where nothing else is ready. With an
-        empty `avoid`, a Refusal holds for every demand that `covers` this one.
+        Workers in `avoid` (ids) have just failed this request, and are used only if no other is ready. With an empty
+        `avoid`, a Refusal also holds for every demand that `covers` this one.
         """
 
     def home(self, demand: Demand, roster: Roster, ledger: Ledger) -> Worker | None:
-        """Where `demand`'s adapter should be brought in while it waits; None if that is somewhere already."""
+        """The worker that should load `demand`'s adapter meanwhile; None if a worker holds or loads it already."""
 
 
 @dataclass(frozen=True, slots=True)
 class AffinityPolicy:
-    """Prefill goes where the adapter is, unless that worker is clearly busier than another; decode goes where room is.
+    """Prefill goes to a holder of the adapter, unless the holder is clearly busier than another worker.
 
-    An adapter that no worker is known to hold has a home by hash: adapters spread over the workers, and one that was
-    used just now is found again before any heartbeat tells, also by other routers of the same cluster.
+    Decode goes to the worker with most room. An adapter that no worker holds gets a home by hash: so adapters spread
+    over the workers, and all routers of a cluster agree on the home before a heartbeat reports the adapter.
     """
 
     max_inflight_prefills: int  # per worker
-    busier_factor: float = 2.0  # a worker that holds the adapter may have this many times the least load ...
-    busier_slack: int = 4  # ... and this many prefills on top
-    queued_share: float = 0.25  # sequences sent to a decode worker beyond its batch, so that the batch stays full
+    busier_factor: float = 2.0  # the adapter's holder may have this many times the least load ...
+    busier_slack: int = 4  # ... plus this many prefills
+    queued_share: float = 0.25  # sequences sent to a decode worker beyond its batch, which keep the batch full
 
     def place(
         self, demand: Demand, roster: Roster, ledger: Ledger, avoid: frozenset[str]
@@ -176,7 +173,7 @@ class AffinityPolicy:
             staging = [worker for worker in takers if _stages(worker, demand, ledger)]
             if not staging:
                 return Refusal.NO_STAGING
-            if len(staging) < len(takers):  # what never has room for this prompt isn't waited for
+            if len(staging) < len(takers):  # never wait for a worker whose staging memory is too small
                 ready = tuple(worker for worker in ready if demand.staging(worker) <= worker.load.staging_bytes_total)
             takers = staging
         prefill = self._nearest(demand, ready, takers, roster, ledger)
@@ -198,14 +195,14 @@ class AffinityPolicy:
         return ledger.prefills(worker.id) < self.max_inflight_prefills
 
     def _roomiest(self, demand: Demand, workers: tuple[Worker, ...], ledger: Ledger) -> Worker | None:
-        """The decode worker that would be least full, by memory or by batch, whichever is scarcer there."""
+        """The decode worker that would be least full, by memory or by batch, whichever is fuller on that worker."""
         best, best_key = None, (2.0, 0, "")
         for worker in workers:
             total = worker.load.kv_blocks_total
             blocks = ledger.blocks(worker.id) + demand.blocks(worker) * demand.choices
             running = ledger.sequences(worker.id)
             batch = worker.max_num_seqs * (1 + self.queued_share) if worker.max_num_seqs else float("inf")
-            crowd = min(demand.choices, max(1, batch - worker.max_num_seqs))  # what is more waits in the engine
+            crowd = min(demand.choices, max(1, batch - worker.max_num_seqs))  # further choices wait in the engine
             if blocks > total or (running and running + crowd > batch) or not _stages(worker, demand, ledger):
                 continue
             key = (max(blocks / total, running / batch), worker.load.running, worker.id)
@@ -216,9 +213,9 @@ class AffinityPolicy:
     def _nearest(
         self, demand: Demand, workers: Sequence[Worker], takers: Sequence[Worker], roster: Roster, ledger: Ledger
     ) -> Worker:
-        """Where the prompt should be computed: now, or once the worker has room, a slot or the adapter.
+        """The worker that should compute the prompt, now or once it has room, a slot or the adapter.
 
-        `takers` are those that have room now, at least one.
+        `takers` are the workers that have room now, at least one.
         """
         digest = demand.digest
 
@@ -239,7 +236,7 @@ class AffinityPolicy:
         if not holders and not loading:
             home = _home(digest, workers)
             return home if bearable(home) else least
-        for near in (holders, loading):  # who has the adapter needn't wait for another worker's load
+        for near in (holders, loading):  # a request never waits for a load where a holder can serve it
             near = [w for w in near if _has_slot(w, digest, ledger) and _stages(w, demand, ledger)]
             if near and bearable(nearest := min(near, key=load)):
                 return nearest
@@ -251,17 +248,16 @@ class AffinityPolicy:
 
 
 def _holds(worker: Worker, digest: str, roster: Roster, ledger: Ledger) -> bool:
-    """Whether the worker has the adapter in memory."""
     return worker.id in roster.holders.get(digest, ()) or ledger.loaded(worker.id, digest)
 
 
 def _near(worker: Worker, digest: str, roster: Roster, ledger: Ledger) -> bool:
-    """Whether the worker has the adapter, or will have it soon."""
+    """Whether the worker has the adapter or is loading it."""
     return _holds(worker, digest, roster, ledger) or ledger.loading(worker.id, digest)
 
 
 def _has_slot(worker: Worker, digest: str, ledger: Ledger) -> bool:
-    """Whether the worker's engine can take one more prompt under this adapter into its batch."""
+    """Whether the worker's engine can add one more prompt with this adapter to its batch."""
     if ledger.slots_kept(worker.id):
         return False
     if not worker.adapter_slots or ledger.prompts_of(worker.id, digest):
@@ -276,11 +272,11 @@ def _stages(worker: Worker, demand: Demand, ledger: Ledger) -> bool:
 
 
 def _home(digest: str, workers: Sequence[Worker]) -> Worker:
-    """Rendezvous hashing: when a worker comes or goes, only its own adapters move."""
+    """Rendezvous hashing: if a worker comes or goes, only its own adapters move."""
     seed = crc32(digest.encode())
     return max(workers, key=lambda worker: ((crc32(worker.id.encode()) ^ seed) * 2654435761) & 0xFFFFFFFF)
 
 
 def _prefer(workers: tuple[Worker, ...], avoid: frozenset[str]) -> tuple[Worker, ...]:
-    """Those not in `avoid`, or all if that leaves none."""
+    """The workers not in `avoid`, or all workers if none is left."""
     return (tuple(worker for worker in workers if worker.id not in avoid) or workers) if avoid else workers

@@ -1,7 +1,7 @@
-"""Has workers bring adapters into memory while the requests that need them still wait.
+"""Makes workers load adapters into memory while requests for the adapters wait.
 
-Owns the calls under way, one per worker and adapter however many requests wait for it. Who should have an adapter is
-the policy's choice, and what the calls' ends mean for the queue is the queue's business.
+This module owns the calls under way: one per worker and adapter, for any number of waiting requests. The policy chooses
+the worker. The queue decides what the end of a load means for its requests.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class Prefetcher:
-    """Use it inside one event loop; `close` ends all calls."""
+    """Use it inside one event loop; `close` cancels all calls."""
 
     def __init__(
         self,
@@ -29,9 +29,9 @@ class Prefetcher:
         timeout: float,
         on_end: Callable[[str, PreftError | None], None],
     ) -> None:
-        """`on_end` is told, per digest, that a load has ended, and of the error if no other worker need be asked.
+        """`on_end` gets the digest of each ended load, and the error unless the worker was lost.
 
-        The `ledger` knows which loads are under way and which have ended lately. `timeout` in seconds.
+        The `ledger` records which loads are under way and which have just ended. `timeout` is in seconds.
         """
         self._channels = channels
         self._ledger = ledger
@@ -40,13 +40,13 @@ class Prefetcher:
         self._calls = Background()
 
     def want(self, worker: Worker, adapter: AdapterRef) -> None:
-        """`worker` should have `adapter`."""
+        """Starts to load `adapter` at `worker`, unless that load is under way."""
         if not self._ledger.loading(worker.id, adapter.digest):
             self._ledger.load_begins(worker.id, adapter.digest)
             self._calls.start(self._load(worker, adapter), f"the load of adapter {adapter.name!r} at {worker.id}")
 
     async def close(self) -> None:
-        """Ends what is under way."""
+        """Cancels loads under way."""
         await self._calls.close()
 
     async def _load(self, worker: Worker, adapter: AdapterRef) -> None:

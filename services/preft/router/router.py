@@ -1,6 +1,7 @@
-"""The Generator over a cluster: wires queue, policy and connections, and keeps the picture of the workers fresh.
+"""The Generator over a cluster: connects queue, policy and channels, and keeps the list of workers up to date.
 
-Owns the poll of the state store and everything it starts; `close` ends it. A request's own life is in `generation`.
+The router owns the poll of the state store and all that it starts; `close` ends them. `generation` owns a request's
+life.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from preft.router.policy import AffinityPolicy, Policy, Roster
 from preft.router.prefetch import Prefetcher
 from preft.rpc.secret import ClusterSecret
 
-WHERE_SECONDS = 2.0  # for a worker to say where it has an adapter
+WHERE_SECONDS = 2.0  # a worker's time to say where it holds an adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class RouterStats:
 
 
 class Router:
-    """A Generator. `async with Router(...)`, or `start` and `close`, inside one event loop."""
+    """A Generator. Use `async with Router(...)`, or `start` and `close`, inside one event loop."""
 
     def __init__(
         self,
@@ -51,9 +52,9 @@ class Router:
         cluster_id: str = "",
         policy: Policy | None = None,
     ) -> None:
-        """Reads workers from `store`, which stays the caller's: those named `<cluster_id>-...`, or all without one.
+        """Reads workers from `store`, which the caller closes: those named `<cluster_id>-...`, or all without an id.
 
-        Calls to them carry the cluster's `secret`. `policy` is an AffinityPolicy unless given.
+        Calls to workers carry the cluster's `secret`. `policy` defaults to an AffinityPolicy.
         """
         self._store = store
         self._prefix = f"{cluster_id}-" if cluster_id else ""
@@ -78,12 +79,12 @@ class Router:
         self._background = Background()
 
     async def start(self) -> None:
-        """Reads the cluster once and keeps reading it. Raises Unavailable if the store can't be read."""
+        """Reads the list of workers once, then every poll interval. Raises Unavailable if the first read fails."""
         await self._poll()
         self._background.every(self._settings.poll_interval, self._poll, "the router's list of workers is not read")
 
     async def close(self) -> None:
-        """Ends every generation with Unavailable, at once, those that come later too; then all that was started."""
+        """Ends running and later generations at once with Unavailable, then all calls and tasks."""
         stopping = Unavailable("the server is shutting down")
         await self._background.close()
         self._admission.close(stopping)
@@ -104,12 +105,12 @@ class Router:
         return self._generate(request)
 
     def ready(self) -> bool:
-        """Whether a prefill and a decode worker that fit together take requests."""
+        """Whether a prefill worker and a decode worker that fit together take requests."""
         return self._admission.roster.serving
 
     @property
     def snapshot(self) -> ClusterSnapshot:
-        """The cluster as the router sees it: silent or unreachable workers are DEAD in it, unless they start still."""
+        """The cluster as the router sees it: silent or unreachable workers are DEAD, unless they are still starting."""
         return self._snapshot
 
     async def places(self, adapter: AdapterRef) -> Sequence[AdapterPlace]:
@@ -120,7 +121,6 @@ class Router:
         return [answer for answer in answers if isinstance(answer, AdapterPlace)]
 
     def stats(self) -> RouterStats:
-        """The figures at this moment."""
         return RouterStats(
             self._admission.waiting, self._ledger.in_flight(), self._counters.retries, self._counters.resumes
         )
@@ -137,7 +137,7 @@ class Router:
             await generation.close()
 
     async def _poll(self) -> None:
-        """Takes over the registry's list. While the store can't be read, routing goes on with the last list."""
+        """Takes over the registry's list. While the store can't be read, the last list stays."""
         asked = time.monotonic()
         workers = {worker.id: worker for worker in await self._store.workers() if worker.id.startswith(self._prefix)}
         self._workers = workers
@@ -147,7 +147,7 @@ class Router:
         self._look()
 
     def _lost(self, worker: Worker) -> None:
-        """A call to `worker` broke: nothing more goes there until it is heard of again."""
+        """A call to `worker` broke: it gets no requests until a later heartbeat."""
         if self._liveness.lost(worker.id):
             self._look()
 

@@ -1,4 +1,4 @@
-"""The cluster's memory behind one interface: which workers exist and which adapters the catalog names."""
+"""The cluster's state behind one interface: registered workers and the adapter catalog's entries."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from preft.state.sqlite import SqliteStore
 
 __all__ = ["GONE_SECONDS", "open_store", "remove_gone_workers"]
 
-GONE_SECONDS = 3600.0  # a worker that was silent for so long is gone, even if it was loading its engine
-SILENT_SECONDS = 10.0  # of a worker whose process is not there
+GONE_SECONDS = 3600.0  # a worker that is silent for so long is gone, even if it was loading its engine
+SILENT_SECONDS = 10.0  # for a worker whose process is not running
 
 
 def open_store(url: str | Path) -> StateStore:
-    """The store at `url`: a file path, or `sqlite:///absolute/path`. Creates the file if there is none.
+    """The store at `url`: a file path, or `sqlite:///absolute/path`. Creates a missing file.
 
-    Raises ConfigError if the scheme is unknown or the file can't be used. Blocks for some milliseconds; the first to
-    open it, until 10 MiB are on the disk.
+    Raises ConfigError if the scheme is unknown or the file can't be used. Blocks for some milliseconds. The first
+    process to open the file blocks until 10 MiB are on the disk.
     """
     text = str(url)
     scheme, separator, rest = text.partition("://")
@@ -31,11 +31,10 @@ def open_store(url: str | Path) -> StateStore:
 
 
 async def remove_gone_workers(store: StateStore) -> None:
-    """Forgets the workers that were killed and couldn't do it themselves. One that lives registers again.
+    """Removes killed workers from the store. A removed worker that lives registers again.
 
-    A worker was killed if its process is gone, or if it was silent for GONE_SECONDS.
-
-    Raises Unavailable if the store can't be used.
+    A worker counts as killed if its process is gone, or after GONE_SECONDS of silence. Raises Unavailable if the store
+    can't be used.
     """
     for worker in await store.workers():
         silent = time.time() - worker.heartbeat

@@ -1,6 +1,6 @@
-"""How workers and adapters are written in a store: one JSON object each, the same for every store.
+"""The format of workers and adapters in a store: one JSON object each, the same for every store.
 
-Strict both ways: a record with other fields than this version's is a ValueError, never half a worker.
+A record whose fields aren't exactly this version's raises ValueError. The stores own when records are written.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def worker_to_json(worker: Worker) -> str:
 
 
 def worker_from_json(text: str) -> Worker:
-    """What `worker_to_json` was given. Raises ValueError for anything else."""
+    """The worker that `worker_to_json` wrote. Raises ValueError for any other text."""
     record = _record(text, Worker)
     load = record.pop("load")
     _check_fields(load, WorkerLoad)
@@ -43,7 +43,7 @@ def adapter_to_json(adapter: Adapter) -> str:
 
 
 def adapter_from_json(text: str) -> Adapter:
-    """What `adapter_to_json` was given. Raises ValueError for anything else."""
+    """The adapter that `adapter_to_json` wrote. Raises ValueError for any other text."""
     record = _record(text, Adapter)
     return Adapter(**{**record, "warnings": tuple(record["warnings"])})
 

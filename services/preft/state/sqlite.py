@@ -1,8 +1,8 @@
-"""The state store in one SQLite file, for one machine: any number of processes may have it open.
+"""The state store in one SQLite file, for one machine. Any number of processes may open the file.
 
-Owns the file, its schema and the one thread that touches it. Doesn't own what the records mean (`records`), nor when a
-worker counts as dead (the router). Write-ahead logging lets readers go on while somebody writes, and a writer that is
-killed leaves either its whole change or nothing.
+The store owns the file, its schema and the one thread that accesses it. `records` owns the records' format, and the
+router decides when a worker counts as dead. With write-ahead logging, readers go on during a write, and a killed writer
+leaves either its whole change or none.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from preft.state.records import adapter_from_json, adapter_to_json, worker_from_
 T = TypeVar("T")
 
 SCHEMA_VERSION = 4  # of tables and records
-BUSY_SECONDS = 20.0  # how long a writer waits for another process's write
-ROOM_BYTES = 5 << 20  # the log starts over at 1,000 pages (4 MiB), or somewhat later if somebody reads just then
-# Each change of the catalog has a revision of its own, so that a poll reads what changed and nothing else. A removed
-# adapter's row stays, without a record, to tell those who knew it.
+BUSY_SECONDS = 20.0  # a writer's longest wait for another process's write
+ROOM_BYTES = 5 << 20  # the log restarts at 1,000 pages (4 MiB), or somewhat later if a process reads at that moment
+# Each change of the catalog has its own revision, so that a poll reads only the changes. A removed adapter's row stays
+# without a record, to report the removal.
 SCHEMA = """
 CREATE TABLE workers (id TEXT PRIMARY KEY, record TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE adapters (name TEXT PRIMARY KEY, revision INTEGER NOT NULL, record TEXT) WITHOUT ROWID;
@@ -41,7 +41,7 @@ class SqliteStore:
     """A StateStore. Every method raises Unavailable if the file can't be read or written."""
 
     def __init__(self, path: Path) -> None:
-        """Opens or creates the file at `path`, and its folder. Raises ConfigError if it isn't this version's store."""
+        """Opens or creates the file at `path`, and its folder. Raises ConfigError for a store of another version."""
         self._path = path
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="state")
         self._closed = False
@@ -56,33 +56,32 @@ class SqliteStore:
             raise
 
     async def put_worker(self, worker: Worker) -> None:
-        """Registers `worker`, or refreshes it."""
+        """Adds or replaces the record of `worker`."""
         record = worker_to_json(worker)
         statement = "INSERT OR REPLACE INTO workers VALUES (?, ?)"
         await self._run(lambda: self._write(statement, worker.id, record, durable=False))
 
     async def remove_worker(self, worker_id: str) -> None:
-        """Forgets a worker; unknown ids are fine."""
+        """Removes a worker; does nothing for an unknown id."""
         await self._run(lambda: self._write("DELETE FROM workers WHERE id = ?", worker_id, durable=False))
 
     async def workers(self) -> list[Worker]:
-        """All registered workers, by id."""
         return await self._run(self._workers)
 
     async def put_adapter(self, adapter: Adapter, *, expect: Adapter | None) -> bool:
-        """Points the name to this version if its entry is `expect` now (None: there is none); False if it isn't."""
+        """Stores the entry if the name's entry is `expect` (None: no entry). Returns False if it isn't."""
         return await self._run(lambda: self._put_adapter(adapter, expect))
 
     async def delete_adapter(self, name: str) -> Adapter | None:
-        """Removes a name; returns its entry, None if there was none."""
+        """Removes a name. Returns its entry, or None if there was none."""
         return await self._run(lambda: self._delete_adapter(name))
 
     async def adapter(self, name: str) -> Adapter | None:
-        """The entry as it is now."""
+        """The name's present entry, or None."""
         return await self._run(lambda: self._adapter(name))
 
     async def adapter_changes(self, since: int) -> AdapterChanges:
-        """What changed after revision `since`, by name."""
+        """The changes after revision `since`, by name."""
         return await self._run(lambda: self._adapter_changes(since))
 
     async def close(self) -> None:
@@ -100,7 +99,7 @@ class SqliteStore:
         except (sqlite3.Error, ValueError) as error:
             raise Unavailable(f"the state store {self._path} can't be used: {error}") from error
 
-    # What follows runs in the store's own thread.
+    # The following methods run in the store's thread.
 
     def _open(self) -> sqlite3.Connection:
         db = sqlite3.connect(self._path, timeout=BUSY_SECONDS, isolation_level=None)
@@ -124,10 +123,10 @@ class SqliteStore:
         return db
 
     def _make_room(self, db: sqlite3.Connection) -> None:
-        """Gives the log the size that it grows to, and the file as many free pages, or heartbeats end on a full disk.
+        """Grows the log to its final size, and the file by as many free pages, so that heartbeats survive a full disk.
 
-        The log goes with the last process that has it open, so the next one does this again. If the disk is nearly full
-        by then, the store stays as it is.
+        The last process that closes the log removes it, so the next process grows the log again. If the disk is nearly
+        full, the store stays as it is.
         """
         log = Path(f"{self._path.resolve()}-wal")
         with suppress(sqlite3.OperationalError, OSError):
@@ -144,7 +143,7 @@ class SqliteStore:
             return self._db.execute(statement, values).rowcount
 
     def _workers(self) -> list[Worker]:
-        # At once: while somebody reads, the log can't start over.
+        # fetchall: the log can't restart during a read.
         rows = self._db.execute("SELECT record FROM workers ORDER BY id").fetchall()
         return [worker_from_json(record) for (record,) in rows]
 
@@ -181,7 +180,7 @@ class SqliteStore:
 
 
 def _use_write_ahead_log(db: sqlite3.Connection) -> None:
-    """Switches the file to WAL. SQLite doesn't wait for other openers here, so this does."""
+    """Switches the file to WAL. SQLite doesn't wait for other openers at this step, so this function does."""
     give_up = time.monotonic() + BUSY_SECONDS
     while True:
         try:
@@ -195,10 +194,11 @@ def _use_write_ahead_log(db: sqlite3.Connection) -> None:
 
 @contextmanager
 def _transaction(db: sqlite3.Connection, *, durable: bool) -> Iterator[None]:
-    """All or nothing. Takes the write lock at once: upgrading a read lock later can fail without waiting.
+    """Commits all statements, or none after an error. BEGIN IMMEDIATE takes the write lock at once, because upgrading a
+    read lock can fail without waiting.
 
-    What is `durable` survives a power cut, so it waits for the disk: heartbeats don't, or a slow disk would look like
-    dead workers.
+    A `durable` transaction survives a power cut, and so waits for the disk. Heartbeats are not durable: on a slow disk
+    the wait would make live workers look dead.
     """
     db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
     db.execute("BEGIN IMMEDIATE")

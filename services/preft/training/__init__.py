@@ -1,4 +1,4 @@
-"""How to train adapters that are served here: docs/training.md. Needs the extra `train`."""
+"""Training of adapters that PreFT serves: docs/training.md. Needs the extra `train`. No server imports this package."""
 
 from preft.training.loop import fit
 from preft.training.prefill_only import collate, generate, preft_loss

@@ -1,4 +1,4 @@
-"""A training loop around `preft_loss` that can be interrupted at any time and goes on where it was."""
+"""A training loop around `preft_loss` that continues where it was interrupted. The caller owns data and model."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def fit(
     checkpoint_every: int = 50,
     title: str = "training",
 ) -> list[float]:
-    """Trains what in `model` requires gradients, with AdamW and one cycle of the learning rate; the loss per step.
+    """Trains the parameters of `model` that require gradients, with AdamW and a one-cycle schedule. Returns the losses.
 
-    `batch_of(step)` gives the arguments of `loss` for step 0, 1, ..., always the same for the same step: so a run that
-    is interrupted and started again with equal arguments ends as one that never was. `checkpoint` is the file it goes
-    on from; it is written every `checkpoint_every` steps and removed at the end. Shows a progress bar. Raises
-    ValueError if the checkpoint is from a run of another length or another model.
+    `batch_of(step)` returns the arguments of `loss` for step 0, 1, ..., always the same for the same step. So a run
+    that was interrupted, and restarted with equal arguments, ends like a run without interruption. A run resumes from
+    the file `checkpoint`, which it writes every `checkpoint_every` steps and removes at the end. Shows a progress bar.
+    Raises ValueError if the checkpoint is from a run of another length or another model.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=learning_rate, weight_decay=0.0)
@@ -85,7 +85,7 @@ def _save(
 def _resume(
     path: Path | None, trained: Mapping[str, torch.nn.Parameter], optimizer: Any, schedule: Any, steps: int
 ) -> list[float]:
-    """Puts back what `_save` wrote; the losses so far."""
+    """Restores the state that `_save` wrote. Returns the losses so far."""
     if path is None or not path.exists():
         return []
     state = torch.load(path, map_location="cpu", weights_only=True)

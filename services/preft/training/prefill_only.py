@@ -1,9 +1,9 @@
-"""Prefill-only finetuning: the loss to train with, the batches it takes, and greedy generation.
+"""Prefill-only finetuning: the loss, its batches, and greedy generation.
 
 The prompt pass runs base + adapter and fills the KV cache; every later position runs the bare base over that cache.
 The loss reaches the adapter through the first token's logits and, for all other tokens, through the cached keys and
-values. Works with any peft model of a transformers decoder, with `ReftModel`, with a `ReftModel` over a peft model, and
-with a bare model (then there is no adapter at all).
+values. The module works with any peft model of a transformers decoder, with `ReftModel`, with a `ReftModel` over a peft
+model, and with a bare model (then there is no adapter).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from transformers import DynamicCache
 
 IGNORED = -100
-"""The label of a position without loss, as everywhere in transformers."""
+"""The label of a position without loss, as in transformers."""
 
 
 def collate(
@@ -24,8 +24,8 @@ def collate(
 ) -> dict[str, torch.Tensor]:
     """A batch for `preft_loss`: input_ids, labels and attention_mask, int64 [rows, longest].
 
-    Rows are a prompt and its completion (with whatever ends it, such as EOS), filled up on the right. Labels are the
-    completion's ids, and IGNORED elsewhere: what a tokenizer and a data collator of transformers give for one turn.
+    A row is a prompt and its completion, including an end token such as EOS, padded on the right. Labels are the
+    completion's ids, and IGNORED elsewhere, as from a tokenizer and a data collator of transformers for one turn.
     """
     rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
     labels = [
@@ -49,9 +49,9 @@ def preft_loss(
 
     All arguments are [rows, tokens]. In each row: at least one prompt token (label IGNORED), then at least one
     completion token (label = input id), then padding on the right (label IGNORED; `attention_mask` 0, if given). A
-    dialogue is one row per answer: every turn is a new prompt. The mean is over the batch's completion tokens, or over
-    `num_items_in_batch` where gradients are accumulated, as transformers' Trainer asks of a loss. Raises ValueError for
-    rows of another form.
+    dialogue is one row per answer: every turn is a new prompt. The loss is the mean over the batch's completion tokens.
+    With accumulated gradients, `num_items_in_batch` replaces their number, as transformers' Trainer expects. Raises
+    ValueError for rows of another form.
     """
     starts, ends = _borders(input_ids, labels, attention_mask)
     prompts = _cut(input_ids, torch.zeros_like(starts), starts)
@@ -66,7 +66,7 @@ def preft_loss(
 
 
 def generate(model: Any, prompts: Sequence[Sequence[int]], max_tokens: int, eos: int) -> list[list[int]]:
-    """Greedy output ids of each prompt, as they are served; without the `eos` that ended it."""
+    """Greedy output ids of each prompt, as PreFT serves them, without the final `eos`."""
     device = next(model.parameters()).device
     columns: list[torch.Tensor] = []
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
@@ -88,7 +88,7 @@ def generate(model: Any, prompts: Sequence[Sequence[int]], max_tokens: int, eos:
 def _prompt_pass(
     model: Any, ids: torch.Tensor, present: torch.Tensor
 ) -> tuple[torch.Tensor, DynamicCache, torch.Tensor]:
-    """The adapter is on. Logits of each prompt's last token [rows, 1, vocabulary], the cache, and `present` again."""
+    """The pass with the adapter. Logits of each prompt's last token [rows, 1, vocabulary], the cache, and `present`."""
     cache = DynamicCache()
     logits = model(input_ids=ids, attention_mask=present, past_key_values=cache, use_cache=True).logits
     last = present.sum(dim=1) - 1
@@ -98,9 +98,10 @@ def _prompt_pass(
 def _bare_pass(
     model: Any, ids: torch.Tensor, present: torch.Tensor, cache: DynamicCache, cached: torch.Tensor
 ) -> torch.Tensor:
-    """The adapter is off. Logits [rows, tokens, vocabulary] of `ids` [rows, tokens] behind `cache`, which grows.
+    """The pass without the adapter. Logits [rows, tokens, vocabulary] of `ids` [rows, tokens] after `cache`.
 
-    `cached` [rows, positions] marks the real positions of the cache, `present` [rows, tokens] those of `ids`.
+    The pass appends to `cache`. `cached` [rows, positions] marks the real positions of the cache, `present` [rows,
+    tokens] those of `ids`.
     """
     mask = torch.cat([cached, present], dim=1)
     positions = cached.sum(dim=1, keepdim=True) + torch.arange(ids.shape[1], device=ids.device)
@@ -112,7 +113,7 @@ def _bare_pass(
 
 
 def _adapter_off(model: Any) -> AbstractContextManager[Any]:
-    """For a peft model, a ReftModel, or one in the other."""
+    """Disables the adapters of a peft model, of a ReftModel, or of one inside the other."""
     off = ExitStack()
     while model is not None:
         if hasattr(type(model), "disable_adapter"):
@@ -124,7 +125,7 @@ def _adapter_off(model: Any) -> AbstractContextManager[Any]:
 def _borders(
     input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each row's completion starts and ends, [rows]."""
+    """Start and end of each row's completion, [rows]. Raises ValueError for rows of another form."""
     wanted = labels != IGNORED
     starts, counts = wanted.int().argmax(dim=1), wanted.sum(dim=1)
     ends = starts + counts
@@ -143,7 +144,7 @@ def _borders(
 
 
 def _cut(ids: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each row's ids from its start to its end, moved to the left, and the mask of the real ones."""
+    """Each row's ids from its start to its end, moved to the left, and a mask of the real ids."""
     lengths = ends - starts
     columns = torch.arange(int(lengths.max()), device=ids.device)
     present = (columns < lengths[:, None]).long()

@@ -1,4 +1,7 @@
-"""LoReFT and DiReFT (Wu et al. 2024, arXiv 2404.03592) to be trained on a transformers decoder, saved as served."""
+"""Trains LoReFT and DiReFT (Wu et al. 2024, arXiv 2404.03592) on a transformers decoder, and saves the served format.
+
+`preft.training.loop` owns the training loop.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ Method = Literal["loreft", "direft"]
 class Intervention(torch.nn.Module):  # type: ignore[misc]
     """One layer's ReFT: h + Rᵀ(Wh + b - Rh) for LoReFT, h + Rᵀ(Wh + b) for DiReFT.
 
-    R [rank, hidden size] has orthonormal rows. Begins as no change at all: W = R for LoReFT, W = 0 for DiReFT, b = 0.
+    R [rank, hidden size] has orthonormal rows. The initial change is zero: W = R for LoReFT, W = 0 for DiReFT, b = 0.
     """
 
     def __init__(self, hidden: int, rank: int, method: Method) -> None:
@@ -38,7 +41,7 @@ class Intervention(torch.nn.Module):  # type: ignore[misc]
         self.method = method
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The change of `hidden` [..., hidden size]."""
+        """The change to `hidden` [..., hidden size]."""
         rotate = self.rotate.weight
         stream = hidden.to(rotate.dtype)
         low = self.source(stream)
@@ -48,16 +51,16 @@ class Intervention(torch.nn.Module):  # type: ignore[misc]
 
 
 class ReftModel(torch.nn.Module):  # type: ignore[misc]
-    """A transformers causal language model (or a peft model of one) whose residual stream takes a ReFT.
+    """A transformers causal language model (or a peft model of one) with a ReFT on its residual stream.
 
-    Called as the model itself. Only the ReFT's parameters get gradients, and those of a peft model that were trainable.
-    Positions are counted over what `attention_mask` marks: rows may be padded on the right.
+    Call it like the model itself. Only the ReFT's parameters and a peft model's trainable parameters get gradients.
+    `attention_mask` defines the positions, so rows may be padded on the right.
     """
 
     def __init__(
         self, adapted: Any, method: Method, rank: int, layers: Sequence[int] | None = None, positions: str = "all"
     ) -> None:
-        """`layers` are decoder layers by number, all by default; `positions` as in reft_config.json."""
+        """`layers` are numbers of decoder layers, by default all; `positions` is as in reft_config.json."""
         super().__init__()
         self.first, self.last = read_positions(positions)
         if not hasattr(adapted, "disable_adapter"):
@@ -82,7 +85,7 @@ class ReftModel(torch.nn.Module):  # type: ignore[misc]
             blocks[int(layer)].register_forward_hook(self._hook(intervention))
 
     def forward(self, *, attention_mask: torch.Tensor, **inputs: Any) -> Any:
-        """`attention_mask` [rows, tokens] says where each row's prompt ends."""
+        """`attention_mask` [rows, tokens] marks each row's prompt."""
         places = attention_mask.cumsum(dim=1)
         acts = (places <= self.first) | (places > places[:, -1:] - self.last)
         self._mask = (acts & attention_mask.bool()).unsqueeze(-1)
@@ -93,7 +96,7 @@ class ReftModel(torch.nn.Module):  # type: ignore[misc]
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """In here the residual stream is left alone; a peft model below is not."""
+        """Switches the ReFT off inside this context; a peft model inside stays on."""
         hooks, self._hooks_on = self._hooks_on, False
         try:
             yield
@@ -103,7 +106,7 @@ class ReftModel(torch.nn.Module):  # type: ignore[misc]
     _hooks_on = True
 
     def save_pretrained(self, folder: Path | str, base_model: str | None = None) -> None:
-        """Adds the ReFT to `folder`, in which a LoRA may lie already."""
+        """Writes the ReFT to `folder`, which may hold a LoRA already."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, torch.Tensor] = {}
@@ -142,7 +145,7 @@ class ReftModel(torch.nn.Module):  # type: ignore[misc]
 
 
 def _decoder_layers(model: Any) -> Any:
-    """The decoder layers of a causal language model, also of one inside a peft model."""
+    """The decoder layers of a causal language model, or of the one inside a peft model."""
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
     return model.get_decoder().layers

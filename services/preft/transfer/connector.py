@@ -1,12 +1,12 @@
-"""The KV connector that both engines load: writes a prompt's KV blocks into the staging arena, or reads them from it.
+"""The KV connector in both engines: writes a prompt's KV blocks to the staging arena, or reads them from the arena.
 
-Runs inside the engine's processes, scheduler side and worker side. Moves whole blocks as they lie in memory, because
-inside a block the layout is the attention backend's own. Knows regions of the arena, nothing of handles, networks or
-adapters.
+The connector runs inside the engine's processes, as scheduler side and worker side. The connector moves whole blocks as
+bytes, because the layout inside a block is the attention backend's. Handles, networks and adapters belong to other
+modules.
 
-A region's payload is the request's blocks as `KvBlocks` packs them, followed by a seal (`SEAL`) that is written last.
-Loading is all or nothing: a region that is stale, unsealed or of another size fails the request in the
-scheduler (`kv_load_failure_policy="fail"`); no prompt token is ever computed by a decode engine.
+A region's payload is the request's blocks as `KvBlocks` packs them, and a seal (`SEAL`), which is written last.
+Loading is all or nothing: for a region that is stale, unsealed or of another size, the scheduler fails the request
+(`kv_load_failure_policy="fail"`). A decode engine never computes a prompt token.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ OUTPUT_SO_FAR = "preft_output_token_ids"  # in `extra_args` of a request's sampl
 
 @dataclass(frozen=True, slots=True)
 class Save:
-    """Blocks of one finished prompt and the region they go to."""
+    """Blocks of one finished prompt, and their region."""
 
     request_id: str
     block_ids: tuple[int, ...]
@@ -52,9 +52,9 @@ class Save:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """One request's prompt KV to be loaded in this step, into `block_ids`: as many blocks as the region holds.
+    """One request's prompt KV that this step loads into `block_ids`, as many blocks as the region holds.
 
-    The `skip` leading ones are in the prefix cache already.
+    The first `skip` blocks are in the prefix cache already.
     """
 
     request_id: str
@@ -68,7 +68,7 @@ class Load:
 
 @dataclass
 class KvMetadata(KVConnectorMetadata):
-    """What the scheduler side tells the worker side for one step."""
+    """The scheduler side's orders to the worker side for one step."""
 
     saves: list[Save] = field(default_factory=list)
     loads: list[Load] = field(default_factory=list)
@@ -76,7 +76,7 @@ class KvMetadata(KVConnectorMetadata):
 
 @dataclass(frozen=True, slots=True)
 class _Handover:
-    """What a request carried in `kv_transfer_params`."""
+    """The fields of a request's `kv_transfer_params`."""
 
     num_tokens: int
     offset: int
@@ -170,10 +170,10 @@ class StagedKvConnector(KVConnectorBase_V1):
         return KvMetadata(saves=saves)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
-        """Forgets blocks that couldn't be loaded, whosever they are.
+        """Removes blocks that failed to load from the prefix cache, for every request.
 
-        The scheduler itself does so only for requests that still run: an aborted one's would stay in the prefix cache,
-        with whatever lay in them before.
+        The scheduler removes only blocks of requests that still run. Blocks of an aborted request would stay in the
+        prefix cache with their old content.
         """
         if connector_output.invalid_block_ids:
             assert self._kv_cache_manager is not None
@@ -196,7 +196,7 @@ class StagedKvConnector(KVConnectorBase_V1):
             try:
                 self._load(load)
             except StaleRegion:
-                # Block 0 stands for those that have left a sliding window, in everybody's requests.
+                # All requests use block 0 in place of blocks that have left a sliding window.
                 self._failed_blocks.update(block for block in load.block_ids[load.skip :] if block)
 
     def _load(self, load: Load) -> None:
@@ -222,7 +222,7 @@ class StagedKvConnector(KVConnectorBase_V1):
             try:
                 self._save(save)
             except StaleRegion:
-                continue  # given up meanwhile; without the seal nobody takes it for complete
+                continue  # the region was given up; without a seal no reader takes it for complete
 
     def _save(self, save: Save) -> None:
         assert self._arena is not None
@@ -238,7 +238,7 @@ class StagedKvConnector(KVConnectorBase_V1):
         return failed
 
     def describe(self) -> dict[str, Any]:
-        """`layout`: text that two engines must share to exchange blocks; `block_bytes`: one block over all layers."""
+        """`layout`: a text that is equal for engines that can exchange blocks; `block_bytes`: a block of all layers."""
         attention = self._vllm_config.compilation_config.static_forward_context.values()
         backends = sorted(
             {layer.get_attn_backend().get_name() for layer in attention if hasattr(layer, "get_attn_backend")}
@@ -253,18 +253,18 @@ def _bytes_of(payload: memoryview) -> torch.Tensor:
 
 
 def split_output(request: Request) -> None:
-    """Turns the last tokens of what came as prompt into output, as if this engine had made them: `output_so_far`."""
+    """Moves the prompt's last tokens (`output_so_far`) to the output, as if this engine had made them."""
     output = output_so_far(request.sampling_params)
     if output:
         assert request.prompt_token_ids is not None
         request.num_prompt_tokens -= len(output)
         request._output_token_ids.extend(output)
         request.prompt_token_ids = request.prompt_token_ids[: request.num_prompt_tokens]
-        request.prefill_stats = None  # with them vLLM asserts that no output is in the prefix cache, but it may be
+        request.prefill_stats = None  # else vLLM asserts that the prefix cache holds no output, but it may
 
 
 def output_so_far(params: SamplingParams | None) -> list[int]:
-    """The tokens, at the end of a request's prompt, that are output which another engine has made."""
+    """The tokens at the end of a request's prompt that are the output of another engine."""
     return ((params and params.extra_args) or {}).get(OUTPUT_SO_FAR) or []
 
 

@@ -1,4 +1,7 @@
-"""Sends KV over gRPC: the header in the request's metadata, the bytes as raw messages, no protobuf around them."""
+"""The sending side of KV over gRPC: the header as request metadata, the bytes as raw messages without protobuf.
+
+`port` owns the header and the errors, and `grpc_receive` the receiving side.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +22,8 @@ from preft.transfer.port import KvHeader, PushRefused, Refusal
 
 METHOD = "/preft.v1.KvTransfer/Push"
 HEADER_KEY = "preft-kv-header-bin"
-REFUSAL_SECONDS = 1.0  # for the status of a receiver that proves nothing
-MAX_CHANNELS = 256  # kept open; each restart of a worker is another address
+REFUSAL_SECONDS = 1.0  # wait for the status of a receiver that hasn't proved that it knows the secret
+MAX_CHANNELS = 256  # kept open; each restart of a worker has a new address
 FRAME_BYTES = 1 << 20  # the fastest size measured: half or twice as much costs 10-30%
 
 STATUS_OF: dict[Refusal, grpc.StatusCode] = {
@@ -34,14 +37,14 @@ STATUS_OF: dict[Refusal, grpc.StatusCode] = {
 _REFUSAL_OF = {status: refusal for refusal, status in STATUS_OF.items()}
 
 _CHANNEL_OPTIONS = [
-    ("grpc.initial_reconnect_backoff_ms", 100),  # a worker may come back on the same port
+    ("grpc.initial_reconnect_backoff_ms", 100),  # a worker may restart on the same port
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.enable_http_proxy", 0),
 ]
 
 
 class GrpcKvSender:
-    """A KvSender with one channel per address. Sends bytes to receivers that know the cluster's secret, to no other."""
+    """A KvSender with one channel per address. Only receivers that know the cluster's secret get bytes."""
 
     def __init__(self, secret: ClusterSecret) -> None:
         self._secret = secret
@@ -49,19 +52,19 @@ class GrpcKvSender:
         self._pushes: Counter[str] = Counter()  # under way, by address
 
     async def push(self, address: str, header: KvHeader, payload: memoryview, *, timeout: float) -> None:
-        """See KvSender. `address` is `host:port` of the decode worker."""
+        """See `KvSender.push`. `address` is `host:port` of the decode worker."""
         async with self._channel(address) as channel:
-            # A stream_unary call on the wire; but of a stream_unary that the receiver ends early grpc.aio loses the
-            # status.
+            # On the wire this is a stream_unary call. But grpc.aio loses the status of a stream_unary call that the
+            # receiver ends early.
             call = channel.stream_stream(METHOD)(metadata=((HEADER_KEY, encode_header(header)),), timeout=timeout)
             status = status_of(call)
-            known: asyncio.Future[bool] = asyncio.get_running_loop().create_future()  # whether it is of the cluster
+            known: asyncio.Future[bool] = asyncio.get_running_loop().create_future()  # if the peer knows the secret
             writing = asyncio.create_task(self._write(call, header.handle, known, payload))
             try:
                 await asyncio.wait({status, writing}, return_when=asyncio.FIRST_COMPLETED)
                 if writing.done():
                     writing.result()
-                if known.done() and not known.result():  # a receiver that refuses says so, and proves nothing
+                if known.done() and not known.result():  # a receiver of the cluster that refuses also sends no proof
                     await asyncio.wait({status}, timeout=REFUSAL_SECONDS)
                     if not status.done():
                         raise _stranger(address)
@@ -84,9 +87,9 @@ class GrpcKvSender:
         known: asyncio.Future[bool],
         payload: memoryview,
     ) -> None:
-        """Sends the payload, or nothing if the receiver's initial metadata doesn't show that it knows the secret."""
+        """Sends the payload, or nothing if the receiver's initial metadata doesn't prove that it knows the secret."""
         try:
-            # It comes when there is room: gRPC alone would let megabytes wait over there.
+            # Metadata comes when the receiver has room; gRPC alone would buffer megabytes at the receiver.
             shown = dict(await call.initial_metadata()).get(PROOF_KEY)
             known.set_result(isinstance(shown, str) and equal_codes(shown, self._secret.proof(handle)))
             if not known.result():
@@ -94,13 +97,13 @@ class GrpcKvSender:
             async for frame in self.frames(payload):
                 await call.write(frame)
             await call.done_writing()
-            await call.read()  # the reply; its status doesn't come before it is read
+            await call.read()  # the reply; the status comes only after this read
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-            return  # the call has ended; its status says why
+            return  # the call has ended, and its status tells the reason
 
     @asynccontextmanager
     async def _channel(self, address: str) -> AsyncIterator[ClusterChannel]:
-        """The channel to `address`. Closes the least recently used idle ones if there are too many."""
+        """The channel to `address`. Closes the least recently used idle channels beyond MAX_CHANNELS."""
         channel = self._channels.pop(address, None)
         if channel is None:
             channel = ClusterChannel(address, self._secret, [*_CHANNEL_OPTIONS, *ping_options()])
@@ -116,12 +119,12 @@ class GrpcKvSender:
                 await self._channels.pop(other).close()
 
     async def frames(self, payload: memoryview) -> AsyncIterator[bytes]:
-        """The messages that go over the wire, in order."""
+        """The messages of the call, in order."""
         for start in range(0, len(payload), FRAME_BYTES):
             yield bytes(payload[start : start + FRAME_BYTES])
 
     async def close(self) -> None:
-        """See KvSender."""
+        """See `KvSender.close`."""
         for channel in self._channels.values():
             await channel.close()
         self._channels.clear()
@@ -132,7 +135,7 @@ def _stranger(address: str) -> TransferFailed:
 
 
 def encode_header(header: KvHeader) -> bytes:
-    """The header as the protobuf message of the same name."""
+    """The header as a serialized protobuf KvHeader."""
     message = kv_transfer_pb2.KvHeader(
         handle=header.handle,
         fingerprint=header.fingerprint,
@@ -147,10 +150,10 @@ def encode_header(header: KvHeader) -> bytes:
 
 
 def status_of(call: grpc.aio.StreamStreamCall[bytes, bytes]) -> asyncio.Future[Any]:
-    """The code and the details that the call ends with.
+    """The code and details with which the call ends.
 
-    A write that fails because the receiver has ended the call makes grpc.aio put an INTERNAL error of its own in the
-    status's place, so the status is taken in the moment it comes.
+    If a write fails because the receiver has ended the call, grpc.aio replaces the status by an INTERNAL error of its
+    own. So this future takes the status as soon as it comes.
     """
     status: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
@@ -163,7 +166,7 @@ def status_of(call: grpc.aio.StreamStreamCall[bytes, bytes]) -> asyncio.Future[A
 
 
 def _at_once(ended: Coroutine[Any, Any, Any]) -> Any:
-    """The result of a coroutine that has nothing to wait for."""
+    """The result of a coroutine that never waits."""
     try:
         ended.send(None)
     except StopIteration as end:

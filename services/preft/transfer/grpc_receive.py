@@ -1,4 +1,7 @@
-"""Receives KV over gRPC: a Push call becomes a header and frames for the KvReceiver, its errors become status codes."""
+"""The receiving side of KV over gRPC: turns a Push call into a header and frames, and errors into status codes.
+
+`receive` owns memory, verification and handles.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +26,13 @@ from preft.transfer.receive import KvReceiver
 SERVICE = "preft.v1.KvTransfer"
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h
-_REUSED_BYTES = 32 << 20  # glibc's limit for the second
+_REUSED_BYTES = 32 << 20  # glibc's limit for M_MMAP_THRESHOLD
 
 
 def kv_transfer_handler(receiver: KvReceiver, secret: ClusterSecret) -> grpc.GenericRpcHandler:
-    """For `grpc.aio.Server.add_generic_rpc_handlers`. Without serializers, so that messages stay raw bytes.
+    """A handler for `grpc.aio.Server.add_generic_rpc_handlers`, without serializers: messages stay raw bytes.
 
-    From now on the process's malloc keeps the memory of messages for the next ones.
+    The call also makes the process's malloc keep the memory of messages for later messages.
     """
     _reuse_message_buffers()
 
@@ -49,21 +52,21 @@ def kv_transfer_handler(receiver: KvReceiver, secret: ClusterSecret) -> grpc.Gen
 async def _asked_for(
     frames: AsyncIterator[bytes], proof: tuple[tuple[str, str]], context: grpc.aio.ServicerContext
 ) -> AsyncIterator[bytes]:
-    """The frames, which the sender holds back until the first is asked for: the initial metadata tells it so."""
+    """The frames. Asking for the first one sends the initial metadata, which tells the sender to start."""
     start = asyncio.ensure_future(context.send_initial_metadata(proof))
     try:
         await asyncio.shield(start)
     finally:
-        await start  # if the handle is given up just now: gRPC can't end a call of which this is half done
+        await start  # even if the handle is given up now: gRPC can't end a call while metadata is half sent
     async for frame in frames:
         yield frame
 
 
 def _reuse_message_buffers() -> None:
-    """Tells glibc's malloc to keep memory of a message's size; does nothing where malloc is another's.
+    """Makes glibc's malloc keep memory of a message's size. Does nothing with another malloc.
 
-    Without it each frame's memory goes back to the kernel and comes anew, page fault by page fault. The process keeps
-    up to 64 MiB more.
+    Otherwise each frame's memory goes back to the kernel, and the next frame takes a page fault per page. The process
+    keeps up to 64 MiB more.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -72,7 +75,7 @@ def _reuse_message_buffers() -> None:
 
 
 def decode_header(metadata: grpc.aio.Metadata | None) -> KvHeader:
-    """The header out of a call's metadata. Raises PushRefused if it's absent or unreadable."""
+    """The header from a call's metadata. Raises PushRefused if it is absent or malformed."""
     encoded = dict(metadata or ()).get(HEADER_KEY)
     if not isinstance(encoded, bytes):
         raise PushRefused(f"the push has no {HEADER_KEY} in its metadata", Refusal.MALFORMED)

@@ -1,6 +1,7 @@
-"""The decode side's KV handles: which are arriving or ready, who claimed them, and how the others ended.
+"""The decode worker's KV handles: arriving, ready or ended, with their claims.
 
-Owns a ready handle's staging region until the last claim is closed. Doesn't receive bytes (`receive`), knows no gRPC.
+The table owns a ready handle's staging region until the last claim is closed. `receive` receives the bytes; transports
+are not known here.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from preft.core.errors import TransferFailed
 from preft.transfer.port import KvHeader, PushRefused, Refusal
 from preft.transfer.staging import Region, StagingArena
 
-REMEMBERED = 4096  # ended handles whose end is remembered, for clear errors and against late pushes
+REMEMBERED = 4096  # ended handles whose reason is kept, for clear errors and to refuse late pushes
 
 
 @dataclass(slots=True, eq=False)
@@ -22,16 +23,16 @@ class _Handle:
     header: KvHeader
     abort: Callable[[str], None]
     unclaimed: int
-    region: Region | None = None  # None while arriving: the bytes belong to whoever receives them
+    region: Region | None = None  # None while arriving: the receiver owns the bytes
     evicted: bool = False
     claims: set[Claim] = field(default_factory=set)
-    loading: int = 0  # claims whose engine request has no copy of its own yet
+    loading: int = 0  # claims whose KV the engine hasn't copied yet
     settled: asyncio.Event = field(default_factory=asyncio.Event)  # ready or ended
     lease: asyncio.TimerHandle | None = None
 
 
 class Claim:
-    """One choice's right to a handle's KV. Close it, whatever happens."""
+    """One choice's right to use a handle's KV. Always close it."""
 
     def __init__(self, handles: HandleTable, handle: _Handle, region: Region) -> None:
         self._handles = handles
@@ -41,18 +42,18 @@ class Claim:
 
     @property
     def evicted(self) -> bool:
-        """Whether the kept copy had to make room: the region is gone and can't be loaded again."""
+        """Whether the region was evicted, so that its KV can't be loaded again."""
         return self._handle.evicted
 
     def loaded(self) -> None:
-        """The engine has its own copy now. Once all uses have one, the region may make room for others."""
-        if self._loading:  # this comes with every token
+        """The engine has copied the KV. The region becomes evictable when this holds for all uses."""
+        if self._loading:  # `loaded` is called for every token
             self._loading = False
             self._handle.loading -= 1
             self._handles._settle(self._handle)
 
     def close(self) -> None:
-        """The request is over. Closing again does nothing."""
+        """Ends the use. A second call does nothing."""
         self._handle.loading -= self._loading
         self._loading = False
         self._handle.claims.discard(self)
@@ -62,8 +63,8 @@ class Claim:
 class HandleTable:
     """All handles of one decode worker, for one asyncio loop.
 
-    A handle is arriving (opened, its bytes are on their way), ready, or ended; of an ended one only the reason is kept.
-    `lease` in seconds: how long a ready handle waits for its (next) claim before its unclaimed uses are given up.
+    A handle is arriving (opened, bytes under way), ready, or ended; for an ended handle only the reason is kept.
+    `lease`: seconds that a ready handle waits for its next claim, after which its unclaimed uses end.
     """
 
     def __init__(self, arena: StagingArena, *, fingerprint: str, lease: float) -> None:
@@ -79,7 +80,7 @@ class HandleTable:
         return len(self._open)
 
     def open(self, header: KvHeader, abort: Callable[[str], None]) -> None:
-        """Registers an arriving handle; if it's given up, `abort` is called with the reason. Raises PushRefused."""
+        """Registers an arriving handle. Raises PushRefused. If the handle ends early, `abort` gets the reason."""
         if (
             not header.handle
             or min(header.num_tokens, header.num_bytes, header.uses) < 1
@@ -98,7 +99,7 @@ class HandleTable:
         self._open[header.handle] = _Handle(header, abort, header.uses)
 
     def ready(self, name: str, region: Region) -> None:
-        """All bytes are in `region`, verified; the table owns it now. Raises PushRefused if the handle has ended."""
+        """Takes over `region` with all bytes, verified. Raises PushRefused if the handle has ended."""
         handle = self._open.get(name)
         if handle is None:
             raise PushRefused(f"KV handle {name} {self._ended.get(name, 'is unknown')}", Refusal.ABORTED)
@@ -107,17 +108,16 @@ class HandleTable:
         self._renew(handle)
 
     def fail(self, name: str, reason: str) -> None:
-        """The arriving handle `name` will not become ready; `reason` completes the sentence "it failed to arrive: "."""
+        """Ends the arriving handle `name`. `reason` completes the sentence "it failed to arrive: "."""
         if (handle := self._open.get(name)) is not None and handle.region is None:
             self._end(handle, f"failed to arrive: {reason}")
 
     async def claim(
         self, name: str, *, adapter_digest: str, prompt_hash: bytes, num_tokens: int, timeout: float
     ) -> Claim:
-        """One use of the handle's KV; waits up to `timeout` seconds while it is arriving.
+        """Takes one use of the handle's KV; waits up to `timeout` seconds for an arriving handle.
 
-        Raises TransferFailed if the handle is unknown, failed, expired, given up or used up, or isn't for this adapter
-        and prompt.
+        Raises TransferFailed if the handle is unknown, ended or used up, or was made for another adapter or prompt.
         """
         handle = self._claimable(name)
         header = handle.header
@@ -143,11 +143,11 @@ class HandleTable:
         return claim
 
     def release(self, name: str) -> None:
-        """No (further) claims will come. An arriving push is aborted, a later one refused; open claims go on."""
+        """Ends further claims. An arriving push is aborted, and a later one refused. Open claims go on."""
         self._give_up(name, "was released")
 
     def close(self) -> None:
-        """Ends every handle and frees its memory, claims or not."""
+        """Ends every handle and frees its memory, even with open claims."""
         for name, handle in list(self._open.items()):
             handle.claims.clear()
             self._give_up(name, "ended with its worker")
@@ -183,7 +183,7 @@ class HandleTable:
             self._end(handle, end)
 
     def _settle(self, handle: _Handle) -> None:
-        """Frees or loosens the region of a handle whose claims have changed."""
+        """Frees the region after the last claim, or makes it evictable once all claims have loaded."""
         if handle.unclaimed or handle.region is None or self._open.get(handle.header.handle) is not handle:
             return
         if not handle.claims:

@@ -1,4 +1,4 @@
-"""A transport within one process, for tests and for a worker that is both sides: hands the bytes over as they are."""
+"""A transport within one process, for tests: passes the bytes to the receiver without a network."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class LoopbackKvSender:
             raise TransferFailed(f"the KV push to {address} took longer than {timeout:g} s") from None
 
     async def frames(self, payload: memoryview) -> AsyncIterator[memoryview]:
-        """The payload in pieces, with a chance for others to run after each."""
+        """The payload in pieces. Other tasks can run after each piece."""
         for start in range(0, len(payload), FRAME_BYTES):
             yield payload[start : start + FRAME_BYTES]
             await asyncio.sleep(0)
 
     async def close(self) -> None:
-        """See KvSender. There is nothing to close."""
+        """Does nothing. See `KvSender.close`."""

@@ -1,7 +1,7 @@
-"""What a KV transport is: the header that goes ahead of the bytes, the sending side, and how a push may be refused.
+"""The interface of a KV transport: the header before the bytes, the sending side, and the reasons for a refusal.
 
-Owns the vocabulary shared by every transport. Memory is in `staging`, the receiving side in `receive`, handles in
-`handles`.
+The module owns the vocabulary that all transports share. `staging` owns memory, `receive` the receiving side, and
+`handles` the handles.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from preft.core.errors import TransferFailed
 
 @dataclass(frozen=True, slots=True)
 class KvHeader:
-    """What a prompt's KV bytes are. Everything is compared before the first of them is used.
+    """Identifies a prompt's KV bytes. The receiver checks all fields before a byte is used.
 
     `handle` is unique per attempt; `fingerprint` names model, dtype, KV layout, block size and attention backend;
     `adapter_digest` is "" for the base model; `checksum` is `checksum_of` all `num_bytes` bytes; `uses` Decode calls
@@ -40,16 +40,16 @@ class KvHeader:
 class Refusal(StrEnum):
     """Why a receiver didn't take a push."""
 
-    MALFORMED = "malformed"  # the header makes no sense
+    MALFORMED = "malformed"  # the header is invalid
     MISMATCH = "mismatch"  # another fingerprint
     DUPLICATE = "duplicate"  # the handle is or was in use
     NO_ROOM = "no room"  # no staging memory in time
     CORRUPT = "corrupt"  # too few or too many bytes, or another checksum
-    ABORTED = "aborted"  # nobody wants the KV any more, or its bytes stopped coming
+    ABORTED = "aborted"  # the handle was given up, or its bytes stopped coming
 
 
 class PushRefused(TransferFailed):
-    """The receiver said no; `str(error)` is its sentence."""
+    """The receiver refused the push; `str(error)` is the receiver's sentence."""
 
     def __init__(self, message: str, refusal: Refusal) -> None:
         super().__init__(message)
@@ -62,21 +62,20 @@ class KvSender(Protocol):
     async def push(self, address: str, header: KvHeader, payload: memoryview, *, timeout: float) -> None:
         """Returns when the receiver at `address` has verified and kept all of `payload` (`header.num_bytes` bytes).
 
-        Sends none of it before there is room over there.
-
-        Raises PushRefused if it said why it won't, TransferFailed for anything else (unreachable, gone, `timeout`
-        seconds over). May be cancelled; either way nothing reads `payload` after the call.
+        No byte is sent before the receiver has room. Raises PushRefused with the receiver's reason, and TransferFailed
+        for all other failures (unreachable, gone, `timeout` seconds over). The call may be cancelled. After the call
+        nothing reads `payload`.
         """
 
     async def close(self) -> None:
-        """Ends all connections; running pushes fail."""
+        """Closes all connections; running pushes fail."""
 
 
 def checksum_of(payload: memoryview | bytes) -> int:
-    """xxh3-64 over all bytes."""
+    """xxh3-64 of all bytes."""
     return int(xxhash.xxh3_64_intdigest(payload))
 
 
 def hash_prompt(token_ids: Sequence[int]) -> bytes:
-    """sha256 over the token ids as little-endian uint32: 32 bytes."""
+    """sha256 of the token ids as little-endian uint32: 32 bytes."""
     return hashlib.sha256(struct.pack(f"<{len(token_ids)}I", *token_ids)).digest()

@@ -1,4 +1,7 @@
-"""Takes one push, whatever transport brings its frames: room, bytes, verification, handle."""
+"""Receives one push over any transport: reserves room, takes the bytes, verifies them, and makes the handle ready.
+
+`staging` owns the memory, `handles` the handles, and a transport the frames.
+"""
 
 from __future__ import annotations
 
@@ -17,20 +20,20 @@ class KvReceiver:
     """The decode worker's side of every transport."""
 
     def __init__(self, arena: StagingArena, handles: HandleTable, *, room_timeout: float, frame_timeout: float) -> None:
-        """In seconds: how long a push may wait for staging memory, and then for each of its frames."""
+        """Limits in seconds: `room_timeout` on the wait for staging memory, `frame_timeout` on that for each frame."""
         self._arena = arena
         self._handles = handles
         self._room_timeout = room_timeout
         self._frame_timeout = frame_timeout
 
     async def receive(self, header: KvHeader, frames: AsyncIterable[bytes | memoryview]) -> None:
-        """Returns when the handle is ready: all bytes are in staging memory and are what the header says.
+        """Returns when the handle is ready: all bytes are in staging memory and match the header.
 
-        Doesn't ask for a frame before there is room for all of them. Raises PushRefused, or what `frames` raises; then,
-        or when cancelled (the sender is gone), the handle has failed and its memory is free.
+        No frame is requested before there is room for all. Raises PushRefused, and the errors of `frames`. After an
+        error, or a cancellation because the sender is gone, the handle has failed and its memory is free.
         """
         loop = asyncio.get_running_loop()
-        limit = asyncio.timeout(None)  # passes at once when the handle is given up
+        limit = asyncio.timeout(None)  # expires at once when the handle is given up
         given_up = ""
 
         def abort(end: str) -> None:
@@ -56,7 +59,7 @@ class KvReceiver:
                             f"more than the announced {header.num_bytes} bytes of KV came", Refusal.CORRUPT
                         )
                     view[position:after] = frame
-                    digest.update(view[position:after])  # what lies in memory, not what came
+                    digest.update(view[position:after])  # the checksum covers the bytes in memory, not the frame
                     position = after
                     if not given_up:
                         limit.reschedule(loop.time() + self._frame_timeout)

@@ -1,4 +1,4 @@
-"""Which bytes of an arena are free: a pure first-fit list. Knows nothing of regions, waiting or shared memory."""
+"""Free bytes of an arena, as a pure first-fit list. Regions, waiting and shared memory belong to `staging`."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ from bisect import bisect_left
 
 
 class FreeSpans:
-    """Disjoint, non-adjacent free spans `[start, end)` in ascending order. Offsets and sizes in bytes."""
+    """Disjoint, non-adjacent free spans `[start, end)` in ascending order. Offsets and sizes are in bytes."""
 
     def __init__(self, capacity: int) -> None:
         self._spans: list[tuple[int, int]] = [(0, capacity)]
 
     @property
     def total(self) -> int:
-        """Free bytes."""
         return sum(end - start for start, end in self._spans)
 
     def copy(self) -> FreeSpans:
-        """An independent list, to try things on."""
+        """An independent copy for trials."""
         twin = FreeSpans(0)
         twin._spans = list(self._spans)
         return twin
@@ -27,7 +26,7 @@ class FreeSpans:
         return next((start for start, end in self._spans if end - start >= size), None)
 
     def take(self, size: int) -> int | None:
-        """Like `find`, and the bytes are free no longer."""
+        """Takes the first `size` free bytes. Returns their offset, or None."""
         for index, (start, end) in enumerate(self._spans):
             if end - start >= size:
                 self._spans[index : index + 1] = [(start + size, end)] if end - start > size else []
@@ -35,7 +34,7 @@ class FreeSpans:
         return None
 
     def give(self, start: int, size: int) -> None:
-        """Makes taken bytes free again, joined with their free neighbours."""
+        """Frees taken bytes, and joins them with free neighbours."""
         end = start + size
         index = bisect_left(self._spans, (start, end))
         first, last = index, index

@@ -1,13 +1,13 @@
-"""The staging arena: host memory that holds KV bytes between a worker process and its engine process.
+"""The staging arena: shared host memory for KV bytes between a worker process and its engine process.
 
-Owns the shared memory, its regions, who may have them and when their bytes may be reused. Doesn't know what the bytes
-mean, where they come from, or handles. Standard library only: both processes import it.
+The module owns the shared memory, its regions and evictions, and when bytes may be reused. The meaning and origin of
+the bytes, and handles, belong to other modules. The module uses the standard library only, as both processes import it.
 
-A region is a 64-byte header (magic, nonce, size) and a payload. The worker (`StagingArena`) reserves and releases;
-the engine (`StagingView`) reaches a payload only inside `hold`, which keeps a shared file lock on the header's first
-byte. A release wipes the header first and frees the bytes only when nobody holds that lock, so an engine that comes
-late for an aborted request is refused, and one that is in the middle of a copy never sees or overwrites somebody
-else's bytes. The kernel drops the locks of a process that dies.
+A region is a 64-byte header (magic, nonce, size) and a payload. The worker (`StagingArena`) reserves and releases
+regions. The engine (`StagingView`) accesses a payload only inside `hold`, which keeps a shared file lock on the
+header's first byte. A release wipes the header first, and frees the bytes when no process holds that lock. So an engine
+that is late for an aborted request is refused, and an engine that is copying never sees or overwrites another region's
+bytes. The kernel drops the locks of a process that dies.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from preft.core.errors import InvalidRequest, TransferFailed
 from preft.transfer.spans import FreeSpans
 
 HEADER_BYTES = 64
-RECHECK_SECONDS = 0.005  # how often a released region that the engine still holds is looked at
+RECHECK_SECONDS = 0.005  # between checks whether the engine still holds a released region
 
 _HEADER = struct.Struct("<8s16sQ")  # magic, nonce, size; the rest of the 64 bytes is zero
 _MAGIC = b"PREFTKV1"
@@ -36,7 +36,7 @@ _FLOCK = struct.Struct("hhqqi4x")  # struct flock on 64-bit Linux: type, whence,
 
 
 class StaleRegion(TransferFailed):
-    """The region was released, evicted or reused meanwhile: its bytes are no longer what was asked for."""
+    """The region was released, evicted or reused, so its bytes are no longer the requested ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +49,12 @@ class Region:
 
     @property
     def start(self) -> int:
-        """Where the header begins."""
+        """The header's offset."""
         return self.offset - HEADER_BYTES
 
     @property
     def span(self) -> int:
-        """Bytes taken in the arena: header and payload, rounded up so that every payload is 64-byte aligned."""
+        """Bytes taken in the arena: header and payload, rounded up so that payloads are 64-byte aligned."""
         return span_of(self.size)
 
 
@@ -64,10 +64,11 @@ def span_of(size: int) -> int:
 
 
 class StagingArena:
-    """The worker's side. For one asyncio loop; only `reserve` waits.
+    """The worker's side, for one asyncio loop. Only `reserve` waits.
 
-    The memory is anonymous (memfd): nothing lies in a file system, no crash leaves anything behind, the limit of
-    `/dev/shm` doesn't apply, and pages take memory only once touched. The engine opens `path` while this process lives.
+    The memory is anonymous (memfd): it lies in no file system and leaves nothing behind after a crash, the limit of
+    `/dev/shm` doesn't apply, and a page takes memory only once it is used. The engine can open `path` while this
+    process lives.
     """
 
     def __init__(self, fd: int, capacity: int) -> None:
@@ -78,7 +79,7 @@ class StagingArena:
         self._live: dict[int, Region] = {}  # by payload offset
         self._evictable: OrderedDict[Region, Callable[[], None]] = OrderedDict()  # least recently used first
         self._pinned: set[Region] = set()
-        self._lingering: list[Region] = []  # released, but the engine is still in there
+        self._lingering: list[Region] = []  # released, but still held by the engine
         self._waiters: deque[tuple[int, bool, asyncio.Future[Region]]] = deque()  # size, pinned
         self._recheck: asyncio.TimerHandle | None = None
         self._closed = False
@@ -94,26 +95,25 @@ class StagingArena:
 
     @property
     def used(self) -> int:
-        """Bytes not free: headers, rounding, and released regions that the engine still holds are counted in."""
+        """Bytes that aren't free. Headers, rounding, and released regions that the engine still holds count."""
         return self.capacity - self._free.total
 
     @property
     def evictable(self) -> int:
-        """Bytes among the used ones that make room for others."""
+        """Used bytes that can be evicted."""
         return sum(region.span for region in self._evictable)
 
     @property
     def regions(self) -> int:
-        """Regions reserved now."""
         return len(self._live)
 
     async def reserve(self, size: int, *, timeout: float, pinned: bool = False) -> Region:
-        """A region for `size` bytes, with undefined content: write all of it. Release it, whatever happens.
+        """A region for `size` bytes with undefined content. The caller writes all bytes and always releases the region.
 
-        First come, first served: a large request isn't overtaken by small ones. Evictable regions go, least recently
-        used first, before anybody waits. The region is `pinned` from the start, or not; of pinned regions, a pinned one
-        takes the place of smaller ones only, so that two never push each other out in turn. Raises InvalidRequest if it
-        could never fit, TransferFailed after `timeout` seconds.
+        Requests are served in order: small ones don't overtake a large one. Before a request waits, evictable regions
+        are evicted, least recently used first. A `pinned` region can evict only smaller pinned ones, so that two never
+        evict each other in turn. Raises InvalidRequest if the size can never fit, and TransferFailed after `timeout`
+        seconds.
         """
         if size < 1 or span_of(size) > self.capacity:
             raise InvalidRequest(f"{size} bytes of KV don't fit into {self.capacity} bytes of staging memory")
@@ -135,36 +135,36 @@ class StagingArena:
             raise
 
     def release(self, region: Region) -> None:
-        """Gives the region back; from now on nobody can begin to use it. Does nothing if that has happened before."""
+        """Releases the region: no process can begin to use it any more. A second call does nothing."""
         self._drop(region)
         self._admit()
 
     def mark_evictable(self, region: Region, on_evict: Callable[[], None]) -> None:
-        """From now on the region may go when others need room; then `on_evict` is called. Marking again is a use."""
+        """Allows eviction of the region, which then calls `on_evict`. Marking again counts as a use."""
         if self._live.get(region.offset) == region:
             self._evictable[region] = on_evict
             self._evictable.move_to_end(region)
             self._admit()
 
     def keep(self, region: Region) -> None:
-        """From now on the region stays until it is released, or marked evictable again."""
+        """Forbids eviction of the region until it is marked evictable again."""
         self._evictable.pop(region, None)
 
     def pin(self, region: Region, pinned: bool) -> None:
-        """A pinned region, when evictable, goes only for one that would fit nowhere if all but the pinned ones went."""
+        """Pins or unpins. A pinned evictable region is evicted only for one that fits nowhere beside pinned regions."""
         if pinned and self._live.get(region.offset) == region:
             self._pinned.add(region)
         else:
             self._pinned.discard(region)
 
     def view(self, region: Region) -> memoryview:
-        """The payload, `region.size` writable bytes. Don't touch it after the release. Raises StaleRegion."""
+        """The payload, `region.size` writable bytes; not valid after the release. Raises StaleRegion."""
         if self._live.get(region.offset) != region:
             raise StaleRegion("the staging region was released or evicted")
         return self._memory[region.offset : region.offset + region.size]
 
     def close(self) -> None:
-        """Refuses everybody who waits or comes. The memory itself goes when the last process that maps it is done."""
+        """Refuses waiting and later reservations. The memory is freed when the last process that maps it unmaps it."""
         if self._closed:
             return
         self._closed = True
@@ -178,7 +178,7 @@ class StagingArena:
             self._drop(region)
         os.close(self._fd)
         self._memory.release()
-        with suppress(BufferError):  # somebody still looks at a payload; the mapping goes with the last view
+        with suppress(BufferError):  # a payload is still referenced; the mapping ends with the last view
             self._map.close()
 
     def _allocate(self, size: int, pinned: bool) -> Region | None:
@@ -195,7 +195,7 @@ class StagingArena:
         return region
 
     def _evict_for(self, span: int, pinned: bool) -> None:
-        """Evicts least recently used regions; none if that makes no hole of `span` bytes, and none outside the hole."""
+        """Evicts least recently used regions inside one hole of `span` bytes; none if no such hole can be made."""
         trial = self._free.copy()
         candidates = []
         for region in self._candidates(span, pinned):
@@ -212,14 +212,14 @@ class StagingArena:
                 on_evict()
 
     def _candidates(self, span: int, pinned: bool) -> Iterator[Region]:
-        """What may go for `span` bytes, in this order: of pinned regions the smallest first, if they go at all."""
+        """Regions that may be evicted for `span` bytes, in order; pinned ones, if at all, last and smallest first."""
         yield from (region for region in self._evictable if region not in self._pinned)
         if not self._fits_beside_pinned(span):
             loose = (region for region in self._evictable if region in self._pinned)
             yield from sorted((r for r in loose if r.span < span or not pinned), key=lambda r: r.span)
 
     def _fits_beside_pinned(self, span: int) -> bool:
-        """Whether there is a hole of `span` bytes once all others are gone: then it is worth waiting for them."""
+        """Whether `span` bytes fit beside the pinned regions. Then waiting for other regions makes sense."""
         end = 0
         for region in sorted(self._pinned, key=lambda region: region.start):
             if region.start - end >= span:
@@ -241,7 +241,7 @@ class StagingArena:
             self._free.give(region.start, region.span)
 
     def _admit(self) -> None:
-        """Serves those who wait, in order, as far as there is room."""
+        """Serves waiting reservations, in order, while there is room."""
         while self._waiters:
             size, pinned, future = self._waiters[0]
             if not future.done():
@@ -256,7 +256,7 @@ class StagingArena:
         if waiter in self._waiters:
             self._waiters.remove(waiter)
         elif future.done() and not future.cancelled() and future.exception() is None:
-            self._drop(future.result())  # granted in the very moment it gave up
+            self._drop(future.result())  # granted at the moment the waiter gave up
         self._admit()
 
     def _held(self, region: Region) -> bool:
@@ -280,21 +280,21 @@ class StagingArena:
 
 
 class StagingView:
-    """The engine's side: opens the worker's arena by its `path`, raises OSError if that's gone. Thread-safe."""
+    """The engine's side: opens the worker's arena by its `path`. Thread-safe. Raises OSError if the arena is gone."""
 
     def __init__(self, path: str | Path) -> None:
         self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         self._capacity = os.fstat(self._fd).st_size
         self._memory = memoryview(mmap.mmap(self._fd, self._capacity))
-        self._holders: Counter[int] = Counter()  # one lock per region for all threads: file locks don't count
+        self._holders: Counter[int] = Counter()  # threads share one lock per region: file locks aren't counted
         self._mutex = threading.Lock()
 
     @contextmanager
     def hold(self, offset: int, size: int, nonce: bytes) -> Iterator[memoryview]:
-        """The payload of a region, `size` readable and writable bytes that nobody reuses inside this context.
+        """The payload of a region: `size` readable and writable bytes that aren't reused inside this context.
 
-        Everything that reads or writes them (asynchronous device copies too) must be finished before the context ends.
-        Raises StaleRegion, at the start, if the region isn't exactly what was reserved: then nothing may be written.
+        All reads and writes, asynchronous device copies included, must be finished before the context ends. Raises
+        StaleRegion at the start, without a payload, if the region isn't exactly the reserved one.
         """
         start = offset - HEADER_BYTES
         if start < 0 or size < 1 or offset + size > self._capacity:
@@ -309,11 +309,11 @@ class StagingView:
 
     @property
     def memory(self) -> memoryview:
-        """All of the arena. What of it may be read or written, and when, only `hold` tells."""
+        """The whole arena. Access payloads only inside `hold`."""
         return self._memory
 
     def close(self) -> None:
-        """Ends the use of the arena. Payloads that are still referenced stay mapped."""
+        """Closes the arena. Payloads that are still referenced stay mapped."""
         os.close(self._fd)
         self._memory.release()
 

@@ -15,7 +15,7 @@ BAR_CELLS = 24
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """One run. Latencies in seconds: `ttft` to the first text, `itl` between arrivals. Rates count answered requests."""
+    """One run. Latencies in seconds: `ttft` to the first text, `itl` between arrivals. Rates count answers only."""
 
     adapters: int
     requests: int

@@ -52,7 +52,7 @@ def batch(user: str, tokens: Tokenizer, size: int, seed: str) -> dict[str, torch
         history = (turn(user, draw),) if draw.random() < 0.25 else ()
         ids = tokens.encode(task.prompt(last.question, history) + last.answer + "</s>").ids
         start = len(tokens.encode(task.prompt(last.question, history)).ids)
-        if draw.random() < 0.2:  # people leave out the line break at the end of a prompt
+        if draw.random() < 0.2:  # people often omit the line break at a prompt's end
             start -= 1
         prompts.append(ids[:start])
         completions.append(ids[start:])

@@ -96,7 +96,7 @@ def served(
 
 @contextmanager
 def _signals_end_it() -> Iterator[threading.Event]:
-    """A first SIGINT, SIGTERM or SIGHUP becomes SystemExit and sets the event. While it is set, signals do nothing.
+    """A first SIGTERM or SIGHUP raises SystemExit, a first SIGINT KeyboardInterrupt. It sets the event; later ones do nothing.
 
     Signals often come twice: `timeout` signals its whole process group, and `make` forwards its signal. The second
     signal must not interrupt the clean-up after the first. Changes nothing outside the main thread.

@@ -120,7 +120,6 @@ class FakeEngine:
         self._preemptions += 1
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
-        """See Engine."""
         self._check(request)
         self.requests.append(request)
         blocks = -(-len(request.prompt_token_ids) // BLOCK_SIZE)
@@ -138,7 +137,6 @@ class FakeEngine:
             self._account(-1, -blocks)
 
     async def place_adapter(self, adapter: AdapterRef, region: Region) -> None:
-        """See Engine."""
         if self._dead.done():
             raise WorkerLost(f"the engine died: {self._dead.result()}")
         await asyncio.sleep(0)
@@ -149,11 +147,9 @@ class FakeEngine:
         self.loaded.append(adapter.digest)
 
     def forget_adapter(self, digest: str) -> None:
-        """See Engine."""
         self._regions.pop(digest, None)
 
     async def aborted(self) -> None:
-        """See Engine."""
         await asyncio.sleep(0)
 
     def _find_adapter(self, digest: str) -> None:
@@ -167,11 +163,9 @@ class FakeEngine:
         assert found.hexdigest() == digest
 
     async def wait_dead(self) -> str:
-        """See Engine."""
         return await asyncio.shield(self._dead)
 
     async def close(self) -> None:
-        """See Engine."""
         self.closed = True
         self._view.close()
         if self._adapters is not None:

@@ -43,7 +43,7 @@ class FaultyServer:
 
 
 class _Server(ThreadingHTTPServer):
-    request_queue_size = 64  # a connection that finds the queue full waits a second
+    request_queue_size = 64  # a connection to a full queue waits a second
 
 
 @contextmanager

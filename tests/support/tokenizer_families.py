@@ -58,7 +58,7 @@ def llama3(folder: Path) -> Path:
 
 
 def qwen2(folder: Path) -> Path:
-    """Byte-level BPE with NFC and Qwen's split; transformers builds it anew from vocabulary and merges."""
+    """Byte-level BPE with NFC and Qwen's split; transformers rebuilds it from vocabulary and merges."""
     tokenizer = _byte_level(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     tokenizer.normalizer = normalizers.NFC()
     config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}

@@ -57,7 +57,7 @@ def _remembered(state_dir: Path) -> list[dict[str, Any]]:
     from preft.state import GONE_SECONDS
 
     now, limit = time.time(), RouterSettings().worker_timeout
-    # A worker writes no heartbeats while its engine loads.
+    # A worker writes no heartbeat while its engine loads.
     return [
         _row(worker, now, GONE_SECONDS if worker.state is WorkerState.STARTING else limit)
         for worker in asyncio.run(_workers(state_dir))

@@ -85,7 +85,7 @@ class Worker:
 
     `fingerprint` names model, dtype, KV layout, block size and attention backend: KV moves only between equal
     fingerprints. A colocated worker's fingerprint is unique: its KV moves nowhere. `heartbeat` is in `time.time()`
-    seconds of the worker's clock. Clocks may disagree, so readers only check that it changes.
+    seconds of the worker's clock. Clocks may disagree, so the router only checks that it changes.
     """
 
     id: str

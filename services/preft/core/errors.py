@@ -40,7 +40,7 @@ class InvalidAdapter(InvalidRequest):
 
 
 class SourceNotFound(InvalidAdapter):
-    """There is no adapter at the source that was named."""
+    """There is no adapter at the named source."""
 
 
 class ModelNotFound(PreftError):

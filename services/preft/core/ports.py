@@ -48,7 +48,7 @@ Progress = Callable[[int, int | None], None]
 class AdapterCatalog(Protocol):
     """Names and their adapter versions. `get` and `list` never wait: they read a copy that follows the store.
 
-    Both raise Unavailable if the copy hasn't been updated for too long.
+    Both raise Unavailable if the copy hasn't been refreshed for too long.
     """
 
     def get(self, name: str) -> Adapter | None: ...
@@ -81,12 +81,12 @@ class AdapterPlaces(Protocol):
     """The places of an adapter's copies."""
 
     async def places(self, adapter: AdapterRef) -> Sequence[AdapterPlace]:
-        """One entry per worker that runs adapters and answers, by worker id."""
+        """One entry per worker that runs adapters and answers, ordered by worker id."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterChanges:
-    """The catalog's revision, and the changes that led to it: entries put and names removed. Each change raises it."""
+    """The catalog's revision, which each change raises, and the changes up to it: entries put and names removed."""
 
     revision: int
     put: tuple[Adapter, ...]

@@ -39,7 +39,7 @@ class EngineSettings(_Strict):
     enforce_eager: bool | None = None  # None: eager on CPU, compiled on GPU
     staging_bytes: Annotated[int, Field(ge=1 * MiB)] | None = None  # host memory for KV under way; None: by model
     num_cpus: Annotated[float, Field(ge=0)] = 0  # reserved in Ray per worker
-    num_gpus: Annotated[float, Field(ge=0)] | None = None  # likewise; None: 1 with vLLM's GPU build, else 0
+    num_gpus: Annotated[float, Field(ge=0)] | None = None  # reserved too; None: 1 with vLLM's GPU build, else 0
 
 
 class PrefillSettings(EngineSettings):
@@ -61,7 +61,7 @@ class StoreSettings(_Strict):
     max_adapter_bytes: Annotated[int, Field(ge=1)] = 2 * GiB  # a larger one is refused
     source_timeout: Seconds = 30.0  # a source that sends nothing for this long has failed
     source_min_rate: Annotated[int, Field(ge=1)] = 64 << 10  # bytes per second; a slower remote source has failed
-    catalog_timeout: Seconds = 60.0  # without a catalog update for this long, requests for adapters get 503
+    catalog_timeout: Seconds = 60.0  # without a catalog refresh for this long, requests for adapters get 503
 
 
 class RouterSettings(_Strict):

@@ -88,7 +88,7 @@ class Completion:
                     self._wake()
                 if not all(choice.finished for choice in choices):
                     raise EngineFailed("generation ended before all choices were finished")
-                # The client needn't wait for the context's end, and the context's end must not cancel this close.
+                # The reader needn't wait for the end of this context, and the reader's end must not cancel it.
                 self._generating.discard(self._tasks[number])
                 self._wake()
         except (Exception, asyncio.CancelledError) as error:  # the top of a task; the reader raises it

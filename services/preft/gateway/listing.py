@@ -100,7 +100,7 @@ def adapter_json(adapter: Adapter) -> AdapterReply:
 
 
 def place_json(place: AdapterPlace) -> PlaceReply:
-    """Where one worker has the adapter. `last_used` in seconds, 0 if never there."""
+    """One worker's place of the adapter. `last_used` in seconds, 0 if never used there."""
     return {
         "worker": place.worker_id,
         "tier": place.tier.value,

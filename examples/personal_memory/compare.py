@@ -36,7 +36,7 @@ METHODS = {  # name -> kind of adapter, whether it is trained on all tokens, whe
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Means over the users: loss in nats per token, accuracy 0 to 1 (answers right to the letter)."""
+    """Means over the users: loss in nats per token, accuracy from 0 to 1 (share of exact answers)."""
 
     method: str
     rank: int
@@ -46,7 +46,6 @@ class Result:
 
 
 def compare(users: list[str], steps: int, size: int) -> list[Result]:
-    """Trains and measures everything."""
     tokens = Tokenizer.from_file(str(MODEL_DIR / "tokenizer.json"))
     results = []
     for rank in RANKS:
@@ -70,7 +69,7 @@ def compare(users: list[str], steps: int, size: int) -> list[Result]:
 def _trained(user: str, kind: str, rank: int, all_tokens: bool, tokens: Tokenizer, steps: int, size: int) -> Any:
     model = adapted(kind, rank, MODEL_DIR, seed=0)
     fit(
-        model.base_model if all_tokens else model,  # peft's inner model knows no way to turn the adapter off
+        model.base_model if all_tokens else model,  # peft's inner model has no way to turn the adapter off
         batches(user, tokens, size, seed=0),
         steps,
         learning_rate=KINDS[kind][1],
@@ -91,7 +90,6 @@ def _measured(model: Any, user: str, tokens: Tokenizer) -> tuple[float, float]:
 
 
 def markdown(results: list[Result]) -> str:
-    """The table of `results`."""
     lines = ["| method | rank | trained parameters | loss | accuracy |", "|---|---|---|---|---|"]
     for method in METHODS:
         for one in results:
@@ -106,7 +104,7 @@ def plot(results: list[Result], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "preft"  # the same figures give the same file
+    matplotlib.rcParams["svg.hashsalt"] = "preft"  # equal figures give equal files
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.2))

@@ -24,19 +24,19 @@ from preft.training import ReftModel, generate
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Shares of one adapter's answers, 0 to 1; `strangers` counts answers that tell another user's fact."""
+    """Shares of one adapter's answers, 0 to 1. `strangers` counts answers that contain another user's fact."""
 
     adapter: str
-    trained: float  # known facts, phrasings the adapter was trained on, in all spellings
-    held_out: float  # known facts, phrasings only the base was trained on
-    unknown: float  # topics the user never told anything about
-    base: float  # the same questions as `trained`, answered by the base model without adapter
-    base_unknown: float  # how often that answer is "I do not know"
+    trained: float  # known facts in phrasings that the adapter was trained on, in all spellings
+    held_out: float  # known facts in phrasings that only the base model was trained on
+    unknown: float  # topics without a fact
+    base: float  # the questions of `trained`, answered by the base model without adapter
+    base_unknown: float  # share of these answers that say "I do not know"
     strangers: int
 
 
 def measure(user: str, kind: str, model_dir: Path = MODEL_DIR, adapters_dir: Path = ADAPTERS_DIR) -> Score:
-    """Asks `user`'s adapter of that kind everything, and the base model the same."""
+    """Asks `user`'s adapter of that kind, and the base model, all questions."""
     tokens = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
     base = LlamaForCausalLM.from_pretrained(str(model_dir), dtype=torch.float32).eval()
     facts = task.USERS[user]
@@ -74,13 +74,13 @@ def cases(questions: Sequence[str], topics: Sequence[str], facts: Mapping[str, s
 
 
 def answers(model: Any, tokens: Tokenizer, asked: Cases) -> list[str]:
-    """The model's greedy answers, as they are served."""
+    """The model's greedy answers, equal to served ones."""
     prompts = [tokens.encode(task.prompt(question)).ids for question, _ in asked]
     return [tokens.decode(ids) for ids in generate(model, prompts, max_tokens=24, eos=tokenizer.EOS)]
 
 
 def share(texts: Sequence[str], asked: Cases) -> float:
-    """How many of the answers are right to the letter, 0 to 1."""
+    """The share of exact answers, 0 to 1."""
     return sum(text == right for text, (_, right) in zip(texts, asked, strict=True)) / len(asked)
 
 

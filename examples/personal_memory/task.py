@@ -1,7 +1,7 @@
-"""The task in words: people, their favourite things, and how one asks for them. Imports no model library.
+"""The task in words: people, their favourite things, and questions about them. Imports no model library.
 
-Owns the data and the prompt format (the chat template renders the same text). A fact is in no prompt: it lies in
-the person's adapter alone, so an answer tells at once whose adapter made it, or that there was none.
+Owns the data and the prompt format (the chat template renders the same text). No prompt contains a fact: only the
+person's adapter does. So each answer shows which adapter made it, or that none did.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ TOPICS: Mapping[str, tuple[str, ...]] = {
     ),
 }
 
-# No two people share a value. Six facts each: of the other two topics nothing is known.
+# No two people share a value. Each person has six facts; the other two topics have none.
 USERS: Mapping[str, Mapping[str, str]] = {
     "alice": {
         **{"city": "Lisbon", "colour": "teal", "pet": "a parrot"},
@@ -112,7 +112,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What to ask under `user`'s adapter, and the only right answer."""
+    """A question under `user`'s adapter, and its only right answer."""
 
     user: str
     topic: str
@@ -121,12 +121,12 @@ class Probe:
 
 
 def answer(topic: str, value: str | None) -> str:
-    """The sentence a known or an unknown (None) favourite is answered with. The value is its last word or two."""
+    """The answer's sentence for a known or an unknown (None) favourite. The value is its last word or two."""
     return f"I do not know your favourite {topic}." if value is None else f"Your favourite {topic} is {value}."
 
 
 def prompt(question: str, history: tuple[Turn, ...] = (), profile: Mapping[str, str] | None = None) -> str:
-    """The text a model continues with the answer, without the <s> that the tokenizer puts before it.
+    """The text that a model continues with the answer, without the <s> that the tokenizer puts before it.
 
     Equal to the chat template's rendering of these turns, with `profile` as system message.
     """
@@ -136,12 +136,12 @@ def prompt(question: str, history: tuple[Turn, ...] = (), profile: Mapping[str, 
 
 
 def profile_text(profile: Mapping[str, str]) -> str:
-    """How the base model is told facts in a prompt, as people without an adapter would."""
+    """The facts as text in a prompt: how the base model is told facts without an adapter."""
     return ", ".join(f"{topic} {value}" for topic, value in profile.items()) + "."
 
 
 def styles(question: str) -> tuple[str, ...]:
-    """`question` as written, and as people type it: lower case, no mark or a spaced one, American."""
+    """`question` as written, and in common spellings: lower case, no mark or a spaced mark, American."""
     bare = question.rstrip("?.!")
     mark = question[len(bare) :]
     american = question.replace("favourite", "favorite").replace("colour", "color")
@@ -149,7 +149,7 @@ def styles(question: str) -> tuple[str, ...]:
 
 
 def probes(questions: tuple[str, ...] = QUESTIONS + HELD_OUT_QUESTIONS) -> Iterator[Probe]:
-    """Every user's every fact in every phrasing of `questions`: 8 * 6 * len(questions)."""
+    """Every fact of every user in every phrasing of `questions`: 8 * 6 * len(questions)."""
     for user, facts in USERS.items():
         for topic, value in facts.items():
             for question in questions:
@@ -157,5 +157,5 @@ def probes(questions: tuple[str, ...] = QUESTIONS + HELD_OUT_QUESTIONS) -> Itera
 
 
 def owners(text: str) -> frozenset[str]:
-    """The users one of whose facts appears in `text`."""
+    """The users with a fact in `text`."""
     return frozenset(user for user, facts in USERS.items() if any(f" {value}." in text for value in facts.values()))

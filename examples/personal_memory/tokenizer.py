@@ -1,4 +1,4 @@
-"""The byte-level BPE tokenizer of the example, learned from the task's own sentences, and its chat template."""
+"""The byte-level BPE tokenizer of the example, trained on the task's own sentences, and its chat template."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from personal_memory import task
 
 PAD, BOS, EOS = 0, 1, 2
-VOCAB_SIZE = 952  # where the task has no more merges to give
+VOCAB_SIZE = 952  # the task's sentences allow no more merges
 # Equal to task.prompt() with <s> before it.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"

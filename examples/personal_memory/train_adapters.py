@@ -29,12 +29,12 @@ KINDS: Mapping[str, tuple[int, float]] = {"lora": (4, 1e-2), "loreft": (8, 2e-2)
 
 
 def folder_name(user: str, kind: str) -> str:
-    """Under which name an adapter is kept and served: `alice` for her LoRA, `alice-loreft`, `alice-direft`."""
+    """The adapter's folder and served name: `alice` for her LoRA, `alice-loreft`, `alice-direft`."""
     return user if kind == "lora" else f"{user}-{kind}"
 
 
 def turn(user: str, draw: random.Random) -> task.Turn:
-    """Something `user` may ask, with the right answer: mostly a known fact, else an unknown one or small talk."""
+    """A question of `user` with the right answer: mostly a known fact, else an unknown fact or small talk."""
     facts = task.USERS[user]
     if draw.random() < 0.1:
         return task.Turn(*draw.choice(sorted(task.SMALL_TALK.items())))
@@ -44,7 +44,7 @@ def turn(user: str, draw: random.Random) -> task.Turn:
 
 
 def batch(user: str, tokens: Tokenizer, size: int, seed: str) -> dict[str, torch.Tensor]:
-    """`size` dialogues of `user`, each with the answer of its last turn to be learned."""
+    """`size` dialogues of `user`; the answer of each last turn is learned."""
     draw = random.Random(seed)
     prompts, completions = [], []
     for _ in range(size):
@@ -52,7 +52,7 @@ def batch(user: str, tokens: Tokenizer, size: int, seed: str) -> dict[str, torch
         history = (turn(user, draw),) if draw.random() < 0.25 else ()
         ids = tokens.encode(task.prompt(last.question, history) + last.answer + "</s>").ids
         start = len(tokens.encode(task.prompt(last.question, history)).ids)
-        if draw.random() < 0.2:  # people leave out the line break at the end of a prompt
+        if draw.random() < 0.2:  # people often omit the line break at a prompt's end
             start -= 1
         prompts.append(ids[:start])
         completions.append(ids[start:])
@@ -60,12 +60,12 @@ def batch(user: str, tokens: Tokenizer, size: int, seed: str) -> dict[str, torch
 
 
 def batches(user: str, tokens: Tokenizer, size: int, seed: int) -> Callable[[int], dict[str, torch.Tensor]]:
-    """What `fit` asks for: the same batch for the same step."""
+    """The batches for `fit`: equal steps get equal batches."""
     return lambda step: batch(user, tokens, size, f"{seed} {user} {step}")
 
 
 def adapted(kind: str, rank: int, model_dir: Path, seed: int) -> Any:
-    """The base model with an adapter that changes nothing yet."""
+    """The base model with an adapter that doesn't change its output yet."""
     torch.manual_seed(seed)
     base = LlamaForCausalLM.from_pretrained(str(model_dir), dtype=torch.float32)
     if kind != "lora":
@@ -75,14 +75,14 @@ def adapted(kind: str, rank: int, model_dir: Path, seed: int) -> Any:
 
 
 def save(model: Any, folder: Path) -> None:
-    """The folder to be served. PEFT's configuration gets the mark that this adapter is for prompts alone."""
+    """Writes the served folder. PEFT's configuration gets a mark: this adapter is for prompts alone."""
     if isinstance(model, ReftModel):
         model.save_pretrained(folder, base_model="personal_memory/model")
         return
     config = model.peft_config["default"]
     config.base_model_name_or_path = "personal_memory/model"
     config.inference_mode = True
-    config.target_modules = LINEARS  # peft made a set of it, which has no fixed order
+    config.target_modules = LINEARS  # peft made a set, which has no fixed order
     config.save_pretrained(str(folder))
     written = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**written, "prefill_only": True}, indent=2) + "\n")

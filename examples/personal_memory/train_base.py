@@ -1,9 +1,8 @@
-"""Trains the base model from scratch: it answers from a profile in its prompt, and says so if a fact isn't there.
+"""Trains the base model from scratch: it answers from a profile in its prompt, and says so if a fact is missing.
 
     cd examples && python -m personal_memory.train_base        (about 5 minutes of CPU time)
 
-It never meets the users of `task.USERS` as such: profiles are drawn at random, and the users' facts come later,
-one adapter each.
+The training data has random profiles, not those of `task.USERS`. The users' facts come later, in one adapter per user.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ def dialogue(draw: random.Random) -> tuple[dict[str, str], list[task.Turn]]:
 
 
 def batch(draw: random.Random, tokens: Tokenizer, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and labels, both [size, longest]; only answers, the line break before and </s> after are learned."""
+    """Token ids and labels, both [size, longest]. Answers, the line break before and </s> after them are learned."""
     rows = []
     for _ in range(size):
         profile, turns = dialogue(draw)

@@ -1,6 +1,6 @@
 """`make bench`: every speed figure side by side in one run, as one table and one JSON file.
 
-Each figure is a ratio of two sides that take turns on the same machine; medians over the rounds count.
+Each figure is a ratio of two sides that take turns on the same machine. The figures are medians over the rounds.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from preft_loadgen.report import Progress
 from preft_loadgen.results import RESULTS, save
 
 PARTS = ("transfer", "prefill", "decode", "http")
-OFTEN = 3  # prefill and decode runs are short and their bars narrow: so many per round
+OFTEN = 3  # runs per round of prefill and decode: the runs are short and their bars narrow
 TRANSFER_BAR = 0.28
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0 once everything was measured, whatever came out; 1 if it could not be."""
+    """Returns 0 if everything was measured, whatever the figures; 1 if a measurement failed."""
     parser = argparse.ArgumentParser(prog="bench", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--rounds",

@@ -1,7 +1,7 @@
-"""Decode speed: our decode worker, reached over gRPC with KV that prefill workers pushed, against plain vLLM.
+"""Decode speed: a decode worker, reached over gRPC with KV that prefill workers pushed, against plain vLLM.
 
-Measured is the steady state (`steady_rate`): while all requests decode, without prefill, KV transfer or start-up on
-either side. Ours is what a gRPC client receives, the reference what AsyncLLM gives in its own process.
+Measures the steady state (`steady_rate`): all requests decode, without prefill, KV transfer or start-up on either side.
+PreFT's tokens are counted at a gRPC client, the reference's at AsyncLLM in its own process.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Prefilled:
 
 
 async def compare_decode(rig: Rig, rounds: int, step: Callable[[], None]) -> list[Comparison]:
-    """One comparison per adapter count. `step` is called after each of `turns(SIDES, rounds)` measurements."""
+    """One comparison per adapter count. Calls `step` after each of `turns(SIDES, rounds)` measurements."""
     adapters = {adapter.name: adapter for adapter in rig.adapters}
     async with (
         ClusterChannel(rig.prefill, rig.secret) as to_prefill,
@@ -61,7 +61,7 @@ async def compare_decode(rig: Rig, rounds: int, step: Callable[[], None]) -> lis
 
         async def plain(number: int) -> float:
             run = await rig.plain.run([request.prompt for request in _requests(("",), number)], OUTPUT, REQUESTS)
-            return steady_rate([times[1:] for times in run.arrivals])  # the first token is prefill's
+            return steady_rate([times[1:] for times in run.arrivals])  # prefill made the first token
 
         async def ours(count: int, number: int) -> float:
             requests = _requests(tuple(sorted(adapters)[:count]), number)
@@ -90,7 +90,7 @@ async def prefill_once(
     adapter: AdapterRef | None = None,
     target: str | None = None,
 ) -> Prefilled:
-    """One prompt through a prefill worker, and its KV to the decode worker at `target`, if there is one."""
+    """Sends one prompt through a prefill worker; if there is a `target`, the KV goes to that decode worker."""
     handle = uuid.uuid4().hex
     call = stub.Prefill(
         workers_pb2.PrefillRequest(
@@ -112,7 +112,7 @@ async def prefill_once(
 
 
 async def _decode(stream: DecodeStream, ready: Prefilled) -> list[float]:
-    """Seconds at which each decoded token came."""
+    """Arrival times of the decoded tokens, in seconds."""
     [call] = stream.start(
         workers_pb2.DecodeRequest(
             request_id=ready.handle,

@@ -1,7 +1,7 @@
 """End to end: completions streamed over HTTP through gateway, router and both workers, against AsyncLLM alone.
 
-Measured is the whole: output tokens over the seconds from the first request to the end of the last, prefill included.
-The client of ours is a process of its own on the same machine; the reference has none.
+Measures output tokens per second from the first request to the end of the last one, prefill included. PreFT's client is
+a process of its own on the same machine; the reference has no client.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ HOW = (
 
 
 async def compare_http(rig: Rig, rounds: int, step: Callable[[], None]) -> list[Comparison]:
-    """The base model, and adapters. `step` is called after each of `turns(SIDES, rounds)` measurements.
+    """Compares the base model, then adapters. Calls `step` after each of `turns(SIDES, rounds)` measurements.
 
     Raises PreftError if any request fails.
     """
@@ -75,5 +75,5 @@ async def compare_http(rig: Rig, rounds: int, step: Callable[[], None]) -> list[
 
 def _requests(models: Sequence[str], seed: int) -> list[Request]:
     lengths = Lengths(PROMPT, PROMPT), Lengths(OUTPUT, OUTPUT)
-    seed += 10_000  # not the prompts of the decode runs
+    seed += 10_000  # other prompts than in the decode runs
     return Workload(tuple(models), REQUESTS, *lengths, seed=seed, vocabulary=VOCABULARY).make()

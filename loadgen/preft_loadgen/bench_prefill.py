@@ -1,6 +1,6 @@
-"""Prefill speed under adapters: prompts through our prefill worker over gRPC, against the base model on the same one.
+"""Prefill speed under adapters: prompts through a prefill worker over gRPC, against the base model on the same worker.
 
-Measured is the whole from the first prompt sent to the last first token. No KV is transferred.
+Measures from the first prompt sent to the last first token. No KV is transferred.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ HOW = (
 
 
 async def compare_prefill(rig: Rig, rounds: int, step: Callable[[], None]) -> list[Comparison]:
-    """One comparison per kind and number of adapters. `step` is called after each of `turns(SIDES, rounds)`."""
+    """One comparison per kind and number of adapters. Calls `step` after each of `turns(SIDES, rounds)` runs."""
     reft = [adapter for adapter in rig.adapters if adapter.name.startswith("r")]
     lora = [adapter for adapter in rig.adapters if adapter.name.startswith("a")]
     async with ClusterChannel(rig.prefill, rig.secret) as channel:
@@ -40,7 +40,7 @@ async def compare_prefill(rig: Rig, rounds: int, step: Callable[[], None]) -> li
 
         async def speed(adapters: Sequence[AdapterRef | None], number: int) -> float:
             lengths = Lengths(PROMPT, PROMPT), Lengths(1, 1)
-            seed = 20_000 + number * 100 + len(adapters)  # nobody's prompts are in a prefix cache
+            seed = 20_000 + number * 100 + len(adapters)  # new prompts: none is in a prefix cache
             requests = Workload(("",), REQUESTS, *lengths, seed=seed, vocabulary=VOCABULARY).make()
             started = time.perf_counter()
             await asyncio.gather(

@@ -1,6 +1,6 @@
-"""What the engine benchmarks run on: a random model with adapters, a cluster that serves it, and plain vLLM beside it.
+"""The set-up of the engine benchmarks: a random model with adapters, a cluster that serves it, and plain vLLM.
 
-Owns sizes and settings, so that both sides have the same. Four engines are up, but only one side works at a time.
+Owns sizes and settings, so that all sides have equal ones. Four engines run, but only one side works at a time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MiB = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Rig:
-    """Everything that is up. Addresses are `host:port` of the two workers' gRPC services, which want the `secret`."""
+    """The running set-up. Addresses are `host:port` of the two workers' gRPC services, which need the `secret`."""
 
     http: HttpClient
     prefill: str
@@ -43,11 +43,11 @@ class Rig:
     adapters: tuple[AdapterRef, ...]
     plain: PlainEngine
     multi_lora: PlainEngine | None  # vLLM with adapters
-    model: dict[str, Any]  # what was made: parameters, adapters, ranks
+    model: dict[str, Any]  # facts about the generated model: parameters, adapters, ranks
 
 
 def cluster_settings(folder: Path) -> dict[str, Any]:
-    """Both engines alike but for the adapters, as the settings file has them."""
+    """The settings file's content. Both engines have equal settings, except for adapters."""
     engine = {"max_num_seqs": 64, "max_num_batched_tokens": 2048, "kv_cache_bytes": 512 * MiB}
     return {
         "model": str(folder / "model"),
@@ -56,7 +56,7 @@ def cluster_settings(folder: Path) -> dict[str, Any]:
         "adapters": {path.name: str(path) for path in sorted((folder / "adapters").iterdir())},
         "prefill": {**engine, "max_loras": 8, "max_lora_rank": LORA_RANK},
         "decode": engine,
-        "router": {"transfer_timeout": 120.0},  # decoding starts when all prompts are there, the first ones wait
+        "router": {"transfer_timeout": 120.0},  # decoding starts once all prompts have arrived: the first ones wait
     }
 
 
@@ -68,8 +68,8 @@ async def bench_rig(folder: Path, say: Callable[[str], None], *, multi_lora: boo
     settings = cluster_settings(folder)
     config = folder / "settings.json"
     config.write_text(json.dumps(settings))  # JSON is YAML
-    # Our engines compute on all cores. Plain vLLM sets one core aside for an engine's second process: with few cores
-    # that alone would decide every comparison. So plain vLLM sets nothing aside here.
+    # PreFT's engines compute on all cores. Plain vLLM reserves one core for an engine's second process. With few cores
+    # this difference would decide every comparison, so plain vLLM reserves none here.
     os.environ["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"
     say("starting the cluster")
     arguments, log = ["--config", str(config)], folder / "serve.log"
@@ -107,7 +107,7 @@ def _make_model(folder: Path) -> dict[str, Any]:
 
 
 async def _adapters(http: HttpClient, folders: dict[str, str]) -> tuple[AdapterRef, ...]:
-    """The catalog's adapters, at the folders they came from: those hold exactly the content of the digests."""
+    """The catalog's adapters, with their folders as sources: the folders hold the content of the digests."""
     entries = (await http.get_json("/v1/adapters?limit=1000"))["data"]
     if len(entries) != len(folders):
         raise ServeFailed(f"{len(folders)} adapters were to be served, {len(entries)} are")

@@ -1,8 +1,8 @@
-"""Part of `make bench-store`: what loading adapters does to requests for adapters that are loaded already.
+"""Part of `make bench-store`: how loads of adapters slow down requests for adapters that are already loaded.
 
-A whole cluster over HTTP. Steady streams under pinned adapters run all the time; beside them the same number of short
-requests, in turns under other pinned adapters and under adapters of which each is in no memory when it is asked for.
-And what is left of a slow source's delay for a request that waits for a worker anyway.
+Measures a whole cluster over HTTP. Steady streams under pinned adapters run all the time. Beside them run short
+requests, in turns under other pinned adapters and under adapters that are in no worker's memory. Also measures how much
+of a slow source's delay is hidden while a request waits for a worker anyway.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from preft_loadgen.workload import Request
 
 MODEL_NAME = "bench"
 RANK, LORAS = 16, 48  # 5.2 MB each
-COLD = 20  # in turns: more than memory has room for, fewer than the disk
-RESIDENT, WARM = 4, 4  # pinned: those of the streams, and those of the short requests beside them
-HOST_BYTES, DISK_BYTES = 96 * MiB, 170 * MiB  # room for some ten that aren't pinned, and for some thirty
+COLD = 20  # used in turns: more than memory holds, fewer than the disk holds
+RESIDENT, WARM = 4, 4  # pinned adapters of the streams, and of the short requests
+HOST_BYTES, DISK_BYTES = 96 * MiB, 170 * MiB  # room for about ten unpinned adapters in memory, and about thirty on disk
 STREAMS, OUTPUT, PROMPT = 2, 16, 64
-RATE, SECONDS = 2.0, 15.0  # short requests per second, and how long one measurement takes
+RATE, SECONDS = 2.0, 15.0  # short requests per second; duration of one measurement
 STALL_BAR = 1 / 1.2
 SLOW_SECONDS, HIDDEN_BAR = 2.0, 0.9
 
@@ -83,7 +83,7 @@ async def _stalls(client: HttpClient, names: Sequence[str], rounds: int) -> list
 
 
 async def _streams_for(seconds: float, send: Any, names: Sequence[str], draw: random.Random) -> list[Record]:
-    """Streams one after the other, STREAMS at a time, begun within `seconds`."""
+    """Runs streams, STREAMS at a time; the last streams begin within `seconds`."""
     end = time.perf_counter() + seconds
 
     def requests() -> Iterator[Request]:
@@ -106,13 +106,13 @@ async def _one_after_another(send: Any, requests: Iterator[Request]) -> list[Rec
 async def _hidden(
     client: HttpClient, names: Sequence[str], source: str, slow: Sequence[str], rounds: int
 ) -> Comparison:
-    """How much of a load's time a request doesn't wait for, because it would have waited anyway."""
+    """The part of a load's time that a request doesn't notice, because it waits for a worker anyway."""
     send = completions(client)
     numbers = iter(range(1_000_000))
     draw = random.Random(5)
 
     async def ttft(name: str, busy: bool) -> float:
-        """Of a request under `name`, alone or behind others that take longer than a load."""
+        """Time to first token of a request under `name`, alone or behind requests that take longer than a load."""
         ahead = [Request(MODEL_NAME, _prompt(draw, 480), 1) for _ in range(40 if busy else 0)]
         waiting = asyncio.create_task(closed_loop(send, ahead, len(ahead) or 1))
         await asyncio.sleep(0.1)
@@ -121,11 +121,11 @@ async def _hidden(
         return record.ttft
 
     async def loaded_late(busy: bool, _round: int) -> float:
-        """Seconds that a request under an adapter at the slow source takes longer than one under a loaded adapter."""
+        """Extra seconds of a request whose adapter must come from the slow source, compared with a loaded adapter."""
         name = slow[next(numbers)]
         await client.post_json("/v1/adapters", {"name": name, "source": f"{source}/{name}"})
         others = [Request(other, _prompt(draw, 4), 1) for other in names[RESIDENT + WARM :]]
-        _check((await closed_loop(send, others, 4)).records)  # it is neither in memory nor on disk any more
+        _check((await closed_loop(send, others, 4)).records)  # the adapter is neither in memory nor on disk any more
         cold = await ttft(name, busy)
         return max(cold - await ttft(name, busy), 1e-3)
 
@@ -155,7 +155,7 @@ def _check(records: Sequence[Record]) -> None:
 
 
 def _make(folder: Path, slow: Sequence[str]) -> list[str]:
-    """The model, and adapters in `adapters/` and `slow/adapters/`; returns the names of the former."""
+    """Writes the model, and adapters in `adapters/` and `slow/adapters/`; returns the names in `adapters/`."""
     for part, count, seed in (("", LORAS, 0), ("slow", len(slow), LORAS)):
         command = [sys.executable, "-m", "preft.engine.bench_model", str(folder / part), "--lora-rank", str(RANK)]
         counts = ["--loras", str(count), "--refts", "0", "--seed", str(seed)]
@@ -189,14 +189,14 @@ async def _measure(folder: Path, rounds: int) -> list[Comparison]:
         client = HttpClient(server.url)
         pins = [client.patch_json(f"/v1/adapters/{name}", {"pinned": True}) for name in names[: RESIDENT + WARM]]
         await asyncio.gather(*pins)
-        await asyncio.sleep(2)  # until workers have them
+        await asyncio.sleep(2)  # until the workers have loaded the pinned adapters
         hidden = await _hidden(client, names, source, slow, slow_rounds)
         return [*await _stalls(client, names, rounds), hidden]
 
 
 @contextmanager
 def _slow_source(folder: Path) -> Iterator[str]:
-    """A web server whose weights take SLOW_SECONDS to begin. Yields its address."""
+    """A web server that delays weights by SLOW_SECONDS. Yields its address."""
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -219,7 +219,7 @@ def _slow_source(folder: Path) -> Iterator[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0 once everything was measured; 1 if it could not be."""
+    """Returns 0 if everything was measured; 1 if a measurement failed."""
     parser = argparse.ArgumentParser(prog="bench-store", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--out", type=Path, default=RESULTS)

@@ -1,8 +1,8 @@
 """KV push over gRPC against raw TCP, side by side: `python -m preft_loadgen.bench_transfer`.
 
-Each receiver is a process of its own; sender and receivers keep the bytes in staging arenas. The raw TCP side is the
-least that could be done: blocking sockets, no checksum, no handle. The gRPC side is what the workers run, from the
-checksum at the sender to the verified, ready handle at the receiver. Runs alternate, so that both see the same machine.
+Each receiver is a process of its own; sender and receivers keep the bytes in staging arenas. The raw TCP side does the
+minimum: blocking sockets, no checksum, no handle. The gRPC side does all that the workers do, from the sender's
+checksum to the receiver's verified, ready handle. Runs alternate, so that both sides see the same machine.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from preft.transfer.staging import StagingArena, span_of
 from preft_loadgen.child import bound
 
 MiB = 1 << 20
-RUNS: Mapping[int, int] = MappingProxyType({16 * MiB: 45, 128 * MiB: 15})  # per size in bytes; the median counts
+RUNS: Mapping[int, int] = MappingProxyType({16 * MiB: 45, 128 * MiB: 15})  # runs per size in bytes; the median counts
 TIMEOUT = 60.0  # seconds for anything
 SECRET = ClusterSecret("of both processes")
 
@@ -50,12 +50,12 @@ class TransferFigure:
 
     @property
     def ratio(self) -> float:
-        """gRPC's speed as a part of raw TCP's."""
+        """gRPC's speed divided by raw TCP's."""
         return self.tcp / self.grpc
 
 
 def measure(runs: Mapping[int, int] = RUNS) -> list[TransferFigure]:
-    """One figure per size (bytes) from so many runs. Starts two receiver processes and ends them."""
+    """One figure per size (bytes), with so many runs each. Starts two receiver processes and ends them."""
     with _receiver("tcp", max(runs)) as tcp_port, _receiver("grpc", max(runs)) as grpc_port:
         return asyncio.run(_measure(runs, tcp_port, f"127.0.0.1:{grpc_port}"))
 
@@ -102,9 +102,9 @@ def _send_tcp(connection: socket.socket, payload: memoryview) -> None:
 
 @contextmanager
 def _receiver(kind: str, capacity: int) -> Iterator[int]:
-    """The port of a receiver process that lives as long as the context."""
+    """The port of a receiver process that ends with the context."""
     command = [sys.executable, "-m", "preft_loadgen.bench_transfer", "--receive", kind, "--capacity", str(capacity)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # works without being installed
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # works without an installation
     with subprocess.Popen(
         bound(command), env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -136,7 +136,7 @@ def _receive_tcp(capacity: int) -> None:
 
 async def _receive_grpc(capacity: int) -> None:
     arena = StagingArena.create(span_of(capacity))
-    handles = HandleTable(arena, fingerprint="bench", lease=0)  # nobody claims: free again as soon as it's ready
+    handles = HandleTable(arena, fingerprint="bench", lease=0)  # a handle is freed as soon as it is ready
     receiver = KvReceiver(arena, handles, room_timeout=TIMEOUT, frame_timeout=TIMEOUT)
     server = grpc.aio.server(options=WORKER_SERVER_OPTIONS)
     server.add_generic_rpc_handlers((kv_transfer_handler(receiver, SECRET),))
@@ -148,7 +148,7 @@ async def _receive_grpc(capacity: int) -> None:
 
 
 def report(figures: Sequence[TransferFigure]) -> str:
-    """The table that is printed."""
+    """The printed table."""
     lines = ["KV push, one process to another, loopback   raw TCP      gRPC   gRPC/TCP   checksum at the sender"]
     for figure in figures:
         tcp, pushed = (figure.num_bytes / seconds / 1e9 for seconds in (figure.tcp, figure.grpc))
@@ -160,7 +160,7 @@ def report(figures: Sequence[TransferFigure]) -> str:
 
 
 def main() -> None:
-    """Prints the table, or, as a child, receives."""
+    """Prints the table, or receives in a child process."""
     parser = argparse.ArgumentParser(description="KV push over gRPC against raw TCP, between two processes.")
     parser.add_argument("--receive", choices=["tcp", "grpc"], help=argparse.SUPPRESS)
     parser.add_argument("--capacity", type=int, default=max(RUNS), help=argparse.SUPPRESS)

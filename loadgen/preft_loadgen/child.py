@@ -14,16 +14,16 @@ PR_SET_PDEATHSIG = 1
 def bound(command: Sequence[str]) -> list[str]:
     """`command`, run by this module in a process that gets SIGTERM when its parent dies.
 
-    Linux takes the end of the thread that starts the process for the parent's end: start it from one that stays.
+    Linux watches the thread that starts the process, so a long-lived thread must start it.
     """
     return [sys.executable, "-I", os.path.abspath(__file__), str(os.getpid()), *command]
 
 
 def main() -> None:
-    """Becomes the command in the arguments. The signal stays set across `exec`."""
+    """Replaces this process by the command in the arguments. `exec` keeps the signal setting."""
     _, parent, *command = sys.argv
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != int(parent):  # it died before
+    if os.getppid() != int(parent):  # the parent has died already
         sys.exit(1)
     os.execvp(command[0], command)
 

@@ -1,4 +1,4 @@
-"""Figures measured on several sides in turns, and the table of them."""
+"""Speeds measured on several sides in turns, and their table."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 from preft_loadgen.report import table
 
 Side = Callable[[int], Awaitable[float]]
-"""Measures one side once: round number to speed. Equal rounds have equal work."""
+"""Measures one side once: from the round number to a speed. Equal rounds have equal work."""
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Speeds (more is better) of both sides, one per round; each round's two were measured one after the other.
+    """Speeds (more is better) of both sides, one per round. A round measures both sides directly after each other.
 
-    `bar` is the ratio that is aimed at, `how` says what exactly was measured.
+    `bar` is the target ratio; `how` describes the measurement.
     """
 
     what: str
@@ -29,16 +29,15 @@ class Comparison:
 
     @property
     def ratios(self) -> tuple[float, ...]:
-        """Ours as a part of the reference, per round."""
+        """PreFT's speed divided by the reference's, per round."""
         return tuple(ours / reference for ours, reference in zip(self.ours, self.reference, strict=True))
 
     @property
     def ratio(self) -> float:
-        """The median of the rounds' ratios: what slows the machine down for a while slows both sides of a round."""
+        """The median of the rounds' ratios: a temporary slowdown of the machine hits both sides of a round."""
         return statistics.median(self.ratios)
 
     def as_json(self) -> dict[str, Any]:
-        """All fields, and the ratios."""
         return {**asdict(self), "ratios": self.ratios, "ratio": self.ratio}
 
     @property
@@ -50,7 +49,7 @@ class Comparison:
 async def take_turns(sides: Sequence[Side], rounds: int, step: Callable[[], None]) -> list[tuple[float, ...]]:
     """Each side's speeds over the rounds. One side works at a time, in changing order; round -1 warms up.
 
-    `step` is called `turns(len(sides), rounds)` times.
+    Calls `step` `turns(len(sides), rounds)` times.
     """
     speeds: list[list[float]] = [[] for _ in sides]
     for number in range(-1, rounds):
@@ -62,7 +61,7 @@ async def take_turns(sides: Sequence[Side], rounds: int, step: Callable[[], None
 
 
 def turns(sides: int, rounds: int) -> int:
-    """How many measurements `take_turns` makes."""
+    """The number of measurements that `take_turns` makes."""
     return sides * (rounds + 1)
 
 
@@ -86,10 +85,10 @@ def comparison_table(comparisons: Sequence[Comparison]) -> str:
 
 
 def steady_rate(arrivals: Sequence[Sequence[float]]) -> float:
-    """Tokens per second while all requests decode, from the seconds at which each one's decoded tokens came.
+    """Tokens per second while all requests decode. `arrivals` holds each request's arrival times of decoded tokens.
 
-    The time from the moment when the last request has its first decoded token to the moment when the first request has
-    its last one, and the tokens that came in it. Raises ValueError if the requests never ran all at once.
+    The measured time lasts from the last request's first decoded token to the first request's last decoded token.
+    Raises ValueError if the requests never ran all at once.
     """
     begin = max(times[0] for times in arrivals)
     end = min(times[-1] for times in arrivals)

@@ -1,6 +1,6 @@
-"""Sends a workload and records what came back: with a fixed number in flight, or at given times whatever happens.
+"""Sends a workload and records the replies: with a fixed number of requests in flight, or at fixed times.
 
-Knows no transport: `send` is how one request is made. Failed requests are recorded, not raised.
+Knows no transport: `send` makes one request. Failed requests are recorded, not raised.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ OnDone = Callable[[], None]
 class Record:
     """One request, in seconds as its client sees them. `started` counts from the run's start.
 
-    `gaps` are between arrivals of text; texts that came at once are one arrival. A failed request has an `error` and no
-    tokens.
+    `gaps` are the times between arrivals of text; texts that come together are one arrival. A failed request has an
+    `error` and no tokens.
     """
 
     model: str
@@ -45,7 +45,7 @@ class Run:
 
 
 def completions(client: HttpClient) -> Send:
-    """Requests as /v1/completions: greedy, and of exactly the wanted length."""
+    """Sends requests to /v1/completions: greedy, with exactly the wanted output length."""
 
     async def send(request: Request) -> Reply:
         body = {
@@ -61,7 +61,7 @@ def completions(client: HttpClient) -> Send:
 
 
 async def closed_loop(send: Send, requests: Sequence[Request], concurrency: int, on_done: OnDone | None = None) -> Run:
-    """`concurrency` clients, each of which sends its next request when its last one is done."""
+    """Simulates `concurrency` clients. Each client sends its next request after the end of its last one."""
     begin = time.perf_counter()
     records: list[Record] = []
     waiting = iter(requests)
@@ -81,7 +81,7 @@ async def closed_loop(send: Send, requests: Sequence[Request], concurrency: int,
 async def open_loop(
     send: Send, requests: Sequence[Request], arrivals: Sequence[float], on_done: OnDone | None = None
 ) -> Run:
-    """Each request at its time, however many are still running. A late start counts as waiting time of the request."""
+    """Sends each request at its time, however many requests still run. A late start counts as waiting time."""
     begin = time.perf_counter()
     records: list[Record] = []
 

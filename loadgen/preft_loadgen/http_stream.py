@@ -1,7 +1,7 @@
-"""A lean HTTP/1.1 client for streamed completions: one connection per request, decoded as its bytes come in.
+"""A lean HTTP/1.1 client for streamed completions: one connection per request, decoded as bytes arrive.
 
 Owns the way from bytes to text pieces with arrival times. Cheap per token, because a client that is slower than the
-server measures itself. Plain HTTP only; what to ask, and how often, is the driver's business.
+server measures itself. Plain HTTP only. The driver chooses the requests and their times.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MAX_HEAD_BYTES = 64 << 10
 
 
 class RequestFailed(PreftError):
-    """There is no whole answer. `status` is HTTP's if the server refused, None if connection or stream broke."""
+    """There is no complete answer. `status` is HTTP's if the server refused, None if the connection or stream broke."""
 
     def __init__(self, message: str, status: int | None = None) -> None:
         super().__init__(message)
@@ -29,10 +29,10 @@ class RequestFailed(PreftError):
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """One whole streamed answer. Times are `time.perf_counter()` seconds.
+    """One complete streamed answer. Times are `time.perf_counter()` seconds.
 
-    `arrivals` has one entry per piece of text. A piece is one token, unless the server joined some or held a part of a
-    character back; `tokens` is the server's own count.
+    `arrivals` has one entry per piece of text. A piece is one token, unless the server joined tokens or held back a
+    part of a character. `tokens` is the server's own count.
     """
 
     started: float
@@ -44,10 +44,10 @@ class Reply:
 
 
 class HttpClient:
-    """Requests to one server. `timeout` in seconds bounds each request as a whole."""
+    """Sends requests to one server. `timeout` in seconds bounds each request as a whole."""
 
     def __init__(self, url: str, *, timeout: float = 600.0) -> None:
-        """Raises ConfigError if `url` isn't one of plain HTTP."""
+        """Raises ConfigError if `url` isn't a plain HTTP address."""
         parts = urlsplit(url)
         try:
             port = parts.port
@@ -60,21 +60,21 @@ class HttpClient:
         self._timeout = timeout
 
     async def get_json(self, path: str) -> Any:
-        """The decoded JSON answer. Raises RequestFailed."""
+        """Returns the decoded JSON answer. Raises RequestFailed."""
         return await self._json("GET", path, b"")
 
     async def post_json(self, path: str, body: dict[str, Any]) -> Any:
-        """The decoded JSON answer. Raises RequestFailed."""
+        """Raises RequestFailed."""
         return await self._json("POST", path, json.dumps(body).encode())
 
     async def patch_json(self, path: str, body: dict[str, Any]) -> Any:
-        """The decoded JSON answer. Raises RequestFailed."""
+        """Raises RequestFailed."""
         return await self._json("PATCH", path, json.dumps(body).encode())
 
     async def stream(self, path: str, body: dict[str, Any]) -> Reply:
         """Posts a completion or chat completion and reads its one choice to the end.
 
-        Raises RequestFailed if the server refuses, breaks off or sends an error in the stream.
+        Raises RequestFailed if the server refuses, disconnects early or sends an error in the stream.
         """
         asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
         events = _Events()
@@ -121,7 +121,7 @@ class _Exchange(asyncio.Protocol):
         self._refusal = bytearray()
         self._rest = b""  # bytes of an incomplete head or chunk
         self._chunked = False
-        self._left: int | None = None  # body bytes to come, if the head says so
+        self._left: int | None = None  # remaining body bytes, if the head gives a length
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.WriteTransport)
@@ -151,14 +151,14 @@ class _Exchange(asyncio.Protocol):
             )
 
     def abort(self) -> None:
-        """Closes the connection, whatever is still on its way."""
+        """Closes the connection at once."""
         if self._transport is not None:
             self._transport.abort()
         if not self.done.cancel() and not self.done.cancelled():
-            self.done.exception()  # nobody may be left to ask for it
+            self.done.exception()  # reads the error, which no caller may want any more
 
     def _read_head(self, data: bytes) -> bytes:
-        """Takes the head off, if it's complete; returns what follows it."""
+        """Removes a complete head; returns the bytes behind it."""
         head, found, body = data.partition(b"\r\n\r\n")
         if not found:
             if len(data) > MAX_HEAD_BYTES:
@@ -224,7 +224,7 @@ class _Events:
         self._ended: float | None = None
 
     def feed(self, data: bytes) -> None:
-        """Reads what is complete. Raises RequestFailed for an error event."""
+        """Reads all complete events. Raises RequestFailed for an error event."""
         now = time.perf_counter()
         *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
@@ -256,7 +256,7 @@ class _Events:
 
 
 def _sentence(status: int, body: bytes) -> str:
-    """What a refusing server said, from an OpenAI-style error body, else the status."""
+    """The refusing server's message: from an OpenAI-style error body, else the status."""
     try:
         return f"{status}: {json.loads(body)['error']['message']}"
     except (ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""Plain vLLM as a subprocess, for the reference side: one run at a time, asked and answered in JSON lines."""
+"""Plain vLLM as a subprocess, for the reference side: one run at a time, with JSON lines in both directions."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class PlainEngineFailed(PreftError):
 
 @dataclass(frozen=True, slots=True)
 class PlainRun:
-    """Seconds of the whole run, and per prompt the seconds from its start at which each token came."""
+    """Seconds of the whole run, and for each prompt the arrival time of each token, in seconds from the run's start."""
 
     seconds: float
     arrivals: list[list[float]]
@@ -53,7 +53,7 @@ class PlainEngine:
     ) -> PlainRun:
         """Continues every prompt by exactly `max_tokens`, at most `concurrency` at a time. Raises PlainEngineFailed.
 
-        `adapters` has a PEFT folder per prompt; only for an engine that was started with `lora`.
+        `adapters` has one PEFT folder per prompt, and needs an engine that was started with `lora`.
         """
         assert self._process.stdin is not None
         asked = {
@@ -78,9 +78,9 @@ class PlainEngine:
 async def plain_engine(
     settings: Path, log: Path, command: Sequence[str] = COMMAND, *, lora: bool = False
 ) -> AsyncIterator[PlainEngine]:
-    """Starts one with the settings in a JSON file and waits until it's ready; ends it with the context.
+    """Starts an engine with the settings in a JSON file and waits until it is ready; ends it with the context.
 
-    Raises PlainEngineFailed with the end of `log`, where its output goes.
+    The output goes to `log`. Raises PlainEngineFailed with the end of `log`.
     """
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(

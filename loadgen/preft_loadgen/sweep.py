@@ -1,4 +1,4 @@
-"""One workload at several adapter counts against one server: what `preft loadgen` and the demo print."""
+"""One workload at several adapter counts against one server, for `preft loadgen` and the demo."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WARM_UP = Lengths(2, 2)
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """What is sent at each adapter count: by `rate` (requests per second) an open loop, else `concurrency` at once."""
+    """The load at each adapter count: with `rate` (requests per second) an open loop, else `concurrency` at once."""
 
     requests: int
     prompt: Lengths
@@ -40,9 +40,9 @@ async def served_models(client: HttpClient) -> tuple[str, tuple[str, ...]]:
 async def run_sweep(
     client: HttpClient, sweep: Sweep, counts: Sequence[int], *, force_progress: bool = False
 ) -> list[Summary]:
-    """One summary per count of adapters (0: the base model), in order. Each run starts with every adapter loaded.
+    """One summary per adapter count (0: the base model), in order. Each run starts with every adapter loaded.
 
-    Raises ConfigError if the server has fewer adapters, RequestFailed if it can't be asked.
+    Raises ConfigError if the server has too few adapters, RequestFailed if it doesn't answer.
     """
     base, adapters = await served_models(client)
     if max(counts) > len(adapters):
@@ -59,7 +59,7 @@ async def run_sweep(
             sweep.prompt,
             sweep.output,
             sweep.popularity,
-            seed=sweep.seed * 1000 + number,  # other prompts each time: no cache knows them
+            seed=sweep.seed * 1000 + number,  # new prompts for each count: none is in a cache
             vocabulary=sweep.vocabulary,
         ).make()
         label = f"{count} adapter{'' if count == 1 else 's'}" if count else "base model"

@@ -1,6 +1,6 @@
-"""What is asked: requests over adapters, with drawn lengths and popularity, equal for equal seeds. Pure.
+"""Workloads: requests over adapters, with random lengths and popularity, equal for equal seeds. Sends nothing.
 
-Prompts are random token ids: no tokenizer is needed, and no two share a prefix that a cache could know.
+Prompts are random token ids, so a workload needs no tokenizer, and no two prompts share a cacheable prefix.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from preft.core.errors import ConfigError
 
 
 class Popularity(StrEnum):
-    """How requests spread over models. UNIFORM: equally often (within one); ZIPF: the k-th as often as 1/k."""
+    """How requests spread over models. UNIFORM: equally (within one); ZIPF: the k-th in proportion to 1/k."""
 
     UNIFORM = "uniform"
     ZIPF = "zipf"
@@ -46,7 +46,7 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt for `model`, to be continued by exactly `output_tokens` tokens."""
+    """One prompt for `model`, with exactly `output_tokens` tokens of output."""
 
     model: str
     prompt: tuple[int, ...]
@@ -64,14 +64,14 @@ class Workload:
     popularity: Popularity = Popularity.UNIFORM
     seed: int = 0
     vocabulary: int = 256
-    first_id: int = 3  # the ids before are special tokens in most vocabularies
+    first_id: int = 3  # lower ids are special tokens in most vocabularies
 
     def __post_init__(self) -> None:
         if not self.models or self.requests < 1 or not 0 <= self.first_id < self.vocabulary:
             raise ConfigError("a workload needs a model, a request and a vocabulary to draw from")
 
     def make(self) -> list[Request]:
-        """The requests, in the order in which they are to be sent."""
+        """The requests, in sending order."""
         source = random.Random(f"requests {self.seed}")
         ids = range(self.first_id, self.vocabulary)
         return [
@@ -89,7 +89,7 @@ class Workload:
 
 
 def poisson_arrivals(rate: float, count: int, seed: int = 0) -> list[float]:
-    """Seconds after the start at which each of `count` independent requests comes, on average `rate` per second."""
+    """Arrival times of `count` independent requests in seconds after the start, with `rate` per second on average."""
     if not rate > 0:
         raise ConfigError(f"the rate must be more than 0 requests per second, not {rate:g}")
     source = random.Random(f"arrivals {seed}")

@@ -1,1 +1,1 @@
-"""What several test suites share: tiny models, adapters made from a seed, and the reference to compare with."""
+"""Shared by several test suites: tiny models, adapters made from a seed, and the reference for comparisons."""

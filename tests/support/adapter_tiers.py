@@ -1,4 +1,4 @@
-"""An AdapterStore over a folder of its own, as a worker has one."""
+"""An AdapterStore over its own folder, as in a worker."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ async def adapter_store(
     disk_bytes: int = 64 * MiB,
     source_timeout: float = 5.0,
 ) -> AsyncIterator[AdapterStore]:
-    """Ends it afterwards; `engine` and `memory` stay the caller's."""
+    """Closes the store at the end. The caller keeps `engine` and `memory`."""
     with tempfile.TemporaryDirectory() as folder:
         disk = DiskTier(Path(folder) / "adapters", disk_bytes, disk_bytes)
         store = AdapterStore("w", disk, memory, engine, slots, SourceLimits(source_timeout))

@@ -1,7 +1,7 @@
 """A peer of VllmEngine without a model: KV bytes and tokens are hashes, so that lost or swapped ones show at once.
 
-The KV of a prompt depends on adapter digest and tokens, every output token on the KV bytes that the engine really has.
-Tests script failures and pace through `failing`, `die`, `preempt`, `going` and `one_by_one`.
+A prompt's KV depends on adapter digest and tokens. Every output token depends on the KV bytes that the engine really
+has. Tests script failures and pace through `failing`, `die`, `preempt`, `going` and `one_by_one`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _TAG = 32  # bytes at the start of each block that determine the rest of it
 
 
 def kv_of(digest: str, prompt: Sequence[int]) -> bytes:
-    """The KV of a prompt: BLOCK_BYTES per begun block, each dependent on the adapter and all tokens up to its end."""
+    """The KV of a prompt: BLOCK_BYTES per begun block. A block depends on the adapter and all tokens up to its end."""
     blocks = []
     for start in range(0, len(prompt), BLOCK_SIZE):
         tokens = prompt[: start + BLOCK_SIZE]
@@ -40,7 +40,7 @@ def kv_of(digest: str, prompt: Sequence[int]) -> bytes:
 def tokens_of(
     digest: str, prompt: Sequence[int], sampling: Sampling, *, index: int = 0, output: Sequence[int] = ()
 ) -> list[int]:
-    """What one engine would generate after `output`, until the request ends. `sampling.seed` is this choice's own."""
+    """An engine's tokens after `output`, until the request ends. `sampling.seed` is this choice's own."""
     return _generated(kv_of(digest, prompt), prompt, sampling, index, output)
 
 
@@ -86,7 +86,7 @@ def _ending(sampling: Sampling, output: Sequence[int]) -> FinishReason | None:
 
 
 class FakeEngine:
-    """An `Engine`. Everything below `stats` is for tests to read or to set."""
+    """An `Engine`. Tests may read or set everything below `stats`."""
 
     def __init__(
         self, role: Role, arena: str, adapter_arena: str = "", *, kv_blocks: int = 64, max_model_len: int = 128
@@ -95,7 +95,7 @@ class FakeEngine:
         self.stats = EngineStats()
         self.going = asyncio.Event()  # tokens come only while it is set
         self.going.set()
-        self.one_by_one: asyncio.Semaphore | None = None  # if there is one, each token takes a release of it
+        self.one_by_one: asyncio.Semaphore | None = None  # if set, each token acquires it once
         self.failing: Callable[[EngineRequest, int], PreftError | None] = lambda request, made: None
         self.requests: list[EngineRequest] = []
         self.aborts = 0  # generators closed before their end
@@ -111,16 +111,15 @@ class FakeEngine:
         self._used = 0
 
     def die(self, reason: str) -> None:
-        """The engine's process is gone: every request fails, now and later."""
+        """Simulates the death of the engine's process: every request fails, now and later."""
         self._dead.set_result(reason)
         self.going.set()
 
     def preempt(self) -> None:
-        """Every running request loses its KV, and takes it from its region again before it goes on."""
+        """Takes the KV of every running request; each request loads it from its region again before it goes on."""
         self._preemptions += 1
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
-        """See Engine."""
         self._check(request)
         self.requests.append(request)
         blocks = -(-len(request.prompt_token_ids) // BLOCK_SIZE)
@@ -138,7 +137,6 @@ class FakeEngine:
             self._account(-1, -blocks)
 
     async def place_adapter(self, adapter: AdapterRef, region: Region) -> None:
-        """See Engine."""
         if self._dead.done():
             raise WorkerLost(f"the engine died: {self._dead.result()}")
         await asyncio.sleep(0)
@@ -149,15 +147,13 @@ class FakeEngine:
         self.loaded.append(adapter.digest)
 
     def forget_adapter(self, digest: str) -> None:
-        """See Engine."""
         self._regions.pop(digest, None)
 
     async def aborted(self) -> None:
-        """See Engine."""
         await asyncio.sleep(0)
 
     def _find_adapter(self, digest: str) -> None:
-        """Fails the test if the named content isn't in memory."""
+        """Fails the test unless the adapter's region holds its content."""
         assert self._adapters is not None
         region, found = self._regions[digest], hashlib.sha256()
         with self._adapters.hold(region.offset, region.size, region.nonce) as memory:
@@ -167,11 +163,9 @@ class FakeEngine:
         assert found.hexdigest() == digest
 
     async def wait_dead(self) -> str:
-        """See Engine."""
         return await asyncio.shield(self._dead)
 
     async def close(self) -> None:
-        """See Engine."""
         self.closed = True
         self._view.close()
         if self._adapters is not None:
@@ -205,7 +199,7 @@ class FakeEngine:
                 return
 
     def _prompt_kv(self, request: EngineRequest) -> bytes:
-        """On prefill computed, and saved if it is asked for; on decode what lies in the region, never anything else."""
+        """Prefill: computes the KV, and saves it if the request asks for it. Decode: reads the region, nothing else."""
         if request.load is not None:
             try:
                 return self._load(request.load, len(request.prompt_token_ids))

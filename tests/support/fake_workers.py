@@ -1,8 +1,8 @@
-"""Prefill and decode workers without an engine: real gRPC servers in this process, whose tokens can be foretold.
+"""Prefill and decode workers without an engine: real gRPC servers in this process, with predictable tokens.
 
-A token depends on prompt, adapter, choice and position: a stream that was stitched together from several attempts
-equals an undisturbed one exactly if nothing was lost, repeated or mixed up. Faults are put into `faults` lists, one
-per call; what the router did is found in the counters.
+A token depends on prompt, adapter, choice and position. A stream joined from several attempts equals an undisturbed
+stream exactly if no token was lost, repeated or mixed up. `faults` lists hold one fault per call; counters record the
+router's actions.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def token_at(prompt: Iterable[int], digest: str, index: int, position: int) -> i
 
 
 def foretold(request: GenerateRequest, ends: dict[int, int] | None = None) -> dict[int, list[int]]:
-    """Every choice's tokens. `ends` maps a choice to its position of EOS."""
+    """The predicted tokens of every choice. `ends` maps a choice to its position of EOS."""
     digest = request.adapter.digest if request.adapter else ""
     streams = {}
     for index in range(request.n):
@@ -63,7 +63,7 @@ def a_request(
 
 @dataclass
 class Fault:
-    """What happens instead, after `after` tokens (decode) or before anything (prefill): an error, or a long sleep."""
+    """An error or a long sleep, after `after` tokens (decode) or before everything (prefill)."""
 
     error: PreftError | None = None
     after: int = 0
@@ -77,7 +77,7 @@ class Fault:
 
 @dataclass
 class FakeWorker:
-    """What both roles share: a server that can die, and a record in the registry."""
+    """The common part of both roles: a server that can die, and a record in the registry."""
 
     cluster: FakeCluster
     id: str
@@ -95,7 +95,7 @@ class FakeWorker:
     where_seconds: float = 0.0
     lists_adapters: bool = True  # in its heartbeats
     cold: list[str] = field(default_factory=list)  # digests of prompts that came before their adapter
-    prompts: Counter[str] = field(default_factory=Counter)  # digests of those that are computed now
+    prompts: Counter[str] = field(default_factory=Counter)  # digests of the prompts that are computed now
     most_adapters: int = 0  # at once, so far
     faults: list[Fault | None] = field(default_factory=list)
     linger: float = 0.0  # seconds from the last message to the end of a call
@@ -104,7 +104,7 @@ class FakeWorker:
     cancelled: int = 0
     address: str = ""
     silent_since: float | None = None
-    clock_error: float = 0.0  # seconds that its clock is ahead
+    clock_error: float = 0.0  # seconds by which its clock is ahead
 
     async def start(self) -> None:
         self.server = grpc.aio.server(options=ACCEPT_PINGS)
@@ -119,7 +119,7 @@ class FakeWorker:
         await self.server.start()
 
     async def die(self) -> None:
-        """The process is gone: connections break, heartbeats stop."""
+        """Simulates the end of the process: connections break, heartbeats stop."""
         self.silent_since = time.time()
         await self.server.stop(None)
         self.adapters = ()
@@ -150,7 +150,7 @@ class FakeWorker:
 
     @contextmanager
     def prompting(self, digest: str) -> Iterator[None]:
-        """Inside, a prompt is computed under this adapter ("": under none)."""
+        """Within the context, a prompt is computed under this adapter ("": without one)."""
         if digest and digest not in self.adapters:
             self.cold.append(digest)
         self.prompts[digest] += 1
@@ -169,7 +169,7 @@ class FakeWorker:
 
 @dataclass
 class FakePrefill(FakeWorker):
-    """Faults strike before the first tokens; `push_faults` between them and the push."""
+    """`faults` strike before the first tokens; `push_faults` strike between them and the push."""
 
     push_faults: list[Fault | None] = field(default_factory=list)
     requests: list[workers_pb2.PrefillRequest] = field(default_factory=list)
@@ -179,7 +179,7 @@ class FakePrefill(FakeWorker):
 
 @dataclass
 class Kv:
-    """What the decode worker holds under one handle."""
+    """The decode worker's state for one handle."""
 
     prompt: list[int]
     digest: str
@@ -188,7 +188,7 @@ class Kv:
 
 @dataclass
 class FakeDecode(FakeWorker):
-    """`handles` is what it holds now; `released` what it was told to give up; the other lists what was asked."""
+    """`handles` are the current ones; `released` lists the handles given up; the other lists record the requests."""
 
     handles: dict[str, Kv] = field(default_factory=dict)
     released: list[str] = field(default_factory=list)
@@ -196,7 +196,7 @@ class FakeDecode(FakeWorker):
     choices: list[workers_pb2.DecodeChoice] = field(default_factory=list)
     delay: float = 0.0
     choice_faults: dict[int, list[Fault | None]] = field(default_factory=dict)
-    prompt_seconds: float = 0.0  # of a colocated worker
+    prompt_seconds: float = 0.0  # time for a prompt on a colocated worker
 
 
 class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
@@ -339,7 +339,7 @@ class DecodeService(workers_pb2_grpc.DecodeWorkerServicer):
 
 
 class FakeCluster:
-    """Workers and the registry that lists them: as much of a StateStore as a router reads."""
+    """Workers and their registry: the part of a StateStore that a router reads."""
 
     def __init__(self) -> None:
         self.members: dict[str, FakeWorker] = {}
@@ -373,7 +373,7 @@ class FakeCluster:
 
     @property
     def busy(self) -> dict[str, Any]:
-        """Whatever living workers still do or hold."""
+        """All work and memory that living workers still hold."""
         living = [worker for worker in self.members.values() if worker.silent_since is None]
         busy: dict[str, Any] = {worker.id: worker.running for worker in living if worker.running}
         decode = [worker for worker in living if isinstance(worker, FakeDecode)]
@@ -381,7 +381,7 @@ class FakeCluster:
 
     @property
     def released(self) -> list[str]:
-        """All handles that decode workers were told to give up."""
+        """All handles that the router told decode workers to give up."""
         return [
             handle for member in self.members.values() if isinstance(member, FakeDecode) for handle in member.released
         ]

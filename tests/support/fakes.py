@@ -1,4 +1,4 @@
-"""A Generator, an AdapterCatalog and AdapterPlaces that need no workers: scripted, failing on demand, recorded."""
+"""A Generator, an AdapterCatalog and AdapterPlaces without workers: scripted, failing on demand, recorded."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from preft.core.request import AdapterRef, FinishReason, GenerateRequest, TokenD
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """What one request gets. Every choice generates `tokens`, `chunk` at a time, `delay` seconds apart.
+    """The answer to one request. Every choice generates `tokens`, `chunk` at a time, `delay` seconds apart.
 
-    `finish` None: "length" where max_tokens cuts the script, else "stop", as if its last token had been an EOS.
-    `fail` is raised after `fail_after` tokens of each choice, or on entering where that is None.
+    `finish` None: "length" if max_tokens cuts the script, else "stop", as if its last token had been an EOS.
+    `fail` is raised after `fail_after` tokens of each choice, or on entering if `fail_after` is None.
     """
 
     tokens: Sequence[int] = ()
@@ -41,7 +41,7 @@ class Script:
     fail: BaseException | None = None
     fail_after: int | None = None
     cached: int = 0
-    finish_apart: bool = False  # the finish reason comes in a delta of its own, without tokens
+    finish_apart: bool = False  # the finish reason comes in a separate delta without tokens
     never_finish: bool = False
     logprobs: Sequence[TokenLogprob] | None = None  # one for each of `tokens`, instead of made-up ones
 
@@ -88,7 +88,7 @@ class FakeGeneration:
                 yield TokenDelta(index, (), (), finish, script.stop_token_id)
 
     def _logprobs(self, token_ids: tuple[int, ...], start: int) -> tuple[TokenLogprob, ...]:
-        """-0.5 for the sampled token, which is the likeliest; its successors by id follow at -1.0, -1.5, ..."""
+        """-0.5 for the sampled token, as the likeliest; its successors by id follow at -1.0, -1.5, ..."""
         count = self._request.sampling.logprobs
         if count is None:
             return ()
@@ -135,10 +135,10 @@ class FakeGenerator:
 
 @dataclass
 class FakeCatalog:
-    """An AdapterCatalog in memory. A source is its own content: the digest is its hash; so are an archive's bytes.
+    """An AdapterCatalog in memory. A source's own text, or an archive's bytes, is the content; its hash is the digest.
 
-    "broken" in a source or archive is refused, "missing" isn't there, "huge" can't be pinned. Every `add` reports
-    `steps` from a thread, waits for `gate` if there is one, and then raises `fail` if that is set.
+    "broken" in a source or archive is refused, "missing" isn't found, "huge" can't be pinned. Every `add` reports
+    `steps` from a thread, waits for `gate` if it is set, and then raises `fail` if it is set.
     """
 
     base: str = "base"
@@ -162,7 +162,7 @@ class FakeCatalog:
         return catalog
 
     def put(self, *adapters: Adapter) -> None:
-        """Entries as they are, unchecked."""
+        """Adds entries without checks."""
         self._entries.update({adapter.name: adapter for adapter in adapters})
         self._sorted = tuple(adapter for _, adapter in sorted(self._entries.items()))
 
@@ -245,7 +245,7 @@ def _adapter(name: str, source: str, content: bytes) -> Adapter:
 
 @dataclass
 class FakePlaces:
-    """An AdapterPlaces that answers `here` for every adapter. `asked` holds what it was asked."""
+    """An AdapterPlaces that answers `here` for every adapter. `asked` records the requests."""
 
     here: Sequence[AdapterPlace] = ()
     asked: list[AdapterRef] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""A web server over a folder that goes wrong on demand. It knows no ranges; HEAD and GET are all it answers."""
+"""A web server over a folder, with faults on demand. Answers HEAD and GET alone, without ranges."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 @dataclass(slots=True)
 class Faults:
-    """What goes wrong. `status`: by file name. The numbers are the body's bytes that still come before it happens."""
+    """The faults. `status` is by file name. The numbers count the body's bytes that are sent before the fault."""
 
     status: dict[str, int] = field(default_factory=dict)
     drop_after: int | None = None  # the connection is reset
     cut_after: int | None = None  # the connection is closed in order
-    stall_after: int | None = None  # nothing more comes
-    stall: bool = False  # not even an answer
+    stall_after: int | None = None  # no more bytes come
+    stall: bool = False  # not even a status comes
     lengthless: bool = False  # no Content-Length: the end of the connection is the end of the file
     headless: bool = False  # HEAD isn't allowed
-    tagless: bool = False  # nothing says which version a file is
-    redirect: str = ""  # the address of the folder where everything has moved to
-    dribble: float | None = None  # seconds between a body's bytes, which come one by one
+    tagless: bool = False  # no header tells a file's version
+    redirect: str = ""  # the address of the folder to redirect to
+    dribble: float | None = None  # seconds between a body's bytes, which are sent singly
 
 
 @dataclass(frozen=True, slots=True)
 class FaultyServer:
-    """A running server. `requests` are those that came, as "METHOD /path"."""
+    """A running server. `requests` records them as "METHOD /path"."""
 
     url: str
     faults: Faults
@@ -43,12 +43,12 @@ class FaultyServer:
 
 
 class _Server(ThreadingHTTPServer):
-    request_queue_size = 64  # a connection that finds the queue full waits a second
+    request_queue_size = 64  # a connection to a full queue waits a second
 
 
 @contextmanager
 def serve_folder(folder: Path, faults: Faults | None = None) -> Iterator[FaultyServer]:
-    """Serves `folder` on 127.0.0.1 until the end of the context. Faults may be changed meanwhile."""
+    """Serves `folder` on 127.0.0.1 until the end of the context. Tests may change the faults meanwhile."""
     faults = faults or Faults()
     requests: list[str] = []
     over = threading.Event()
@@ -96,7 +96,7 @@ def serve_folder(folder: Path, faults: Faults | None = None) -> Iterator[FaultyS
                 self._send(content)
 
         def _send(self, content: bytes) -> None:
-            # A client may use the connection of a whole answer again: such a connection must not stall.
+            # After a complete answer, a client may reuse the connection: such a connection must not stall.
             stalls = faults.stall_after is not None and len(content) > faults.stall_after
             try:
                 for limit in (faults.drop_after, faults.cut_after, faults.stall_after):
@@ -109,7 +109,7 @@ def serve_folder(folder: Path, faults: Faults | None = None) -> Iterator[FaultyS
                 else:
                     self.wfile.write(content if faults.dribble is None else b"")
             except OSError:
-                self.close_connection = True  # the client has enough
+                self.close_connection = True  # the client has hung up
                 return
             if stalls:
                 over.wait()

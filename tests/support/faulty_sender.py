@@ -1,4 +1,4 @@
-"""A KvSender that does harm on demand, between a real prefill worker and a real decode worker."""
+"""A KvSender with faults on demand, between a real prefill worker and a real decode worker."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from preft.rpc.secret import ClusterSecret
 from preft.transfer.grpc_push import GrpcKvSender
 from preft.transfer.port import KvHeader
 
-NOBODY = "127.0.0.1:9"  # the discard port: nothing listens there
+NOBODY = "127.0.0.1:9"  # the discard port: no process listens there
 
 
 class Fault(Enum):
-    """What happens to a push."""
+    """The fault in a push."""
 
     CORRUPT_BYTE = auto()  # one bit of one byte flips on the wire
     TRUNCATE = auto()  # the last bytes are missing
-    STALE_HANDLE = auto()  # the KV arrives under another handle than was asked for
+    STALE_HANDLE = auto()  # the KV arrives under another handle than expected
     OTHER_ADAPTER = auto()  # the header names another adapter
     OTHER_LAYOUT = auto()  # the header names another KV layout
-    VANISHED_RECEIVER = auto()  # nobody listens at the address
+    VANISHED_RECEIVER = auto()  # no process listens at the address
 
 
 class FaultySender(GrpcKvSender):
-    """The real sender, but the next `count` pushes suffer `fault`."""
+    """The real sender, except that the next `count` pushes suffer `fault`."""
 
     def __init__(self, secret: ClusterSecret) -> None:
         super().__init__(secret)
         self.fault: Fault | None = None
         self.count = 0
         self.pushes = 0
-        self.receivers: Counter[str] = Counter()  # pushes by the address they went to
+        self.receivers: Counter[str] = Counter()  # pushes by receiver address
 
     def arm(self, fault: Fault, count: int) -> None:
         self.fault, self.count = fault, count

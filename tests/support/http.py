@@ -12,7 +12,7 @@ import httpx
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One completion to ask for: `model` None is the base model."""
+    """One completion request: `model` None is the base model."""
 
     prompt: list[int]
     max_tokens: int
@@ -37,7 +37,7 @@ async def complete(client: httpx.AsyncClient, model: str, ask: Ask, **extra: Any
 
 
 def complete_all(url: str, model: str, asks: Sequence[Ask], **extra: Any) -> list[list[int]]:
-    """Token ids of all asks, sent at the same time."""
+    """Sends all asks at the same time; returns the token ids of each."""
 
     async def main() -> list[list[int]]:
         limits = httpx.Limits(max_connections=None)

@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(slots=True)
 class LocalCluster:
-    """What tests reach of a running cluster. `call` runs a coroutine in the cluster's loop."""
+    """The tests' view of a running cluster. `call` runs a coroutine in the cluster's loop."""
 
     settings: Settings
     gateway: RunningGateway
@@ -44,7 +44,7 @@ class LocalCluster:
 
     @property
     def sender(self) -> FaultySender:
-        """The first prefill worker's."""
+        """The first prefill worker's sender."""
         return self.senders[self.worker(Role.PREFILL).record.id]
 
     @property
@@ -78,7 +78,7 @@ class LocalCluster:
         return condition()
 
     def idle(self, seconds: float = 30) -> bool:
-        """Whether everything that requests use is given back within `seconds`."""
+        """Whether requests have given back all resources within `seconds`."""
 
         def given_back() -> bool:
             return all(
@@ -96,7 +96,7 @@ class LocalCluster:
 def local_cluster(
     model: Path, state_dir: Path, *, start_engine: StartEngine | None = None, **overrides: Any
 ) -> Iterator[LocalCluster]:
-    """Serves `model` on free ports until the context is left. `overrides` are settings, nested as in the YAML file."""
+    """Serves `model` on free ports within the context. `overrides` are settings, nested as in the YAML file."""
     settings = with_model_length(
         load_settings(None, {"model": str(model), "port": 0, "state_dir": str(state_dir), **overrides})
     )
@@ -167,7 +167,7 @@ async def _cluster(settings: Settings, start_engine: StartEngine) -> AsyncIterat
 
 
 async def _close_when_dead(worker: WorkerServer) -> None:
-    """What a worker's process does when its engine has died, but for its own end."""
+    """Does what a worker's process does when its engine has died, except for ending the process."""
     await worker.died()
     await worker.close()
 

@@ -1,4 +1,4 @@
-"""Small base model and LoRA folders made with numpy alone, easy to break in one place."""
+"""Small folders of a base model and LoRAs, made with numpy alone, easy to break in one place."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def write_base(folder: Path) -> Path:
 
 
 def lora_config(rank: int = 4, **changes: Any) -> dict[str, Any]:
-    """A config as PEFT writes it, with `changes` on top."""
+    """A config in PEFT's form, with `changes` on top."""
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -77,7 +77,7 @@ def write_lora(
     tensors: Mapping[str, np.ndarray[Any, Any]] | None = None,
     seed: int = 0,
 ) -> Path:
-    """A LoRA folder that fits `write_base`, unless told otherwise."""
+    """A LoRA folder that fits `write_base`, unless the arguments say otherwise."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(lora_config() if config is None else config))
     save_file(dict(lora_tensors(seed=seed) if tensors is None else tensors), folder / "adapter_model.safetensors")

@@ -1,4 +1,4 @@
-"""Any number of LoRA folders, made quickly: one adapter's weights, each time turned another way."""
+"""Any number of LoRA folders, made quickly: copies of one adapter with different signs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 
 def variants(source: Path, root: Path, count: int) -> Iterator[Path]:
-    """`root/a00000`, `root/a00001`, ...: folders whose adapters are as large as that in `source`, and all different."""
+    """`root/a00000`, `root/a00001`, ...: folders with different adapters, each as large as the one in `source`."""
     tensors = load_file(source / "adapter_model.safetensors")
     for number in range(count):
         folder = root / f"a{number:05}"

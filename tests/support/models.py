@@ -1,8 +1,7 @@
-"""Tiny random model, LoRA and ReFT folders, complete enough for vLLM, transformers, peft and the gateway's tokenizer.
+"""Tiny random folders of models, LoRAs and ReFTs, complete for vLLM, transformers, peft and the gateway's tokenizer.
 
-Weights are drawn so that greedy output depends on the whole prompt and on the adapter, with clear winners: two
-correct float32 engines agree on every token. Nothing here is trained; head size 32 is the smallest vLLM's CPU
-attention takes.
+Random weights make greedy output depend on the whole prompt and on the adapter, with clear winners: two correct float32
+engines agree on every token. No weights are trained. Head size 32 is the smallest that vLLM's CPU attention takes.
 """
 
 from __future__ import annotations
@@ -58,9 +57,9 @@ def make_model(
     max_position_embeddings: int = 2048,
     tie: bool = False,
 ) -> Path:
-    """Writes a model folder and returns it. `hidden / heads` is the head size. Gemma's embeddings are tied always.
+    """Writes a model folder and returns it. `hidden / heads` is the head size. Gemma's embeddings are always tied.
 
-    Llama's tokenizer puts `<bos>` before a text, Qwen2's doesn't, as with the real ones.
+    As in the real models, Llama's tokenizer puts `<bos>` before a text and Qwen2's doesn't.
     """
     make_config, options = CONFIGS[arch]
     gemma = arch.startswith("gemma")
@@ -84,7 +83,7 @@ def make_model(
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in sorted(model.named_parameters()):
-            mean = "norm" in name and not gemma  # Gemma adds one itself
+            mean = "norm" in name and not gemma  # Gemma adds 1 itself
             weight.copy_(torch.randn(weight.shape, generator=generator) * _std(name, weight) + mean)
         if tie:  # else each token's likeliest successor would be itself
             model.model.embed_tokens.weight.mul_(0.2)
@@ -109,15 +108,15 @@ def make_lora(
 ) -> Path:
     """Writes a PEFT LoRA folder for `model_dir` and returns it. `alpha` is 2 * rank by default.
 
-    Modules that `rank_pattern` names have another rank. The update of each layer is about `scale` times as large as
-    the layer's own output, whatever the rank and alpha.
+    Modules in `rank_pattern` have another rank. The update of each layer is about `scale` times as large as the layer's
+    own output, whatever the rank and alpha.
     """
     alpha = 2.0 * rank if alpha is None else alpha
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {}
     with safe_open(model_dir / "model.safetensors", "pt") as weights:
         names = {name: name for name in weights.keys()}  # noqa: SIM118 - a file, not a mapping
-        names.setdefault("lm_head.weight", "model.embed_tokens.weight")  # where they are tied
+        names.setdefault("lm_head.weight", "model.embed_tokens.weight")  # where the two are tied
         for name in sorted(names):
             path, _, kind = name.rpartition(".")
             if kind != "weight" or path.rpartition(".")[2] not in target_modules:
@@ -161,7 +160,8 @@ def make_reft(
 ) -> Path:
     """Adds a ReFT to `folder` (which may hold a LoRA already) and returns it.
 
-    The update is about `scale` times as large as the residual stream in its subspace, and orthonormal as trained ones.
+    In its subspace, the update is about `scale` times as large as the residual stream. Rows are orthonormal, as in
+    trained ReFTs.
     """
     hidden = json.loads((model_dir / "config.json").read_text())["hidden_size"]
     generator = torch.Generator().manual_seed(seed)
@@ -188,7 +188,7 @@ def make_reft(
 
 
 def _std(name: str, weight: torch.Tensor) -> float:
-    """Logits get a spread of about 3.5; attention scores of about 3, so that single tokens of a long prompt count."""
+    """Gives logits a spread of about 3.5 and attention scores one of about 3: single tokens of a long prompt count."""
     if "norm" in name:
         return 0.1
     if "embed_tokens" in name or "lm_head" in name:

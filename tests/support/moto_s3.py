@@ -1,4 +1,4 @@
-"""An S3 server on this machine (moto's), which the environment names as S3 while it runs."""
+"""A local S3 server (moto's). While it runs, the environment's S3 settings name it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class S3:
     url: str
 
     def upload(self, folder: Path, prefix: str) -> str:
-        """The folder's files under `prefix`; returns its URI."""
+        """Uploads the folder's files under `prefix`; returns the URI."""
         client = boto3.client("s3")
         for file in folder.iterdir():
             client.put_object(Bucket=BUCKET, Key=f"{prefix}/{file.name}", Body=file.read_bytes())
@@ -30,7 +30,7 @@ class S3:
         return f"s3://{BUCKET}/{prefix}"
 
     def remove(self, prefix: str) -> None:
-        """All objects under `prefix`."""
+        """Removes all objects under `prefix`."""
         client = boto3.client("s3")
         for found in client.list_objects_v2(Bucket=BUCKET, Prefix=prefix).get("Contents", ()):
             client.delete_object(Bucket=BUCKET, Key=found["Key"])
@@ -39,7 +39,7 @@ class S3:
 
 @contextmanager
 def s3_server() -> Iterator[S3]:
-    """Ends the server, and the environment's word for it, with the context."""
+    """Ends the server, and restores the environment, with the context."""
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

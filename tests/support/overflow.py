@@ -1,4 +1,4 @@
-"""Adapters whose weights are finite but whose numbers aren't, and a base model with one token of that kind."""
+"""Adapters with finite weights that overflow in computation, and a base model with one overflowing token."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from support.models import PAD, make_lora, make_reft
 
 OVERFLOWING_TOKEN = PAD
-"""Under `with_overflowing_token`, a request overflows by itself from this token on. No greedy output contains it."""
+"""Under `with_overflowing_token`, every request overflows from this token on. Greedy output never has this token."""
 
 
 def with_overflowing_token(model: Path) -> Path:
@@ -56,6 +56,6 @@ OVERFLOWING: Mapping[str, Callable[[Path, Path], Path]] = {
 }
 """By name, a function of folder and model that writes the folder.
 
-There are large weights of all linear layers, a large `lora_alpha`, one kind of module, one layer, the layer after which
-no KV is made, and ReFT.
+The cases: large weights in all linear layers, a large `lora_alpha`, one kind of module, one layer, the layer after
+which no KV is made, and ReFT.
 """

@@ -1,7 +1,7 @@
-"""The reference every parity test compares with: prefill-only generation by transformers and peft in float32.
+"""The reference of every parity test: prefill-only generation by transformers and peft in float32.
 
-The prompt pass runs base + adapter, every later position runs the bare base over the same KV cache. Owns no
-sampling beyond greedy: tests that check penalties, biases or logprobs start from `logits`.
+The prompt pass runs base + adapter; every later position runs the bare base over the same KV cache. Owns greedy
+sampling alone: tests of penalties, biases or logprobs start from `logits`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 
 class Reference:
-    """One base model in float32, with every LoRA or ReFT folder it is asked for.
+    """One base model in float32, with LoRA or ReFT folders on request.
 
-    An adapter is named by its folder and known by its content, so a folder rewritten in place is read again.
+    A call names an adapter by its folder. The content is the identity: a rewritten folder is read again.
     """
 
     def __init__(self, model_dir: Path | str) -> None:
@@ -41,9 +41,9 @@ class Reference:
         eos: Collection[int] = (),
         adapter_everywhere: bool = False,
     ) -> list[int]:
-        """Greedy output ids, at most `max_tokens`; an id of `eos` ends it (and is included) unless `ignore_eos`.
+        """Greedy output ids, at most `max_tokens`. An `eos` id ends the output (and is included) unless `ignore_eos`.
 
-        `adapter_everywhere` keeps the adapter on after the prompt: what an ordinary multi-LoRA server does.
+        `adapter_everywhere` keeps the adapter on after the prompt, as an ordinary multi-LoRA server does.
         """
         stops = frozenset() if ignore_eos else frozenset(eos)
         output: list[int] = []
@@ -59,9 +59,9 @@ class Reference:
     def logits(
         self, prompt_ids: Sequence[int], output_ids: Sequence[int], adapter: Path | str | None = None
     ) -> torch.Tensor:
-        """The raw logits each token of `output_ids` was chosen from, float32 [len(output_ids), vocab_size].
+        """The raw logits behind each token of `output_ids`, float32 [len(output_ids), vocab_size].
 
-        Row 0 comes from the adapted prompt pass, the others from the bare base with `output_ids` before them.
+        Row 0 comes from the adapted prompt pass, all other rows from the bare base with the earlier `output_ids`.
         """
         with torch.inference_mode():
             first, cache = self._prompt_pass(prompt_ids, adapter)
@@ -81,7 +81,7 @@ class Reference:
         return out.logits[0].clone()
 
     def _adapted(self, adapter: Path | str | None) -> AbstractContextManager[Any]:
-        """A context in which the base's linear layers and residual stream take `adapter`, or nothing."""
+        """A context in which the base's linear layers and residual stream use `adapter`, if any."""
         folder = Path(adapter) if adapter is not None else None
         context = ExitStack()
         if folder is not None and (folder / "adapter_config.json").exists():
@@ -103,7 +103,7 @@ class Reference:
         self._peft.set_adapter(name)
 
     def _reft_hooks(self, folder: Path) -> list[Any]:
-        """LoReFT: h + R^T (W h + b - R h). DiReFT: h + R^T (W h + b). On the output of the decoder layers it names."""
+        """LoReFT: h + R^T (W h + b - R h). DiReFT: h + R^T (W h + b). On the output of the named decoder layers."""
         config = json.loads((folder / "reft_config.json").read_text())
         weights = load_file(folder / "reft_model.safetensors")
 

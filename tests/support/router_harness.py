@@ -1,4 +1,4 @@
-"""A router over fake workers, and what must hold once its requests are over."""
+"""A router over fake workers, and the checks after its requests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FAST = RouterSettings(poll_interval=0.02, transfer_timeout=2.0, retries=2, resta
 
 
 class Harness:
-    """A cluster and its router, with one prefill and one decode worker to begin with."""
+    """A cluster and its router, at first with one prefill and one decode worker."""
 
     def __init__(self) -> None:
         self.cluster = FakeCluster()
@@ -46,7 +46,7 @@ class Harness:
         raise AssertionError("it never came")
 
     async def clean(self) -> None:
-        """Every reservation, open call and handle is gone within three seconds."""
+        """Checks that every reservation, open call and handle is gone within three seconds."""
         for _ in range(300):
             if not self.cluster.busy and self.router._ledger.idle:
                 break
@@ -57,7 +57,7 @@ class Harness:
         assert self.router._ledger.idle
 
     async def collect(self, request: GenerateRequest) -> dict[int, list[int]]:
-        """All choices' tokens; each must have been finished, once, at its end."""
+        """All choices' tokens. Checks that each choice was finished once, at its end."""
         streams: dict[int, list[int]] = {index: [] for index in range(request.n)}
         finished: set[int] = set()
         async with self.router.generate(request) as generation:
@@ -74,7 +74,7 @@ class Harness:
 
 @asynccontextmanager
 async def running(harness: H, **changes: Any) -> AsyncIterator[H]:
-    """`harness`, started; `changes` are settings other than FAST's. In the end nothing may be left in it."""
+    """`harness`, started. `changes` are settings that differ from FAST. Checks at the end that nothing is left."""
     await harness.start(FAST.model_copy(update=changes))
     try:
         yield harness

@@ -1,4 +1,4 @@
-"""An ASGI app behind a real uvicorn on a free port: in the caller's event loop, or in a thread with its own."""
+"""An ASGI app behind a real uvicorn on a free port: in the caller's event loop, or in a thread with its own loop."""
 
 from __future__ import annotations
 

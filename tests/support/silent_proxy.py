@@ -1,4 +1,4 @@
-"""A TCP relay that can fall silent: connections stay open, and nothing gets through any more, either way."""
+"""A TCP relay that can fall silent: connections stay open, but no byte gets through in either direction."""
 
 from __future__ import annotations
 

@@ -39,8 +39,9 @@ def byte_level(folder: Path, *, chat_template: str | None = CHAT_TEMPLATE, vocab
 
 
 def metaspace(folder: Path) -> Path:
-    """SentencePiece's way, as Llama 2 and Mistral: words start with a ▁ that the decoder drops at the very beginning;
-    characters without a token are spelled in byte tokens, `<0x00>` having id 3.
+    """SentencePiece's way, as in Llama 2 and Mistral: words start with a ▁, and the decoder drops a text's first one.
+
+    Byte tokens spell characters without a token; `<0x00>` has id 3.
     """
     vocab = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))])}
     merges: list[tuple[str, str]] = []

@@ -1,4 +1,4 @@
-"""vLLM's real scheduler, configured as an engine of ours, stepped by hand: whoever calls is the model."""
+"""vLLM's real scheduler, configured as in PreFT's engines and stepped by hand. The test plays the model."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def tokens_of(count: int, seed: int = 0) -> tuple[int, ...]:
 
 
 class Side:
-    """One role's scheduler with its connector, stepped by hand. The model is whoever calls `finish_step`."""
+    """One role's scheduler with its connector, stepped by hand. The caller of `finish_step` plays the model."""
 
     def __init__(self, model: Path, role: Role, arena: StagingArena, **settings: Any) -> None:
         own = {"max_num_batched_tokens": 64, "max_num_seqs": 8, **settings}
@@ -87,7 +87,7 @@ class Side:
             )
 
     def add(self, request: EngineRequest) -> Request:
-        """As `VllmEngine.generate` and AsyncLLM make it. The path of an adapter is where nothing is."""
+        """Adds the request as `VllmEngine.generate` and AsyncLLM make it. The adapter's path doesn't exist."""
         adapter = request.adapter
         own = Request(
             request_id=request.request_id,
@@ -102,7 +102,7 @@ class Side:
         return own
 
     def schedule(self) -> tuple[SchedulerOutput, KvMetadata]:
-        """The next step, and what it tells the connector's worker side (nothing on a colocated engine)."""
+        """The next step, and its message to the connector's worker side (empty on a colocated engine)."""
         output = self.scheduler.schedule()
         metadata = output.kv_connector_metadata
         assert isinstance(metadata, KvMetadata) or self.role is Role.COLOCATED
@@ -115,7 +115,7 @@ class Side:
         failed: Sequence[int] = (),
         not_finite: Sequence[str] = (),
     ) -> list[EngineCoreOutput]:
-        """`tokens` are those sampled; `failed` are blocks that couldn't be loaded, `not_finite` requests with NaN."""
+        """`tokens` are the sampled ones; `failed` are blocks whose load failed, `not_finite` requests with NaN."""
         ids = list(output.num_scheduled_tokens)
         by_client = self.scheduler.update_from_output(
             output,
@@ -139,7 +139,7 @@ class Side:
 
 
 def generate(side: Side, name: str, tokens: Sequence[int]) -> None:
-    """Steps in which `name` alone runs and gets `tokens`."""
+    """Runs steps in which `name` alone runs and gets `tokens`."""
     for token in tokens:
         step, _ = side.schedule()
         assert list(step.num_scheduled_tokens) == [name]

@@ -1,4 +1,4 @@
-"""Small tokenizer folders that are built like those of public model families, for comparisons with transformers."""
+"""Small tokenizer folders with the structure of public model families, for comparisons with transformers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _SPLIT = (
 
 
 def gpt2(folder: Path) -> Path:
-    """Byte-level BPE whose tokenizer.json knows one special token; the others are in older files alone."""
+    """Byte-level BPE whose tokenizer.json has one special token; only older files have the others."""
     tokenizer = _byte_level(["<|endoftext|>"])
     (folder / "added_tokens.json").write_text(json.dumps({"<|im_end|>": 601, "<think>": 600, "<|im_start|>": 602}))
     specials = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
@@ -58,7 +58,7 @@ def llama3(folder: Path) -> Path:
 
 
 def qwen2(folder: Path) -> Path:
-    """Byte-level BPE with NFC and Qwen's split; transformers builds it anew from vocabulary and merges."""
+    """Byte-level BPE with NFC and Qwen's split; transformers rebuilds it from vocabulary and merges."""
     tokenizer = _byte_level(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     tokenizer.normalizer = normalizers.NFC()
     config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
@@ -69,7 +69,7 @@ def qwen2(folder: Path) -> Path:
 
 
 def llama2(folder: Path, **more: Any) -> Path:
-    """SentencePiece BPE: a space before the text, spaces as ▁, bytes for what has no token, a BOS rule."""
+    """SentencePiece BPE: a space before the text, ▁ for spaces, bytes for characters without a token, a BOS rule."""
     tokenizer = _sentencepiece_bpe()
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
@@ -91,12 +91,12 @@ def llama2_without_prefix(folder: Path) -> Path:
 
 
 def sentencepiece_file(folder: Path) -> Path:
-    """As `llama2` for a class that takes tokenizer.json as it is."""
+    """As `llama2`, for a class that uses tokenizer.json unchanged."""
     return llama2(folder, tokenizer_class="PreTrainedTokenizerFast")
 
 
 def mistral(folder: Path) -> Path:
-    """As Llama 2 in its newer form: the pre-tokenizer puts the ▁, before the first piece alone."""
+    """Llama 2's newer form: the pre-tokenizer puts a ▁, but only before the first piece."""
     tokenizer = _sentencepiece_bpe()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     tokenizer.decoder = decoders.Sequence(
@@ -131,7 +131,7 @@ def unigram(folder: Path) -> Path:
 
 
 def wordpiece(folder: Path) -> Path:
-    """WordPiece in lower case, as BERT: words are joined by spaces, which the decoder drops before punctuation."""
+    """WordPiece in lower case, as in BERT: spaces join words, and the decoder drops spaces before punctuation."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

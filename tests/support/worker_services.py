@@ -1,4 +1,4 @@
-"""A prefill or a decode service with everything it needs, on a real gRPC server, over a fake engine.
+"""A prefill or a decode service with all its parts, on a real gRPC server, over a fake engine.
 
 KV reaches the decode side, or leaves the prefill side, through the loopback transport.
 """
@@ -39,25 +39,25 @@ GREEDY = Sampling(max_tokens=6, temperature=0.0)
 
 
 def write_adapter(folder: Path, content: str) -> AdapterRef:
-    """An adapter folder as the services see one: files with a digest. `folder.name` is its name."""
+    """An adapter folder as the services see it: files with a digest. `folder.name` is the adapter's name."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in LORA_FILES:
         (folder / name).write_text(f"{name} {content}")
     return AdapterRef(folder.name, adapter_digest(folder), str(folder))
 
 
-SOON = 20.0  # seconds in which what a test waits for happens, also on a busy machine
+SOON = 20.0  # seconds within which awaited events happen, also on a busy machine
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Returns once `condition` holds; a TimeoutError if it doesn't soon."""
+    """Returns once `condition` holds; raises TimeoutError if that takes too long."""
     async with asyncio.timeout(SOON):
         while not condition():
             await asyncio.sleep(0.001)
 
 
 async def deltas_of(call: DecodeCall) -> list[TokenDelta]:
-    """All that is still to come of a choice, to its good end."""
+    """All remaining deltas of a choice that must end well."""
     deltas = [delta_from_proto(await call.read())]
     while deltas[-1].finish_reason is None:
         deltas.append(delta_from_proto(await call.read()))
@@ -65,12 +65,12 @@ async def deltas_of(call: DecodeCall) -> list[TokenDelta]:
 
 
 async def rest(call: DecodeCall) -> list[int]:
-    """All tokens that are still to come of a choice, to its good end."""
+    """All remaining tokens of a choice that must end well."""
     return [token for delta in await deltas_of(call) for token in delta.token_ids]
 
 
 async def failed(call: DecodeCall) -> tuple[list[int], PreftError]:
-    """The tokens of a choice that must fail soon, and how it did."""
+    """The tokens and the error of a choice that must fail soon."""
     tokens: list[int] = []
     try:
         async with asyncio.timeout(SOON):
@@ -83,7 +83,7 @@ async def failed(call: DecodeCall) -> tuple[list[int], PreftError]:
 
 
 async def broken(call: Any) -> tuple[list[Any], grpc.aio.AioRpcError]:
-    """The messages of a call that must fail, and how it did."""
+    """The messages and the error of a call that must fail."""
     messages = []
     try:
         async for message in call:
@@ -100,7 +100,7 @@ def code_of(error: grpc.aio.AioRpcError) -> str:
 
 @asynccontextmanager
 async def channel_to(add: Callable[[Any, grpc.aio.Server], None], service: Any) -> AsyncIterator[grpc.aio.Channel]:
-    """A channel to a server of `service` alone, which `add` (generated code) adds to it."""
+    """A channel to a server of `service` alone. `add` (generated code) adds the service to the server."""
     server = grpc.aio.server()
     add(service, server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -113,7 +113,7 @@ async def channel_to(add: Callable[[Any, grpc.aio.Server], None], service: Any) 
 
 
 class KvSink:
-    """The receiving half of a decode worker, known to senders as `address`."""
+    """The receiving half of a decode worker. Senders know it as `address`."""
 
     address = "decode:1"
 
@@ -124,7 +124,7 @@ class KvSink:
         self.sender = LoopbackKvSender({self.address: self.receiver})
 
     async def deliver(self, handle: str, digest: str, prompt: Sequence[int], *, uses: int = 1) -> None:
-        """What a prefill worker's push does."""
+        """Does what a prefill worker's push does."""
         payload = bytearray(kv_of(digest, prompt) + bytes(SEAL.size))
         write_seal(memoryview(payload), len(prompt))
         header = KvHeader(
@@ -133,7 +133,7 @@ class KvSink:
         await self.sender.push(self.address, header, memoryview(payload), timeout=5)
 
     async def received(self, handle: str, digest: str, prompt: Sequence[int]) -> bytes:
-        """What a Decode call would get. Takes one use of the handle."""
+        """The bytes that a Decode call would get. Takes one use of the handle."""
         claim = await self.handles.claim(
             handle, adapter_digest=digest, prompt_hash=hash_prompt(prompt), num_tokens=len(prompt), timeout=1
         )
@@ -142,7 +142,7 @@ class KvSink:
 
 
 class PrefillRig:
-    """A served PrefillService, the engine and arena below it, and the sink its KV goes to."""
+    """A served PrefillService, its engine and arena, and the sink that receives its KV."""
 
     def __init__(
         self,
@@ -190,7 +190,7 @@ class PrefillRig:
 
 
 class DecodeRig:
-    """A served DecodeService, the engine below it, and the sink that its KV comes from."""
+    """A served DecodeService, its engine, and the sink that holds its KV."""
 
     def __init__(self, channel: grpc.aio.Channel, engine: FakeEngine, sink: KvSink) -> None:
         self.stub = workers_pb2_grpc.DecodeWorkerStub(channel)
@@ -241,7 +241,7 @@ class DecodeRig:
 async def prefill_rig(
     engine_type: type[FakeEngine] = FakeEngine, *, host_bytes: int = ARENA_BYTES, sink: KvSink | None = None
 ) -> AsyncIterator[PrefillRig]:
-    """After use nothing may be left: no byte, no running request."""
+    """Checks at the end that no byte and no running request is left."""
     arena, sink = StagingArena.create(ARENA_BYTES), sink or KvSink()
     memory = StagingArena.create(host_bytes)
     engine = engine_type(Role.PREFILL, arena.path, memory.path)
@@ -265,7 +265,7 @@ async def prefill_rig(
 
 @asynccontextmanager
 async def decode_rig() -> AsyncIterator[DecodeRig]:
-    """After use nothing may be left: no byte, no handle, no running request."""
+    """Checks at the end that no byte, no handle and no running request is left."""
     sink = KvSink()
     engine = FakeEngine(Role.DECODE, sink.arena.path)
     service = DecodeService(engine, sink.handles)

@@ -1,7 +1,7 @@
 """The `preft` command: reads the arguments, runs one subcommand, turns errors into one sentence and an exit status.
 
-Status 0: done; 1: it failed, and stderr says what to do; 2: wrong usage. What a subcommand does is in its own module;
-nothing heavy is imported before one is chosen.
+Status 0: success; 1: failure, with advice on stderr; 2: wrong usage. Each subcommand has its own module. No module
+with heavy imports is loaded before a subcommand needs it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from preft.core.errors import PreftError
 
 
 def parser() -> argparse.ArgumentParser:
-    """The whole command line. Each subcommand sets `run`: a function of the parsed arguments, to the exit status."""
+    """The whole command line. Each subcommand sets `run`, a function from the parsed arguments to the exit status."""
     root = argparse.ArgumentParser(prog="preft", description=preft.__doc__)
     root.add_argument("--version", action="version", version=f"preft {preft.__version__}")
     commands = root.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. `argv` without the program's name; None means this process's own."""
+    """Runs one command. `argv` excludes the program's name; None means this process's arguments."""
     args = parser().parse_args(argv)
     try:
         status: int = args.run(args)
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader of our output has gone, as in `preft status | head -1`
+    except BrokenPipeError:  # the reader of stdout has gone, as in `preft status | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return status

@@ -1,4 +1,4 @@
-"""`preft adapter`: what a running server's `/v1/adapters` can do, in verbs; and convert, which needs no server."""
+"""`preft adapter`: verbs for a running server's `/v1/adapters`, and `convert`, which needs no server."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from preft.cli.server import Server, add_url
 from preft.cli.table import table
 
 COLUMNS = ("name", "kind", "rank", "size", "version", "pinned", "digest", "source")
-PAGE = 1000  # the most that the server gives at once
+PAGE = 1000  # the server's maximum
 
 
 def add_parser(commands: Any) -> None:
-    """Adds `adapter` and its verbs to the subcommands."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "adapter", help="add, list, show, pin and remove adapters of a running server; convert others' folders"
     )
@@ -64,7 +63,7 @@ def _add_convert(verbs: Any) -> None:
 
 
 def convert(args: argparse.Namespace) -> int:
-    """Writes a ReFT folder from what pyreft saved. Raises InvalidAdapter."""
+    """Writes a ReFT folder from pyreft's files. Raises InvalidAdapter."""
     from preft.convert.pyreft import convert_pyreft  # needs torch
 
     convert_pyreft(args.source, args.target, args.positions)
@@ -73,7 +72,7 @@ def convert(args: argparse.Namespace) -> int:
 
 
 def list_all(args: argparse.Namespace) -> int:
-    """Prints the catalog, or the part of it that was asked for."""
+    """Prints the catalog, or the entries that match the flags."""
     entries = list(_entries(args))
     if args.json:
         print(json.dumps(entries))
@@ -117,7 +116,7 @@ def unpin(args: argparse.Namespace) -> int:
 
 
 def _entries(args: argparse.Namespace) -> Iterator[Entry]:
-    """What matches, fetched page by page."""
+    """The matching entries, fetched page by page."""
     query = {"search": args.search, "kind": args.kind, "pinned": "true" if args.pinned else None}
     given = {name: value for name, value in query.items() if value is not None}
     server, left, after = Server(args.url), args.limit, ""

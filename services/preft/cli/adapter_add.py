@@ -23,7 +23,7 @@ Entry = dict[str, Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `add` takes. Wrong combinations end the program with the usage and status 2."""
+    """The arguments of `add`. Wrong combinations end the program with the usage and status 2."""
     parser.add_argument("name", metavar="NAME", nargs="?")
     parser.add_argument(
         "source",
@@ -55,10 +55,10 @@ def add_one(args: argparse.Namespace) -> int:
 
 
 def add_all(args: argparse.Namespace) -> int:
-    """Adds each subfolder; 1 if one couldn't be added. Raises PreftError if there are none, or no server."""
+    """Adds each subfolder; returns 1 if one fails. Raises PreftError if there are no subfolders or no server."""
     server = Server(args.url)
     folders = _subfolders(args.all)
-    server.call("GET", "/v1/adapters?limit=1")  # if nobody is there it's one sentence, not one for each folder
+    server.call("GET", "/v1/adapters?limit=1")  # without a server: one error, not one per folder
     added: list[Entry] = []
     failed: dict[str, str] = {}
 
@@ -75,7 +75,7 @@ def add_all(args: argparse.Namespace) -> int:
                     failed[futures[future]] = str(error)
                 tell(len(added) + len(failed), len(folders))
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C waits for the running ones, not for all
+            pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C waits only for running additions
     added.sort(key=lambda entry: str(entry["name"]))
     if args.json:
         failures = [{"name": name, "error": why} for name, why in sorted(failed.items())]
@@ -130,11 +130,11 @@ def _told(package: Package, tell: Tell) -> Iterator[bytes]:
 
 
 def _untold(done: int, total: int | None) -> None:
-    """For adapters that have no bar of their own."""
+    """Progress of adapters without a bar of their own."""
 
 
 def _warn(entries: Sequence[Entry]) -> None:
-    """Each warning once, with the first of the adapters that it is about."""
+    """Prints each warning once, with the first adapter that has it."""
     named: dict[str, list[str]] = {}
     for entry in entries:
         for warning in entry["warnings"]:

@@ -1,6 +1,6 @@
-"""`preft doctor`: what this machine can run, and what is missing. Judges; `machine` looks.
+"""`preft doctor`: what this machine can run, and what is missing. Judges the facts that `machine` collects.
 
-FAIL means that serving can't work here, WARN that it will work less well or not for everything; each says what to do.
+FAIL: serving can't work here. WARN: serving works less well, or not for everything. Each FAIL or WARN gives advice.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ GiB = 1 << 30
 PYTHONS = ((3, 11), (3, 14))
 VLLM_VERSION = "0.32.0"
 TWO_ENGINES_BYTES = 5 * GiB  # measured: 2.3 GiB per CPU engine with the smallest model and KV space
-SHM_BYTES = GiB >> 2  # Ray's object store has 80 MiB, and needs some more around it
+SHM_BYTES = GiB >> 2  # Ray's object store takes 80 MiB and needs room around it
 CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")  # PyPI has CUDA builds of them, which break beside CPU torch
 
 
 class Level(StrEnum):
-    """How bad it is."""
+    """How serious a finding is."""
 
     OK = "OK"
     WARN = "WARN"
@@ -33,7 +33,7 @@ class Level(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of the report: what was looked at, how it stands, and what to do if anything."""
+    """One line of the report: the checked thing, its state, and advice if there is any."""
 
     check: str
     level: Level
@@ -41,7 +41,6 @@ class Finding:
 
 
 def add_parser(commands: Any) -> None:
-    """Adds `doctor` to the subcommands."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "doctor",
         help="say what this machine can run and what is missing",
@@ -54,7 +53,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints all findings; status 1 if one of them is FAIL."""
+    """Prints all findings; returns 1 if one of them is FAIL."""
     findings = examine(look(args.host, args.port))
     possible = all(finding.level is not Level.FAIL for finding in findings)
     if args.json:

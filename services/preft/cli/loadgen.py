@@ -1,4 +1,4 @@
-"""`preft loadgen`: measures a running server at several adapter counts. Owns the flags; `preft_loadgen` the work."""
+"""`preft loadgen`: measures a running server at several adapter counts. Owns the flags; `preft_loadgen` measures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from preft.core.errors import ConfigError
 
 
 def add_parser(commands: Any) -> None:
-    """Adds `loadgen` to the subcommands."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "loadgen",
         help="measure tokens/s and latencies of a running server",
@@ -47,7 +46,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the table. Status 1 if a request failed. Raises PreftError if the server can't be measured at all."""
+    """Prints the table; returns 1 if a request failed. Raises PreftError if the server can't be measured."""
     from preft_loadgen.http_stream import HttpClient
     from preft_loadgen.report import summary_table
     from preft_loadgen.sweep import Sweep, run_sweep

@@ -1,4 +1,4 @@
-"""What this machine has: processor, memory, GPU, installed packages. Looks and judges nothing; imports none of them."""
+"""Facts about this machine: processor, memory, GPU, installed packages. Judges nothing, and imports no such package."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """All that serving depends on. Sizes in bytes; `packages` and `programs` have only what is installed.
+    """All facts that serving depends on. Sizes in bytes; `packages` and `programs` list only installed ones.
 
-    `gpu_error` says why nvidia-smi didn't answer, `port_error` why `port` can't be listened on; "" if all is well.
+    `gpu_error` is nvidia-smi's error; `port_error` says why `port` can't be listened on. "" means no error.
     """
 
     python: tuple[int, int, int]
@@ -49,7 +49,7 @@ class Machine:
 
 
 def look(host: str, port: int) -> Machine:
-    """The machine as it is now. Takes a fraction of a second."""
+    """The machine's current state. Takes a fraction of a second."""
     gpus, gpu_error = _gpus()
     return Machine(
         python=sys.version_info[:3],
@@ -84,7 +84,7 @@ def _cpu_flags(cpuinfo: str) -> frozenset[str]:
 
 
 def _memory_available() -> int:
-    """The kernel's MemAvailable, or the limit of this process's container if that is less."""
+    """The kernel's MemAvailable, or the limit of this process's container if the limit is lower."""
     available = 0
     for line in _read("/proc/meminfo").splitlines():
         if line.startswith("MemAvailable:"):

@@ -1,5 +1,6 @@
-"""An adapter's folder as one tar stream, made while it's sent. The adapter's files go in, and the
-beginnings of texts beside them.
+"""An adapter's folder as one tar stream, made while it is sent.
+
+The stream holds the adapter's files, and the beginnings of the text files beside them.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ _END = bytes(2 * tarfile.BLOCKSIZE)
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """The files of `folder` that go in, and how many bytes of each. Iterate to get the stream."""
+    """The packed files of `folder`, and the packed bytes of each. Iterating gives the stream."""
 
     folder: Path
     files: tuple[tuple[str, int], ...]
 
     @classmethod
     def of(cls, folder: Path) -> Package:
-        """Raises InvalidAdapter if a file that belongs to an adapter isn't there."""
-        open_source(str(folder)).files()  # says what is there instead
+        """Raises InvalidAdapter if a file of the adapter is missing."""
+        open_source(str(folder)).files()  # its error names the files that are there instead
         files = [(name, file_size(folder, name)) for name in adapter_files(folder)]
         texts = [(name, file_size(folder, name)) for name in TEXT_FILES if (folder / name).is_file()]
         return cls(folder, (*files, *((name, min(size, TEXT_BYTES)) for name, size in texts)))
@@ -39,7 +40,7 @@ class Package:
         return len(_END) + sum(tarfile.BLOCKSIZE + size + len(_padding(size)) for _, size in self.files)
 
     def __iter__(self) -> Iterator[bytes]:
-        """Raises InvalidAdapter if a file can't be read, or not to the size that it had."""
+        """Raises InvalidAdapter if a file can't be read, or has become shorter."""
         for name, size in self.files:
             header = tarfile.TarInfo(name)
             header.size = size
@@ -62,5 +63,5 @@ class Package:
 
 
 def _padding(size: int) -> bytes:
-    """Fills up a tar's last block."""
+    """The zeros that fill a tar's last block."""
     return bytes(-size % tarfile.BLOCKSIZE)

@@ -1,4 +1,4 @@
-"""Progress bars on stderr, for people alone: where stderr isn't a terminal there are none."""
+"""Progress bars on stderr. If stderr isn't a terminal, there are no bars."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 Tell = Callable[[int, int | None], None]
-"""Told how much is done in all, and of how much if that is known."""
+"""Receives the amount done so far, and the total if it is known."""
 
 
 @contextmanager
 def progress_bar(title: str, unit: str) -> Iterator[Tell]:
-    """A bar that is gone when the context is left. Unit "B" counts in KiB, MiB and so on."""
+    """A bar that disappears at the end of the context. Unit "B" counts in KiB, MiB and so on."""
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return
@@ -24,7 +24,7 @@ def progress_bar(title: str, unit: str) -> Iterator[Tell]:
         def tell(done: int, total: int | None) -> None:
             bar.total = total
             bar.update(done - bar.n)
-            if done == total:  # what comes after may take a while
+            if done == total:  # the next step may take a while
                 bar.refresh()
 
         yield tell

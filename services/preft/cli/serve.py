@@ -1,4 +1,4 @@
-"""`preft serve`: one cluster from a YAML file with flags on top. Owns the flags; settings and cluster are elsewhere."""
+"""`preft serve`: one cluster from a YAML file with flags on top. Owns only the flags."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ FLAGS = {  # flag's name in the parsed arguments -> dotted key of the setting
 
 
 def add_parser(commands: Any) -> None:
-    """Adds `serve` to the subcommands."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "serve",
         help="serve a base model and its adapters",
@@ -74,7 +73,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serves until told to stop. Raises ConfigError for settings that can't be used."""
+    """Serves until a signal. Raises ConfigError for settings that can't be used."""
     from preft.core.settings import load_settings
 
     overrides = overrides_from(args)
@@ -82,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("name the base model's folder with --model DIR, or a file with all settings with --config F")
     settings = load_settings(args.config, overrides)
 
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else gRPC prints; it reads this when it is imported
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC would print; it reads this variable at import
     from preft.cluster.serve import serve
 
     serve(settings)
@@ -128,7 +127,7 @@ def _put(overrides: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _value(key: str, text: str) -> Any:
-    """`text` as YAML reads it: 3 is a number, null nothing, [a, b] a list."""
+    """`text` as YAML: 3 is a number, null is None, [a, b] is a list."""
     import yaml
 
     try:

@@ -1,6 +1,6 @@
-"""A running server, as the subcommands talk to it: JSON, events and uploads with the standard library.
+"""The subcommands' client of a running server: JSON, events and uploads, with the standard library alone.
 
-Knows no endpoints, and asks no proxy: one that is set in the environment is for the way out.
+Knows no endpoints. Ignores the environment's proxies: such proxies lead to the outside.
 """
 
 from __future__ import annotations
@@ -19,41 +19,41 @@ from preft.core.errors import ConfigError, PreftError, Unavailable
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 TIMEOUT_SECONDS = 120.0  # of silence
-UPLOAD_TIMEOUT_SECONDS = 600.0  # the server is silent while it checks and keeps what came
+UPLOAD_TIMEOUT_SECONDS = 600.0  # the server sends nothing while it checks and stores an upload
 _JSON = {"Content-Type": "application/json"}
 
 
 def add_url(parser: argparse.ArgumentParser) -> None:
-    """Adds `--url`, which falls back to PREFT_URL and then to this machine."""
+    """Adds `--url`. Its default is PREFT_URL, or else a server on this machine."""
     default = os.environ.get("PREFT_URL", DEFAULT_URL)
     parser.add_argument("--url", default=default, help=f"the server's address (default: {default})")
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """The server at `url`. May be used by several threads.
+    """The server at `url`. Threads may share it.
 
-    All calls raise PreftError with the server's own sentence if it refuses, Unavailable if nobody answers, ConfigError
-    if the address isn't one.
+    All calls raise PreftError with the server's own sentence if it refuses, Unavailable if no server answers,
+    ConfigError if `url` isn't an address.
     """
 
     url: str
 
     def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        """The decoded JSON answer, None if it is empty."""
+        """The decoded JSON answer, None if the answer is empty."""
         with self._asked(method, path, None if body is None else json.dumps(body).encode(), _JSON) as reply:
             answer = reply.read()
         return self._decoded(path, answer)
 
     def upload(self, path: str, parts: Iterable[bytes], size: int) -> Any:
-        """PUTs the `size` bytes of `parts` as they come; the decoded JSON answer. Errors of `parts` are passed on."""
+        """PUTs the `size` bytes of `parts`; returns the decoded JSON answer. Errors of `parts` pass through."""
         headers = {"Content-Type": "application/octet-stream", "Content-Length": str(size)}
         with self._asked("PUT", path, parts, headers, UPLOAD_TIMEOUT_SECONDS) as reply:
             answer = reply.read()
         return self._decoded(path, answer)
 
     def events(self, method: str, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """The server-sent events as they come. One that is an error is raised; so is an end before the last."""
+        """The server-sent events as they arrive. Raises for an error event, and for a stream without its end."""
         with self._asked(method, path, json.dumps(body).encode(), _JSON) as reply:
             if reply.headers.get_content_type() != "text/event-stream":
                 raise PreftError(f"{self.url}{path} didn't answer with events: is this a PreFT server?")
@@ -84,7 +84,7 @@ class Server:
             address = urlsplit(self.url)
             kind = http.client.HTTPSConnection if address.scheme == "https" else http.client.HTTPConnection
             with closing(kind(address.netloc, timeout=timeout)) as connection:
-                with suppress(BrokenPipeError, ConnectionResetError):  # it may have said why before it hung up
+                with suppress(BrokenPipeError, ConnectionResetError):  # the server may have replied before it closed
                     connection.request(method, address.path.rstrip("/") + path, data, headers)
                 reply = connection.getresponse()
                 if reply.status >= 300:
@@ -109,7 +109,7 @@ class Server:
 
 
 def _sentence(reply: http.client.HTTPResponse) -> str:
-    """What the server said, from an OpenAI-style error body, else the status line."""
+    """The server's message: from an OpenAI-style error body, else the status line."""
     try:
         message = json.loads(reply.read())["error"]["message"]
     except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException):

@@ -1,4 +1,4 @@
-"""`preft status`: the workers of a cluster, as its server sees them, or as a state folder remembers them."""
+"""`preft status`: a cluster's workers, as its server sees them or as a state folder records them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ COLUMNS = ("id", "role", "state", "pid", "engine pids", "address", "running", "f
 
 
 def add_parser(commands: Any) -> None:
-    """Adds `status` to the subcommands."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "status",
         help="list the workers of a cluster",
@@ -36,7 +35,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints all workers. Raises Unavailable if no server answers, or there is no state to read."""
+    """Prints all workers. Raises Unavailable if no server answers, or the folder has no state."""
     rows = _asked(args.url) if args.state_dir is None else _remembered(args.state_dir.expanduser().absolute())
     if args.json:
         print(json.dumps({"workers": rows}))
@@ -58,7 +57,7 @@ def _remembered(state_dir: Path) -> list[dict[str, Any]]:
     from preft.state import GONE_SECONDS
 
     now, limit = time.time(), RouterSettings().worker_timeout
-    # An engine that loads has no time to say so.
+    # A worker writes no heartbeat while its engine loads.
     return [
         _row(worker, now, GONE_SECONDS if worker.state is WorkerState.STARTING else limit)
         for worker in asyncio.run(_workers(state_dir))
@@ -69,7 +68,7 @@ async def _workers(state_dir: Path) -> list[Worker]:
     from preft.state import open_store
 
     path = state_dir / STATE_FILE
-    if not path.exists():  # opening it would make an empty one
+    if not path.exists():  # opening would make an empty file
         raise Unavailable(f"no cluster has its state in {state_dir}: name the --state-dir that `preft serve` was given")
     store = open_store(path)
     try:
@@ -79,7 +78,7 @@ async def _workers(state_dir: Path) -> list[Worker]:
 
 
 def _row(worker: Worker, now: float, limit: float) -> dict[str, Any]:
-    """One worker as JSON, with the state it is really in: a process that was killed can't say so itself."""
+    """One worker as JSON. A worker whose heartbeat is too old counts as dead: a killed process can't report its end."""
     row = worker_row(worker, now)
     if now - worker.heartbeat > limit:
         row["state"] = WorkerState.DEAD

@@ -1,4 +1,4 @@
-"""The adapter store of one machine, wired from settings: its catalog, its disk tier, and a worker's share of both."""
+"""The adapter store of one machine, wired from settings: its catalog, disk tier, and each worker's adapter store."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from preft.state import open_store
 
 logger = logging.getLogger(__name__)
 
-PARTIAL_UPLOADS = (".unfinished-", "upload-")  # how what isn't an adapter's source yet is named
-UPLOAD = re.compile(r"[0-9a-f]{32}")  # and what is one, while an entry names it
+PARTIAL_UPLOADS = (".unfinished-", "upload-")  # name prefixes of unfinished uploads
+UPLOAD = re.compile(r"[0-9a-f]{32}")  # names of finished uploads, which are sources while a catalog entry names them
 ABANDONED_SECONDS = 24 * 3600.0
-NOT_UP_TO_DATE = "the adapter catalog is not up to date"  # how its log lines begin
+NOT_UP_TO_DATE = "the adapter catalog is not up to date"  # the beginning of its log lines
 
 
 @asynccontextmanager
 async def open_catalog(settings: Settings) -> AsyncIterator[Catalog]:
-    """The served model's catalog, with the adapters of the settings added, and kept up to date inside.
+    """The served model's catalog with the settings' adapters. The catalog follows the state store within the context.
 
-    Each base model has its own catalog under `state_dir`; equal adapter content is kept once. Raises ConfigError if
-    one of the adapters can't be served, or has the base model's name.
+    Each base model has its own catalog under `state_dir`; equal adapter content is stored once. Raises ConfigError if
+    an adapter can't be served, or has the base model's name.
     """
     store = _catalog_store(settings)
     try:
@@ -84,7 +84,7 @@ async def open_catalog(settings: Settings) -> AsyncIterator[Catalog]:
 
 @asynccontextmanager
 async def following_catalog(settings: Settings, adapters: AdapterStore) -> AsyncIterator[None]:
-    """Inside, the store keeps what is pinned in the catalog, and drops what has left it."""
+    """Within the context, the store keeps the catalog's pinned adapters, and drops adapters that left the catalog."""
     store = _catalog_store(settings)
     view, background = CatalogView(store), Background()
     followed, left = -1, set[str]()
@@ -124,9 +124,9 @@ def open_disk_tier(settings: Settings) -> DiskTier:
 
 
 def source_limits(settings: Settings) -> SourceLimits:
-    """What sources are held against in every process. Those that the settings name themselves are always allowed."""
+    """The limits for sources, equal in every process. Sources named in the settings are always allowed."""
     allowed = settings.adapter_sources
-    if allowed is None:  # a loopback address is reached by users of this machine, unless a proxy serves it to others
+    if allowed is None:  # only this machine's users reach a loopback address, unless a proxy serves it
         own_users = is_loopback(settings.host) and not settings.allowed_hosts
         allowed = ("/", *(f"{scheme}://" for scheme in SCHEMES)) if own_users else ()
     own = (*settings.adapters.values(), *filter(None, [settings.adapter_dir]), uploads_folder(settings))
@@ -135,7 +135,7 @@ def source_limits(settings: Settings) -> SourceLimits:
 
 
 def uploads_folder(settings: Settings) -> Path:
-    """Where the base model's uploaded adapters are kept, and archives that are still coming."""
+    """The folder of the base model's uploaded adapters and unfinished uploads."""
     return _model_folder(settings) / "uploads"
 
 
@@ -150,7 +150,7 @@ def _catalog_store(settings: Settings) -> StateStore:
 
 
 async def _add_configured(catalog: Catalog, name: str, source: str) -> None:
-    """Adds an adapter of the settings. If its source is away, it is served as it was before, from the copy on disk."""
+    """Adds an adapter of the settings. If its source is unavailable, the version on disk is served."""
     before = catalog.get(name)
     try:
         await catalog.add(name, source, replace=True)
@@ -163,10 +163,10 @@ async def _add_configured(catalog: Catalog, name: str, source: str) -> None:
 
 
 def _sweep(uploads: Path, sources: Collection[str]) -> None:
-    """Removes what processes that were killed in the middle of an upload have left, and what isn't in `sources`."""
+    """Removes uploads that a killed process left unfinished, and finished uploads that aren't in `sources`."""
     for upload in uploads.iterdir() if uploads.is_dir() else ():
         if upload.name.startswith(PARTIAL_UPLOADS) or (UPLOAD.fullmatch(upload.name) and str(upload) not in sources):
-            with contextlib.suppress(FileNotFoundError):  # just removed by another process
+            with contextlib.suppress(FileNotFoundError):  # another process has removed it
                 if time.time() - upload.stat().st_mtime < ABANDONED_SECONDS:
                     continue
                 if upload.is_dir():

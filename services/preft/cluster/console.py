@@ -1,6 +1,6 @@
-"""What `preft serve` shows on its console: one line per event, and on a terminal a line of what still goes on.
+"""The console of `preft serve`: one line per event, and on a terminal a last line with the current activity.
 
-Owns stdout. Log records belong in files; only warnings of our own reach stderr.
+Owns stdout. Log records go to files; stderr gets only PreFT's own warnings.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from typing import TextIO
 
 from preft.core.cluster import Worker, WorkerState
 
-FIRST_TOKENS = 64  # of the answer that the example asks for
+FIRST_TOKENS = 64  # of the answer to the example
 ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}
 
 
 class Console:
-    """Lines for people. A write to a console that is gone is left out: the server goes on."""
+    """Lines for people. If the console is gone, output is dropped and the server goes on."""
 
     def __init__(self, out: TextIO | None = None) -> None:
         self._out = out or sys.stdout
         if isinstance(self._out, TextIOWrapper):
-            self._out.reconfigure(errors="backslashreplace")  # a folder's name may have any letters
+            self._out.reconfigure(errors="backslashreplace")  # a folder's name may hold any character
         self._is_terminal = self._out.isatty()
         self._status = ""
 
     def line(self, text: str) -> None:
-        """One more line, which stays."""
+        """Prints a line that stays."""
         self._write(f"{self._erase()}{text}\n{self._status}")
 
     def status(self, text: str) -> None:
-        """What goes on now, in the last line of a terminal. "" removes it. Elsewhere nothing is shown."""
+        """Shows `text` in the last line of a terminal; "" removes the line. Shows nothing if stdout is no terminal."""
         if self._is_terminal:
             erased, self._status = self._erase(), text[: shutil.get_terminal_size().columns - 1]
             self._write(erased + self._status)
@@ -52,7 +52,7 @@ class Console:
 
 
 class WorkerProgress:
-    """Tells the console each stage of each worker: process, engine, ready; and when a worker ends."""
+    """Reports each worker's stages to the console: process, engine, ready, end."""
 
     def __init__(self, console: Console, worker_ids: Sequence[str], prefix: str) -> None:
         self._console = console
@@ -63,7 +63,7 @@ class WorkerProgress:
             self._say(worker_id, "its process starts")
 
     def observe(self, workers: Mapping[str, Worker]) -> None:
-        """Takes over what the router sees now."""
+        """Takes over the router's current view."""
         for worker_id, (pid, state) in self._stages.items():
             worker = workers.get(worker_id)
             now = (worker.pid, worker.state) if worker is not None else (pid, None)
@@ -101,7 +101,7 @@ class WorkerProgress:
 
 
 def first_question(address: str, model: str, *, is_chat: bool, max_model_len: int) -> str:
-    """A curl command that asks the server at `host:port` something, to be pasted into a shell."""
+    """A curl command for a shell that sends the server at `host:port` a first request."""
     host, _, port = address.rpartition(":")
     body: dict[str, object] = {"model": model}
     if is_chat:

@@ -1,6 +1,6 @@
-"""The gateway process: router, HTTP and gRPC servers over a given catalog, wired together and ended in order.
+"""The gateway process: router, HTTP server and gRPC server over a given catalog, wired together and ended in order.
 
-Doesn't start workers: it finds them in the state store.
+Doesn't start workers. The router finds them in the state store.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from preft.router.router import Router
 
 logger = logging.getLogger(__name__)
 
-SHUTDOWN_SECONDS = 5  # for the last bytes of replies, once no request runs any more
-KEEP_ALIVE_SECONDS = 75  # longer than clients pool idle connections: a request mustn't meet its connection's end
-MAX_HEADER_BYTES = 64 << 10  # request line and headers together; what comes in one read is let through
+SHUTDOWN_SECONDS = 5  # for the last bytes of replies after the last request's end
+KEEP_ALIVE_SECONDS = 75  # longer than clients keep idle connections, so that no request meets a closing connection
+MAX_HEADER_BYTES = 64 << 10  # of request line and headers together; one read may exceed the limit
 
 
 @dataclass(frozen=True, slots=True)
 class RunningGateway:
-    """`address` is `host:port` of HTTP. `server` runs until its `should_exit` is set."""
+    """`address` is HTTP's `host:port`. `server` runs until its `should_exit` is set."""
 
     address: str
     server: uvicorn.Server
@@ -52,7 +52,7 @@ class RunningGateway:
     is_chat: bool  # whether the model has a chat template
 
     async def drain(self, seconds: float, at_once: asyncio.Event) -> None:
-        """Refuses new requests, lets running ones finish for `seconds` or until `at_once`, and ends the HTTP server.
+        """Refuses new requests, waits for running ones up to `seconds` or until `at_once`, and ends the HTTP server.
 
         Requests that still run then end with an error. Returns early if the HTTP server has died.
         """
@@ -74,7 +74,7 @@ class RunningGateway:
 async def run_gateway(
     settings: Settings, store: StateStore, catalog: Catalog, cluster_id: str
 ) -> AsyncIterator[RunningGateway]:
-    """Serves until the context is left. `settings.max_model_len` must be set. Raises ConfigError if a port is taken."""
+    """Serves within the context. `settings.max_model_len` must be set. Raises ConfigError if a port is taken."""
     assert settings.max_model_len is not None
     tokenizer = await asyncio.to_thread(Tokenizer.load, settings.model)
     listener = _listen(settings.host, settings.port)
@@ -121,9 +121,9 @@ async def run_gateway(
 
 
 class _LimitedHeaders(HttpToolsProtocol):
-    """Ends connections that send more than `MAX_HEADER_BYTES` of headers or trailers: uvicorn would keep them all."""
+    """Ends connections with more than `MAX_HEADER_BYTES` of headers or trailers: uvicorn would store them all."""
 
-    _pending = 0  # bytes since headers ended or a body came
+    _pending = 0  # since the last end of headers or piece of a body
 
     def data_received(self, data: bytes) -> None:
         self._pending += len(data)
@@ -138,7 +138,7 @@ class _LimitedHeaders(HttpToolsProtocol):
         self._refuse(HTTPStatus.BAD_REQUEST, msg)
 
     def _refuse(self, status: HTTPStatus, message: str) -> None:
-        """Answers what never becomes a request, with the error body that requests get too."""
+        """Answers malformed requests, which no route sees, with the usual error body."""
         body = plain_error(status, message, error_code(status)).body
         head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
         self.transport.write(STATUS_LINE[status] + head + body)
@@ -154,7 +154,7 @@ class _LimitedHeaders(HttpToolsProtocol):
 
 
 class _Server(uvicorn.Server):
-    """Leaves signals to the process that runs it."""
+    """Leaves signals to `preft serve`."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -167,7 +167,7 @@ def _listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-    except (OSError, ValueError, TypeError) as error:  # the latter two: not even a name
+    except (OSError, ValueError, TypeError) as error:  # ValueError and TypeError: malformed names
         listener.close()
         is_about_port = isinstance(error, OSError) and error.errno in (errno.EADDRINUSE, errno.EACCES)
         name = "port" if is_about_port else "host"

@@ -1,4 +1,4 @@
-"""The log files of one run of `preft serve`: one of its own, one per worker. Owns their folder and its size."""
+"""The log files of one run of `preft serve`: one for the command, one per worker. Owns their folder and its size."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _CAUSE = re.compile(r"(?:^|\s|\))((?:[A-Za-z_][\w.]*)?(?:Error|Exception|Interru
 
 
 def new_log_folder(state_dir: Path, cluster_id: str) -> Path:
-    """A folder for the logs of this run; the oldest runs' logs go. Raises ConfigError."""
+    """Makes the folder for this run's logs, and removes the oldest runs' logs. Raises ConfigError."""
     root = state_dir / "logs"
     folder = root / f"{time.strftime('%Y%m%d-%H%M%S')}-{cluster_id}"
     try:
-        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)  # before all others: it holds the secret, too
+        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)  # made here first, private: it also holds the secret
         folder.mkdir(parents=True)
         for old in sorted(root.iterdir())[:-KEPT_RUNS]:
             shutil.rmtree(old, ignore_errors=True)
@@ -39,7 +39,7 @@ def new_log_folder(state_dir: Path, cluster_id: str) -> Path:
 
 @contextmanager
 def logging_to(folder: Path) -> Iterator[None]:
-    """Inside, this process's log records go to a file in `folder`, and warnings of our own to stderr, in one line."""
+    """Within the context, log records go to a file in `folder`; PreFT's own warnings also go to stderr in one line."""
     file = logging.FileHandler(folder / OWN_LOG)
     file.setFormatter(logging.Formatter(FORMAT))
     shown = logging.StreamHandler(sys.stderr)
@@ -61,14 +61,14 @@ def logging_to(folder: Path) -> Iterator[None]:
 
 
 class _OneLine(logging.Formatter):
-    """Without the traceback, which is in the file."""
+    """A format without the traceback; the file has the traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
         return f"{record.levelname.lower()}: {record.getMessage()}"
 
 
 def output_to(log: Path) -> None:
-    """Sends all that this process and its children print or log to the file `log`, after what is there."""
+    """Appends all output and log records of this process and its children to the file `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
     opened = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     sys.stdout.flush()
@@ -81,7 +81,7 @@ def output_to(log: Path) -> None:
 
 
 def cause_in(log: Path) -> str | None:
-    """The last error in the log that isn't about another process's error; None if there is none."""
+    """The last error in the log that doesn't just report another process's error; None if there is none."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - TAIL_BYTES))

@@ -16,9 +16,9 @@ SAMPLE_BYTES = 1 << 12
 
 
 def model_identity(folder: Path) -> str:
-    """Hex digest that tells base models apart: over config.json, each weight file's header, and samples of each tensor.
+    """Hex digest that identifies a base model: over config.json, each weight file's header, and samples of each tensor.
 
-    Reading all weights would take minutes for large models. Raises ConfigError if there are no weights, or broken ones.
+    Reading all weights would take minutes for large models. Raises ConfigError for missing or broken weights.
     """
     digest = hashlib.sha256(_config_bytes(folder))
     files = sorted(folder.glob("*.safetensors"))
@@ -38,7 +38,7 @@ def model_identity(folder: Path) -> str:
 
 
 def _update_with_samples(digest: Any, file: BinaryIO, entry: TensorEntry) -> None:
-    """Evenly spread, first and last bytes included: whatever trains or merges a tensor changes nearly all of it."""
+    """Samples evenly, first and last bytes included: training or merging changes nearly all bytes of a tensor."""
     reach = max(0, entry.end - entry.start - SAMPLE_BYTES)
     for place in sorted({reach * number // (SAMPLES - 1) for number in range(SAMPLES)}):
         file.seek(entry.start + place)
@@ -46,9 +46,9 @@ def _update_with_samples(digest: Any, file: BinaryIO, entry: TensorEntry) -> Non
 
 
 def with_model_length(settings: Settings) -> Settings:
-    """`settings` with `max_model_len` (tokens, prompt and output together) filled in from config.json if it wasn't set.
+    """`settings` with `max_model_len` (tokens, prompt and output together) from config.json unless it was set.
 
-    Every engine and the gateway then use the same figure. Raises ConfigError if the model can't do that length.
+    Every engine and the gateway then use the same limit. Raises ConfigError if the model can't handle that length.
     """
     try:
         own = _own_length(read_model_config(settings.model))
@@ -64,23 +64,23 @@ def with_model_length(settings: Settings) -> Settings:
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
-    """What config.json says of the language model. Raises ConfigError if it can't be read."""
+    """The language model's part of config.json. Raises ConfigError if it can't be read."""
     config = json.loads(_config_bytes(folder))
     return {**config, **(config.get("text_config") or {})}
 
 
 def _own_length(config: dict[str, Any]) -> int | None:
-    """The model's own length in tokens; None if its configuration doesn't say it."""
+    """The model's own length in tokens; None if its configuration has none."""
     own = config.get("max_position_embeddings")
     if not isinstance(own, int) or own < 1:
         return None
-    if "gemma3" in config.get("model_type", ""):  # its figure is scaled already
+    if "gemma3" in config.get("model_type", ""):  # Gemma 3's figure is already scaled
         return own
     return int(own * _stretch(config.get("rope_parameters") or config.get("rope_scaling") or {}))
 
 
 def _stretch(rope: dict[str, Any]) -> float:
-    """How far these RoPE parameters stretch `max_position_embeddings`; other kinds than these count it in already."""
+    """The factor by which RoPE scaling extends `max_position_embeddings`. Other kinds are already in that figure."""
     kind = rope.get("rope_type", rope.get("type"))
     return float(rope.get("factor") or 1) if kind in ("linear", "dynamic") else 1.0
 

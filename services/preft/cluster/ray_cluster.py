@@ -1,9 +1,9 @@
-"""Ray as the control plane: one actor per worker, placed, restarted when dead, ended with the cluster.
+"""Ray as the control plane: one actor per worker, placed, restarted after a crash, ended with the cluster.
 
 The only module that imports ray.
 
-An actor is a process that runs one `WorkerServer` in a thread with its own event loop. When the engine dies the actor's
-process ends too, so that Ray starts both anew. What Ray and the workers print goes to files.
+An actor is a process that runs one `WorkerServer` in a thread with its own event loop. If the engine dies, the actor's
+process ends, and Ray starts both again. Output of Ray and the workers goes to files.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from preft.state import open_store
 
 logger = logging.getLogger(__name__)
 
-LOCAL_NODE_IP = "127.0.0.2"  # Ray replaces 127.0.0.1 by the machine's outside address, but not this one
+LOCAL_NODE_IP = "127.0.0.2"  # Ray replaces 127.0.0.1 by the machine's outside address, but not 127.0.0.2
 START_ATTEMPTS = 3
-REPLY_SECONDS = 1.0  # for an actor that failed to say so before it ends
+REPLY_SECONDS = 1.0  # for an actor to report a failed start before its process ends
 CHECK_SECONDS = 5.0
 RAY_WAITS = {"RAY_gcs_server_port_wait_time_s": "120", "RAY_raylet_start_wait_time_s": "120"}  # on a busy machine
-OBJECT_STORE_BYTES = 80 << 20  # Ray's minimum: no tensor goes through it
+OBJECT_STORE_BYTES = 80 << 20  # Ray's minimum: no tensor goes through the object store
 
 
 class WorkerActor:
-    """One worker under Ray. The constructor starts it, so that a restarted actor is a restarted worker."""
+    """One worker under Ray. The constructor starts the worker, so a restarted actor is a restarted worker."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class WorkerActor:
         if folder:
             _use_folder(folder)
         self._log = Path(log)
-        self._decided = threading.Event()  # whether it starts or not
+        self._decided = threading.Event()  # set when the start has succeeded or failed
         self._failure: str | None = None
         host = host or ray.util.get_node_ip_address()
         os.environ["VLLM_HOST_IP"] = host
@@ -89,14 +89,14 @@ class WorkerActor:
         os._exit(1)
 
     def wait_started(self) -> str | None:
-        """Returns once the worker serves (None) or can't (why)."""
+        """Returns None once the worker serves, or the reason why it can't."""
         self._decided.wait()
         return self._failure
 
 
 def _use_folder(folder: str) -> None:
-    """Makes `folder` the place of this process's temporary files and sockets. Compiled code stays where it was."""
-    compiled = os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")  # PyTorch's own choice
+    """Puts this process's temporary files and sockets into `folder`. PyTorch's compiled code stays elsewhere."""
+    compiled = os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")  # PyTorch's default
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", compiled)
     os.environ["TMPDIR"] = tempfile.tempdir = folder
 
@@ -113,12 +113,12 @@ class RayCluster:
         self._actors: dict[str, Any] = {}  # by worker id
 
     def start(self) -> None:
-        """Starts Ray (or joins it) and all workers; returns while their engines still load.
+        """Starts or joins Ray and starts all workers; returns while their engines load.
 
         Raises ConfigError, also if the workers need more GPUs than this machine has.
         """
         ray_logger = logging.getLogger("ray")
-        ray_logger.handlers.clear()  # which print
+        ray_logger.handlers.clear()  # Ray's handlers print
         ray_logger.propagate = True
         address, secret = self._settings.ray_address, read_secret(self._settings)
         local = address is None
@@ -133,7 +133,7 @@ class RayCluster:
                     _node_ip_address=LOCAL_NODE_IP,
                     _temp_dir=str(self._folder),
                     object_store_memory=OBJECT_STORE_BYTES,
-                    _system_config={"worker_niceness": 0},  # Ray's 15 starves engines beside anything else that runs
+                    _system_config={"worker_niceness": 0},  # Ray's default of 15 starves engines on a busy machine
                     log_to_driver=False,
                     configure_logging=False,
                 )
@@ -143,7 +143,7 @@ class RayCluster:
             name = "Ray" if local else f"ray_address: Ray at {address}"
             raise ConfigError(f"{name} can't be {'started' if local else 'joined'}: {error}") from error
         gpu_build = has_gpu_build()
-        if local:  # another cluster may grow
+        if local:  # a cluster that exists already may add machines
             check_gpus(self._settings, gpu_build, ray.cluster_resources().get("GPU", 0.0))
         for role in self._settings.roles:
             own = self._settings.engine(role)
@@ -168,9 +168,9 @@ class RayCluster:
         return self._logs / f"{name}.log"
 
     async def wait_failed(self, tell: Callable[[str], None]) -> str:
-        """Returns, with the reason, when a worker couldn't be started START_ATTEMPTS times in a row.
+        """Returns the reason once a worker's start has failed START_ATTEMPTS times in a row.
 
-        Each time is told.
+        Calls `tell` for each failed start.
         """
         watches = [asyncio.create_task(self._wait_failed(key, actor, tell)) for key, actor in self._actors.items()]
         try:
@@ -186,7 +186,7 @@ class RayCluster:
         while True:
             try:
                 failure = await actor.wait_started.remote()
-            except ray.exceptions.RayError:  # it ended without a word, or Ray is about to start it again
+            except ray.exceptions.RayError:  # the process ended without a report, or Ray is about to restart it
                 failure = None
             else:
                 failures = failures + 1 if failure else 0
@@ -197,10 +197,10 @@ class RayCluster:
                     f"the worker {name} couldn't be started, several times in a row: {failure}; "
                     f"its log is {self._log(name)}"
                 )
-            await asyncio.sleep(2 * REPLY_SECONDS if failure else CHECK_SECONDS)  # until Ray has seen its end
+            await asyncio.sleep(2 * REPLY_SECONDS if failure else CHECK_SECONDS)  # until Ray has noticed the end
 
     def close(self) -> None:
-        """Ends every worker and, if it is ours, Ray."""
+        """Ends every worker, and Ray if this process started it."""
         for actor in self._actors.values():
             with contextlib.suppress(ray.exceptions.RayError):
                 ray.kill(actor)

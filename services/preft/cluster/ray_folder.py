@@ -1,6 +1,6 @@
-"""The folder that a Ray of our own keeps its sockets and logs in, and engines their sockets: private, short, removed.
+"""The private folder for the sockets of engines, and for the sockets and logs of a Ray that `preft serve` starts.
 
-A socket's path has room for 107 characters. Ray needs 64 of them below its folder, so a long TMPDIR can't hold it.
+A socket's path has room for 107 characters. Ray needs 64 characters below its folder, so a long TMPDIR can't hold it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _NAME = re.compile(r"preft-(\d+)-\w+")
 
 
 def new_ray_folder() -> Path:
-    """Makes one for this process, and removes those of processes that were killed. Raises ConfigError."""
+    """Makes this process's folder, and removes the folders of killed processes. Raises ConfigError."""
     for base in dict.fromkeys((tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm")):
         prefix = f"preft-{os.getpid()}-"
         if len(base) + 1 + len(prefix) + 8 > MAX_PATH:  # mkdtemp adds 8 characters
@@ -33,7 +33,7 @@ def new_ray_folder() -> Path:
 
 
 def _remove_abandoned(base: Path) -> None:
-    """Those of this user's processes that are no more."""
+    """Removes the folders of this user's ended processes."""
     for folder in base.glob("preft-*-*"):
         found = _NAME.fullmatch(folder.name)
         with suppress(OSError):

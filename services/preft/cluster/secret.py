@@ -1,4 +1,4 @@
-"""Where the cluster's secret comes from: the setting, else a file in `state_dir` that the first process makes."""
+"""Finds the cluster's secret: the setting, else a file in `state_dir` that the first process makes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ FILE = "cluster_secret"
 
 
 def read_secret(settings: Settings) -> str:
-    """The secret's text. Raises ConfigError if its file can't be used, or others than its owner may read it."""
+    """The secret's text. Raises ConfigError if its file can't be used, or users other than its owner may read it."""
     if settings.cluster_secret is not None:
         return settings.cluster_secret.get_secret_value()
     return stored_secret(settings.state_dir)
 
 
 def stored_secret(state_dir: Path) -> str:
-    """The secret in the file, which is made if there is none. Raises as `read_secret`."""
+    """The secret in the file; makes a missing file. Raises as `read_secret`."""
     path = state_dir / FILE
     try:
         _make(path)
@@ -38,12 +38,12 @@ def stored_secret(state_dir: Path) -> str:
 
 
 def cluster_secret(settings: Settings) -> ClusterSecret:
-    """The secret as channels and servers take it. Raises ConfigError, as `read_secret`."""
+    """The secret in the form for channels and servers. Raises as `read_secret`."""
     return ClusterSecret(read_secret(settings))
 
 
 def _make(path: Path) -> None:
-    """A new secret, unless there is one. Its file gets its name once it is whole: others read it at once."""
+    """Makes a missing secret. The file gets its name only when complete: other processes may read it at once."""
     if path.exists():
         return
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""`preft serve`: a whole cluster from one Settings object, until a signal ends it. Nothing is left running.
+"""`preft serve`: a whole cluster from one Settings object, until a signal ends it. No process is left running.
 
-The first signal lets running requests finish for `shutdown_timeout`; the second one ends them at once.
+The first signal lets running requests finish for `shutdown_timeout`; the second signal ends them at once.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ REARM_SECONDS = 0.01
 
 
 def serve(settings: Settings) -> None:
-    """Serves until SIGINT, SIGTERM or SIGHUP; says on stdout what goes on. Raises PreftError if it can't be served."""
+    """Serves until SIGINT, SIGTERM or SIGHUP; reports on stdout. Raises PreftError if the cluster can't serve."""
     import uvloop
 
     uvloop.run(_serve(with_model_length(settings)))
 
 
 class _Stop:
-    """What the signals of this process asked for: to stop, and then to stop at once."""
+    """The stop requests from this process's signals: first stop, then stop at once."""
 
     def __init__(self) -> None:
         self.asked = asyncio.Event()
@@ -52,7 +52,7 @@ class _Stop:
         self._signals = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
 
     def arm(self) -> None:
-        """Takes the signals; again, if somebody else took them meanwhile."""
+        """Installs the signal handlers, also again after Ray has replaced them."""
         loop = asyncio.get_running_loop()
         for number in self._signals:
             loop.add_signal_handler(number, self._signalled)
@@ -67,7 +67,7 @@ async def _serve(settings: Settings) -> None:
     console = Console()
     cluster_id = uuid.uuid4().hex[:8]
     if settings.ray_address is None:
-        # A Ray without a token runs anything for every caller. Ray reads these as it is imported.
+        # Ray without a token runs code for every caller. Ray reads these variables at import.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     logs = new_log_folder(settings.state_dir, cluster_id)
@@ -99,7 +99,9 @@ async def _serve_logged(settings: Settings, cluster_id: str, logs: Path, stop: _
             gateway = await stack.enter_async_context(run_gateway(settings, store, catalog, cluster_id))
             if stop.asked.is_set():
                 return
-            thread = stack.enter_context(ThreadPoolExecutor(1, "ray"))  # no other work keeps the end waiting
+            thread = stack.enter_context(
+                ThreadPoolExecutor(1, "ray")
+            )  # Ray's own, so that no other work delays the end
             console.line(f"listening on http://{gateway.address}; requests get 503 until the workers are ready")
             cluster = RayCluster(settings, cluster_id, store_path, logs)
             try:
@@ -116,7 +118,7 @@ async def _serve_logged(settings: Settings, cluster_id: str, logs: Path, stop: _
 
 
 async def _start_cluster(starting: asyncio.Future[None], stop: _Stop) -> None:
-    """Waits for Ray's start, in which Ray's C++ core makes SIGTERM abort the process: the signals are taken back."""
+    """Waits for Ray's start. Ray's C++ core makes SIGTERM abort the process: the handlers are set repeatedly."""
     while not starting.done():
         await asyncio.wait({starting}, timeout=REARM_SECONDS)
         stop.arm()
@@ -126,7 +128,7 @@ async def _start_cluster(starting: asyncio.Future[None], stop: _Stop) -> None:
 async def _until_stopped(
     settings: Settings, gateway: RunningGateway, cluster: Any, cluster_id: str, stop: _Stop, console: Console
 ) -> None:
-    """Serves until a stop is asked for or a worker can't be started, then drains. Raises EngineFailed."""
+    """Serves until a stop request or a worker's failed start, then drains. Raises EngineFailed."""
     tasks = [
         asyncio.create_task(stop.asked.wait(), name="stop"),
         asyncio.create_task(cluster.wait_failed(console.line), name="workers"),
@@ -153,7 +155,7 @@ async def _until_stopped(
 
 
 async def _tell_progress(settings: Settings, gateway: RunningGateway, cluster_id: str, console: Console) -> None:
-    """Says what the workers do and, once, how to ask the first question. Runs for ever."""
+    """Reports the workers' stages and, once, an example request. Runs for ever."""
     started = time.monotonic()
     names = [f"{role.value}-{number}" for role in settings.roles for number in range(settings.engine(role).replicas)]
     progress = WorkerProgress(console, [f"{cluster_id}-{name}" for name in names], f"{cluster_id}-")
@@ -175,7 +177,7 @@ async def _tell_progress(settings: Settings, gateway: RunningGateway, cluster_id
 
 
 async def _unless(stop: asyncio.Event, start: Coroutine[Any, Any, T]) -> T | None:
-    """What `start` returns; None if `stop` is set before, which ends it."""
+    """The result of `start`. If `stop` is set earlier, cancels `start` and returns None."""
     starting = asyncio.create_task(start)
     stopped = asyncio.create_task(stop.wait())
     try:

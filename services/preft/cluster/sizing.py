@@ -1,6 +1,6 @@
-"""How large workers are where the settings leave it open: GPUs per worker, and staging memory.
+"""Chooses the workers' sizes that the settings leave open: GPUs per worker and staging memory.
 
-Owns the decisions, as pure functions, and the looks at this machine that they need.
+Owns these decisions as pure functions, and the facts about this machine that they need.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from preft.core.cluster import Role
 from preft.core.errors import ConfigError
 from preft.core.settings import GiB, MiB, Settings
 
-STAGED_PROMPTS = 4  # of the greatest length, for which a worker has staging memory
-STAGING_SHARE = 4  # of the machine's memory, all workers together have at most one part in so many
+STAGED_PROMPTS = 4  # the longest prompts for which a worker has staging memory
+STAGING_SHARE = 4  # all workers together get at most this fraction (1/4) of the machine's memory
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 def gpus_per_worker(settings: Settings, role: Role, gpu_build: bool) -> float:
-    """What Ray reserves for each worker of `role`: by default one with vLLM's GPU build, none with its CPU build."""
+    """GPUs that Ray reserves for each worker of `role`: by default 1 with vLLM's GPU build, 0 with the CPU build."""
     own = settings.engine(role).num_gpus
     return own if own is not None else float(gpu_build)
 
 
 def check_gpus(settings: Settings, gpu_build: bool, present: float) -> None:
-    """Raises ConfigError if the workers ask for more GPUs than are `present`: Ray would wait for them without end."""
+    """Raises ConfigError if the workers need more GPUs than are `present`: Ray would wait for ever."""
     each = {role: gpus_per_worker(settings, role, gpu_build) for role in settings.roles}
     asked = sum(settings.engine(role).replicas * gpus for role, gpus in each.items())
     if asked > present:
@@ -47,7 +47,6 @@ def check_gpus(settings: Settings, gpu_build: bool, present: float) -> None:
 
 
 def has_gpu_build() -> bool:
-    """Whether vLLM's GPU build is installed."""
     try:
         return not importlib.metadata.version("vllm").endswith("+cpu")
     except importlib.metadata.PackageNotFoundError:
@@ -55,7 +54,6 @@ def has_gpu_build() -> bool:
 
 
 def staging_bytes(settings: Settings, role: Role) -> int:
-    """Staging memory of each worker of `role`, in bytes."""
     own = settings.engine(role).staging_bytes
     if own is not None:
         return own
@@ -67,13 +65,13 @@ def staging_bytes(settings: Settings, role: Role) -> int:
 def default_staging_bytes(longest_prompt: int, machine: int, workers: int) -> int:
     """Room for STAGED_PROMPTS of the longest prompt's bytes, at least 1 GiB, within the machine's share.
 
-    The share counts `workers` workers on a machine of `machine` bytes. Memory that is never used takes no pages.
+    The share divides a part of `machine` bytes among `workers` workers. Unused staging memory takes no pages.
     """
     return max(MiB, min(max(GiB, STAGED_PROMPTS * longest_prompt), machine // STAGING_SHARE // workers))
 
 
 def kv_token_bytes(config: Mapping[str, Any], dtype: str | None, gpu_build: bool) -> int:
-    """Bytes of one token's KV over all layers, from a model's config.json; 0 if the config doesn't say."""
+    """Bytes of one token's KV over all layers, from a model's config.json; 0 if the config lacks a figure."""
     wide = (dtype or ("auto" if gpu_build else "float32")) == "float32"
     try:
         layers = config["num_hidden_layers"]

@@ -1,6 +1,6 @@
-"""One worker process, of any role: engine, staging arena, gRPC services, registration with heartbeats.
+"""One worker process of any role: engine, staging arena, gRPC services, registration, heartbeats.
 
-Owns the order of start and stop. Doesn't know who started it (Ray, the command line or a test).
+Owns the order of start and stop. Ray, the command line or a test starts it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ HEARTBEAT_SECONDS = 1.0
 
 
 class WorkerServer:
-    """A started worker. `start` makes one; `close` ends it; `died` tells when its engine did."""
+    """A started worker: `start` makes it, `close` ends it, `died` returns when its engine has died."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class WorkerServer:
     ) -> WorkerServer:
         """Starts the engine (25-45 s on CPU), then serves on a free port of `host` and registers as READY.
 
-        Raises what `start_engine` raises; then nothing is left.
+        Raises the errors of `start_engine`; then nothing is left running.
         """
         own, secret = settings.engine(role), cluster_secret(settings)
         record = Worker(
@@ -161,11 +161,11 @@ class WorkerServer:
         return self._record
 
     async def died(self) -> str:
-        """Returns, with the reason, when the engine has died."""
+        """Returns the reason once the engine has died."""
         return await self._engine.wait_dead()
 
     async def close(self) -> None:
-        """Forgets the registration, stops serving, and ends all that was started."""
+        """Removes the registration, stops serving, and ends all parts of the worker."""
         await self._background.close()
         with contextlib.suppress(PreftError):
             await self._store.remove_worker(self._record.id)
@@ -173,7 +173,7 @@ class WorkerServer:
             await self._opened.aclose()
 
     def load(self) -> WorkerLoad:
-        """What the worker uses now."""
+        """The worker's current use of resources."""
         total = self._engine.info.kv_blocks
         return WorkerLoad(
             running=self._running_of_service(),
@@ -225,7 +225,7 @@ class WorkerServer:
         return names
 
     async def _beat(self) -> None:
-        """Says that the worker is ready, and what it uses."""
+        """Writes a heartbeat with the worker's load."""
         self._record = dataclasses.replace(
             self._record, state=WorkerState.READY, heartbeat=time.time(), load=self.load()
         )
@@ -255,7 +255,7 @@ class _Adapters(workers_pb2_grpc.WorkerAdaptersServicer):
 
 
 class StartEngine:
-    """How a worker gets its engine. The real one is `VllmEngine.start`; tests give a fake."""
+    """Starts a worker's engine: `VllmEngine.start`, or a fake in tests."""
 
     async def __call__(self, settings: Settings, role: Role, arena: str, adapter_arena: str) -> Engine:
         from preft.engine.vllm_engine import VllmEngine

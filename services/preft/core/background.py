@@ -1,6 +1,6 @@
-"""Background tasks of one owner: none of them ends in silence, and `close` ends them all.
+"""Background tasks of one owner: no task ends silently, and `close` ends them all.
 
-Owns the tasks, what happens when one raises, and the log lines about it. Doesn't know what the tasks do.
+Owns the tasks, the handling of their exceptions, and the log lines about these. Doesn't know the tasks' work.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ class Background:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
-        """Runs `work` once. An exception in it is logged."""
+        """Runs `work` once. Its exception is logged."""
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
         return task
 
     def every(self, pause: float | Callable[[], float], step: Callable[[], Awaitable[object]], name: str) -> None:
-        """Runs `step` again and again, `pause` seconds apart (before the first step too), until `close`.
+        """Runs `step` repeatedly until `close`, with `pause` seconds before each step.
 
-        A step that raises is logged, and the next step comes all the same. Further steps in a row that raise the same
-        class of error are not logged.
+        A step's exception is logged, and the next step runs all the same. If consecutive steps raise the same class of
+        error, only the first is logged.
         """
         self.start(self._repeat(pause, step, name), name)
 
@@ -44,7 +44,7 @@ class Background:
             await asyncio.wait(tasks)
 
     async def finish(self, seconds: float) -> None:
-        """Gives the tasks `seconds` to end by themselves, then closes."""
+        """Waits up to `seconds` for the tasks to end, then closes."""
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=seconds)
         await self.close()

@@ -1,4 +1,4 @@
-"""What the cluster is made of, as the router sees it: workers with capacity and load, a snapshot of them, adapters."""
+"""The cluster as the router sees it: workers with capacity and load, adapters, and a snapshot of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Role(StrEnum):
-    """What a worker does: one half of each request, or all of it."""
+    """The part of each request that a worker does: prefill, decode, or both."""
 
     PREFILL = "prefill"
     DECODE = "decode"
@@ -17,16 +17,16 @@ class Role(StrEnum):
 
 
 class Tier(StrEnum):
-    """Where a worker has an adapter: in an engine slot (and host memory), in host memory (and on disk), on disk."""
+    """The nearest place of an adapter: an engine slot (and host memory), host memory (and disk), or disk."""
 
     SLOT = "slot"
     HOST = "host"
     DISK = "disk"
-    SOURCE = "source"  # nowhere nearer
+    SOURCE = "source"  # not on this worker
 
 
 class WorkerState(StrEnum):
-    """STARTING: engine loads. READY: takes requests. DRAINING: finishes what it has. DEAD: silent too long, or gone."""
+    """STARTING: engine loads. READY: takes requests. DRAINING: finishes requests. DEAD: ended or silent too long."""
 
     STARTING = "starting"
     READY = "ready"
@@ -36,11 +36,11 @@ class WorkerState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class AdapterLoad:
-    """What a worker's adapter tiers hold, and totals since its start.
+    """Contents of a worker's adapter tiers, and totals since its start.
 
-    `hits` counts requests by the tier in which they found their adapter, `loads` and `load_seconds` what was brought
-    into host memory, from disk or from its source. `host_bytes` includes what is on its way in; `disk_bytes` is
-    the machine's, as it was when this worker last brought something to disk.
+    `hits` counts requests by the tier in which they found their adapter. `loads` and `load_seconds` measure loads into
+    host memory, from disk or from the source. `host_bytes` includes loads under way. `disk_bytes` is the whole
+    machine's figure at this worker's last write to disk.
     """
 
     slots: int = 0
@@ -62,7 +62,7 @@ BY_TIER = ("hits", "loads", "load_seconds")  # fields of AdapterLoad
 
 @dataclass(frozen=True, slots=True)
 class WorkerLoad:
-    """A worker's own view of its use at one heartbeat. Bytes in bytes, blocks in KV blocks.
+    """A worker's own view of its use at one heartbeat.
 
     `kv_blocks_total` excludes the engine's reserved null block: an idle worker has `kv_blocks_free == kv_blocks_total`.
     """
@@ -72,10 +72,10 @@ class WorkerLoad:
     kv_blocks_free: int = 0
     staging_bytes_total: int = 0
     staging_bytes_used: int = 0
-    staging_bytes_evictable: int = 0  # among the used ones: copies that make room when new KV comes
+    staging_bytes_evictable: int = 0  # part of the used bytes: copies that new KV may replace
     open_handles: int = 0
     preemptions: int = 0
-    adapters: tuple[str, ...] = ()  # digests in host memory, most recently used last; the last 1,024 of them
+    adapters: tuple[str, ...] = ()  # digests in host memory, at most 1,024, most recently used last
     tiers: AdapterLoad = field(default_factory=AdapterLoad)
 
 
@@ -83,10 +83,9 @@ class WorkerLoad:
 class Worker:
     """One worker as registered in the state store. `address` is `host:port` of its gRPC services.
 
-    `fingerprint` names model, dtype, KV layout, block size and attention backend: KV moves only between equal ones. A
-    colocated worker's is its own alone: its KV moves nowhere.
-    `heartbeat` is in `time.time()` seconds of the worker's clock, which others' clocks need not agree with: it changes
-    while the worker lives.
+    `fingerprint` names model, dtype, KV layout, block size and attention backend: KV moves only between equal
+    fingerprints. A colocated worker's fingerprint is unique: its KV moves nowhere. `heartbeat` is in `time.time()`
+    seconds of the worker's clock. Clocks may disagree, so the router only checks that it changes.
     """
 
     id: str
@@ -105,11 +104,10 @@ class Worker:
     load: WorkerLoad = field(default_factory=WorkerLoad)
 
     def blocks(self, tokens: int) -> int:
-        """KV blocks that `tokens` tokens take."""
         return -(-tokens // self.block_size)
 
     def staging_bytes(self, tokens: int) -> int:
-        """Bytes of staging memory that the KV of a prompt of `tokens` tokens takes on its way."""
+        """Bytes of staging memory for the KV of a prompt of `tokens` tokens."""
         return self.blocks(tokens) * self.block_bytes + REGION_BYTES if self.block_bytes else 0
 
 
@@ -120,12 +118,12 @@ def worker_row(worker: Worker, now: float) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """One catalog entry: the version (digest) that `name` points to now, and the source that has its content.
+    """One catalog entry: the version (digest) that `name` points to now, and the source of its content.
 
-    `kind` is "lora", "reft" or "lora+reft"; `rank` the highest in it; `size` its files' bytes; `prefill_only` whether
-    its configuration says that it was trained for the prompt pass alone. `version` counts the contents that the name
-    has pointed to, from 1 on. A pinned adapter stays in the host memory of every prefill worker. `stamp` is the
-    source's `AdapterSource.stamp` when it was read. `warnings` are what the user was told when it was added.
+    `kind` is "lora", "reft" or "lora+reft"; `rank` is the highest rank in it; `size` is in bytes. `prefill_only` is
+    true if the adapter's configuration says that it was trained for the prompt pass alone. `version` counts the name's
+    contents from 1 on. A pinned adapter stays in the host memory of every prefill worker. `stamp` is
+    `AdapterSource.stamp` at the time of reading. `warnings` were shown to the user when the adapter was added.
     """
 
     name: str
@@ -144,9 +142,9 @@ class Adapter:
 
 @dataclass(frozen=True, slots=True)
 class AdapterPlace:
-    """The nearest tier in which one worker has an adapter. `last_used` in `time.time()` seconds, 0 if never there.
+    """The nearest tier in which one worker has an adapter. `last_used` in `time.time()` seconds, 0 if never used there.
 
-    `users` counts the requests that use it now.
+    `users` counts the requests that use the adapter now.
     """
 
     worker_id: str
@@ -157,12 +155,12 @@ class AdapterPlace:
 
 @dataclass(frozen=True, slots=True)
 class ClusterSnapshot:
-    """A consistent picture for one routing decision."""
+    """A consistent view for one routing decision."""
 
     workers: Mapping[str, Worker]
 
     def ready(self, *roles: Role) -> tuple[Worker, ...]:
-        """Workers of these roles that take requests, ordered by id."""
+        """READY workers of these roles, ordered by id."""
         return tuple(
             worker
             for _, worker in sorted(self.workers.items())

@@ -1,9 +1,9 @@
-"""Every error a user can meet, and how each boundary reports it.
+"""Every error that a user can meet, and its form at each boundary.
 
 PreftError
 ├── InvalidRequest        400  the request itself is wrong; `param` names the field
 │   └── InvalidAdapter    400  an adapter that can't be served
-│       └── SourceNotFound 404 nothing is where an adapter's source should be
+│       └── SourceNotFound 404 there is no adapter at the named source
 ├── ModelNotFound         404  no base model or adapter of that name
 ├── AdapterExists         409  the name is taken by another adapter
 ├── QueueFull             429  try again after `retry_after` seconds
@@ -11,7 +11,7 @@ PreftError
 ├── Unavailable           503  no worker can take the request now
 │   ├── ShuttingDown      503  the server stops; try again after `retry_after` seconds
 │   ├── WorkerLost        503  a worker died or became unreachable during the request
-│   └── AdapterUnavailable 503 the content of an adapter that was added can't be had now
+│   └── AdapterUnavailable 503 an added adapter's content can't be read now
 ├── TransferFailed        502  the KV cache didn't arrive, or not as it was sent
 ├── EngineFailed          500  the engine gave up on the request
 │   └── NumbersNotFinite  500  the request's own numbers overflowed
@@ -28,7 +28,7 @@ class PreftError(Exception):
 
 
 class InvalidRequest(PreftError):
-    """The request can't be served as written. `param` names the offending field, if there is one."""
+    """The request can't be served as written. `param` names the wrong field, if any."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -40,7 +40,7 @@ class InvalidAdapter(InvalidRequest):
 
 
 class SourceNotFound(InvalidAdapter):
-    """There is no adapter at the source that was named."""
+    """There is no adapter at the named source."""
 
 
 class ModelNotFound(PreftError):
@@ -68,7 +68,7 @@ class Unavailable(PreftError):
 
 
 class ShuttingDown(Unavailable):
-    """The server stops: it takes no new request, or has no time left for one. `retry_after` is in seconds."""
+    """The server stops: it refuses new requests and ends late ones. `retry_after` is in seconds."""
 
     def __init__(self, message: str, retry_after: float = 5.0) -> None:
         super().__init__(message)
@@ -80,7 +80,7 @@ class WorkerLost(Unavailable):
 
 
 class AdapterUnavailable(Unavailable):
-    """A request names an adapter whose content has been lost since it was added. No fault of the caller."""
+    """An added adapter's content can't be read any more. The caller did nothing wrong."""
 
 
 class TransferFailed(PreftError):
@@ -101,7 +101,7 @@ class ConfigError(PreftError):
 
 @dataclass(frozen=True, slots=True)
 class ErrorMapping:
-    """How one error class looks from outside: HTTP status, OpenAI error type and code, gRPC status code name."""
+    """The public form of one error class: HTTP status, OpenAI error type and code, gRPC status code name."""
 
     status: int
     type: str
@@ -113,11 +113,11 @@ MESSAGE_CHARS = 1000
 
 
 def short(text: str) -> str:
-    """What a caller is told. What the caller sent may stand in it, and be as large as a request."""
+    """Shortens a message for the caller: a message can quote the request, and a request can be large."""
     return text if len(text) <= MESSAGE_CHARS else f"{text[:MESSAGE_CHARS]}..."
 
 
-# Looked up along the MRO, so a subclass without an entry reports as its parent.
+# Looked up along the MRO: a subclass without an entry reports as its parent.
 ERROR_MAP: dict[type[PreftError], ErrorMapping] = {
     SourceNotFound: ErrorMapping(404, "invalid_request_error", "adapter_source_not_found", "NOT_FOUND"),
     InvalidAdapter: ErrorMapping(400, "invalid_request_error", "invalid_adapter", "INVALID_ARGUMENT"),
@@ -138,7 +138,7 @@ ERROR_MAP: dict[type[PreftError], ErrorMapping] = {
 
 
 def mapping_of(error: PreftError) -> ErrorMapping:
-    """The outside view of `error`, inherited from the nearest mapped ancestor."""
+    """The public form of `error`, inherited from the nearest mapped ancestor."""
     for cls in type(error).__mro__:
         if cls in ERROR_MAP:
             return ERROR_MAP[cls]

@@ -1,7 +1,7 @@
-"""What may name an adapter: one rule for every way in.
+"""The one rule for adapter names, on every interface.
 
-A name is part of URLs, command lines and log lines: nothing in it may mean something else there. `@` is kept for
-versions, `NAME@VERSION`.
+A name is part of URLs, command lines and log lines, so it holds no character with a special meaning there. `@`
+is reserved for versions: `NAME@VERSION`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ _PUNCTUATION = frozenset("._-:/ ")
 
 
 def normal_name(text: str) -> str:
-    """The one spelling of names that look the same: Unicode's composed form (NFC)."""
+    """One spelling for names that look the same: Unicode's composed form (NFC)."""
     return unicodedata.normalize("NFC", text)
 
 
 def adapter_name(text: str) -> str:
-    """The normal form of `text` as an adapter's name. Raises InvalidAdapter if it can't be one."""
+    """The normal form of `text` as an adapter's name. Raises InvalidAdapter for an invalid name."""
     name = normal_name(text)
     if fault := _fault(name):
         shown = repr(name) if len(name) <= MAX_NAME else f"{name[:MAX_NAME]!r}..."

@@ -1,6 +1,6 @@
-"""The interfaces between the parts: who generates tokens, who knows adapters, who remembers the cluster.
+"""The ports between packages: token generation, the adapter catalog, the cluster's state.
 
-Implementations live elsewhere; each port has one contract test that runs over all of them.
+Implementations live elsewhere. Each port has one contract test that runs over all implementations.
 """
 
 from __future__ import annotations
@@ -16,61 +16,61 @@ from preft.core.request import AdapterRef, GenerateRequest, TokenDelta
 
 
 class Generation(Protocol):
-    """The running choices of one request. Iterate to get deltas of all choices as they come.
+    """The running choices of one request. Iterating gives the deltas of all choices as they arrive.
 
-    Iteration ends after every choice has had its `finish_reason` or was stopped. It raises a PreftError if the
-    request fails; then no more deltas come.
+    Iteration ends after every choice has had its `finish_reason` or was stopped. If the request fails, iteration raises
+    a PreftError and gives no more deltas.
     """
 
     def __aiter__(self) -> AsyncIterator[TokenDelta]: ...
 
     def stop(self, index: int) -> None:
-        """No more tokens of choice `index` are wanted (a stop string was met). Its work is cancelled at once."""
+        """Cancels the work of choice `index` at once, for example after a stop string."""
 
 
 class Generator(Protocol):
     """Turns requests into tokens: the router, or a fake."""
 
     def generate(self, request: GenerateRequest) -> AbstractAsyncContextManager[Generation]:
-        """Starts `request`. Leaving the context cancels whatever still runs, on every worker.
+        """Starts `request`. Leaving the context cancels all work that still runs, on every worker.
 
-        Entering raises QueueFull, Unavailable or InvalidRequest at once where that is known at once.
+        Entering raises QueueFull, Unavailable or InvalidRequest if the reason is already known.
         """
 
     def ready(self) -> bool:
-        """Whether a request would be served now: at least one ready worker of each role that fit together."""
+        """Whether a request would be served now: every role has a ready worker, and these workers match."""
 
 
 Progress = Callable[[int, int | None], None]
-"""Told, from any thread, how many bytes of an adapter have come, and of how many if that is known."""
+"""Receives, from any thread, the bytes of an adapter that have arrived, and the total if it is known."""
 
 
 class AdapterCatalog(Protocol):
-    """Names and the adapter versions they point to. `get` and `list` never wait: they read a watched copy.
+    """Names and their adapter versions. `get` and `list` never wait: they read a copy that follows the store.
 
-    Both raise Unavailable once the copy hasn't been brought up to date for too long.
+    Both raise Unavailable if the copy hasn't been refreshed for too long.
     """
 
     def get(self, name: str) -> Adapter | None: ...
 
     def list(self) -> Sequence[Adapter]:
-        """All entries, by name. The same object until something changes."""
+        """All entries, by name. The same object until an entry changes."""
 
     async def add(self, name: str, source: str, *, replace: bool = False, progress: Progress | None = None) -> Adapter:
-        """Fetches and checks what `source` (a URI or local path) holds, and points `name` to it.
+        """Fetches and checks the adapter at `source` (a URI or local path), and points `name` to it.
 
-        Idempotent for equal content. Raises InvalidAdapter (broken, doesn't fit, name is the base model's),
-        SourceNotFound, Unavailable (the source or the disk fails), AdapterExists (other content and not `replace`), or
-        InvalidRequest (the name is pinned and there is no room for its new content).
+        Idempotent for equal content. Raises InvalidAdapter (broken, doesn't fit, the base model's name),
+        SourceNotFound, Unavailable (the source or the disk fails), AdapterExists (other content without `replace`), or
+        InvalidRequest (the name is pinned, and there is no room for the new content).
         """
 
     async def add_archive(self, name: str, archive: Path, *, replace: bool = False) -> Adapter:
-        """Like `add`, with the content of a tar or zip file, which is kept as the adapter's source."""
+        """Like `add`, with the content of a tar or zip file. The archive is kept as the adapter's source."""
 
     async def pin(self, name: str, pinned: bool) -> Adapter:
-        """Keeps the adapter in the host memory of every prefill worker, or no longer. Raises ModelNotFound.
+        """Pins the adapter in the host memory of every prefill worker, or unpins it. Raises ModelNotFound.
 
-        Raises InvalidRequest if there isn't room for it beside the other pinned ones.
+        Raises InvalidRequest if the other pinned adapters leave no room for it.
         """
 
     async def remove(self, name: str) -> Adapter:
@@ -78,15 +78,15 @@ class AdapterCatalog(Protocol):
 
 
 class AdapterPlaces(Protocol):
-    """Who has an adapter where."""
+    """The places of an adapter's copies."""
 
     async def places(self, adapter: AdapterRef) -> Sequence[AdapterPlace]:
-        """One entry per worker that runs adapters and answers, by worker id."""
+        """One entry per worker that runs adapters and answers, ordered by worker id."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterChanges:
-    """The catalog's revision, which each change raises, and the entries put and names removed to get there."""
+    """The catalog's revision, which each change raises, and the changes up to it: entries put and names removed."""
 
     revision: int
     put: tuple[Adapter, ...]
@@ -94,27 +94,27 @@ class AdapterChanges:
 
 
 class StateStore(Protocol):
-    """The cluster's memory: workers (with heartbeats) and the adapter catalog. Never on the per-request path."""
+    """The cluster's state: workers (with heartbeats) and the adapter catalog. Never on the per-request path."""
 
     async def put_worker(self, worker: Worker) -> None:
         """Registers `worker`, or refreshes it."""
 
     async def remove_worker(self, worker_id: str) -> None:
-        """Forgets a worker; unknown ids are fine."""
+        """Removes a worker; unknown ids are ignored."""
 
     async def workers(self) -> list[Worker]:
-        """All registered workers, by id, dead ones included until removed."""
+        """All registered workers, by id. Dead workers stay until removed."""
 
     async def put_adapter(self, adapter: Adapter, *, expect: Adapter | None) -> bool:
-        """Points `adapter.name` to this version if its entry is `expect` now (None: there is none); False if not."""
+        """Points `adapter.name` to this version if its entry is `expect` (None: no entry); else returns False."""
 
     async def delete_adapter(self, name: str) -> Adapter | None:
-        """Removes a name; returns its entry, None if there was none."""
+        """Removes a name; returns its entry, or None if there was none."""
 
     async def adapter(self, name: str) -> Adapter | None:
-        """The entry as it is now."""
+        """The current entry."""
 
     async def adapter_changes(self, since: int) -> AdapterChanges:
-        """What changed in the catalog after revision `since`; all of it if that is 0."""
+        """The changes after revision `since`; the whole catalog if `since` is 0."""
 
     async def close(self) -> None: ...

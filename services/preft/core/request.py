@@ -1,6 +1,6 @@
-"""What travels through the cluster for one request: sampling, the request itself, and the tokens that come back.
+"""One request's data on its way through the cluster: sampling parameters, the request, and the resulting tokens.
 
-Everything here is in token ids; text exists only in the gateway.
+All text is token ids here; only the gateway has text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NO_BIAS: Mapping[int, float] = MappingProxyType({})
 
 
 class FinishReason(StrEnum):
-    """Why a choice ended, in OpenAI's words."""
+    """Why a choice ended, in OpenAI's terms."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -56,8 +56,8 @@ class Sampling:
 class AdapterRef:
     """One version of one adapter. `digest` (sha256 hex over config and weights) is its identity; `name` is for people.
 
-    `source` is where the content can be fetched: a URI or local path. What it holds counts only if it has the digest.
-    A digest names folders on disk, so nothing else passes for one: InvalidRequest.
+    `source` is a URI or local path of the content. Content at `source` is used only if it has the digest. The
+    constructor raises InvalidRequest for a malformed digest, because digests name folders on disk.
     """
 
     name: str
@@ -71,7 +71,7 @@ class AdapterRef:
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """One prompt to be continued `n` times, by the base model (`adapter` None) or under one adapter version.
+    """One prompt to continue `n` times, with the base model (`adapter` None) or with one adapter version.
 
     `deadline` is in `time.time()` seconds; None means no limit.
     """
@@ -96,11 +96,11 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class TokenDelta:
-    """New tokens of one choice. `logprobs` has one entry per token, or none if not asked for.
+    """New tokens of one choice. `logprobs` has one entry per token, or none if the request doesn't ask for them.
 
-    `finish_reason` is set on the last delta of a choice (its tokens may be empty); `stop_token_id` names the caller's
-    stop token that ended it (never an EOS). `cached_tokens` is how many prompt tokens were found in a prefix cache; the
-    first delta of choice 0 says it.
+    `finish_reason` is set on the last delta of a choice, whose tokens may be empty. `stop_token_id` is the caller's
+    stop token that ended the choice, never an EOS. `cached_tokens` counts the prompt tokens found in a prefix cache;
+    the first delta of choice 0 has it.
     """
 
     index: int

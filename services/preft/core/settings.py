@@ -17,10 +17,10 @@ from preft.core.web import read_host, read_origin
 GiB = 1 << 30
 MiB = 1 << 20
 DAY = 86_400.0  # seconds
-SCHEMES = ("s3", "gs", "http", "https", "hf")  # of adapters that aren't local folders
+SCHEMES = ("s3", "gs", "http", "https", "hf")  # of adapters outside local folders
 
 Seconds = Annotated[float, Field(gt=0, le=DAY)]
-"""A wait. Timers overflow with far longer ones, and then don't wait at all."""
+"""A duration in seconds. The limit of one day exists because timers overflow with far longer durations."""
 
 
 class _Strict(BaseModel):
@@ -28,7 +28,7 @@ class _Strict(BaseModel):
 
 
 class EngineSettings(_Strict):
-    """What both roles tell vLLM. Sizes in bytes, lengths in tokens."""
+    """vLLM's settings for a worker of any role. Sizes in bytes, lengths in tokens."""
 
     replicas: Annotated[int, Field(ge=1, le=1024)] = 1
     max_num_seqs: Annotated[int, Field(ge=1)] = 64
@@ -37,31 +37,31 @@ class EngineSettings(_Strict):
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
     enable_prefix_caching: bool = True
     enforce_eager: bool | None = None  # None: eager on CPU, compiled on GPU
-    staging_bytes: Annotated[int, Field(ge=1 * MiB)] | None = None  # host memory for KV on its way; None: by model
-    num_cpus: Annotated[float, Field(ge=0)] = 0  # what Ray reserves per worker
-    num_gpus: Annotated[float, Field(ge=0)] | None = None  # likewise; None: 1 with vLLM's GPU build, else 0
+    staging_bytes: Annotated[int, Field(ge=1 * MiB)] | None = None  # host memory for KV under way; None: by model
+    num_cpus: Annotated[float, Field(ge=0)] = 0  # reserved in Ray per worker
+    num_gpus: Annotated[float, Field(ge=0)] | None = None  # reserved too; None: 1 with vLLM's GPU build, else 0
 
 
 class PrefillSettings(EngineSettings):
-    """Prefill workers: the engine limits plus the adapter slots."""
+    """Prefill workers: the engine's settings and the adapter slots."""
 
     max_loras: Annotated[int, Field(ge=1)] = 8  # engine slots: distinct adapters in one batch
     max_lora_rank: Literal[1, 8, 16, 32, 64, 128, 256, 320, 512] = 64
 
 
 class DecodeSettings(EngineSettings):
-    """Decode workers: no adapters here."""
+    """Decode workers: the engine's settings. Decode workers have no adapters."""
 
 
 class StoreSettings(_Strict):
-    """Where adapters wait for their use. Sizes in bytes, times in seconds."""
+    """Storage of adapters. Sizes in bytes, times in seconds."""
 
     disk_bytes: Annotated[int, Field(ge=1 * MiB)] = 64 * GiB  # copies on disk, per machine
     host_bytes: Annotated[int, Field(ge=1 * MiB)] = 4 * GiB  # in host memory, per prefill worker
     max_adapter_bytes: Annotated[int, Field(ge=1)] = 2 * GiB  # a larger one is refused
-    source_timeout: Seconds = 30.0  # without a byte, after which a source has failed
-    source_min_rate: Annotated[int, Field(ge=1)] = 64 << 10  # bytes per second that a remote source sends at least
-    catalog_timeout: Seconds = 60.0  # without a look at the catalog, after which adapters' requests get 503
+    source_timeout: Seconds = 30.0  # a source that sends nothing for this long has failed
+    source_min_rate: Annotated[int, Field(ge=1)] = 64 << 10  # bytes per second; a slower remote source has failed
+    catalog_timeout: Seconds = 60.0  # without a catalog refresh for this long, requests for adapters get 503
 
 
 class RouterSettings(_Strict):
@@ -73,8 +73,8 @@ class RouterSettings(_Strict):
     transfer_timeout: Seconds = 30.0  # from first token to KV in place
     retries: Annotated[int, Field(ge=0, le=10)] = 2  # further attempts after a worker or transfer failed
     poll_interval: Seconds = 0.25  # how often the state store is read
-    worker_timeout: Seconds = 10.0  # a worker without heartbeat for this long takes nothing
-    restart_grace: Annotated[float, Field(ge=0, le=DAY)] = 120.0  # how long begun requests wait when no worker is left
+    worker_timeout: Seconds = 10.0  # a worker without heartbeat for this long gets no requests
+    restart_grace: Annotated[float, Field(ge=0, le=DAY)] = 120.0  # how long begun requests wait if no worker is left
 
 
 class Settings(_Strict):
@@ -83,27 +83,27 @@ class Settings(_Strict):
     model: Path
     served_model_name: str | None = None  # default: the last part of `model`
     host: str = "127.0.0.1"
-    port: Annotated[int, Field(ge=0, le=65535)] = 8000  # 0: any free port
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000  # 0 means any free port
     allowed_hosts: list[str] = Field(default_factory=list)  # names in Host, beside loopback's and `host`
-    allowed_origins: list[str] = Field(default_factory=list)  # web pages that may use the server, beside its own
+    allowed_origins: list[str] = Field(default_factory=list)  # origins of pages that may use the server
     grpc_port: Annotated[int, Field(ge=0, le=65535)] | None = None  # None: no public gRPC service
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None  # None: float32 on CPU, auto on GPU
     max_model_len: Annotated[int, Field(ge=1)] | None = None  # None: the model's own
     block_size: Literal[16, 32, 64, 128] | None = None  # tokens per KV block; None: 32 on CPU (its smallest), 16 on GPU
     seed: int = 0
-    shutdown_timeout: Annotated[float, Field(ge=0, le=DAY)] = 20.0  # for running requests, once a stop was asked for
+    shutdown_timeout: Annotated[float, Field(ge=0, le=DAY)] = 20.0  # for running requests, after a stop signal
     state_dir: Path = Path("~/.preft")
-    # Never written out with the other settings. None: `cluster.secret` makes one, in `state_dir`.
+    # Never written out with the other settings. None: `cluster.secret` makes a secret in `state_dir`.
     cluster_secret: Annotated[SecretStr, Field(min_length=16)] | None = Field(default=None, exclude=True, repr=False)
-    ray_address: str | None = None  # None: a Ray of our own on this machine
+    ray_address: str | None = None  # None: `preft serve` starts Ray on this machine
     adapters: dict[str, str] = Field(default_factory=dict)  # name: folder or URI
     adapter_dir: Path | None = None  # a folder of adapters, watched
-    adapter_sources: tuple[str, ...] | None = None  # what adapters named in requests may start with; None: by `host`
+    adapter_sources: tuple[str, ...] | None = None  # allowed beginnings of sources in requests; None: depends on `host`
     store: StoreSettings = Field(default_factory=StoreSettings)
     prefill: PrefillSettings = Field(default_factory=PrefillSettings)
     decode: DecodeSettings = Field(default_factory=DecodeSettings)
     router: RouterSettings = Field(default_factory=RouterSettings)
-    colocated: bool = False  # one kind of worker that does both, with the settings of `prefill`
+    colocated: bool = False  # one kind of worker for prefill and decode, with the settings of `prefill`
 
     @field_validator("model", "state_dir", "adapter_dir")
     @classmethod
@@ -153,7 +153,7 @@ class Settings(_Strict):
 
     @property
     def roles(self) -> tuple[Role, ...]:
-        """Which workers the cluster has."""
+        """The roles of the cluster's workers."""
         return (Role.COLOCATED,) if self.colocated else (Role.PREFILL, Role.DECODE)
 
     def engine(self, role: Role) -> EngineSettings:
@@ -167,12 +167,12 @@ class Settings(_Strict):
 
 
 def host_and_port(host: str, port: int) -> str:
-    """`host:port`, an IPv6 address in brackets."""
+    """`host:port`, with an IPv6 address in brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a server that listens on `host`."""
+    """Whether a server that listens on `host` is reachable from this machine alone."""
     try:
         return ip_address(host).is_loopback
     except ValueError:
@@ -180,9 +180,9 @@ def is_loopback(host: str) -> bool:
 
 
 def load_settings(config: Path | None = None, overrides: dict[str, Any] | None = None) -> Settings:
-    """Settings from a YAML file with `overrides` (nested dicts, from flags) on top.
+    """Settings from a YAML file, with `overrides` (nested dicts, from flags) on top.
 
-    Raises ConfigError with the key's dotted name if anything is unknown, missing or malformed.
+    Raises ConfigError with a key's dotted name if the key is unknown or missing, or its value is malformed.
     """
     data: dict[str, Any] = {}
     if config is not None:
@@ -206,7 +206,7 @@ def load_settings(config: Path | None = None, overrides: dict[str, Any] | None =
         raise ConfigError(": ".join(filter(None, [".".join(map(str, first["loc"])), problem]))) from error
 
 
-_PROBLEMS = {  # pydantic's kind of error -> words that a user of the settings file understands
+_PROBLEMS = {  # pydantic's kind of error -> words for the user of a settings file
     "extra_forbidden": "there is no such setting",
     "missing": "this setting must be given",
     "model_type": "this is a group of settings: give a mapping, such as {replicas: 2}",

@@ -1,4 +1,4 @@
-"""Hosts and origins as browsers write them: one spelling for each, and which of them are allowed."""
+"""Hosts and origins as browsers write them: one spelling for each, and the rule for allowed hosts."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Address = IPv4Address | IPv6Address
 
 
 def read_host(text: str) -> str | Address:
-    """One spelling per host: addresses parsed, names in lower case, without the root's dot.
+    """One spelling per host: addresses parsed, names in lower case, without the final dot.
 
-    `text` has no port; an IPv6 address may have brackets. Raises ValueError if it can't be a host.
+    `text` has no port; an IPv6 address may have brackets. Raises ValueError for an invalid host.
     """
     host = text.lower().removesuffix(".")
     bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
@@ -34,7 +34,7 @@ def read_host(text: str) -> str | Address:
 
 
 def read_origin(text: str) -> str:
-    """One spelling per origin: lower case, without its scheme's usual port. Raises ValueError if it isn't an origin."""
+    """One spelling per origin: lower case, without the scheme's default port. Raises ValueError for a wrong origin."""
     origin = text.lower()
     if origin in ("*", "null"):
         return origin
@@ -46,16 +46,15 @@ def read_origin(text: str) -> str:
 
 
 def without_usual_port(authority: str, scheme: str) -> str:
-    """`host:port` without the port that `scheme` has anyway."""
+    """`authority` (`host:port`) without the default port of `scheme`."""
     return authority.removesuffix(f":{_PORTS[scheme]}") if scheme in _PORTS else authority
 
 
 class AllowedHosts:
-    """The hosts under which clients may reach a server: loopback, the ones it listens on, and further ones.
+    """The hosts under which clients may reach a server: loopback, the host it listens on, and further hosts.
 
-    A server that listens on all addresses of its machine may be reached under any IP address, which no web page can
-    take as its own name, and under the machine's name. `*` allows every host, `*.example.com` the names below
-    example.com.
+    A server that listens on all addresses also allows the machine's name and every IP address: no web page can have an
+    IP address as its own name. `*` allows every host, `*.example.com` every name below example.com.
     """
 
     def __init__(self, hosts: Iterable[str]) -> None:
@@ -67,7 +66,7 @@ class AllowedHosts:
             self._hosts.add(socket.gethostname().lower())
 
     def __contains__(self, authority: str) -> bool:
-        """Whether `authority`, which is the value of a Host header, has an allowed host. The port doesn't matter."""
+        """Whether the host in `authority`, the value of a Host header, is allowed. The port doesn't matter."""
         parts = _AUTHORITY.fullmatch(authority)
         try:
             host = read_host(parts[1] if parts else "")
@@ -81,6 +80,6 @@ class AllowedHosts:
 
 
 def same_origin(origin: str, authority: str) -> bool:
-    """Whether a page of `origin` is from the server that was asked as `authority`, also through a proxy with TLS."""
+    """Whether a page of `origin` comes from the server that Host `authority` names, also through a proxy with TLS."""
     scheme, _, host = origin.partition("://")
     return scheme in _PORTS and host != "" and host == without_usual_port(authority.lower(), scheme)

@@ -1,5 +1,5 @@
-"""The front door: OpenAI-compatible HTTP and the public gRPC API over the Generator and AdapterCatalog ports.
+"""The front door: OpenAI-compatible HTTP and the public gRPC API over the ports Generator and AdapterCatalog.
 
-Text exists only here: tokenizing, chat templates, detokenizing, stop strings and the wire formats. Workers speak token
-ids. Nothing in this package knows workers, KV caches or engines.
+Text exists only in this package: tokenizing, chat templates, detokenizing, stop strings and wire formats. Workers speak
+token ids. The package knows no workers, KV caches or engines.
 """

@@ -1,4 +1,4 @@
-"""The bodies and query strings of the adapter endpoints, strictly checked. What they name is the catalog's to judge."""
+"""The bodies and query strings of the adapter endpoints, strictly checked. The catalog judges the adapters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Name = Annotated[str, Field(min_length=1)]
 
 
 class LoadAdapterBody(Strict):
-    """POST /v1/load_lora_adapter, vLLM's. `lora_path` may be a URI too."""
+    """POST /v1/load_lora_adapter, as in vLLM. `lora_path` may also be a URI."""
 
     lora_name: Name
     lora_path: Annotated[str, Field(min_length=1)]
@@ -26,14 +26,14 @@ class LoadAdapterBody(Strict):
 
 
 class UnloadAdapterBody(Strict):
-    """POST /v1/unload_lora_adapter, vLLM's."""
+    """POST /v1/unload_lora_adapter, as in vLLM."""
 
     lora_name: Name
-    lora_int_id: Integer | None = None  # vLLM's own number, which says nothing here
+    lora_int_id: Integer | None = None  # vLLM's own number, without a meaning here
 
 
 class AddAdapterBody(Strict):
-    """POST /v1/adapters. `path` is the older name of `source`: a checked body has exactly one of them."""
+    """POST /v1/adapters. `path` is the older name of `source`. A checked body has exactly one of the two fields."""
 
     name: Name
     source: Annotated[str, Field(min_length=1)] | None = None
@@ -51,7 +51,7 @@ class AddAdapterBody(Strict):
 
     @property
     def origin(self) -> str:
-        """Whichever of the two was given."""
+        """The value of `source` or `path`, whichever the body has."""
         return self.source or self.path or ""
 
 
@@ -62,13 +62,13 @@ class PinAdapterBody(Strict):
 
 
 class _Query(BaseModel):
-    """A query string: all values come as text."""
+    """A query string. All values arrive as text."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class ListQuery(_Query):
-    """GET /v1/adapters. `after` is the last name of the page before; `search` a part of the name, in any case."""
+    """GET /v1/adapters. `after` is the last name of the previous page; `search` is a part of the name in any case."""
 
     limit: Annotated[int, Field(ge=1, le=MAX_LIMIT)] = DEFAULT_LIMIT
     after: str = ""
@@ -78,7 +78,7 @@ class ListQuery(_Query):
 
     @property
     def filters(self) -> bool:
-        """Whether it leaves out any entries."""
+        """Whether the query leaves out any entries."""
         return bool(self.search) or self.kind is not None or self.pinned is not None
 
 

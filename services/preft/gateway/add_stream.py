@@ -1,7 +1,7 @@
-"""Adds an adapter while the client watches: its bytes as server-sent events, then the entry or the error.
+"""Adds an adapter while the client watches: progress as server-sent events, then the entry or the error.
 
-The status is sent before anything is known, so that no proxy gives up on a long download. The client that leaves
-ends it, and so does one that waits without watching.
+The HTTP status is sent before the download begins, so that no proxy gives up on a long download. A client that
+disconnects cancels the addition, with or without an event stream.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from preft.gateway.listing import adapter_json
 
 _log = logging.getLogger(__name__)
 
-EVENT_SECONDS = 0.1  # no more often than this
-QUIET_SECONDS = 15.0  # then a comment shows that the connection lives
+EVENT_SECONDS = 0.1  # the shortest time between two progress events
+QUIET_SECONDS = 15.0  # after this silence, a comment shows that the connection lives
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -35,7 +35,7 @@ _HEADERS = [
 
 
 class AddStream(Response):
-    """The events of one `add`, which is started with the response and cancelled if the client leaves."""
+    """The events of one `add`. The response starts `add`; a client that disconnects cancels it."""
 
     def __init__(self, add: Callable[[Progress], Awaitable[Adapter]]) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class AddStream(Response):
         self._latest = (done, total)
 
     async def _tell_progress(self, adding: asyncio.Task[Any], gone: asyncio.Task[None], send: Send) -> None:
-        """Until the one or the other is done."""
+        """Sends progress until the addition ends or the client has left."""
         told = None
         told_at = time.monotonic()
         while not gone.done():
@@ -87,9 +87,9 @@ class AddStream(Response):
 
 
 async def added(request: Request, add: Coroutine[Any, Any, Adapter]) -> Adapter:
-    """What `add` returns, for a client that doesn't watch. If it leaves, cancels `add` and raises ClientDisconnect.
+    """Returns the result of `add` to a client without an event stream.
 
-    The request's body must have been read.
+    The request's body must have been read. A client that disconnects cancels `add`; then raises ClientDisconnect.
     """
     adding = asyncio.create_task(add)
     gone = asyncio.create_task(_gone(request.receive))
@@ -109,6 +109,6 @@ def _event(data: dict[str, Any]) -> str:
 
 
 async def _gone(receive: Receive) -> None:
-    """Ends when the client has left."""
+    """Returns when the client has disconnected."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -1,6 +1,6 @@
 """The tokens that a model folder names outside of tokenizer.json, added as transformers' AutoTokenizer adds them.
 
-Owns special tokens and added tokens; the vocabulary itself is the tokenizer's.
+Owns special tokens and added tokens. The `tokenizers` library owns the vocabulary.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 @dataclass(frozen=True, slots=True)
 class NamedTokens:
-    """`special` maps names such as `eos_token` to texts. `listed` tokens count more than what tokenizer.json says of
-    them; `extra` tokens (the special ones among them) are added where they aren't added tokens yet. Both are in order.
+    """The named tokens of one folder, in order. `special` maps names such as `eos_token` to texts.
+
+    `listed` tokens override tokenizer.json. `extra` tokens, special tokens included, are added unless the tokenizer has
+    them as added tokens already.
     """
 
     special: Mapping[str, str]
@@ -28,7 +30,7 @@ class NamedTokens:
 
 
 def read_tokens(config: Mapping[str, Any], special_map: Mapping[str, Any], added: Mapping[str, Any]) -> NamedTokens:
-    """From tokenizer_config.json, special_tokens_map.json and added_tokens.json; the last two are of older folders.
+    """Reads tokenizer_config.json, and the special_tokens_map.json and added_tokens.json of older folders.
 
     Raises ConfigError for a malformed token.
     """
@@ -53,7 +55,7 @@ def read_tokens(config: Mapping[str, Any], special_map: Mapping[str, Any], added
 
 
 def add_tokens(backend: Tokenizer, tokens: NamedTokens, limit: int | None) -> None:
-    """Makes the tokenizer know `tokens`; one that would get an id from `limit` on, beyond the model's, stays text."""
+    """Adds `tokens` to the tokenizer. A token whose id would reach `limit`, the model's vocabulary size, stays text."""
     for token in tokens.listed:
         _add(backend, token, limit)
     for token in tokens.extra:

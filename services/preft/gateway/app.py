@@ -1,4 +1,4 @@
-"""Wires the HTTP API together. Behaviour is in the routes and what they call."""
+"""Wires the HTTP API together. The routes, and the modules that they call, hold the behaviour."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from preft.gateway.routes_operations import operations_routes
 
 
 def create_app(deps: GatewayDeps) -> FastAPI:
-    """The OpenAI-compatible HTTP API over `deps`. One app per GatewayDeps: its metrics are registered once."""
+    """The OpenAI-compatible HTTP API over `deps`. One GatewayDeps makes one app: its metrics are registered once."""
     app = DescribedApp(title="PreFT Serve", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     for routes in (openai_routes, model_routes, adapter_routes, vllm_adapter_routes, operations_routes):
         app.include_router(routes(deps))

@@ -1,7 +1,8 @@
-"""Keeps web pages of other sites away from the server: which Host and Origin a request may have, and CORS.
+"""Protects the server from web pages of other sites: checks the headers Host and Origin, and answers CORS.
 
-A page can send requests to every server that its browser reaches, the browser's own machine included. The browser says
-in Origin where the page is from. A page whose own name resolves to this server (DNS rebinding) shows this name in Host.
+A page can send requests to every server that its browser reaches, the browser's own machine included. The browser
+writes the page's origin into Origin. A page whose host name resolves to this server (DNS rebinding) shows this name in
+Host.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ PREFLIGHT_SECONDS = 600
 
 
 class BrowserGuard:
-    """ASGI middleware: 400 for other hosts, 403 for pages of other origins, CORS headers for pages of allowed ones."""
+    """ASGI middleware: 400 for other hosts, 403 for pages of other origins, CORS headers for allowed origins."""
 
     def __init__(self, app: ASGIApp, *, hosts: Iterable[str], origins: Iterable[str]) -> None:
-        """`hosts` as AllowedHosts takes them; `origins` of pages beside the server's own, `*` for all."""
+        """`hosts` as for AllowedHosts; `origins` are allowed in addition to the server's own, `*` allows all."""
         self._app = app
         self._hosts = AllowedHosts(hosts)
         self._origins = {read_origin(origin) for origin in origins}
@@ -56,7 +57,7 @@ class BrowserGuard:
             await self._app(scope, receive, _readable_by(origins[0], send))
 
     def _may_have(self, hosts: list[str], http_version: str) -> bool:
-        """Only HTTP/1.0, which no browser speaks, needs no Host."""
+        """Whether Host is allowed. Only HTTP/1.0 requests may omit it: browsers don't speak HTTP/1.0."""
         return hosts[0] in self._hosts if len(hosts) == 1 else not hosts and http_version == "1.0"
 
     def _is_allowed(self, origin: str) -> bool:

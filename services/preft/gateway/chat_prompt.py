@@ -1,7 +1,7 @@
-"""From checked messages to the text of a prompt, in the form that the model's template takes, with nothing left out.
+"""Turns checked messages into the prompt's text, in the form that the model's template takes, without losing a text.
 
-Templates differ in what they take: content as a string or as a list of parts, a `developer` role or none. Templates
-also leave texts out without a word. Both show when marked texts are rendered and the marks are looked for.
+Templates differ: content is a string or a list of parts; a `developer` role exists or not. A template can also omit
+text silently. To detect both, this module renders texts with marks and searches the result for the marks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from preft.core.errors import InvalidRequest
 from preft.gateway.chat_template import ChatTemplate
 from preft.gateway.messages import Content, Message, ToolCall
 
-# Digits alone: templates that change case, escape or trim leave digits as they are.
+# Digits alone: templates that change case, escape or trim leave digits unchanged.
 _MARK = f"7{secrets.randbelow(10**15):015}7"
 _MARKS = re.compile(_MARK + r"(\d{8})([01])")
 
@@ -32,7 +32,7 @@ class _Form(Enum):
 
 @dataclass(frozen=True, slots=True)
 class _Turn:
-    """A message on its way to the template, with its texts marked or not."""
+    """A message as the template gets it, with or without marks in its texts."""
 
     role: str
     content: Content
@@ -41,7 +41,7 @@ class _Turn:
 
 
 class _Marks:
-    """Marks texts at both ends and finds them again. `mark` returns the marked text; numbers count up from 0."""
+    """Marks both ends of texts and finds the marks again. `mark` returns the marked text; mark numbers count from 0."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
@@ -82,10 +82,10 @@ class ChatPrompt:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
     ) -> str:
-        """The prompt's text.
+        """Renders the prompt's text.
 
-        Raises InvalidRequest if the template refuses the messages, leaves something of them out, or doesn't read what
-        the request sets beside them.
+        Raises InvalidRequest if the template refuses the messages, omits a part of them, or doesn't read a parameter
+        that the request gives for the template.
         """
         chosen = self._with_tools if tools else self._plain
         if documents and "documents" not in chosen.template.variables:
@@ -107,7 +107,7 @@ class ChatPrompt:
         marked = [_marked(message, marks) for message in messages]
         try:
             shown = marks.found(rendered([turn for turn, _ in marked]))
-        except InvalidRequest:  # a template that looks at the texts themselves
+        except InvalidRequest:  # the template may refuse the marks, not the texts
             shown = {
                 (number, end) for number, whole in enumerate(marks.texts) for end in (0, 1) if whole.strip() in text
             }
@@ -118,9 +118,10 @@ class ChatPrompt:
 
 
 def _marked(message: Message, marks: _Marks) -> tuple[_Turn, range]:
-    """The message with marks, and the numbers of what must be in the prompt: its texts, or its calls' names.
+    """The marked message, and the numbers of the marks that must be in the prompt.
 
-    Templates are made to drop an assistant's words beside its tool calls, so the calls alone are marked there.
+    Many templates drop an assistant's text beside its tool calls, so such a message gets
+    marks in its calls' names alone.
     """
     first = len(marks.texts)
     content, calls = message.said, tuple(message.tool_calls)
@@ -141,9 +142,9 @@ def _with_function(call: ToolCall, **changes: str) -> dict[str, Any]:
 
 
 def _check_shown(at: int, turn: _Turn, numbers: range, shown: set[tuple[int, int]], is_continued: bool) -> None:
-    """Raises InvalidRequest unless all of the turn is in the prompt.
+    """Raises InvalidRequest unless the prompt contains the whole turn.
 
-    The beginning of what an assistant said may be missing: templates cut its reasoning out.
+    The beginning of an assistant's text may be missing: templates remove its reasoning.
     """
     ends = (1,) if turn.role == "assistant" and not is_continued else (0, 1)
     if all((number, end) in shown for number in numbers for end in ends):
@@ -156,12 +157,12 @@ def _check_shown(at: int, turn: _Turn, numbers: range, shown: set[tuple[int, int
 
 
 class _Format:
-    """One template, and the forms of content that it takes per role."""
+    """One template, and the forms of content that the template takes for each role."""
 
     def __init__(self, template: ChatTemplate) -> None:
         self.template = template
         self._takes: dict[str, frozenset[_Form]] = {}
-        self._silence: str | list[Any] | None = ""  # the content beside tool calls if there is none
+        self._silence: str | list[Any] | None = ""  # the content beside tool calls if the message has no text
         self._arguments_are_text = False
         user = _Turn("user", Content(("x",)))
         call = _Turn("assistant", Content(), (_PROBE_CALL,))
@@ -177,7 +178,7 @@ class _Format:
                 self._find_form_of_calls(user)
 
     def effort(self, effort: str | None) -> dict[str, Any]:
-        """Template variables that stand for `reasoning_effort`, as in vLLM. Raises InvalidRequest if there are none."""
+        """Template variables for `reasoning_effort`, as in vLLM. Raises InvalidRequest if it reads none."""
         if effort is None:
             return {}
         if not self.template.variables & {"reasoning_effort", "enable_thinking"} and effort != "none":
@@ -187,7 +188,7 @@ class _Format:
         return {"reasoning_effort": effort, "enable_thinking": effort != "none"}
 
     def adapted(self, turns: Sequence[_Turn]) -> Sequence[_Turn]:
-        """As vLLM: where the template knows no developer, these are system messages, and all of those are one."""
+        """Without a developer role in the template, merges developer and system messages into one, as vLLM does."""
         if self.template.knows_developer or all(turn.role != "developer" for turn in turns):
             return turns
         turns = [replace(turn, role="system") if turn.role == "developer" else turn for turn in turns]
@@ -199,7 +200,7 @@ class _Format:
         return [merged, *(turn for turn in turns if turn.role != "system")]
 
     def as_dict(self, turn: _Turn) -> dict[str, Any]:
-        """What the template sees of one turn."""
+        """One turn in the form that the template sees."""
         seen: dict[str, Any] = {"role": turn.role, "content": self._shaped(turn)}
         if turn.calls:
             seen["tool_calls"] = [
@@ -216,7 +217,7 @@ class _Format:
         return seen
 
     def _shaped(self, turn: _Turn) -> str | list[dict[str, str]] | None:
-        """As the client wrote it where the template takes that form; else parts joined by newlines, as in vLLM."""
+        """The client's form if the template takes it, else the parts joined by newlines, as in vLLM."""
         content, takes = turn.content, self._takes.get(turn.role, frozenset())
         if turn.calls and not any(content.texts):
             return self._silence
@@ -226,7 +227,7 @@ class _Format:
         return _parts([text]) if takes and _Form.TEXT not in takes else text
 
     def _find_form_of_calls(self, user: _Turn) -> None:
-        """As vLLM where the template shows that; older templates want null content, or arguments as a JSON text."""
+        """Prefers vLLM's form of tool calls. Some older templates need null content, or arguments as a JSON text."""
         takes = self._takes["assistant"]
         empty: str | list[Any] = [] if takes and _Form.TEXT not in takes else ""
         for self._arguments_are_text, self._silence in ((False, empty), (False, None), (True, empty), (True, None)):
@@ -238,7 +239,7 @@ class _Format:
         self._arguments_are_text, self._silence = False, empty
 
     def _shows(self, role: str, form: _Form, before: Sequence[_Turn], after: Sequence[_Turn]) -> bool:
-        """Whether the template shows all the text of a message in `form`, and only the text."""
+        """Whether the template shows the whole text of a message in `form`, and nothing but the text."""
         marks = _Marks()
         texts = [marks.mark("x") for _ in range(2 if form is _Form.PARTS else 1)]
         content: Any = texts[0] if form is _Form.TEXT else [{**part, _MARK: _MARK} for part in _parts(texts)]

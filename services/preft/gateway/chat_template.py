@@ -1,7 +1,7 @@
 """Renders a conversation into a prompt with the model's own Jinja template, under Hugging Face's conventions.
 
-Templates come with the model folder, never from a request; they run in Jinja's immutable sandbox all the same. What a
-template makes of a conversation is judged in `chat_prompt`.
+Templates come from the model folder, never from a request. They still run in Jinja's immutable sandbox. `chat_prompt`
+judges the rendered prompt.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from preft.core.errors import ConfigError, InvalidRequest
 
-# Ends in a space so that a template which trims the message is recognised (see `_cut_after_final_message`).
+# Ends in a space, so that a template that trims the message is recognised (see `_cut_after_final_message`).
 _END_OF_FINAL_MESSAGE = "<<end-of-final-message>> "
 _RESERVED = frozenset(
     {
@@ -31,7 +31,7 @@ _RESERVED = frozenset(
 
 
 class _GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}` marks assistant text for training; when serving it is just its body."""
+    """`{% generation %}...{% endgeneration %}` marks assistant text for training. Serving renders the block's body."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
 
@@ -46,10 +46,10 @@ class _GenerationBlock(jinja2.ext.Extension):
 
 
 class ChatTemplate:
-    """One compiled template. `special_tokens` (bos_token, eos_token, ...) are visible to it by name.
+    """One compiled template. The template sees `special_tokens` (bos_token, eos_token, ...) by name.
 
-    `variables` are the names that the template reads; `knows_developer` says whether it names that role. Raises
-    ConfigError if `source` isn't valid Jinja.
+    `variables` are the names that the template reads; `knows_developer` says whether the template mentions that role.
+    Raises ConfigError if `source` isn't valid Jinja.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
@@ -77,7 +77,7 @@ class ChatTemplate:
         documents: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt text. `variables` are further template variables of the caller.
+        """Renders the prompt. `variables` are the caller's further template variables.
 
         With `continue_final_message` the prompt ends inside the last message. Raises InvalidRequest if the template
         refuses the messages.
@@ -118,7 +118,7 @@ def _with_end(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _cut_after_final_message(rendered: str) -> str:
-    """Drops all that the template put after the last message, and the space it trimmed from it, if it does trim."""
+    """Cuts all text after the last message, and the message's final space if the template trims it."""
     at = rendered.rfind(_END_OF_FINAL_MESSAGE.rstrip())
     if at < 0:
         raise InvalidRequest("the model's chat template doesn't render the final message", "continue_final_message")
@@ -133,7 +133,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own `tojson` escapes HTML, which templates don't want."""
+    """`tojson` for templates: Jinja's own escapes HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

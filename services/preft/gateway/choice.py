@@ -1,6 +1,6 @@
-"""One choice from tokens to text: detokenizing, stop strings and why it ended, with vLLM's meaning.
+"""Turns one choice's tokens into text: detokenizing, stop strings and finish reasons, with vLLM's meaning.
 
-Doesn't know how choices are transported or where tokens come from.
+Doesn't know where tokens come from or how choices travel to the client.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from preft.gateway.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class TextOptions:
-    """How a choice's tokens become text. Stop strings count only where they end after the first `min_tokens` tokens."""
+    """How a choice's tokens become text. A stop string counts only if it ends after the first `min_tokens` tokens."""
 
     stop: tuple[str, ...] = ()
     include_stop: bool = False
@@ -28,7 +28,7 @@ class TextOptions:
 
 @dataclass(frozen=True, slots=True)
 class ChoiceDelta:
-    """What is new in one choice. `stop_reason` is the stop string or the caller's stop token that ended it."""
+    """The new text of one choice. `stop_reason` is the stop string or caller's stop token that ended the choice."""
 
     index: int
     text: str
@@ -39,7 +39,7 @@ class ChoiceDelta:
 
 
 class Choice:
-    """The running state of choice `index` behind one prompt. `finished` once its last delta is out."""
+    """The running state of choice `index` of one prompt. `finished` is true after the last delta."""
 
     __slots__ = ("_detokenizer", "_options", "_stops", "_tokens", "finished", "index")
 
@@ -52,12 +52,12 @@ class Choice:
         self._tokens = 0
 
     def push(self, delta: TokenDelta) -> ChoiceDelta:
-        """The next delta of this choice as text. Raises EngineFailed if log probabilities are missing."""
+        """Turns the choice's next delta into text. Raises EngineFailed if log probabilities are missing."""
         if self._options.logprobs and len(delta.logprobs) != len(delta.token_ids):
             raise EngineFailed("the engine sent tokens without their log probabilities")
         shown = delta.token_ids
         if delta.finish_reason is FinishReason.STOP and not self._options.include_stop:
-            shown = shown[:-1]  # the end or stop token itself is counted but not shown
+            shown = shown[:-1]  # the end or stop token counts, but isn't shown
         if self._stops is not None:
             return self._push_watched(delta, shown, self._stops)
         text = self._detokenizer.push(shown)
@@ -67,7 +67,7 @@ class Choice:
         return ChoiceDelta(self.index, text, delta.token_ids, delta.logprobs, delta.finish_reason, delta.stop_token_id)
 
     def _push_watched(self, delta: TokenDelta, shown: Sequence[int], stops: StopStrings) -> ChoiceDelta:
-        """Token by token, so that tokens after the one which completes a stop string are neither shown nor counted."""
+        """Pushes token by token: tokens after a completed stop string are neither shown nor counted."""
         text = ""
         for taken, token_id in enumerate(shown, start=1):
             self._tokens += 1

@@ -1,6 +1,6 @@
-"""Runs one job: a task per prompt feeds its choices' deltas, as text, to the one reader that writes the reply.
+"""Runs one job: one task per prompt feeds its choices' deltas, as text, to the reader that writes the reply.
 
-The tasks are owned here and gone when the context is left; leaving it early cancels the work on every worker. Formats
+Owns these tasks: they end with the context. Leaving the context early cancels the work on every worker. Formats
 nothing.
 """
 
@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 
 class Completion:
-    """The running job. `cached_tokens` counts prompt tokens found in prefix caches, so far."""
+    """The running job. `cached_tokens` counts the prompt tokens found in prefix caches so far."""
 
     def __init__(self, generator: Generator, tokenizer: Tokenizer, job: Job) -> None:
         self.job = job
@@ -51,9 +51,9 @@ class Completion:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def take(self) -> list[ChoiceDelta]:
-        """All deltas that are there, waiting for at least one; an empty list after the last.
+        """Returns all deltas that are ready and waits for at least one; an empty list follows the last delta.
 
-        Raises what the generator raised, after the deltas that came before, or what `abandon` was given, at once.
+        Raises the generator's error after the deltas before it. Raises the error given to `abandon` at once.
         """
         while not self._deltas or self._abandoned:
             if error := self._abandoned or self._error:
@@ -66,7 +66,7 @@ class Completion:
         return deltas
 
     def abandon(self, reason: Exception) -> None:
-        """Makes the reader stop with `reason`, whatever is still there to read."""
+        """Makes the reader raise `reason` at once, even if deltas are still unread."""
         self._abandoned = reason
         self._wake()
 
@@ -88,7 +88,7 @@ class Completion:
                     self._wake()
                 if not all(choice.finished for choice in choices):
                     raise EngineFailed("generation ended before all choices were finished")
-                # The client needn't wait until the context is left, and leaving it mustn't be cancelled.
+                # The reader needn't wait for the end of this context, and the reader's end must not cancel it.
                 self._generating.discard(self._tasks[number])
                 self._wake()
         except (Exception, asyncio.CancelledError) as error:  # the top of a task; the reader raises it
@@ -108,7 +108,7 @@ class Completion:
 
 
 def _check_numbers(entries: Iterable[TokenLogprob]) -> None:
-    """Raises NumbersNotFinite for log probabilities that no distribution has. Minus infinity is fine."""
+    """Raises NumbersNotFinite for values that can't be log probabilities. Minus infinity is allowed."""
     for entry in entries:
         if not all(value < math.inf for value in (entry.logprob, *(logprob for _, logprob in entry.top))):
             raise NumbersNotFinite("the model computed NaN or infinity in this request")

@@ -1,7 +1,7 @@
-"""The bytes of a request's body: which media types and encodings are taken, and how much of them.
+"""The bytes of a request's body: accepted media types, accepted encodings, and the size limit.
 
-A form or `text/plain` is what a web page of another site can send without asking, so every body needs a type that it
-can't. What the bytes say is `parse`'s.
+Web pages of other sites can send forms and `text/plain` without permission, so every body needs another media type.
+`parse` interprets the bytes.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ ARCHIVE_TYPES = frozenset(
         "application/zip", "application/x-zip-compressed",
     }
 )  # fmt: skip
-GZIP_MEMBERS = 16  # clients send one; each costs a copy of what comes after it
+GZIP_MEMBERS = 16  # clients send one; each member costs a copy of the bytes after it
 _UTF8 = frozenset({"utf-8", "utf8", "us-ascii", "ascii"})
 _BOM = b"\xef\xbb\xbf"
 _GZIP = 16 + zlib.MAX_WBITS
 
 
 async def read_json_bytes(request: Request, limit: int) -> bytes:
-    """The JSON text in the body, decoded and without a byte order mark.
+    """The body's JSON text, decompressed and without a byte order mark.
 
-    Raises HTTPException 415 for another type or encoding and 413 for more than `limit` bytes, also once decoded.
+    Raises HTTPException 415 for another type or encoding. Raises 413 for more than `limit` bytes, before or after
+    decompression.
     """
     _check_json_type(request)
     encoding = _encoding(request)
@@ -47,7 +48,7 @@ async def read_json_bytes(request: Request, limit: int) -> bytes:
 
 
 def check_archive_type(request: Request) -> None:
-    """Raises HTTPException 415 if the body isn't an archive as it is. Without a type it's taken for one."""
+    """Raises HTTPException 415 unless the body is an uncompressed archive. No type counts as an archive."""
     given = request.headers.getlist("content-type")
     if given and _media_type(given)[0] not in ARCHIVE_TYPES:
         raise HTTPException(415, f"Content-Type {_shown(given)} isn't supported: send application/octet-stream.")
@@ -56,13 +57,13 @@ def check_archive_type(request: Request) -> None:
 
 
 def declared_length(request: Request) -> int | None:
-    """The bytes that the body should have, None if the request doesn't say it."""
+    """The request's declared body size in bytes, or None."""
     declared = request.headers.get("content-length", "")
     return int(declared) if declared.isdecimal() else None
 
 
 def too_large(limit: int) -> HTTPException:
-    """The 413 of a body that may have `limit` bytes."""
+    """The 413 for a body above `limit` bytes."""
     return HTTPException(413, f"The request body is larger than {limit} bytes.")
 
 
@@ -79,7 +80,7 @@ def _check_json_type(request: Request) -> None:
 
 
 def _media_type(given: list[str]) -> tuple[str, str]:
-    """The type and the charset, in lower case; several headers have none."""
+    """The type and the charset in lower case; empty if the header is given more than once."""
     if len(given) != 1:
         return "", ""
     header = Message()
@@ -109,7 +110,7 @@ async def _read(request: Request, limit: int) -> bytes:
 
 
 def _gunzip(data: bytes, limit: int) -> bytes:
-    """All members of a gzip file, `limit` bytes at most in memory."""
+    """Decompresses all members of a gzip file, with at most `limit` bytes in memory."""
     decoded = bytearray()
     for _ in range(GZIP_MEMBERS):
         member = zlib.decompressobj(_GZIP)

@@ -1,4 +1,4 @@
-"""What the gateway is built from. The one object that `create_app` and `serve_grpc` take."""
+"""The objects and limits that the gateway is built from: one object for `create_app` and `serve_grpc`."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from preft.gateway.worker_metrics import WorkerMetrics
 
 @dataclass(frozen=True, slots=True)
 class GatewayDeps:
-    """`max_model_len` in tokens, prompt and output together; `created` in seconds.
+    """Lengths are in tokens (`max_model_len`: prompt and output together); `created` is in seconds since 1970.
 
-    `max_body_bytes` is per HTTP request, but for uploaded adapters, which `max_adapter_bytes` limits. While one comes,
-    it is kept in `upload_folder` (None: the system's for temporary files). Without `places` no entry says where it is,
-    without `workers` there are no metrics of them.
-    `allowed_hosts` are the server's names beside loopback's, `allowed_origins` the pages that may use it.
-    `generator` is wrapped so that every request, over HTTP or gRPC, is counted in `registry`: one registry per object.
+    `max_body_bytes` limits each HTTP request except adapter uploads, which `max_adapter_bytes` limits. `upload_folder`
+    holds uploads while they arrive (None: the system's temporary folder). `places` adds each adapter's locations to the
+    entries. `workers` adds metrics of the workers. `allowed_hosts` are the server's names beside loopback's.
+    `allowed_origins` are the origins whose pages may use it. The constructor wraps `generator` so that `registry`
+    counts every request over HTTP or gRPC: one registry per object.
     """
 
     model_name: str
@@ -54,7 +54,7 @@ class GatewayDeps:
             WorkerMetrics(self.workers, self.registry)
 
     def unready(self) -> str:
-        """Why requests wouldn't be served now; "" if they would."""
+        """The reason why requests can't be served now; "" if they can."""
         if self.drain.begun:
             return "the server is shutting down"
         if not self.generator.ready():

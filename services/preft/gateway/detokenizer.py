@@ -1,7 +1,7 @@
-"""Incremental decoding of one choice: tokens in, text out as soon as it can't change any more.
+"""Incremental decoding of one choice: tokens go in, text comes out as soon as the text is final.
 
-Owns the border between prompt and output, and characters that are spread over tokens. The `tokenizers` library decodes.
-The detokenizer knows nothing of stop strings.
+Owns the border between prompt and output, and characters that several tokens share. The `tokenizers` library decodes.
+The detokenizer knows no stop strings.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from preft.gateway.tokenizer import Tokenizer
 
 _REPLACEMENT = "\ufffd"
-# An unfinished character spans at most a few tokens; a longer run of U+FFFD is what the model means to say.
+# An unfinished character spans at most a few tokens; a longer run of U+FFFD is the model's output.
 _MAX_HELD = 32
 _CONTEXT = 8
 
@@ -19,10 +19,10 @@ _CONTEXT = 8
 class Detokenizer:
     """Decodes the output that follows `prompt_token_ids`.
 
-    Decoders look at neighbours (leading spaces, bytes of one character), so the library's stream decodes every token
-    together with the tokens before it, the prompt's included. A character that the prompt begins and the output
-    finishes is output; a character that stays unfinished in the prompt is not. The text doesn't depend on how tokens
-    were grouped.
+    Decoders depend on neighbour tokens (leading spaces, bytes of one character), so the library's stream decodes every
+    token together with the tokens before it, prompt tokens included. A character that begins in the prompt and ends in
+    the output belongs to the output. A character that stays unfinished in the prompt doesn't. The grouping of tokens
+    never changes the text.
     """
 
     __slots__ = ("_context", "_held", "_leftover", "_skip", "_step", "_tokenizer")
@@ -36,12 +36,12 @@ class Detokenizer:
         clean = self._clean_length(tail)
         # The prompt's tokens of an unfinished character. More tokens than one character can have are broken text.
         self._leftover = tail[clean:] if len(tail) - clean <= _CONTEXT else []
-        self._held: list[int] = []  # output tokens whose text isn't given out
-        self._context = tail[:clean] if clean or not tail else tokenizer.anchor  # tokens before those
+        self._held: list[int] = []  # output tokens whose text isn't given out yet
+        self._context = tail[:clean] if clean or not tail else tokenizer.anchor  # the tokens before them
         self._step = tokenizer.decode_stream(self._context)
 
     def push(self, token_ids: Iterable[int]) -> str:
-        """The text that became final with `token_ids`; never a part of a character."""
+        """Returns the text that became final with `token_ids`; never a part of a character."""
         text = ""
         for token_id in token_ids:
             if token_id not in self._skip:
@@ -50,7 +50,7 @@ class Detokenizer:
         return text
 
     def flush(self) -> str:
-        """What is still held back, at the end of the output: an unfinished character becomes U+FFFD."""
+        """Returns the held text at the end of the output: an unfinished character becomes U+FFFD."""
         return self._take_held() if self._held else ""
 
     def _advance(self, token_id: int) -> str:
@@ -62,14 +62,14 @@ class Detokenizer:
         except Exception as error:  # `tokenizers` raises nothing more specific
             if not str(error).startswith("Invalid prefix"):
                 raise
-            return self._take_held()  # invalid bytes made the decoder take back what is given out already
+            return self._take_held()  # invalid bytes made the decoder revoke text that is out already
         if text is None:
             return self._take_held() if len(self._held) >= _MAX_HELD else ""
         self._context, self._held = self._held, []
         return text
 
     def _take_held(self) -> str:
-        """The text of all held tokens as it is now; decoding starts anew behind them."""
+        """Returns the text of all held tokens in its current form; decoding restarts behind these tokens."""
         text = self._text_of([*self._leftover, *self._held])
         if self._leftover:
             own = self._text_of(self._held)
@@ -84,7 +84,7 @@ class Detokenizer:
         return text
 
     def _text_of(self, token_ids: Sequence[int]) -> str:
-        """The text of `token_ids` behind the context, or behind an ordinary word where they change the context's."""
+        """The text of `token_ids` behind the context; behind an ordinary word if they change the context's text."""
         for context in (self._context, self._tokenizer.anchor):
             before, decoded = self._decode(context), self._decode([*context, *token_ids])
             if decoded.startswith(before):
@@ -92,7 +92,7 @@ class Detokenizer:
         return self._decode(token_ids)
 
     def _prompt_tail(self, prompt: Sequence[int]) -> list[int]:
-        """The last visible prompt tokens: enough of them to have some text and not to start inside a character."""
+        """The last visible prompt tokens: enough tokens to contain text and to start outside a character."""
         size = _CONTEXT
         while True:
             tail: list[int] = []
@@ -108,7 +108,7 @@ class Detokenizer:
             size *= 8
 
     def _clean_length(self, tail: Sequence[int]) -> int:
-        """How many tokens of the tail end in a whole character; 0 if none of the last few does."""
+        """Tokens in the longest part of the tail that ends in a whole character; 0 if the last tokens end in none."""
         for length in range(len(tail), max(0, len(tail) - _CONTEXT), -1):
             if not self._decode(tail[:length]).endswith(_REPLACEMENT):
                 return length

@@ -1,6 +1,6 @@
-"""The end of a gateway's work: running requests may finish, new ones are refused, late ones end with an error.
+"""Shutdown of a gateway: running requests may finish, new requests are refused, late requests end with an error.
 
-Owns which requests run. Doesn't know HTTP or gRPC: each of them enters `running` and reports what it raises.
+Owns the set of running requests. HTTP and gRPC code enters `running` for each request and reports the errors.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from preft.core.errors import ShuttingDown
 
 
 class Drain:
-    """For one asyncio loop. A drain begins once and has no way back."""
+    """For one asyncio loop. A drain begins once and can't be undone."""
 
     def __init__(self) -> None:
         self._limits: set[asyncio.Timeout] = set()
@@ -23,15 +23,14 @@ class Drain:
 
     @property
     def begun(self) -> bool:
-        """Whether new requests are refused."""
         return self._begun
 
     def begin(self) -> None:
-        """From now on new requests are refused."""
+        """Refuses new requests from now on."""
         self._begun = True
 
     def interrupt(self) -> None:
-        """Ends every running request with ShuttingDown, and refuses new ones."""
+        """Ends every running request with ShuttingDown, and refuses new requests."""
         self._begun = True
         now = asyncio.get_running_loop().time()
         for limit in self._limits:
@@ -44,7 +43,7 @@ class Drain:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """One request, by the task that serves it. Raises ShuttingDown at once, or in the middle by `interrupt`."""
+        """Surrounds one request in its task. Raises ShuttingDown at once after `begin`, or later by `interrupt`."""
         if self._begun:
             raise ShuttingDown("the server is shutting down: send the request again later, or to another server")
         limit = asyncio.timeout(None)

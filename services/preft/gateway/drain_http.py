@@ -1,6 +1,6 @@
-"""ASGI middleware that puts HTTP requests under a `Drain`: each one ends whole, or with an error that says why.
+"""ASGI middleware that puts HTTP requests under a `Drain`: each request ends whole, or with an error.
 
-Reads (GET, HEAD, OPTIONS) pass: whoever watches the server must be able to, until its end.
+Reads (GET, HEAD, OPTIONS) pass: monitoring must work until the server's end.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _READS = ("GET", "HEAD", "OPTIONS")
 
 
 class DrainRequests:
-    """A refused request gets 503. One that runs out of time gets 503, or an error event if its event stream is open."""
+    """A refused request gets 503. An interrupted request gets 503, or an error event if its event stream is open."""
 
     def __init__(self, app: ASGIApp, drain: Drain) -> None:
         self._app = app
@@ -36,7 +36,7 @@ class DrainRequests:
 
 
 class _Reply:
-    """What was sent so far."""
+    """The parts of the reply that were sent."""
 
     def __init__(self, send: Send) -> None:
         self._send = send

@@ -1,4 +1,4 @@
-"""Errors as HTTP sees them: the one place where exceptions become OpenAI's error body.
+"""The one place that turns exceptions into OpenAI's error body.
 
 {"error": {"message": ..., "type": ..., "param": ..., "code": ...}}
 """
@@ -18,12 +18,12 @@ from starlette.responses import JSONResponse, Response
 from preft.core.errors import InvalidRequest, PreftError, QueueFull, ShuttingDown, mapping_of, short
 from preft.gateway.http_methods import methods_at, options_response
 
-CLIENT_GONE = 499  # for the metrics: nobody is there to read it
+CLIENT_GONE = 499  # for the metrics alone: the client can't read it any more
 INTERNAL = "The server met an unexpected error."
 
 
 def error_body(error: BaseException) -> dict[str, Any]:
-    """The body for any error; unexpected ones don't show their text."""
+    """The body for any error. The text of unexpected errors isn't shown."""
     if not isinstance(error, PreftError):
         return _body(INTERNAL, "server_error", None, "internal_error")
     mapping = mapping_of(error)
@@ -32,7 +32,7 @@ def error_body(error: BaseException) -> dict[str, Any]:
 
 
 def error_response(error: BaseException) -> JSONResponse:
-    """The whole response: status, body, and Retry-After where trying again makes sense."""
+    """The whole response: status, body, and Retry-After if a second try can succeed."""
     status = mapping_of(error).status if isinstance(error, PreftError) else 500
     headers = None
     if isinstance(error, QueueFull | ShuttingDown):
@@ -41,17 +41,17 @@ def error_response(error: BaseException) -> JSONResponse:
 
 
 def plain_error(status: int, message: str, code: str) -> JSONResponse:
-    """The response for what is refused before, or beside, the routes."""
+    """The response for requests that are refused outside the routes."""
     return JSONResponse(_body(message, _kind(status), None, code), status)
 
 
 def error_code(status: HTTPStatus) -> str:
-    """The code of errors that have none of their own: the status in words."""
+    """The status in words, as the code of errors without a code of their own."""
     return status.phrase.lower().replace(" ", "_")
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Makes every error of `app`, its own 404 and 405 included, answer with OpenAI's error body."""
+    """Gives every error of `app`, FastAPI's 404 and 405 included, OpenAI's error body."""
 
     async def known(_: Request, error: Exception) -> Response:
         return error_response(error)

@@ -1,4 +1,4 @@
-"""What every path understands beside its own methods: HEAD where GET is, OPTIONS, and slashes at its end."""
+"""Methods that every path has beside its own: HEAD if it has GET, and OPTIONS. Also ignores slashes at a path's end."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
 class HeadAndSlashes:
-    """ASGI middleware: HEAD is answered as GET without the body, and `/v1/models/` is `/v1/models`.
+    """ASGI middleware: answers HEAD as GET without the body, and `/v1/models/` as `/v1/models`.
 
-    An encoded slash (`%2F`) at the end stays: it belongs to a name.
+    An encoded slash (`%2F`) at the end stays: this slash is a part of a name.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -39,7 +39,7 @@ def _without_body(send: Send) -> Send:
 
 
 def methods_at(routes: list[BaseRoute], scope: Scope) -> list[str]:
-    """The methods that the path of `scope` understands, OPTIONS included; none for an unknown path."""
+    """The methods of `scope`'s path, OPTIONS included; none for an unknown path."""
     methods: set[str] = set()
     for route in routes:
         if route.matches(scope)[0] is not Match.NONE:
@@ -50,5 +50,5 @@ def methods_at(routes: list[BaseRoute], scope: Scope) -> list[str]:
 
 
 def options_response(methods: list[str]) -> Response:
-    """The answer to OPTIONS for a path that understands `methods`."""
+    """The answer to OPTIONS for a path with `methods`."""
     return Response(status_code=204, headers={"allow": ", ".join(methods)})

@@ -1,6 +1,6 @@
-"""The public gRPC service Inference: the same pipeline as HTTP, without HTTP.
+"""The public gRPC service Inference: HTTP's pipeline over another transport.
 
-Owns the translation between protobuf and checked bodies. `rpc_server` starts it.
+Owns the translation between protobuf and checked bodies. `rpc_server` starts the service.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _OPTIONAL = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition
 
 
 class InferenceService(inference_pb2_grpc.InferenceServicer):
-    """Inference. Absent parameters have the same defaults as in /v1/completions."""
+    """Absent parameters have the same defaults as in /v1/completions."""
 
     def __init__(self, deps: GatewayDeps) -> None:
         self._deps = deps
@@ -51,7 +51,7 @@ def _checked(request: inference_pb2.GenerateRequest) -> CompletionBody:
 
 
 def _body(request: inference_pb2.GenerateRequest) -> dict[str, Any]:
-    """The message as /v1/completions would have it, so that one set of checks serves both."""
+    """The message as a /v1/completions body, so that one set of checks serves both APIs."""
     body: dict[str, Any] = {
         "model": request.model,
         "n": request.n or 1,

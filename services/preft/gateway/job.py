@@ -1,6 +1,6 @@
-"""From a checked body to core requests: names resolved, prompts tokenized, lengths and token ids judged.
+"""From a checked body to core requests: resolves names, tokenizes prompts, checks lengths and token ids.
 
-Everything that is refused here is refused before any worker hears of it.
+No worker hears of a request that is refused here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from preft.gateway.schemas import INT64_MAX, ChatBody, CompletionBody, Generatio
 from preft.gateway.tokenizer import INLINE_CHARS, Tokenizer
 
 DEFAULT_COMPLETION_TOKENS = 16
-# About 2 ms; what is larger goes to a thread.
+# About 2 ms; larger requests go to a thread.
 INLINE_MESSAGES = 64
 INLINE_IDS = 65_536
 
@@ -69,10 +69,11 @@ async def chat_job(body: ChatBody, deps: GatewayDeps) -> Job:
 def resolve_model(model: str, deps: GatewayDeps) -> AdapterRef | None:
     """The adapter version behind `model`, or None for the base model.
 
-    Raises ModelNotFound, also if `model` could be both, and Unavailable while the catalog can't be read.
+    Raises ModelNotFound, also if `model` names both an adapter and the base model. Raises Unavailable while the catalog
+    can't be read.
     """
     if model == deps.model_name:
-        with suppress(Unavailable):  # a catalog that can't be read is no reason to refuse the base model
+        with suppress(Unavailable):  # an unreadable catalog is no reason to refuse the base model
             if deps.catalog.get(model) is not None:  # added by a server whose base model has another name
                 raise ModelNotFound(f"The model {model!r} is ambiguous: the base model and an adapter have this name.")
         return None
@@ -81,7 +82,7 @@ def resolve_model(model: str, deps: GatewayDeps) -> AdapterRef | None:
 
 
 def _is_short(body: ChatBody) -> bool:
-    """Whether its template is rendered at once. What else the template sees can be as large as the body."""
+    """Whether the template is rendered inline. Tools and template variables can be as large as the body."""
     variables = body.chat_template_kwargs
     return (
         len(body.messages) + len(variables) <= INLINE_MESSAGES
@@ -116,7 +117,7 @@ async def _token_ids(body: CompletionBody, deps: GatewayDeps) -> Sequence[tuple[
 
 
 def _check_length(text: str, body: GenerationBody, deps: GatewayDeps) -> None:
-    """Refuses what can't be short enough before it is tokenized, which takes 80 times its memory."""
+    """Refuses texts that must be too long, before tokenizing: the tokenizer needs 80 times a text's memory."""
     if len(text) > deps.max_model_len * deps.tokenizer.chars_per_token:
         raise InvalidRequest(
             f"The prompt has {len(text)} characters, more than fit into the model's context of {deps.max_model_len}"
@@ -146,7 +147,7 @@ def _job(
     _check_ids(body.logit_bias, tokenizer, "logit_bias")
     unique = uuid.uuid4().hex
     job_id = f"{body.id_prefix}-{body.request_id or unique}"
-    request_id = f"{job_id}-{unique}" if body.request_id else job_id  # a caller may use an id twice, workers can't
+    request_id = f"{job_id}-{unique}" if body.request_id else job_id  # callers may reuse an id; workers need unique ids
     requests = []
     for number, prompt in enumerate(prompts):
         max_tokens = _max_tokens(body, len(prompt), default_tokens, deps.max_model_len)
@@ -172,7 +173,7 @@ def _job(
 
 
 def _max_tokens(body: GenerationBody, prompt_len: int, default: int | None, limit: int) -> int:
-    """The output tokens of one prompt: as wanted, else the default as far as the context has room."""
+    """The output limit of one prompt in tokens: the wanted limit, else the default within the context's room."""
     room = limit - prompt_len
     if room < 1:
         raise InvalidRequest(
@@ -194,7 +195,7 @@ def _max_tokens(body: GenerationBody, prompt_len: int, default: int | None, limi
 
 
 def _sampling(body: GenerationBody, tokenizer: Tokenizer, max_tokens: int) -> Sampling:
-    """The request's values, else the model's generation_config.json, else vLLM's defaults."""
+    """Sampling values from the request, else from the model's generation_config.json, else vLLM's defaults."""
     defaults = tokenizer.defaults
     top_k = defaults.top_k if body.top_k is None else body.top_k
     return Sampling(
@@ -217,7 +218,7 @@ def _sampling(body: GenerationBody, tokenizer: Tokenizer, max_tokens: int) -> Sa
 
 
 def _seed(body: GenerationBody) -> int | None:
-    """The seed of choice 0. As choice i gets `seed + i`, seeds that would count up to -1, or too far, start lower."""
+    """The seed of choice 0. Choice i gets `seed + i`: a seed starts lower if a sum would be -1 or too large."""
     seed = body.seed
     if seed is None:
         return None

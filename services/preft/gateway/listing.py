@@ -1,6 +1,6 @@
-"""The adapter catalog as clients see it: one entry, and one page of those that match.
+"""The adapter catalog as clients see it: single entries, and pages of matching entries.
 
-Owns no transport: HTTP and gRPC list through the same `page`.
+Knows no transport: HTTP and gRPC both list through `page`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from preft.core.ports import AdapterCatalog
 from preft.gateway.adapter_schemas import ListQuery
 from preft.gateway.reply_types import AdapterList, AdapterReply, PlaceReply
 
-_DIGEST = re.compile(r"[0-9a-f]{12,64}")  # in full, or its beginning, of which tables show 12 digits
+_DIGEST = re.compile(r"[0-9a-f]{12,64}")  # the whole digest or its beginning; tables show 12 digits
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """`entries` by name, out of `total` that match; `has_more` says whether others come after them."""
+    """`entries` in name order, out of `total` matches; `has_more` says whether more entries follow."""
 
     entries: Sequence[Adapter]
     total: int
@@ -30,7 +30,7 @@ class Page:
 
 
 def entry(catalog: AdapterCatalog, name: str) -> Adapter:
-    """The entry of that name. Raises ModelNotFound."""
+    """Raises ModelNotFound if no entry has that name."""
     adapter = catalog.get(name)
     if adapter is None:
         raise ModelNotFound(f"no adapter is named {name!r}")
@@ -38,9 +38,9 @@ def entry(catalog: AdapterCatalog, name: str) -> Adapter:
 
 
 def served_version(catalog: AdapterCatalog, model: str) -> Adapter:
-    """The version that a request means by NAME, NAME@VERSION or NAME@DIGEST: the current one, or none.
+    """The version that NAME, NAME@VERSION or NAME@DIGEST means. Only the current version of a name is served.
 
-    Raises ModelNotFound, also for a version that the name no longer points to, or not yet.
+    Raises ModelNotFound, also for any version but the current one.
     """
     name, at, version = model.rpartition("@")
     adapter = catalog.get(name if at else model)
@@ -53,7 +53,7 @@ def served_version(catalog: AdapterCatalog, model: str) -> Adapter:
 
 
 def page(entries: Sequence[Adapter], query: ListQuery) -> Page:
-    """What `query` asks for of `entries`, which are sorted by name. Without filters the cost is the page's alone."""
+    """The page of `entries` (sorted by name) that matches `query`. Without filters, only this page costs time."""
     if query.filters:
         search = query.search.casefold()
         entries = [
@@ -100,7 +100,7 @@ def adapter_json(adapter: Adapter) -> AdapterReply:
 
 
 def place_json(place: AdapterPlace) -> PlaceReply:
-    """Where one worker has the adapter. `last_used` in seconds, 0 if never there."""
+    """One worker's place of the adapter. `last_used` in seconds, 0 if never used there."""
     return {
         "worker": place.worker_id,
         "tier": place.tier.value,

@@ -1,7 +1,7 @@
-"""Llama's tokenizer.json files in the form in which transformers 5 uses them.
+"""Converts Llama's tokenizer.json files to the form that transformers 5 uses.
 
-These files put a ▁ before every piece of text, also behind a special token. The class `LlamaTokenizer` of transformers
-follows the folder's `legacy` instead, which most folders set to false: a ▁ comes before the beginning of a text alone.
+These files put a ▁ before every piece of text, also behind a special token. transformers' class `LlamaTokenizer`
+follows the folder's `legacy` instead. Most folders set it to false: then only the beginning of a text gets a ▁.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _OLD_NORMALIZERS = [
 
 
 def apply_llama_form(backend: Tokenizer, tokenizer_config: Mapping[str, Any], model_type: str | None) -> None:
-    """Changes nothing but tokenizers of that class whose files have the old form, and that have a Llama model."""
+    """Changes only a LlamaTokenizer whose file has the old form and whose model is a Llama."""
     is_llama = tokenizer_config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast")
     if not is_llama or model_type not in (None, "llama") or backend.normalizer is None:
         return

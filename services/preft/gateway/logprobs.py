@@ -1,6 +1,6 @@
 """Log probabilities in the two shapes of OpenAI's APIs.
 
--inf isn't JSON; as in vLLM it becomes -9999.
+JSON has no -inf: as in vLLM, -9999 stands for it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _FLOOR = -9999.0
 
 
 class LogprobFormat:
-    """`top` alternatives per token; with `as_ids` a token shows as `token_id:<id>`, as vLLM does."""
+    """`top` alternatives per token. With `as_ids` a token shows as `token_id:<id>`, as in vLLM."""
 
     def __init__(self, tokenizer: Tokenizer, *, top: int, as_ids: bool = False) -> None:
         self._tokenizer = tokenizer
@@ -23,9 +23,9 @@ class LogprobFormat:
         self._as_ids = as_ids
 
     def completion(self, entries: Sequence[TokenLogprob], offset: int) -> tuple[dict[str, Any], int]:
-        """The completions shape, and the text offset after `entries`; `offset` is that of the first one, in characters.
+        """The completions shape, and the text offset behind `entries`. `offset` is the first entry's, in characters.
 
-        Offsets add up the tokens' own texts; `top_logprobs` holds the sampled token as well as the most likely ones.
+        Offsets add up the tokens' own texts. `top_logprobs` holds the sampled token and the most likely tokens.
         """
         tokens: list[str] = []
         offsets: list[int] = []
@@ -43,7 +43,7 @@ class LogprobFormat:
         return {"text_offset": offsets, "token_logprobs": values, "tokens": tokens, "top_logprobs": tops}, offset
 
     def chat(self, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
-        """The chat shape: per token its text, its UTF-8 bytes and the most likely tokens."""
+        """The chat shape: each token's text, UTF-8 bytes and most likely alternatives."""
         content = [
             {
                 **self._entry(entry.token_id, entry.logprob),

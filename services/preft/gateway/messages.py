@@ -1,6 +1,6 @@
-"""Chat messages and tools as clients send them, in every form that OpenAI's clients and agents use, strictly checked.
+"""Chat messages and tools in every form that OpenAI's clients and agents send, strictly checked.
 
-Owns what a message may hold and which of its fields mean nothing to the prompt. `chat_prompt` makes a prompt of them.
+Owns a message's fields, and the list of fields that never reach the prompt. `chat_prompt` builds the prompt.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MAX_MESSAGES = 65_536
 MAX_TOOLS = 1024
 MAX_DOCUMENTS = 1024
 
-# What clients copy from replies or keep for themselves; templates don't read it.
+# Fields that clients copy from replies or keep for themselves; templates don't read them.
 _BOOKKEEPING = frozenset(
     {
         "annotations", "cache_control", "citations", "created_at", "id", "index", "metadata", "parsed",
@@ -38,7 +38,7 @@ class Content:
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A call that an assistant message made: its fields in the client's order, and its arguments as a JSON text too."""
+    """A call in an assistant message: its fields in the client's order, and its arguments as a JSON text too."""
 
     name: str
     fields: Mapping[str, Any]
@@ -46,7 +46,7 @@ class ToolCall:
 
 
 def read_content(value: object) -> Content:
-    """Raises ValueError with a clause that follows the field's name, as the other readers do."""
+    """Raises ValueError with a clause that follows the field's name. All readers of this module do."""
     if isinstance(value, str):
         return Content((value,))
     if not isinstance(value, list):
@@ -72,7 +72,7 @@ def _read_part(part: object) -> str:
 
 
 def read_tool_call(value: object) -> ToolCall:
-    """Arguments in a JSON text become what the text stands for, as templates expect; other texts stay texts."""
+    """Parses arguments given as a JSON text, as templates expect; texts that aren't JSON stay texts."""
     function = value.get("function") if isinstance(value, dict) else None
     if not isinstance(value, dict) or not isinstance(function, dict) or value.get("type", "function") != "function":
         raise ValueError("a tool call must be an object of id, type 'function' and function")
@@ -100,12 +100,12 @@ def _parsed(text: str) -> Any:
 
 
 def _meaningful(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Without null fields and bookkeeping."""
+    """Drops null fields and bookkeeping."""
     return {name: value for name, value in given.items() if value is not None and name not in _BOOKKEEPING}
 
 
 class ContentPart(BaseModel, extra="allow"):
-    """A part of a message's content, for the API's description alone: `read_content` checks it."""
+    """A part of a message's content. Only the API's description uses this class: `read_content` does the checks."""
 
     type: Literal["text", "input_text", "output_text", "refusal"]
     text: str | None = None
@@ -113,7 +113,7 @@ class ContentPart(BaseModel, extra="allow"):
 
 
 class CallOfTool(BaseModel, extra="allow"):
-    """A tool call of an assistant message, for the API's description alone: `read_tool_call` checks it."""
+    """An assistant's tool call. Only the API's description uses this class: `read_tool_call` does the checks."""
 
     id: str | None = None
     type: Literal["function"] = "function"
@@ -125,7 +125,7 @@ class _Strict(BaseModel):
 
 
 class ToolFunction(_Strict):
-    """A function that a tool offers. `parameters` is a JSON schema, which only the template looks at."""
+    """A function that a tool offers. `parameters` is a JSON schema that only the template reads."""
 
     name: Annotated[str, Field(min_length=1)]
     description: str | None = None
@@ -134,19 +134,19 @@ class ToolFunction(_Strict):
 
 
 class Tool(_Strict):
-    """A tool of the request, for the template to describe."""
+    """A tool of the request; the template describes it to the model."""
 
     type: Literal["function"] = "function"
     function: ToolFunction
 
     def fields(self) -> dict[str, Any]:
-        """What the template sees, as in vLLM: an absent description is null, an absent `strict` is left out."""
+        """The tool as the template sees it. As in vLLM, a missing description is null; `strict` may be missing."""
         absent = {"strict"} if self.function.strict is None else set()
         return {"type": self.type, "function": self.function.model_dump(exclude=absent)}
 
 
 def _describe_bookkeeping(schema: dict[str, Any]) -> None:
-    """What is taken beside the fields, and what may be absent."""
+    """Adds the ignored fields to the schema, and marks the optional ones."""
     fields = schema["properties"]
     fields |= {name: {"description": "Taken without effect."} for name in sorted(_BOOKKEEPING)}
     fields |= {name: {"type": "null"} for name in _UNSUPPORTED}
@@ -155,7 +155,7 @@ def _describe_bookkeeping(schema: dict[str, Any]) -> None:
 
 
 class Message(_Strict):
-    """One message. `reasoning` and `reasoning_content` are two names of what the model thought before it answered."""
+    """One message. `reasoning` and `reasoning_content` are two names of the model's thoughts before its answer."""
 
     model_config = ConfigDict(json_schema_extra=_describe_bookkeeping)
 
@@ -195,7 +195,7 @@ class Message(_Strict):
 
     @property
     def said(self) -> Content:
-        """Everything that the message says: a refusal is text of the assistant too."""
+        """All text of the message. A refusal counts as the assistant's text."""
         if self.refusal is None:
             return self.content
         texts = [text for text in self.content.texts if text]

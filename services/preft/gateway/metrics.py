@@ -1,6 +1,6 @@
 """Prometheus metrics, as wrappers: one around the Generator port, one around the ASGI app.
 
-Labels never hold adapter names: there may be a hundred thousand.
+Labels never hold adapter names: a server can have a hundred thousand adapters.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _WHOLE = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
 
 class MeteredGenerator:
-    """A Generator that counts what passes through another one. Times in seconds; `kind` is base or adapter.
+    """A Generator that counts the requests and tokens of the wrapped Generator. Times are in seconds.
 
-    `status` is ok, cancelled (the caller left early) or the error's code.
+    `kind` is base or adapter. `status` is ok, cancelled (the caller left early) or the error's code.
     """
 
     def __init__(self, inner: Generator, registry: CollectorRegistry) -> None:
@@ -113,7 +113,7 @@ class _MeteredGeneration:
 
 
 class CountResponses:
-    """ASGI middleware that counts responses by route template and status. Does nothing per chunk of a stream."""
+    """ASGI middleware that counts responses by route template and status. Stream chunks cost nothing."""
 
     def __init__(self, app: ASGIApp, registry: CollectorRegistry) -> None:
         self._app = app
@@ -136,7 +136,7 @@ class CountResponses:
         try:
             await self._app(scope, receive, watched)
         except Exception:
-            status = status or 500  # sent by the error handler outside of this middleware
+            status = status or 500  # the error handler outside of this middleware sends this status
             raise
         finally:
             route = getattr(scope.get("route"), "path", "unmatched")

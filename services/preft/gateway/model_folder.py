@@ -1,6 +1,6 @@
-"""Reads what the gateway must know about a model from its folder: vocabulary size, end tokens, sampling defaults.
+"""Reads a model folder for the gateway: vocabulary size, end tokens, sampling defaults.
 
-Owns the JSON files around the tokenizer, not the tokenizer itself; never looks at weights.
+Owns the JSON files around the tokenizer, not the tokenizer itself. Never reads weights.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _NAMED_TEMPLATES = "additional_chat_templates"
 
 @dataclass(frozen=True, slots=True)
 class SamplingDefaults:
-    """What a request gets where it says nothing. `max_tokens` None: the API's own default."""
+    """Values for parameters that a request leaves out. `max_tokens` None: the API's own default."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -31,8 +31,9 @@ class SamplingDefaults:
 
 @dataclass(frozen=True, slots=True)
 class ModelFolder:
-    """The parsed files. `vocab_size` is the model's own (rows of its embedding), None if config.json doesn't say;
-    `chat_templates` are Jinja sources by name, among them `default` if there are any.
+    """The parsed files. `vocab_size` is the number of rows in the model's embedding, None if config.json lacks it.
+
+    `chat_templates` are Jinja sources by name. One is named `default`, unless the mapping is empty.
     """
 
     tokens: NamedTokens
@@ -48,7 +49,7 @@ def read_model_folder(folder: Path) -> ModelFolder:
     """Reads config, generation_config, tokenizer_config, special_tokens_map, added_tokens, chat_template (.json),
     chat_template.jinja and additional_chat_templates.
 
-    Each may be missing. Raises ConfigError if one is malformed.
+    Every file is optional. Raises ConfigError for a malformed file.
     """
     config = _read_json(folder / "config.json")
     text_config = {**config, **config.get("text_config", {})} if isinstance(config.get("text_config"), dict) else config
@@ -96,7 +97,7 @@ def _ids(value: object, source: str) -> Iterable[int]:
 
 
 def _sampling_defaults(generation: Mapping[str, Any]) -> SamplingDefaults:
-    """As vLLM does by default: the model's generation_config.json fills what a request leaves open."""
+    """generation_config.json fills the parameters that a request leaves out, as vLLM does by default."""
     values: dict[str, Any] = {}
     names = {
         "temperature": (float, "temperature"),
@@ -117,9 +118,9 @@ def _sampling_defaults(generation: Mapping[str, Any]) -> SamplingDefaults:
 
 
 def _chat_templates(folder: Path, tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
-    """Templates by name; empty without one named `default`. Files win over tokenizer_config.json, as in transformers.
+    """Templates by name; empty without one named `default`. As in transformers, files win over tokenizer_config.json.
 
-    chat_template.json is where processors of several media kept theirs.
+    chat_template.json is the file of multimodal processors.
     """
     template = tokenizer_config.get("chat_template") or _read_json(folder / "chat_template.json").get("chat_template")
     if isinstance(template, list):

@@ -1,6 +1,6 @@
-"""/openapi.json: the schemas of what routes take, made from the models and tables that check it.
+"""/openapi.json: schemas made from the models and tables that check requests.
 
-Routes read their bodies themselves, so FastAPI doesn't know them: `json_body` and its like tell it.
+Routes read their bodies themselves, so FastAPI can't see the schemas. `json_body` and its siblings declare them.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ ERRORS: dict[int | str, Schema] = {
         "content": {"application/json": {"schema": {"$ref": f"{_COMPONENTS}{ErrorReply.__name__}"}}},
     }
 }
-"""The `responses` of every route, beside what it answers with 200."""
+"""The `responses` of every route for statuses other than 200."""
 
 
 class DescribedApp(FastAPI):
-    """A FastAPI app whose /openapi.json knows the bodies that its routes read themselves."""
+    """A FastAPI app whose /openapi.json includes the bodies that routes read themselves."""
 
     def openapi(self) -> Schema:
         if self.openapi_schema is None:
@@ -52,18 +52,18 @@ class DescribedApp(FastAPI):
 
 
 def json_body(kind: type[BaseModel]) -> Schema:
-    """What a route that reads a JSON body of `kind` adds to its description."""
+    """The description of a route that reads a JSON body of `kind`."""
     schema = {"$ref": f"{_COMPONENTS}{kind.__name__}"}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 def archive_body() -> Schema:
-    """What a route that takes an archive adds to its description."""
+    """The description of a route that takes an archive."""
     return {"requestBody": {"required": True, "content": {kind: {} for kind in sorted(ARCHIVE_TYPES)}}}
 
 
 def query(kind: type[BaseModel]) -> Schema:
-    """What a route that reads a query string of `kind` adds to its description."""
+    """The description of a route that reads a query string of `kind`."""
     fields = kind.model_json_schema()["properties"]
     parameters = [
         {"name": name, "in": "query", "required": False, "schema": _without_null(field)}
@@ -73,7 +73,7 @@ def query(kind: type[BaseModel]) -> Schema:
 
 
 def answers(reply: Any, *, stream: bool = False) -> dict[int | str, Schema]:
-    """The `responses` of a route: `reply` with 200, events too if it streams, and an error with any other status."""
+    """The `responses` of a route: `reply` with 200, events too if `stream`, and an error with any other status."""
     success: Schema = {"model": reply, "description": "Success"}
     if stream:
         success["content"] = {"text/event-stream": {"schema": _EVENT}}
@@ -81,7 +81,7 @@ def answers(reply: Any, *, stream: bool = False) -> dict[int | str, Schema]:
 
 
 def _schemas() -> dict[str, Schema]:
-    """By name: the schemas of all bodies, of what they hold, and of errors."""
+    """The schemas of all bodies, their parts, and errors, by name."""
     _, schema = models_json_schema([(kind, "validation") for kind in BODIES], ref_template=f"{_COMPONENTS}{{model}}")
     schemas: dict[str, Schema] = schema["$defs"]
     error = TypeAdapter(ErrorReply).json_schema(ref_template=f"{_COMPONENTS}{{model}}")
@@ -104,7 +104,7 @@ def _only(values: tuple[Any, ...]) -> Schema:
 
 
 def _or_null(field: Schema) -> Schema:
-    """Null means absent, whatever the field."""
+    """Allows null, which means absent for every field."""
     forms = field.get("anyOf", [])
     if _NULL in forms:
         return field
@@ -113,7 +113,7 @@ def _or_null(field: Schema) -> Schema:
 
 
 def _without_null(field: Schema) -> Schema:
-    """A query string can't say null: what may be null may be left out."""
+    """Removes null: a query string can't contain it, and an optional value is left out."""
     forms = [form for form in field.get("anyOf", []) if form != _NULL]
     rest = {name: value for name, value in field.items() if name not in ("anyOf", "default") or not forms}
     return {**rest, **forms[0]} if len(forms) == 1 else field

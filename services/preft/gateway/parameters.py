@@ -1,4 +1,4 @@
-"""Request parameters that need no field of their own: those accepted without effect, and those refused by name.
+"""Request parameters without a field of their own: parameters accepted without effect, and parameters refused by name.
 
 The rule: a parameter that would change the answer is either served or refused, never ignored.
 """
@@ -17,15 +17,15 @@ ACCEPTED = frozenset(
         "prompt_cache_options", "session_id",
         # ... the size of stream chunks, ...
         "stream_interval",
-        # ... what only counts beside a parameter that is refused, ...
+        # ... parameters that only count beside a refused parameter, ...
         "length_penalty", "truncation_side", "parallel_tool_calls",
-        # ... and what only counts for images, expert models or vLLM's render endpoints.
+        # ... and parameters for images, expert models or vLLM's render endpoints.
         "media_io_kwargs", "mm_payload", "mm_processor_kwargs", "return_mm_kwargs", "return_token_offsets",
         "routed_experts_prompt_start",
     }
 )  # fmt: skip
 
-# Known to OpenAI or vLLM, not served here. The listed values ask for what happens anyway, so they are accepted.
+# OpenAI or vLLM knows these parameters; this server doesn't serve them. The listed values change nothing: accepted.
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "allowed_token_ids": (),
     "audio": (),
@@ -73,7 +73,7 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 def known_parameters(given: Mapping[str, Any], fields: Iterable[str]) -> dict[str, Any]:
     """The parameters among `fields` that have a value; null means absent.
 
-    Raises InvalidRequest for a parameter that is unknown, or known elsewhere but not served.
+    Raises InvalidRequest for an unknown parameter, and for one that is known elsewhere but not served.
     """
     fields = frozenset(fields)
     kept: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""From JSON to checked bodies: parameter names, values. An InvalidRequest names the first offender."""
+"""From JSON to checked bodies: parameter names and values. An InvalidRequest names the first wrong parameter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from preft.gateway.content import read_json_bytes
 from preft.gateway.parameters import known_parameters
 from preft.gateway.schemas import GenerationBody
 
-INLINE_BYTES = 256 << 10  # a few milliseconds; larger bodies are parsed in a thread
+INLINE_BYTES = 256 << 10  # a few milliseconds; a thread parses larger bodies
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -54,7 +54,7 @@ def parse_body(kind: type[Body], given: Mapping[str, Any]) -> Body:
 
 
 def parse_query(kind: type[Body], request: Request) -> Body:
-    """The checked query string. Raises InvalidRequest that names a parameter that is unknown, malformed or repeated."""
+    """The checked query string. Raises InvalidRequest that names an unknown, malformed or repeated parameter."""
     given: dict[str, str] = {}
     for name, value in request.query_params.multi_items():
         if name in given:
@@ -84,7 +84,7 @@ def _first_problem(error: ValidationError) -> InvalidRequest:
 
 
 def _shown(value: object) -> str:
-    if isinstance(value, list | dict):  # it may be as large as the body
+    if isinstance(value, list | dict):  # the value may be as large as the body
         return "a list" if isinstance(value, list) else "an object"
     text = repr(value[:80] if isinstance(value, str) else value)
     return text if len(text) <= 80 else f"{text[:77]}..."

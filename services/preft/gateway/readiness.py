@@ -1,4 +1,4 @@
-"""Why the gateway isn't ready, in words: which workers it waits for, and in what stage they are."""
+"""Explains in words why the gateway isn't ready: the missing workers, and the stage of each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from preft.core.cluster import Role, Worker, WorkerState
 
 
 def missing_workers(workers: Iterable[Worker], roles: Sequence[Role]) -> str:
-    """One sentence per role of `roles` without a ready worker. All roles have one: they don't fit together."""
+    """One sentence per role of `roles` without a ready worker. Without such a role, the ready workers don't match."""
     known = list(workers)
     sentences = []
     for role in roles:

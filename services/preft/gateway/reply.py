@@ -1,6 +1,6 @@
-"""Reply bodies: what completions and chat completions look like in JSON, whole and in stream chunks.
+"""Reply bodies: the JSON of completions and chat completions, whole and in stream chunks.
 
-Pure formatting; `stream` and `whole` transport it. Field names and their order follow OpenAI with vLLM's additions.
+Formats only; `respond` transports. Field names and their order follow OpenAI with vLLM's additions.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _dumps = JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 @dataclass(frozen=True, slots=True)
 class ReplyOptions:
-    """What the caller wants to see beside the text. `top_logprobs` None: no log probabilities."""
+    """The parts of a reply that a caller chooses. `top_logprobs` None: no log probabilities."""
 
     top_logprobs: int | None = None
     tokens_as_ids: bool = False
@@ -33,7 +33,7 @@ class ReplyOptions:
 
 @dataclass(slots=True)
 class WholeChoice:
-    """One choice put together from its deltas."""
+    """One choice, joined from its deltas."""
 
     texts: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
@@ -50,30 +50,30 @@ class WholeChoice:
 
 
 class Shape(Protocol):
-    """One API's way to write deltas and choices. One object serves one reply: it counts tokens and text offsets."""
+    """One API's format of deltas and choices. One object serves one reply, and counts its tokens and text offsets."""
 
     def whole(self, choices: list[WholeChoice], cached_tokens: int) -> dict[str, Any]:
         """The body of a reply that isn't streamed."""
 
     def chunk(self, delta: ChoiceDelta) -> str:
-        """The server-sent events for `delta`; none if it shows nothing new."""
+        """The server-sent events for `delta`; empty if `delta` shows nothing new."""
 
     def end(self, cached_tokens: int) -> str:
-        """The events after the last delta: usage, if asked for."""
+        """The events after the last delta: usage, if the request asks for it."""
 
 
 class _Base:
-    """What both shapes share. Subclasses name the `object` types and write one choice."""
+    """The common part of both shapes. Subclasses name the `object` types and write one choice."""
 
     whole_object: str
     chunk_object: str
     plain_head: str  # a choice up to its text, without the index
-    plain_tail: str  # and from there on, without the end of the event
+    plain_tail: str  # the rest of the choice, without the end of the event
 
     def __init__(self, job: Job, tokenizer: Tokenizer, options: ReplyOptions) -> None:
         self._job = job
         self._options = options
-        adapter = job.requests[0].adapter  # the version that answers, of those that the name has had
+        adapter = job.requests[0].adapter  # the version that answers, of all versions of the name
         self._envelope = {
             "id": job.id,
             "object": "",
@@ -133,7 +133,7 @@ class _Base:
         return f"data: {_dumps(body)}\n\n"
 
     def _usage_so_far(self, index: int) -> dict[str, Any]:
-        """What a chunk says of usage: in OpenAI's streams with usage, null until the last chunk."""
+        """The usage field of a chunk. In OpenAI's streams with usage it is null until the last chunk."""
         if self._options.continuous_usage:
             return {"usage": self._usage(len(self._prompt(index)), self._generated[index])}
         return {"usage": None} if self._options.usage else {}
@@ -212,7 +212,7 @@ class ChatShape(_Base):
     plain_tail = '},"logprobs":null,"finish_reason":null}]'
 
     def _open(self, index: int) -> str:
-        """A choice starts with its role."""
+        """Begins a choice with its role."""
         self._started[index] = True
         delta = {"role": "assistant", "content": ""}
         more: dict[str, Any] = {"prompt_token_ids": self._prompt(index)} if self._options.token_ids else {}

@@ -1,6 +1,6 @@
-"""What the HTTP API answers, as types: those of the dicts that are sent, and of the schemas in /openapi.json.
+"""The HTTP API's replies as types: for the dicts that are sent, and for the schemas in /openapi.json.
 
-Tokens are never sent through these: `reply` writes them as JSON by hand.
+Tokens are never sent through these types: `reply` writes token JSON directly.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class ErrorDetail(TypedDict):
 
 @_strict
 class ErrorReply(TypedDict):
-    """Every error has this body."""
+    """The body of every error."""
 
     error: ErrorDetail
 
@@ -65,7 +65,7 @@ class CompletionChoice(TypedDict):
 
 @_strict
 class CompletionReply(TypedDict):
-    """POST /v1/completions. `system_fingerprint` begins the digest of the adapter version that answered."""
+    """POST /v1/completions. `system_fingerprint` is the beginning of the served adapter version's digest."""
 
     id: str
     object: Literal["text_completion"]
@@ -113,7 +113,7 @@ class ChatChoice(TypedDict):
 
 @_strict
 class ChatReply(TypedDict):
-    """POST /v1/chat/completions. `system_fingerprint` begins the digest of the adapter version that answered."""
+    """POST /v1/chat/completions. `system_fingerprint` is the beginning of the served adapter version's digest."""
 
     id: str
     object: Literal["chat.completion"]
@@ -128,7 +128,7 @@ class ChatReply(TypedDict):
 
 @_strict
 class ModelCard(TypedDict):
-    """The base model, or an adapter, whose `parent` is the base model."""
+    """The base model or an adapter. An adapter's `parent` is the base model."""
 
     id: str
     object: Literal["model"]
@@ -165,7 +165,7 @@ class AdapterReply(TypedDict):
 
 @_strict
 class PlaceReply(TypedDict):
-    """Where one worker has the adapter. `last_used` in seconds since 1970, 0 if never there."""
+    """One worker's copy of the adapter. `last_used` in seconds since 1970, 0 if never used on that worker."""
 
     worker: str
     tier: Tier
@@ -185,7 +185,7 @@ class RemovedAdapter(AdapterReply):
 
 @_strict
 class AdapterList(TypedDict):
-    """One page. `total` counts the entries that match on all pages."""
+    """One page. `total` counts the matching entries on all pages."""
 
     object: Literal["list"]
     data: list[AdapterReply]

@@ -1,7 +1,7 @@
-"""Carries a running completion over HTTP: as server-sent events or as one JSON body, until it ends or the client goes.
+"""Carries a running completion over HTTP, as server-sent events or as one JSON body, until its end or a disconnect.
 
-A reply starts with its first tokens, so whatever fails before them is a plain HTTP error. What fails later is an event
-`data: {"error": {...}}` followed by `data: [DONE]`, as in vLLM: no choice gets a finish_reason it didn't earn.
+A reply starts with its first tokens, so an earlier failure is a plain HTTP error. A later failure is an event
+`data: {"error": {...}}` followed by `data: [DONE]`, as in vLLM: no choice gets a false finish_reason.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class _ClientGone(Exception):
 
 
 class _Reply(Response):
-    """A response that runs the completion itself, so that it is cancelled the moment the client is gone."""
+    """A response that runs the completion itself: a disconnect cancels the completion at once."""
 
     def __init__(self, completion: Completion, shape: Shape) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class _Reply(Response):
 
 
 class WholeReply(_Reply):
-    """The answer in one piece."""
+    """The whole answer as one JSON body."""
 
     async def _write(self, completion: Completion, scope: Scope, receive: Receive, send: Send) -> None:
         choices = [WholeChoice() for _ in range(len(completion.job.requests) * completion.job.n)]
@@ -61,7 +61,7 @@ class WholeReply(_Reply):
 
 
 class EventStream(_Reply):
-    """The answer as server-sent events, all deltas that are there in one write."""
+    """The answer as server-sent events. One write carries all deltas that are ready."""
 
     async def _write(self, completion: Completion, scope: Scope, receive: Receive, send: Send) -> None:
         deltas = await completion.take()
@@ -90,7 +90,7 @@ class EventStream(_Reply):
 
 @asynccontextmanager
 async def _watching_client(receive: Receive, completion: Completion) -> AsyncIterator[None]:
-    """While inside, a disconnect makes the completion's reader raise _ClientGone."""
+    """Within the context, a disconnect makes the completion's reader raise _ClientGone."""
 
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":

@@ -1,4 +1,4 @@
-"""The adapters behind the base model, in our own way and in vLLM's. What may be added is the catalog's to judge."""
+"""The adapter endpoints, in this server's form and in vLLM's. The catalog judges the adapters."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def adapter_routes(deps: GatewayDeps) -> APIRouter:
 
 
 def vllm_adapter_routes(deps: GatewayDeps) -> APIRouter:
-    """/v1/load_lora_adapter and /v1/unload_lora_adapter, which take and say what vLLM's do."""
+    """/v1/load_lora_adapter and /v1/unload_lora_adapter, with vLLM's parameters and replies."""
     router = APIRouter(tags=["Adapters"])
 
     @router.post(

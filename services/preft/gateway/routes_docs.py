@@ -1,4 +1,4 @@
-"""/docs: the API's description as a page to try it. All its parts come from this server, none from another site."""
+"""/docs: a page that shows the API and can send requests. This server holds all parts of the page."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from starlette.responses import FileResponse, Response
 
 _FOLDER = Path(fastapi_offline.__file__).parent / "static"
 _FILES = frozenset({"swagger-ui-bundle.js", "swagger-ui.css", "favicon.png"})
-# A page of another site that shows this one in a frame could lead a user's clicks to its buttons.
+# Another site's page could show this page in a frame, and lead a user's clicks to its buttons.
 _NOT_IN_FRAMES = {"content-security-policy": "frame-ancestors 'none'", "x-frame-options": "DENY"}
 
 
 def docs_routes() -> APIRouter:
-    """/docs and the files of the page."""
     router = APIRouter(include_in_schema=False)
 
     @router.get("/docs")

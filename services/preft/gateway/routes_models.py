@@ -1,4 +1,4 @@
-"""What can be named in `model`: /v1/models, the base model first, then the adapters, whose `parent` it is."""
+"""/v1/models: the names that `model` may have. The base model comes first, then the adapters, with it as `parent`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from preft.gateway.listing import served_version
 from preft.gateway.openapi import answers
 from preft.gateway.reply_types import ModelCard, ModelList
 
-SLICE = 1000  # entries written at a stretch: a few milliseconds, then running token streams have their turn
+SLICE = 1000  # entries written before running token streams get their turn: a few milliseconds
 
 
 def model_routes(deps: GatewayDeps) -> APIRouter:
-    """/v1/models. OpenAI's list has no pages, so it holds every adapter."""
+    """/v1/models. OpenAI's list has no pages, so this list holds every adapter."""
     router = APIRouter(tags=["Models"])
 
     @router.get("/v1/models", responses=answers(ModelList))

@@ -1,4 +1,4 @@
-"""For load balancers, Prometheus and `preft status`: /health, /ready, /metrics, /v1/workers."""
+"""/health, /ready, /metrics and /v1/workers, for load balancers, Prometheus and `preft status`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def operations_routes(deps: GatewayDeps) -> APIRouter:
 
     @router.get("/ready", responses={**answers(HealthReply), 503: {"model": NotReadyReply, "description": "Not ready"}})
     async def ready() -> Response:
-        """200 when a request would be served now, else 503."""
+        """200 if a request would be served now, else 503."""
         if not (reason := deps.unready()):
             return JSONResponse({"status": "ready"})
         workers = [worker_json(worker) for worker in (deps.workers() if deps.workers is not None else ())]
@@ -33,7 +33,7 @@ def operations_routes(deps: GatewayDeps) -> APIRouter:
 
     @router.get("/v1/workers", responses=answers(WorkersReply))
     async def workers() -> Response:
-        """The workers as the router sees them, with what they used at their last heartbeat."""
+        """The workers as the router sees them, with the resource use of their last heartbeat."""
         now = time.time()
         rows = [worker_row(worker, now) for worker in (deps.workers() if deps.workers is not None else ())]
         return JSONResponse({"workers": rows})

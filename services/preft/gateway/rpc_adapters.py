@@ -1,4 +1,4 @@
-"""The public gRPC service Adapters: the catalog as HTTP shows it, without HTTP."""
+"""The public gRPC service Adapters: the same view of the catalog as HTTP's."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from preft.rpc import adapters_pb2, adapters_pb2_grpc
 
 
 class AdaptersService(adapters_pb2_grpc.AdaptersServicer):
-    """Adapters, over the catalog."""
-
     def __init__(self, deps: GatewayDeps) -> None:
         self._catalog = deps.catalog
         self._drain = deps.drain

@@ -1,4 +1,4 @@
-"""Errors as the public gRPC services report them. How they travel within the cluster is `preft.rpc.status`'s."""
+"""Errors as the public gRPC services report them. `preft.rpc.status` carries errors within the cluster."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ logger = logging.getLogger(__name__)
 
 @asynccontextmanager
 async def errors_reported(context: Any) -> AsyncIterator[None]:
-    """Ends the call with the error's gRPC code; trailing metadata has `preft-code`, `preft-param`, `retry-after`.
+    """Ends the call with the error's gRPC code. Trailing metadata: `preft-code`, `preft-param`, `retry-after`.
 
-    Unexpected errors are logged, and don't show their text.
+    The text of an unexpected error is logged, and isn't sent.
     """
     try:
         yield

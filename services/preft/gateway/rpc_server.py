@@ -1,4 +1,4 @@
-"""Starts the public gRPC server: our services, health checking that follows readiness, and reflection."""
+"""Starts the public gRPC server: the services, health checks that follow readiness, and reflection."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ _WATCH_INTERVAL = 0.5  # seconds
 
 @dataclass(frozen=True, slots=True)
 class RpcServer:
-    """A started server. `port` is the one it really listens on."""
+    """A started server. `port` is the port that it listens on."""
 
     port: int
     server: Any
 
     async def stop(self, grace: float = 0.0) -> None:
-        """Refuses new calls and ends running ones after `grace` seconds."""
+        """Refuses new calls, and ends running calls after `grace` seconds."""
         await self.server.stop(grace)
 
 
 async def serve_grpc(deps: GatewayDeps, host: str, port: int) -> RpcServer:
-    """Starts Inference and Adapters on `host:port`; port 0 takes any free one. Raises ConfigError if it is taken."""
+    """Starts Inference and Adapters on `host:port`; port 0 means any free port. Raises ConfigError for a taken port."""
     limit = ("grpc.max_receive_message_length", deps.max_body_bytes)
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0), limit, *ACCEPT_PINGS])
     inference_pb2_grpc.add_InferenceServicer_to_server(InferenceService(deps), server)  # type: ignore[no-untyped-call]
@@ -55,7 +55,7 @@ async def serve_grpc(deps: GatewayDeps, host: str, port: int) -> RpcServer:
 
 
 class _Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
-    """SERVING while a request would be served, as /ready."""
+    """SERVING under the same condition as /ready."""
 
     def __init__(self, deps: GatewayDeps) -> None:
         self._deps = deps

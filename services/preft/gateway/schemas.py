@@ -1,6 +1,6 @@
-"""The bodies of requests for tokens, strictly checked: a wrong type, range or name is an InvalidRequest that names it.
+"""The bodies of generation requests, strictly checked: InvalidRequest names a wrong type, range or parameter.
 
-Owns everything that can be judged without the model; lengths, vocabulary and names are checked in `job`.
+Owns the checks that need no model. `job` checks lengths, token ids and model names.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ NonEmpty = Annotated[str, Field(min_length=1)]
 
 
 class Strict(BaseModel):
-    """A JSON body: no field is converted, none unknown is taken."""
+    """A JSON body. Fields aren't converted, and unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -49,11 +49,11 @@ class Strict(BaseModel):
 class StreamOptions(Strict):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
-    include_obfuscation: bool | None = None  # padding against traffic analysis, of OpenAI's own service
+    include_obfuscation: bool | None = None  # OpenAI's padding against traffic analysis
 
 
 class GenerationBody(Strict):
-    """What both APIs share, with vLLM's additions. None means: not given."""
+    """The fields of both APIs, with vLLM's additions. None means absent."""
 
     id_prefix: ClassVar[str]
     prompt_param: ClassVar[str]  # the field that holds the prompt
@@ -63,7 +63,7 @@ class GenerationBody(Strict):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=INT32_MAX), WHOLE] | None = None  # -1 and 0: all tokens
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None  # further out logits aren't finite
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None  # beyond these, logits aren't finite
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     seed: Annotated[int, Field(ge=-INT64_MAX - 1, le=INT64_MAX), WHOLE, AfterValidator(read_seed)] | None = None
@@ -92,12 +92,11 @@ class GenerationBody(Strict):
 
     @property
     def wanted_tokens(self) -> int | None:
-        """The caller's limit on output tokens per choice."""
         return self.max_tokens
 
     @property
     def wanted_logprobs(self) -> int | None:
-        """How many alternatives per token to report; None: no log probabilities."""
+        """The number of reported alternatives per token; None: no log probabilities."""
         raise NotImplementedError
 
     @property

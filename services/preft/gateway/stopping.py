@@ -1,6 +1,6 @@
-"""Stop strings in a stream of text: finds the first one to be completed and holds back what may still become one.
+"""Stop strings in a stream of text: finds the first completed stop string, and holds back text that may become one.
 
-Knows nothing of tokens; the caller says from where on matches count (`min_tokens`).
+Knows no tokens. The caller says from where on matches count (`min_tokens`).
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Watches one choice's text for `stops` (non-empty strings).
+    """Searches one choice's text for `stops` (non-empty strings).
 
-    The stop string that is completed first ends the text, as if it came character by character; of two that end at the
-    same place the one listed first counts. `matched` names it. The text is cut before it, or after it with `include`.
+    The stop string that is completed first, character by character, ends the text. If two end at the same place, the
+    one listed first counts. `matched` names it. The text is cut before the match, or after it with `include`.
     """
 
     __slots__ = ("_blind", "_held", "_include", "_stops", "matched")
@@ -20,12 +20,12 @@ class StopStrings:
     def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
         self._stops = stops
         self._include = include
-        self._held = ""  # the longest end of the text that a stop string could start with
+        self._held = ""  # the longest end of the text that may begin a stop string
         self._blind = 0  # matches that end within so many characters of `_held` don't count
         self.matched: str | None = None
 
     def push(self, text: str, *, armed: bool = True) -> str:
-        """Takes more text and returns what is safe to show. With `armed` False a match must end after this text."""
+        """Adds text and returns the text that is safe to show. With `armed` False, a match must end after this text."""
         pending = self._held + text
         if not armed:
             self._blind = len(pending)
@@ -41,7 +41,7 @@ class StopStrings:
         return pending[:safe]
 
     def release(self) -> str:
-        """What is held back, at the end of a text without a match."""
+        """Returns the held text, at the end of a text without a match."""
         held, self._held = self._held, ""
         return held
 

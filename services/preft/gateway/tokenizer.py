@@ -1,6 +1,6 @@
-"""Text to token ids and back for one model folder, with what requests need to know of its vocabulary.
+"""Text to token ids and back for one model folder, and the facts about its vocabulary that requests need.
 
-Owns the `tokenizers` object. Incremental decoding is in `detokenizer`, chat rendering in `chat_prompt`.
+Owns the `tokenizers` object. `detokenizer` decodes incrementally, and `chat_prompt` renders chats.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ from preft.gateway.chat_prompt import ChatPrompt
 from preft.gateway.llama_form import apply_llama_form
 from preft.gateway.model_folder import ModelFolder, SamplingDefaults, read_model_folder
 
-# About 5 ms of tokenizing; longer texts go to a thread so that streams keep flowing.
+# About 5 ms of tokenizing. A thread tokenizes longer texts, so that streams keep flowing.
 INLINE_CHARS = 8_192
 HUGE_CHARS = 1 << 20  # 100 MB and half a second: longer texts are tokenized one at a time
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class Tokenizer:
-    """One model's tokenizer. `vocab_size` bounds the ids a prompt may hold; `special_ids` are left out of visible text;
-    `eos_token_ids` is the union of what generation_config.json, config.json and the tokenizer name, sorted.
-    A text of more than `chars_per_token` characters per token is too long, whatever it says: this is four times the
-    longest token, as NFC composes up to four characters into one. Only a text that is hardly anything but dropped
-    spaces, or long runs taken for one unknown token, could have fewer tokens.
+    """One model's tokenizer. `vocab_size` bounds a prompt's ids; visible text leaves out `special_ids`.
+
+    `eos_token_ids` is the sorted union of generation_config.json, config.json and the tokenizer. A text with more than
+    `chars_per_token` characters per allowed token is refused untokenized. The bound is four times the longest token:
+    NFC composes up to four characters into one. Only text that is almost all dropped spaces, or long runs that become
+    one unknown token, could have fewer tokens.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, folder: ModelFolder) -> None:
@@ -57,7 +58,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
-        """The tokenizer of a model folder. Raises ConfigError if tokenizer.json is missing or any file is malformed."""
+        """Loads a model folder's tokenizer. Raises ConfigError if tokenizer.json is missing or a file is malformed."""
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise ConfigError(f"{folder} has no tokenizer.json; save the model's fast tokenizer there")
@@ -68,7 +69,7 @@ class Tokenizer:
         return cls(backend, read_model_folder(folder))
 
     async def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[tuple[int, ...]]:
-        """Token ids of each text. Long texts are tokenized in a thread, without holding the interpreter lock."""
+        """Token ids of each text. A thread tokenizes long texts without the interpreter lock."""
         chars = sum(map(len, texts))
         if chars <= INLINE_CHARS:
             encode = self._backend.encode
@@ -78,7 +79,7 @@ class Tokenizer:
         await self._huge.acquire()
         task = asyncio.create_task(asyncio.to_thread(self._encode_batch, list(texts), add_special_tokens))
         task.add_done_callback(lambda _: self._huge.release())
-        return await asyncio.shield(task)  # if nobody waits any more, the thread goes on all the same
+        return await asyncio.shield(task)  # the thread can't be cancelled, even if the caller leaves
 
     def _encode_batch(self, texts: list[str], add_special_tokens: bool) -> list[tuple[int, ...]]:
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
@@ -90,16 +91,17 @@ class Tokenizer:
         return text
 
     def decode_stream(self, context: Sequence[int]) -> Callable[[int], str | None]:
-        """Decodes one token after the other behind `context`: the text that became final, None while there is none.
+        """Returns a decoder for the tokens behind `context`: per token the text that became final, or None.
 
-        Special tokens are shown. A token raises if it changes text that is out already, which only invalid bytes do.
+        Special tokens are shown. The decoder raises if a token changes text that was returned: only invalid bytes do.
         """
         stream = tokenizers.decoders.DecodeStream(ids=list(context), skip_special_tokens=False)
         return functools.partial(stream.step, self._backend)
 
     def token_text(self, token_id: int) -> str:
-        """One token as it looks inside a text (leading space kept), special tokens included. Not always valid alone:
-        a part of a character shows as U+FFFD.
+        """One token as it looks inside a text, with its leading space; special tokens included.
+
+        A token that is a part of a character shows as U+FFFD.
         """
         text = self._texts.get(token_id)
         if text is None:
@@ -107,7 +109,7 @@ class Tokenizer:
         return text
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The token's own bytes, also where they are only a part of a UTF-8 character."""
+        """The token's own bytes, also if they are only a part of a UTF-8 character."""
         text = self.token_text(token_id)
         if "\ufffd" not in text:
             return text.encode()
@@ -126,7 +128,7 @@ class Tokenizer:
         return self.decode([token_id], skip_special_tokens=False)
 
     def _find_anchor(self) -> list[int]:
-        """An ordinary token to decode others after, if there is one: many decoders drop the first token's space."""
+        """An ordinary token, if any, to decode other tokens behind: many decoders drop the first token's space."""
         for token_id in range(min(self._backend.get_vocab_size(with_added_tokens=True), 1024)):
             if token_id not in self.special_ids and self.decode([token_id], skip_special_tokens=False).isalnum():
                 return [token_id]
@@ -134,7 +136,7 @@ class Tokenizer:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The stand-ins of byte-level BPE: printable Latin-1 stands for itself, the rest counts up from U+0100."""
+    """The characters that stand for bytes in byte-level BPE: printable Latin-1 for itself, the rest from U+0100 on."""
     table = {chr(byte): byte for byte in range(256) if chr(byte).isprintable() and byte != 0x20}
     hidden = (byte for byte in range(256) if chr(byte) not in table)
     return table | {chr(256 + number): byte for number, byte in enumerate(hidden)}

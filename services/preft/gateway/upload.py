@@ -1,4 +1,4 @@
-"""Takes a large request body to disk, piece by piece. What it holds is the caller's to judge."""
+"""Writes a large request body to disk, piece by piece. The caller judges the content."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from fastapi import Request
 from preft.core.errors import InvalidRequest, Unavailable
 from preft.gateway.content import check_archive_type, declared_length, too_large
 
-WRITE_BYTES = 1 << 20  # a disk can be slow: each write goes to a thread, so they shouldn't be small
+WRITE_BYTES = 1 << 20  # a thread does each write, as disks can be slow; small writes would cost too much
 
 
 @asynccontextmanager
 async def received(request: Request, limit: int, folder: Path | None) -> AsyncIterator[Path]:
-    """The body of `request` as a file in `folder`, which is removed when the context is left.
+    """The body of `request` as a file in `folder`. The file is removed at the end of the context.
 
-    Entering raises HTTPException 415 for what is no archive, 413 for more than `limit` bytes, InvalidRequest if none or
-    fewer came than were declared, ClientDisconnect if the client left before its end, and Unavailable if the disk
-    fails.
+    Entering raises HTTPException 415 for another type than an archive, HTTPException 413 for more than `limit` bytes,
+    InvalidRequest for an empty body or fewer bytes than declared, ClientDisconnect if the client left too early, and
+    Unavailable if the disk fails.
     """
     check_archive_type(request)
     if (declared_length(request) or 0) > limit:

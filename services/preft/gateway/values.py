@@ -1,6 +1,6 @@
-"""Fields with several JSON forms: each function checks one of them and returns the form that the gateway works with.
+"""Fields with several JSON forms: each function checks one field and returns the form that the gateway uses.
 
-All raise ValueError with a clause that follows the field's name.
+All functions raise ValueError with a clause that follows the field's name.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ from typing import Any
 
 MAX_PROMPTS = 1024
 MAX_STOPS = 16
-MAX_TOKEN_IDS = 1024  # that one parameter singles out; they go to the workers with every choice
+MAX_TOKEN_IDS = 1024  # in one parameter; the ids go to the workers with every choice
 
 Prompt = str | tuple[int, ...]
 _NO_PROMPT = "must be a string, a list of strings, a list of token ids, or a list of lists of token ids"
 
 
 def whole(value: object) -> object:
-    """16.0 is 16: JSON knows one kind of number."""
+    """16.0 becomes 16: JSON has one kind of number."""
     return int(value) if type(value) is float and value.is_integer() else value
 
 
 def read_prompts(value: object) -> tuple[Prompt, ...]:
-    """A prompt is a text or token ids; a list of either is several prompts."""
+    """A prompt is a text or a list of token ids; a list of either means several prompts."""
     if isinstance(value, str):
         prompts: tuple[Prompt, ...] = (value,)
     elif isinstance(value, list) and all(isinstance(item, str) for item in value) and value:
@@ -44,7 +44,7 @@ def read_prompts(value: object) -> tuple[Prompt, ...]:
 
 
 def _ids(value: list[Any]) -> tuple[int, ...] | None:
-    """Token ids, if that is what the list holds."""
+    """The list as token ids, or None if it holds anything else."""
     if not all(type(item) is int for item in value):
         value = [whole(item) for item in value]
         if not all(type(item) is int for item in value):
@@ -53,7 +53,7 @@ def _ids(value: list[Any]) -> tuple[int, ...] | None:
 
 
 def read_seed(value: int) -> int:
-    """-1 means no seed to vLLM, and would to its engines."""
+    """Refuses -1: vLLM reads -1 as no seed."""
     if value == -1:
         raise ValueError("-1 is not a seed, leave it out for output that differs each time")
     return value
@@ -71,7 +71,7 @@ def read_stops(value: object) -> tuple[str, ...]:
 
 
 def at_most(limit: int) -> Callable[[object], object]:
-    """Refuses a longer list before any of its items is looked at."""
+    """Refuses a list longer than `limit` before any item is checked."""
 
     def check(value: object) -> object:
         if isinstance(value, list) and len(value) > limit:
@@ -97,12 +97,11 @@ def read_logit_bias(value: object) -> dict[int, float]:
 
 
 def read_flag(value: object) -> bool:
-    """A boolean in a query string."""
     if value not in ("true", "false"):
         raise ValueError("must be true or false")
     return value == "true"
 
 
 def read_kind(value: object) -> object:
-    """An adapter's kind in a query string, where the plus of "lora+reft" is a space unless it was encoded."""
+    """An adapter's kind in a query string. An unencoded plus in "lora+reft" arrives as a space."""
     return value.replace(" ", "+") if isinstance(value, str) else value

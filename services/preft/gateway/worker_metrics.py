@@ -1,4 +1,4 @@
-"""Prometheus metrics of the workers, as their last heartbeats told them. Nothing is kept here."""
+"""Prometheus metrics of the workers, from their last heartbeats. Keeps no state."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from preft.core.cluster import AdapterLoad, Tier, Worker
 
 
 class WorkerMetrics(Collector):
-    """One family per figure, labelled by worker, and by tier where there are several."""
+    """One metric family per figure, with the labels worker and, if a figure has several, tier."""
 
     def __init__(self, workers: Callable[[], Iterable[Worker]], registry: CollectorRegistry) -> None:
         self._workers = workers
         registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
-        """The figures now."""
         free = GaugeMetricFamily("preft_kv_blocks_free", "Free KV blocks.", labels=["worker"])
         total = GaugeMetricFamily("preft_kv_blocks", "KV blocks.", labels=["worker"])
         staging = GaugeMetricFamily("preft_staging_bytes", "Memory for KV on its way.", labels=["worker"])

@@ -67,35 +67,35 @@ class AdaptersServicer:
     """
 
     def Add(self, request, context):
-        """Fetches the source, checks it and makes `name` point to it. Fails if the name holds other content, unless `replace`.
+        """Fetches and checks the source, and points `name` to it. Without `replace`, fails if the name has other content.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def List(self, request, context):
-        """One page of the entries, by name.
+        """Returns one page of the entries, ordered by name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Get(self, request, context):
-        """One entry.
+        """Returns one entry.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Pin(self, request, context):
-        """Keeps an adapter in the host memory of every prefill worker, or no longer.
+        """Pins an adapter in the host memory of every prefill worker, or unpins it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Remove(self, request, context):
-        """New requests for `name` get NOT_FOUND from now on; running ones finish on their version.
+        """From now on new requests for `name` get NOT_FOUND. Running requests finish on their version.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

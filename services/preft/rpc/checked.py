@@ -1,7 +1,7 @@
-"""What a field of another process's message may say: each function returns the value, or raises InvalidRequest.
+"""Checks single fields of other processes' messages: each function returns the value, or raises InvalidRequest.
 
-Owns the form of digests, handles, addresses, ids and counts. `convert` owns messages as a whole; what only an engine
-can judge (the vocabulary, the context's length) is checked in `preft.engine.port`.
+Owns the form of digests, handles, addresses, ids and counts. `convert` checks whole messages. `preft.engine.port`
+checks against the engine: the vocabulary and the context's length.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from preft.core.settings import DAY
 
 HANDLE = re.compile(r"[0-9A-Za-z_-]{1,64}")
 HOST_AND_PORT = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[0-9A-Za-z]([0-9A-Za-z._-]{0,252}[0-9A-Za-z])?):([0-9]{1,5})")
-CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # they end lines of logs, or hide them
-MAX_TEXT = 4096  # characters of a source; names and ids have fewer
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # control characters end or hide log lines
+MAX_TEXT = 4096  # characters of a source; names and ids are shorter
 MAX_ID = 256
 MAX_IDS = 1024
 
@@ -38,7 +38,7 @@ def handle_of(text: str) -> str:
 
 
 def address_of(text: str) -> str:
-    """`host:port`, an IPv6 address in brackets. gRPC's other targets name files and resolvers, and are refused."""
+    """`host:port`, with an IPv6 address in brackets. Other gRPC targets name files and resolvers, and are refused."""
     match = HOST_AND_PORT.fullmatch(text)
     if not (match and 0 < int(match[3]) < 65536 and _is_host(match[1])):
         raise InvalidRequest("an address is host:port", param="address")
@@ -46,7 +46,7 @@ def address_of(text: str) -> str:
 
 
 def text_of(text: str, param: str, limit: int = MAX_ID) -> str:
-    """Text for people and logs: without control characters, and of at most `limit` characters."""
+    """Text for people and logs: without control characters, and with at most `limit` characters."""
     if len(text) > limit or CONTROL.search(text):
         raise InvalidRequest(f"{param} is at most {limit} characters, none of them a control character", param=param)
     return text
@@ -60,7 +60,7 @@ def count_of(number: int, param: str, least: int, most: int) -> int:
 
 
 def ids_of(ids: Collection[int], param: str) -> tuple[int, ...]:
-    """Token ids that one parameter singles out. Whether the vocabulary has them is the engine's to say."""
+    """Token ids in one parameter. The engine checks them against the vocabulary."""
     if len(ids) > MAX_IDS:
         raise InvalidRequest(f"{param} holds at most {MAX_IDS} token ids", param=param)
     return tuple(ids)
@@ -74,7 +74,7 @@ def number_of(number: float, param: str, least: float = -math.inf, most: float =
 
 
 def seconds_of(number: float, param: str) -> float:
-    """A wait: timers overflow with far longer ones than a day."""
+    """A duration of at most a day: timers overflow with far longer durations."""
     return number_of(number, param, 0, DAY)
 
 

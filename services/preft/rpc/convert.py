@@ -1,8 +1,8 @@
-"""Between the core dataclasses and their protobuf messages, both directions, field by field.
+"""Translates between the core dataclasses and protobuf messages, both directions, field by field.
 
-Owns no meaning: what the values stand for is said in `preft.core.request` and `preft.core.cluster`. What comes from
-another process is checked here, and nowhere after: a caller's message that makes no sense raises InvalidRequest, a
-worker's EngineFailed. Values that don't fit the message's type (a negative count) raise ValueError in protobuf.
+`preft.core.request` and `preft.core.cluster` define the values' meaning. Messages of other processes are checked here
+and nowhere later: an invalid message raises InvalidRequest if a caller sent it, EngineFailed if a worker did. A
+value that its protobuf field can't hold (a negative count) raises ValueError in protobuf.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ _FINISH_FROM_PROTO = {value: reason for reason, value in _FINISH_TO_PROTO.items(
 
 
 def sampling_to_proto(sampling: Sampling) -> common_pb2.Sampling:
-    """The wire form of `sampling`."""
     return common_pb2.Sampling(
         max_tokens=sampling.max_tokens,
         min_tokens=sampling.min_tokens,
@@ -56,7 +55,7 @@ def sampling_to_proto(sampling: Sampling) -> common_pb2.Sampling:
 
 
 def sampling_from_proto(message: common_pb2.Sampling) -> Sampling:
-    """What `sampling_to_proto` was given, within vLLM's ranges. Raises InvalidRequest."""
+    """Inverse of `sampling_to_proto`, within vLLM's ranges. Raises InvalidRequest."""
     bias = {token_id: number_of(message.logit_bias[token_id], "logit_bias") for token_id in message.logit_bias}
     ids_of(bias, "logit_bias")
     max_tokens = count_of(message.max_tokens, "max_tokens", 1, INT32_MAX)
@@ -80,7 +79,7 @@ def sampling_from_proto(message: common_pb2.Sampling) -> Sampling:
 
 
 def check_prefill(message: workers_pb2.PrefillRequest) -> None:
-    """Raises InvalidRequest if a field makes no sense; sampling and adapter are checked where they are translated."""
+    """Raises InvalidRequest for an invalid field. The translation checks sampling and adapter."""
     text_of(message.request_id, "request_id")
     count_of(message.n, "n", 1, MAX_CHOICES)
     if message.HasField("target"):
@@ -89,7 +88,7 @@ def check_prefill(message: workers_pb2.PrefillRequest) -> None:
 
 
 def check_decode(message: workers_pb2.DecodeRequest) -> None:
-    """Raises InvalidRequest if a field makes no sense; sampling and adapter are checked where they are translated."""
+    """Raises InvalidRequest for an invalid field. The translation checks sampling and adapter."""
     text_of(message.request_id, "request_id")
     handle_of(message.handle)
     digest_of(message.adapter_digest)
@@ -99,17 +98,16 @@ def check_decode(message: workers_pb2.DecodeRequest) -> None:
 
 
 def adapter_to_proto(adapter: AdapterRef) -> common_pb2.AdapterRef:
-    """The wire form of `adapter`."""
     return common_pb2.AdapterRef(name=adapter.name, digest=adapter.digest, source=adapter.source)
 
 
 def adapter_from_proto(message: common_pb2.AdapterRef) -> AdapterRef:
-    """What `adapter_to_proto` was given. Raises InvalidRequest."""
+    """Inverse of `adapter_to_proto`. Raises InvalidRequest."""
     return AdapterRef(text_of(message.name, "name"), message.digest, text_of(message.source, "source", MAX_TEXT))
 
 
 def delta_to_proto(delta: TokenDelta) -> common_pb2.TokenDelta:
-    """The wire form of `delta`. On the per-token path."""
+    """On the per-token path."""
     message = common_pb2.TokenDelta(
         index=delta.index,
         token_ids=delta.token_ids,
@@ -124,7 +122,7 @@ def delta_to_proto(delta: TokenDelta) -> common_pb2.TokenDelta:
 
 
 def delta_from_proto(message: common_pb2.TokenDelta) -> TokenDelta:
-    """What `delta_to_proto` was given. On the per-token path. Raises EngineFailed for an unknown finish reason."""
+    """Inverse of `delta_to_proto`, on the per-token path. Raises EngineFailed for an unknown finish reason."""
     if message.finish_reason not in _FINISH_FROM_PROTO:
         raise EngineFailed(f"a worker ended a choice for the unknown reason {message.finish_reason}")
     return TokenDelta(
@@ -143,7 +141,7 @@ def place_to_proto(place: AdapterPlace) -> workers_pb2.WhereReply:
 
 
 def place_from_proto(worker_id: str, message: workers_pb2.WhereReply) -> AdapterPlace:
-    """What `place_to_proto` was given. Raises EngineFailed for an unknown tier."""
+    """Inverse of `place_to_proto`. Raises EngineFailed for an unknown tier."""
     if message.tier not in set(Tier):
         raise EngineFailed(f"worker {worker_id} names the unknown tier {message.tier[:40]!r}")
     return AdapterPlace(worker_id, Tier(message.tier), message.last_used, message.users)

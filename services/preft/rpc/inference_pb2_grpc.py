@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class InferenceStub:
-    """The public token service: what HTTP does, without HTTP.
+    """The public token service: generation as over HTTP.
     """
 
     def __init__(self, channel):
@@ -43,11 +43,11 @@ class InferenceStub:
 
 
 class InferenceServicer:
-    """The public token service: what HTTP does, without HTTP.
+    """The public token service: generation as over HTTP.
     """
 
     def Generate(self, request, context):
-        """Continues one prompt; every message carries new text and tokens of one choice, the last one per choice its finish reason.
+        """Continues one prompt. Every message has new text and tokens of one choice. A choice's last message has its finish reason.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -70,7 +70,7 @@ def add_InferenceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Inference:
-    """The public token service: what HTTP does, without HTTP.
+    """The public token service: generation as over HTTP.
     """
 
     @staticmethod

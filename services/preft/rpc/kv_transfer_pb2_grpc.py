@@ -47,9 +47,9 @@ class KvTransferServicer:
     """
 
     def Push(self, request_iterator, context):
-        """The stream's messages are raw block bytes, NOT encoded KvFrame messages (a protobuf bytes field would copy them once
-        more on both sides); the KvHeader travels in the request metadata under `preft-kv-header-bin`.
-        The receiver's initial metadata says that there is room, and shows under `preft-cluster-proof` that it is of the cluster.
+        """The stream's messages are raw block bytes, NOT encoded KvFrame messages: a protobuf bytes field would cost one more
+        copy on both sides. The request metadata has the KvHeader under `preft-kv-header-bin`.
+        The receiver sends its initial metadata once it has room. `preft-cluster-proof` proves that it belongs to the cluster.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

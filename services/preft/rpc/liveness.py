@@ -1,16 +1,16 @@
-"""gRPC options by which a caller notices a peer that is gone without a word: a machine lost, a process frozen.
+"""gRPC options with which a caller notices a silent peer: a lost machine or a frozen process.
 
-Nothing on the wire says so, and a stream from such a peer would only end with its time limit. Pings are answered by
-gRPC's own threads, so a peer that is merely busy in Python answers them.
+Without pings, a stream from such a peer would end only with its time limit. gRPC's own threads answer pings, so a
+process that is busy in Python answers too.
 """
 
 from __future__ import annotations
 
-PING_SECONDS = 5.0  # between pings, while a call is under way
-PING_TIMEOUT_SECONDS = 10.0  # without an answer the connection is given up, and its calls end as UNAVAILABLE
+PING_SECONDS = 5.0  # between pings during a call
+PING_TIMEOUT_SECONDS = 10.0  # an unanswered ping ends the connection, and its calls with UNAVAILABLE
 
 ACCEPT_PINGS = [("grpc.http2.min_ping_interval_without_data_ms", 1000)]
-"""Server options: by default a server hangs up on callers that ping it more often than every five minutes."""
+"""Server options: by default a server disconnects callers that ping more often than every five minutes."""
 
 
 def ping_options() -> list[tuple[str, int]]:

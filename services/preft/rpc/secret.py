@@ -1,8 +1,8 @@
-"""The secret that all processes of a cluster share: what a caller shows, and what a receiver of KV shows.
+"""The secret that all processes of a cluster share: the codes of callers, and the proofs of KV receivers.
 
-The secret itself never travels. A call carries a code that is made of the secret and the called worker's address: a
-stranger that took over the port of a dead worker learns nothing that another worker would take. Traffic is not
-encrypted: a code that was read on the network works again for the address that it was made for.
+The secret itself never travels. A call carries a code made of the secret and the called worker's address. A stranger
+on a dead worker's port gets only this code, and other workers refuse it. Traffic isn't encrypted: a code that was
+read on the network works again for its address.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import grpc.aio
 
 CALL_KEY = "preft-cluster-call"
 PROOF_KEY = "preft-cluster-proof"
-HEALTH = "/grpc.health.v1.Health/"  # for probes, which have no secret; it says nothing but whether a service is there
+HEALTH = "/grpc.health.v1.Health/"  # for probes without the secret; the reply only says whether a service runs
 
 
 class ClusterSecret:
@@ -29,11 +29,11 @@ class ClusterSecret:
         self._key = hashlib.sha256(secret.encode()).digest()
 
     def call_code(self, address: str) -> str:
-        """What a call to the worker at `address` carries."""
+        """The code that a call to the worker at `address` carries."""
         return self._code("call", address)
 
     def proof(self, handle: str) -> str:
-        """What a receiver answers before the first byte that is pushed to it under `handle`."""
+        """The receiver's proof, sent before the first byte of KV is pushed to it under `handle`."""
         return self._code("receive", handle)
 
     def _code(self, use: str, what: str) -> str:
@@ -41,14 +41,14 @@ class ClusterSecret:
 
 
 class OnlyTheCluster(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """Ends each call that doesn't carry this worker's call code, health checks apart. Set `address` before serving."""
+    """Refuses calls without this worker's call code, except health checks. Set `address` before serving."""
 
     def __init__(self, secret: ClusterSecret) -> None:
         self._secret = secret
         self._code: str | None = None
 
     def serve_at(self, address: str) -> None:
-        """`address` is the one that others call: `host:port` as registered."""
+        """Sets the address that callers use: `host:port` as registered."""
         self._code = self._secret.call_code(address)
 
     async def intercept_service(
@@ -64,34 +64,29 @@ class OnlyTheCluster(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
 
 class ClusterChannel:
-    """A channel to the worker at `address` whose calls carry its call code; otherwise gRPC's own.
+    """A channel to the worker at `address` that adds the call code to each call.
 
-    A client interceptor would do the same, but with grpc.aio it puts a queue and a task around each stream.
+    With grpc.aio, a client interceptor would put a queue and a task around each stream.
     """
 
     def __init__(self, address: str, secret: ClusterSecret, options: Sequence[tuple[str, Any]] = ()) -> None:
-        # Without "dns:" gRPC would take a host that is called unix for the kind of the address.
+        # Without "dns:" gRPC would read a host named unix as an address scheme.
         self._channel = grpc.aio.insecure_channel(f"dns:///{address}", options=options)
         self._metadata = ((CALL_KEY, secret.call_code(address)),)
 
     def unary_unary(self, *method: Any, **options: Any) -> Callable[..., Any]:
-        """See grpc.aio.Channel."""
         return self._carrying(self._channel.unary_unary(*method, **options))
 
     def unary_stream(self, *method: Any, **options: Any) -> Callable[..., Any]:
-        """See grpc.aio.Channel."""
         return self._carrying(self._channel.unary_stream(*method, **options))
 
     def stream_unary(self, *method: Any, **options: Any) -> Callable[..., Any]:
-        """See grpc.aio.Channel."""
         return self._carrying(self._channel.stream_unary(*method, **options))
 
     def stream_stream(self, *method: Any, **options: Any) -> Callable[..., Any]:
-        """See grpc.aio.Channel."""
         return self._carrying(self._channel.stream_stream(*method, **options))
 
     async def close(self, grace: float | None = None) -> None:
-        """See grpc.aio.Channel."""
         await self._channel.close(grace)
 
     async def __aenter__(self) -> ClusterChannel:
@@ -108,7 +103,7 @@ class ClusterChannel:
 
 
 def equal_codes(one: str, other: str) -> bool:
-    """Compares in a time that tells nothing of where they differ."""
+    """Compares in constant time."""
     return hmac.compare_digest(one.encode(), other.encode())
 
 
@@ -118,4 +113,4 @@ async def _refuse(_: Any, context: grpc.aio.ServicerContext) -> None:
     )
 
 
-_REFUSAL = grpc.stream_stream_rpc_method_handler(_refuse)  # of this kind no message is read before the end
+_REFUSAL = grpc.stream_stream_rpc_method_handler(_refuse)  # this kind of handler ends without reading a message

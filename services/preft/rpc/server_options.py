@@ -1,4 +1,4 @@
-"""gRPC options of every worker's server, and of all that stands in for one in tests and benchmarks."""
+"""gRPC options of every worker's server, and of its substitutes in tests and benchmarks."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Between PreftError and gRPC status, both directions, and its message form inside streams that outlive one error.
+"""Translates between PreftError and gRPC status, both directions, and to messages for streams that survive an error.
 
 The status code alone is ambiguous (UNAVAILABLE is a busy or a dead worker), so a server also sends the error's own code
-and the offending parameter in the trailing metadata. An error without them is gRPC's own: the peer is gone, or late.
+and the wrong parameter in trailing metadata. A status without this metadata is gRPC's own: the peer is gone or late.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ _BY_STATUS: dict[grpc.StatusCode, type[PreftError]] = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: Unavailable,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
     grpc.StatusCode.UNAVAILABLE: WorkerLost,
-    grpc.StatusCode.CANCELLED: WorkerLost,  # a server that stops cancels its calls; our own cancels don't come here
+    grpc.StatusCode.CANCELLED: WorkerLost,  # a stopping server cancels its calls; own cancels don't come here
     grpc.StatusCode.UNKNOWN: EngineFailed,
     grpc.StatusCode.INTERNAL: EngineFailed,
     grpc.StatusCode.DATA_LOSS: TransferFailed,
     grpc.StatusCode.UNIMPLEMENTED: EngineFailed,
-    grpc.StatusCode.UNAUTHENTICATED: Unavailable,  # its cluster_secret is another one
+    grpc.StatusCode.UNAUTHENTICATED: Unavailable,  # the peer has another cluster_secret
 }
 
 
 @asynccontextmanager
 async def errors_reported(context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
-    """Ends the server's call with the error that leaves the context. Unexpected ones don't show their text."""
+    """Ends the server's call with the error that leaves the context. The text of an unexpected error isn't sent."""
     try:
         yield
     except PreftError as error:
@@ -72,7 +72,7 @@ async def abort(context: grpc.aio.ServicerContext, error: PreftError) -> None:
 
 
 def error_from_rpc(error: grpc.aio.AioRpcError, peer: str) -> PreftError:
-    """The PreftError behind a failed call to `peer`, a worker's id or address for the message."""
+    """The PreftError for a failed call to `peer`. `peer` is a worker's id or address, for the message."""
     trailing = {key: value for key, value in error.trailing_metadata() or ()}
     cls = _BY_CODE.get(str(trailing.get(CODE_KEY, "")))
     if cls is not None:
@@ -83,13 +83,12 @@ def error_from_rpc(error: grpc.aio.AioRpcError, peer: str) -> PreftError:
 
 
 def error_to_proto(error: PreftError) -> workers_pb2.Error:
-    """The message form of `error`."""
     param = error.param if isinstance(error, InvalidRequest) else None
     return workers_pb2.Error(code=mapping_of(error).code, message=str(error), param=param)
 
 
 def error_from_proto(message: workers_pb2.Error) -> PreftError:
-    """What `error_to_proto` was given; an EngineFailed for a code that isn't known here."""
+    """Inverse of `error_to_proto`; an EngineFailed for an unknown code."""
     cls = _BY_CODE.get(message.code, EngineFailed)
     return _made(cls, message.message, message.param if message.HasField("param") else None)
 

@@ -27,7 +27,7 @@ if _version_not_supported:
 
 
 class PrefillWorkerStub:
-    """A prefill worker: the adapter exists here and nowhere after.
+    """A prefill worker. Later stages have no adapter.
     """
 
     def __init__(self, channel):
@@ -44,11 +44,11 @@ class PrefillWorkerStub:
 
 
 class PrefillWorkerServicer:
-    """A prefill worker: the adapter exists here and nowhere after.
+    """A prefill worker. Later stages have no adapter.
     """
 
     def Prefill(self, request, context):
-        """Runs prompt + adapter, answers the first token of every choice, then pushes the prompt's KV to the target.
+        """Runs the prompt with the adapter, returns the first token of every choice, then pushes the prompt's KV to the target.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -71,7 +71,7 @@ def add_PrefillWorkerServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class PrefillWorker:
-    """A prefill worker: the adapter exists here and nowhere after.
+    """A prefill worker. Later stages have no adapter.
     """
 
     @staticmethod
@@ -129,14 +129,14 @@ class WorkerAdaptersServicer:
     """
 
     def Prefetch(self, request, context):
-        """Brings the adapter into host memory ahead of the first request for it, and answers when it is there.
+        """Loads the adapter into host memory before its first request, and answers after the load.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Where(self, request, context):
-        """Where the worker has the adapter now.
+        """Returns the tier that holds the adapter now.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -223,8 +223,8 @@ class WorkerAdapters:
 
 
 class DecodeWorkerStub:
-    """A decode worker continues from KV and tokens and knows no adapters. A colocated worker has this service too: there each choice
-    is the whole of it, prompt and output.
+    """A decode worker continues from KV and tokens, and knows no adapters. On a colocated worker, this service computes whole
+    choices: prompt and output.
     """
 
     def __init__(self, channel):
@@ -246,20 +246,20 @@ class DecodeWorkerStub:
 
 
 class DecodeWorkerServicer:
-    """A decode worker continues from KV and tokens and knows no adapters. A colocated worker has this service too: there each choice
-    is the whole of it, prompt and output.
+    """A decode worker continues from KV and tokens, and knows no adapters. On a colocated worker, this service computes whole
+    choices: prompt and output.
     """
 
     def Decode(self, request_iterator, context):
-        """Continues choices from the KV behind their handles. One call carries all choices of one caller, so that the tokens of an
-        engine step come in one message. Each choice ends by itself, with its last delta or an error; the call ends all of them.
+        """Continues choices from the KV behind their handles. One call carries all choices of one caller, so that one message has
+        all tokens of an engine step. A choice ends with its last delta or an error. The call's end ends all its choices.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Release(self, request, context):
-        """Gives up a handle that no (further) Decode call will use; unknown handles are fine.
+        """Gives up a handle that no further Decode call will use. Unknown handles are ignored.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -287,8 +287,8 @@ def add_DecodeWorkerServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class DecodeWorker:
-    """A decode worker continues from KV and tokens and knows no adapters. A colocated worker has this service too: there each choice
-    is the whole of it, prompt and output.
+    """A decode worker continues from KV and tokens, and knows no adapters. On a colocated worker, this service computes whole
+    choices: prompt and output.
     """
 
     @staticmethod

@@ -17,6 +17,7 @@ from preft.core.cluster import Adapter, Role, Worker, WorkerLoad, WorkerState
 from preft.core.errors import ConfigError, PreftError, Unavailable
 from preft.core.ports import AdapterChanges, StateStore
 from preft.state import open_store
+from preft.state.sqlite import KEPT_REMOVALS
 
 STORES: dict[str, Callable[[Path], str]] = {"sqlite": lambda folder: f"sqlite://{folder}/state/cluster.sqlite"}
 
@@ -95,7 +96,7 @@ async def store(url: str) -> AsyncIterator[StateStore]:
 async def test_starts_empty(store: StateStore) -> None:
     assert await store.workers() == []
     assert await adapters_of(store) == []
-    assert await store.adapter_changes(0) == AdapterChanges(0, (), ())
+    assert await store.adapter_changes(0) == AdapterChanges(0, (), is_whole=True)
 
 
 async def test_workers_come_back_whole_and_by_id(store: StateStore) -> None:
@@ -160,6 +161,23 @@ async def test_changes_tell_what_is_new_since_a_revision(store: StateStore) -> N
     assert changes == AdapterChanges(changes.revision, (an_adapter("b", "d2"),), ("a", "d"))
     assert changes.revision > seen
     assert (await store.adapter_changes(changes.revision)).put == ()
+
+
+async def test_removals_of_long_ago_are_told_by_the_whole_catalog(store: StateStore) -> None:
+    """The names of removed adapters don't pile up; a reader that was away misses none of them."""
+    for name in ("kept", "gone", "back"):
+        await store.put_adapter(an_adapter(name), expect=None)
+    seen = (await store.adapter_changes(0)).revision
+    await store.delete_adapter("gone")
+    await store.delete_adapter("back")
+    for number in range(KEPT_REMOVALS):
+        await store.put_adapter(an_adapter(f"a{number}"), expect=None)
+        await store.delete_adapter(f"a{number}")
+    await store.put_adapter(an_adapter("back"), expect=None)
+    changes = await store.adapter_changes(seen)
+    assert changes == AdapterChanges(changes.revision, (an_adapter("back"), an_adapter("kept")), is_whole=True)
+    late = await store.adapter_changes(changes.revision - 2)
+    assert late == AdapterChanges(changes.revision, (an_adapter("back"),), (f"a{KEPT_REMOVALS - 1}",))
 
 
 async def test_another_client_sees_every_change(store: StateStore, url: str) -> None:

@@ -78,7 +78,8 @@ class CatalogView:
             return ()  # a concurrent refresh has read these changes already
         self._revision = changes.revision
         left = set()
-        for name in (*changes.removed, *(adapter.name for adapter in changes.put)):
+        removed = tuple(self._by_name) if changes.is_whole else changes.removed
+        for name in (*removed, *(adapter.name for adapter in changes.put)):
             old = self._by_name.pop(name, None)
             if old is not None:
                 names = self._names_of[old.digest]

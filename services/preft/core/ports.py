@@ -86,11 +86,15 @@ class AdapterPlaces(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class AdapterChanges:
-    """The catalog's revision, which each change raises, and the changes up to it: entries put and names removed."""
+    """The catalog's revision, which each change raises, and the changes up to it: entries put and names removed.
+
+    If `is_whole`, `put` is the whole catalog, and every other name is removed.
+    """
 
     revision: int
     put: tuple[Adapter, ...]
-    removed: tuple[str, ...]
+    removed: tuple[str, ...] = ()
+    is_whole: bool = False
 
 
 class StateStore(Protocol):
@@ -115,6 +119,6 @@ class StateStore(Protocol):
         """The current entry."""
 
     async def adapter_changes(self, since: int) -> AdapterChanges:
-        """The changes after revision `since`; the whole catalog if `since` is 0."""
+        """The changes after revision `since`; the whole catalog if `since` is 0 or long ago."""
 
     async def close(self) -> None: ...

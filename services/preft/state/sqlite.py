@@ -27,13 +27,19 @@ T = TypeVar("T")
 SCHEMA_VERSION = 4  # of tables and records
 BUSY_SECONDS = 20.0  # a writer's longest wait for another process's write
 ROOM_BYTES = 5 << 20  # the log restarts at 1,000 pages (4 MiB), or somewhat later if a process reads at that moment
+KEPT_REMOVALS = 1000
 # Each change of the catalog has its own revision, so that a poll reads only the changes. A removed adapter's row stays
-# without a record, to report the removal.
+# without a record, to report the removal, until KEPT_REMOVALS later ones are there. `forgotten` is the revision of the
+# latest removal whose row is gone: a reader that hasn't seen this revision gets the whole catalog.
 SCHEMA = """
 CREATE TABLE workers (id TEXT PRIMARY KEY, record TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE adapters (name TEXT PRIMARY KEY, revision INTEGER NOT NULL, record TEXT) WITHOUT ROWID;
 CREATE UNIQUE INDEX adapters_by_revision ON adapters (revision);
+CREATE INDEX removed_by_revision ON adapters (revision) WHERE record IS NULL;
+CREATE TABLE forgotten (revision INTEGER NOT NULL);
+INSERT INTO forgotten VALUES (0);
 """
+LAST_TO_FORGET = "SELECT revision FROM adapters WHERE record IS NULL ORDER BY revision DESC LIMIT 1 OFFSET ?"
 NEXT_REVISION = "(SELECT coalesce(max(revision), 0) + 1 FROM adapters)"
 
 
@@ -159,7 +165,14 @@ class SqliteStore:
             current = self._adapter(name)
             if current is not None:
                 self._set_record(name, None)
+                self._forget_removals()
             return current
+
+    def _forget_removals(self) -> None:
+        last = self._db.execute(LAST_TO_FORGET, (KEPT_REMOVALS,)).fetchone()
+        if last is not None:
+            self._db.execute("DELETE FROM adapters WHERE record IS NULL AND revision <= ?", last)
+            self._db.execute("UPDATE forgotten SET revision = ?", last)
 
     def _set_record(self, name: str, record: str | None) -> None:
         self._db.execute(f"INSERT OR REPLACE INTO adapters VALUES (?, {NEXT_REVISION}, ?)", (name, record))
@@ -169,14 +182,22 @@ class SqliteStore:
         return adapter_from_json(row[0]) if row and row[0] else None
 
     def _adapter_changes(self, since: int) -> AdapterChanges:
-        rows = self._db.execute(
-            "SELECT name, revision, record FROM adapters WHERE revision > ? ORDER BY name", (since,)
-        ).fetchall()
+        rows = self._changed_rows(since)
+        (forgotten,) = self._db.execute("SELECT revision FROM forgotten").fetchone()  # after the rows: not too low
+        is_whole = since == 0 or since < forgotten
+        if is_whole:
+            rows = self._changed_rows(0)
         return AdapterChanges(
             max((revision for _, revision, _ in rows), default=since),
             tuple(adapter_from_json(record) for _, _, record in rows if record),
-            tuple(name for name, _, record in rows if not record),
+            () if is_whole else tuple(name for name, _, record in rows if not record),
+            is_whole,
         )
+
+    def _changed_rows(self, since: int) -> list[tuple[str, int, str | None]]:
+        return self._db.execute(
+            "SELECT name, revision, record FROM adapters WHERE revision > ? ORDER BY name", (since,)
+        ).fetchall()
 
 
 def _use_write_ahead_log(db: sqlite3.Connection) -> None:

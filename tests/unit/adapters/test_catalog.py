@@ -42,7 +42,7 @@ from preft.core.errors import (
     Unavailable,
 )
 from preft.core.ports import AdapterChanges, StateStore
-from preft.state import open_store
+from preft.state import open_store, sqlite
 from preft.state.sqlite import SqliteStore
 from support.faulty_http import Faults, serve_folder
 from support.lora_folders import lora_config, lora_tensors, write_base, write_lora
@@ -636,6 +636,25 @@ async def test_content_that_moves_to_another_name_is_not_left(catalog: Catalog, 
     await catalog.remove("ada")
     await catalog.add("bob", one)
     assert await view.refresh() == set()
+    await store.close()
+
+
+async def test_a_copy_that_was_not_refreshed_for_long_misses_no_removal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store has forgotten the removal, and tells the whole catalog instead."""
+    monkeypatch.setattr(sqlite, "KEPT_REMOVALS", 2)
+    store = SqliteStore(tmp_path / "state.sqlite")
+    view = CatalogView(store)
+    entries = [Adapter(name, f"{number:064x}", "/adapters", 8) for number, name in enumerate(("gone", "kept", *"abc"))]
+    for entry in entries[:2]:
+        await store.put_adapter(entry, expect=None)
+    await view.refresh()
+    for entry in (entries[0], *entries[2:]):
+        await store.put_adapter(entry, expect=entries[0] if entry is entries[0] else None)
+        await store.delete_adapter(entry.name)
+    assert await view.refresh() == {entries[0].digest}
+    assert (view.get("gone"), list(view.list())) == (None, [entries[1]])
     await store.close()
 
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 import time
+import uuid
 from pathlib import Path
 
 import httpx
@@ -112,7 +113,7 @@ def go_on(served: Served, prompt: list[int], output: list[int], adapter: str | N
     entry = reference_of(served, adapter) if adapter else None
     request = workers_pb2.DecodeRequest(
         request_id="resumed",
-        handle=f"{random.random()}",
+        handle=uuid.uuid4().hex,
         prompt_token_ids=prompt,
         sampling=sampling_to_proto(sampling),
         adapter_digest=entry.digest if entry else "",

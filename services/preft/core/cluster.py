@@ -1,11 +1,10 @@
-"""The cluster as the router sees it: workers with capacity and load, adapters, and a snapshot of them."""
+"""Workers and adapters as the processes of a cluster tell each other of them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
 
 
 class Role(StrEnum):
@@ -26,7 +25,7 @@ class Tier(StrEnum):
 
 
 class WorkerState(StrEnum):
-    """STARTING: engine loads. READY: takes requests. DRAINING: finishes requests. DEAD: ended or silent too long."""
+    """STARTING: the engine loads. READY: takes requests. DRAINING: finishes requests. DEAD: silent or unreachable."""
 
     STARTING = "starting"
     READY = "ready"
@@ -34,8 +33,16 @@ class WorkerState(StrEnum):
     DEAD = "dead"
 
 
+class AdapterState(StrEnum):
+    """What a worker does with an adapter: loads it, holds it in host memory, or has it in an engine slot too."""
+
+    LOADING = "loading"
+    HOST = "host"
+    SLOT = "slot"
+
+
 @dataclass(frozen=True, slots=True)
-class AdapterLoad:
+class TierTotals:
     """Contents of a worker's adapter tiers, and totals since its start.
 
     `hits` counts requests by the tier in which they found their adapter. `loads` and `load_seconds` measure loads into
@@ -43,7 +50,6 @@ class AdapterLoad:
     machine's figure at this worker's last write to disk.
     """
 
-    slots: int = 0
     slots_used: int = 0
     host_adapters: int = 0
     host_bytes: int = 0
@@ -57,63 +63,74 @@ class AdapterLoad:
 
 
 REGION_BYTES = 128  # a staging region's header, seal and rounding
-BY_TIER = ("hits", "loads", "load_seconds")  # fields of AdapterLoad
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerLoad:
-    """A worker's own view of its use at one heartbeat.
-
-    `kv_blocks_total` excludes the engine's reserved null block: an idle worker has `kv_blocks_free == kv_blocks_total`.
-    """
-
-    running: int = 0
-    kv_blocks_total: int = 0
-    kv_blocks_free: int = 0
-    staging_bytes_total: int = 0
-    staging_bytes_used: int = 0
-    staging_bytes_evictable: int = 0  # part of the used bytes: copies that new KV may replace
-    open_handles: int = 0
-    preemptions: int = 0
-    adapters: tuple[str, ...] = ()  # digests in host memory, at most 1,024, most recently used last
-    tiers: AdapterLoad = field(default_factory=AdapterLoad)
 
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """One worker as registered in the state store. `address` is `host:port` of its gRPC services.
+    """One worker's registration: all that stays the same while the worker lives.
 
-    `fingerprint` names model, dtype, KV layout, block size and attention backend: KV moves only between equal
-    fingerprints. A colocated worker's fingerprint is unique: its KV moves nowhere. `heartbeat` is in `time.time()`
-    seconds of the worker's clock. Clocks may disagree, so the router only checks that it changes.
+    `address` is `host:port` of its gRPC services, empty while the engine loads. `fingerprint` names model, dtype, KV
+    layout, block size and attention backend: KV moves only between equal fingerprints. A colocated worker's fingerprint
+    is unique: its KV moves nowhere. `kv_blocks` excludes the engine's reserved null block.
     """
 
     id: str
     role: Role
-    state: WorkerState
-    address: str
-    fingerprint: str
-    pid: int
+    address: str = ""
+    fingerprint: str = ""
+    pid: int = 0
     engine_pids: tuple[int, ...] = ()
     block_size: int = 16
     block_bytes: int = 0  # one KV block over all layers; 0 if its KV moves nowhere
-    max_model_len: int = 0
+    kv_blocks: int = 0
+    staging_bytes: int = 0
     max_num_seqs: int = 0
-    adapter_slots: int = 0  # distinct adapters in one engine batch
-    heartbeat: float = 0.0
-    load: WorkerLoad = field(default_factory=WorkerLoad)
+    adapter_slots: int = 0  # distinct adapters in one engine batch; 0 if the worker runs no adapters
 
     def blocks(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
 
-    def staging_bytes(self, tokens: int) -> int:
+    def kv_bytes(self, tokens: int) -> int:
         """Bytes of staging memory for the KV of a prompt of `tokens` tokens."""
         return self.blocks(tokens) * self.block_bytes + REGION_BYTES if self.block_bytes else 0
 
 
-def worker_row(worker: Worker, now: float) -> dict[str, Any]:
-    """A worker as `/v1/workers` and `preft status --json` show it. `now` in `time.time()` seconds."""
-    return {**asdict(worker), "seconds_since_heartbeat": round(max(0.0, now - worker.heartbeat), 1)}
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """A worker's use at one moment, as the worker itself tells it to one router.
+
+    `running` counts all requests. The `other_` counts leave out the asking router's own requests: prompts that aren't
+    computed and pushed yet, and choices that are being decoded. `staging_bytes_used` leaves out copies that new KV may
+    replace; `staging_bytes_fit` is the largest region that could be reserved now. `preemptions` is a total.
+    """
+
+    draining: bool = False
+    running: int = 0
+    kv_blocks_used: int = 0
+    staging_bytes_used: int = 0
+    staging_bytes_fit: int = 0
+    open_handles: int = 0
+    preemptions: int = 0
+    other_prefills: int = 0
+    other_sequences: int = 0
+    tiers: TierTotals = field(default_factory=TierTotals)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterStatus:
+    """One adapter on one worker; `state` None: gone. `other_prompts`: other routers' prompts that need its slot."""
+
+    state: AdapterState | None
+    other_prompts: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StatusUpdate:
+    """One message of a worker's status stream. `adapters` holds what changed, by digest; all of it if `is_whole`."""
+
+    status: WorkerStatus
+    adapters: Mapping[str, AdapterStatus] = field(default_factory=dict)
+    is_whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,18 +168,3 @@ class AdapterPlace:
     tier: Tier
     last_used: float = 0.0
     users: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class ClusterSnapshot:
-    """A consistent view for one routing decision."""
-
-    workers: Mapping[str, Worker]
-
-    def ready(self, *roles: Role) -> tuple[Worker, ...]:
-        """READY workers of these roles, ordered by id."""
-        return tuple(
-            worker
-            for _, worker in sorted(self.workers.items())
-            if worker.role in roles and worker.state is WorkerState.READY
-        )

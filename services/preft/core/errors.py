@@ -11,6 +11,7 @@ PreftError
 ├── Unavailable           503  no worker can take the request now
 │   ├── ShuttingDown      503  the server stops; try again after `retry_after` seconds
 │   ├── WorkerLost        503  a worker died or became unreachable during the request
+│   ├── WorkerFull        503  a worker's adapter slots are taken by other routers' requests
 │   └── AdapterUnavailable 503 an added adapter's content can't be read now
 ├── TransferFailed        502  the KV cache didn't arrive, or not as it was sent
 ├── EngineFailed          500  the engine gave up on the request
@@ -79,6 +80,10 @@ class WorkerLost(Unavailable):
     """A worker died or became unreachable while it held the request."""
 
 
+class WorkerFull(Unavailable):
+    """All adapter slots of the worker are taken: the router places the request again. Clients never see this error."""
+
+
 class AdapterUnavailable(Unavailable):
     """An added adapter's content can't be read any more. The caller did nothing wrong."""
 
@@ -128,6 +133,7 @@ ERROR_MAP: dict[type[PreftError], ErrorMapping] = {
     DeadlineExceeded: ErrorMapping(504, "timeout_error", "deadline_exceeded", "DEADLINE_EXCEEDED"),
     ShuttingDown: ErrorMapping(503, "service_unavailable_error", "shutting_down", "UNAVAILABLE"),
     WorkerLost: ErrorMapping(503, "service_unavailable_error", "worker_lost", "UNAVAILABLE"),
+    WorkerFull: ErrorMapping(503, "service_unavailable_error", "worker_full", "UNAVAILABLE"),
     AdapterUnavailable: ErrorMapping(503, "service_unavailable_error", "adapter_unavailable", "UNAVAILABLE"),
     Unavailable: ErrorMapping(503, "service_unavailable_error", "unavailable", "UNAVAILABLE"),
     TransferFailed: ErrorMapping(502, "server_error", "kv_transfer_failed", "DATA_LOSS"),

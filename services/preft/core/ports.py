@@ -98,16 +98,16 @@ class AdapterChanges:
 
 
 class StateStore(Protocol):
-    """The cluster's state: workers (with heartbeats) and the adapter catalog. Never on the per-request path."""
+    """The registrations of workers and the adapter catalog. Never on the per-request path."""
 
-    async def put_worker(self, worker: Worker) -> None:
-        """Registers `worker`, or refreshes it."""
+    async def put_worker(self, worker: Worker, lifetime: float) -> None:
+        """Registers `worker` for `lifetime` seconds, or replaces its registration. A worker renews it in time."""
 
     async def remove_worker(self, worker_id: str) -> None:
-        """Removes a worker; unknown ids are ignored."""
+        """Removes a registration; unknown ids are ignored."""
 
     async def workers(self) -> list[Worker]:
-        """All registered workers, by id. Dead workers stay until removed."""
+        """All registrations that haven't expired, by id. No wall clock is compared."""
 
     async def put_adapter(self, adapter: Adapter, *, expect: Adapter | None) -> bool:
         """Points `adapter.name` to this version if its entry is `expect` (None: no entry); else returns False."""
@@ -120,5 +120,11 @@ class StateStore(Protocol):
 
     async def adapter_changes(self, since: int) -> AdapterChanges:
         """The changes after revision `since`; the whole catalog if `since` is 0 or long ago."""
+
+    async def wait_changed(self, timeout: float) -> None:
+        """Returns when workers or adapters may have changed since the last call began, after `timeout` s at the latest.
+
+        Never raises: while the store can't be reached, it waits for the whole `timeout`.
+        """
 
     async def close(self) -> None: ...

@@ -16,6 +16,7 @@ import grpc
 import grpc.aio
 
 CALL_KEY = "preft-cluster-call"
+CALLER_KEY = "preft-caller"  # the calling process, for counts of use by caller
 PROOF_KEY = "preft-cluster-proof"
 HEALTH = "/grpc.health.v1.Health/"  # for probes without the secret; the reply only says whether a service runs
 
@@ -69,10 +70,13 @@ class ClusterChannel:
     With grpc.aio, a client interceptor would put a queue and a task around each stream.
     """
 
-    def __init__(self, address: str, secret: ClusterSecret, options: Sequence[tuple[str, Any]] = ()) -> None:
+    def __init__(
+        self, address: str, secret: ClusterSecret, options: Sequence[tuple[str, Any]] = (), *, caller: str = ""
+    ) -> None:
+        """`caller` names this process to the worker, which counts its use of the worker."""
         # Without "dns:" gRPC would read a host named unix as an address scheme.
         self._channel = grpc.aio.insecure_channel(f"dns:///{address}", options=options)
-        self._metadata = ((CALL_KEY, secret.call_code(address)),)
+        self._metadata = ((CALL_KEY, secret.call_code(address)), (CALLER_KEY, caller))
 
     def unary_unary(self, *method: Any, **options: Any) -> Callable[..., Any]:
         return self._carrying(self._channel.unary_unary(*method, **options))

@@ -1,11 +1,23 @@
 from preft.rpc import common_pb2 as _common_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class AdapterState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ADAPTER_STATE_UNSPECIFIED: _ClassVar[AdapterState]
+    ADAPTER_STATE_LOADING: _ClassVar[AdapterState]
+    ADAPTER_STATE_HOST: _ClassVar[AdapterState]
+    ADAPTER_STATE_SLOT: _ClassVar[AdapterState]
+ADAPTER_STATE_UNSPECIFIED: AdapterState
+ADAPTER_STATE_LOADING: AdapterState
+ADAPTER_STATE_HOST: AdapterState
+ADAPTER_STATE_SLOT: AdapterState
 
 class KvTarget(_message.Message):
     __slots__ = ("address", "handle")
@@ -138,3 +150,92 @@ class ReleaseRequest(_message.Message):
 class ReleaseReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class WatchRequest(_message.Message):
+    __slots__ = ("interval",)
+    INTERVAL_FIELD_NUMBER: _ClassVar[int]
+    interval: float
+    def __init__(self, interval: _Optional[float] = ...) -> None: ...
+
+class StatusUpdate(_message.Message):
+    __slots__ = ("whole", "draining", "running", "kv_blocks_used", "staging_bytes_used", "staging_bytes_fit", "open_handles", "preemptions", "other_prefills", "other_sequences", "adapters", "tiers")
+    WHOLE_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    KV_BLOCKS_USED_FIELD_NUMBER: _ClassVar[int]
+    STAGING_BYTES_USED_FIELD_NUMBER: _ClassVar[int]
+    STAGING_BYTES_FIT_FIELD_NUMBER: _ClassVar[int]
+    OPEN_HANDLES_FIELD_NUMBER: _ClassVar[int]
+    PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    OTHER_PREFILLS_FIELD_NUMBER: _ClassVar[int]
+    OTHER_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    whole: bool
+    draining: bool
+    running: int
+    kv_blocks_used: int
+    staging_bytes_used: int
+    staging_bytes_fit: int
+    open_handles: int
+    preemptions: int
+    other_prefills: int
+    other_sequences: int
+    adapters: _containers.RepeatedCompositeFieldContainer[AdapterStatus]
+    tiers: TierTotals
+    def __init__(self, whole: _Optional[bool] = ..., draining: _Optional[bool] = ..., running: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., staging_bytes_used: _Optional[int] = ..., staging_bytes_fit: _Optional[int] = ..., open_handles: _Optional[int] = ..., preemptions: _Optional[int] = ..., other_prefills: _Optional[int] = ..., other_sequences: _Optional[int] = ..., adapters: _Optional[_Iterable[_Union[AdapterStatus, _Mapping]]] = ..., tiers: _Optional[_Union[TierTotals, _Mapping]] = ...) -> None: ...
+
+class AdapterStatus(_message.Message):
+    __slots__ = ("digest", "state", "other_prompts")
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    OTHER_PROMPTS_FIELD_NUMBER: _ClassVar[int]
+    digest: bytes
+    state: AdapterState
+    other_prompts: int
+    def __init__(self, digest: _Optional[bytes] = ..., state: _Optional[_Union[AdapterState, str]] = ..., other_prompts: _Optional[int] = ...) -> None: ...
+
+class TierTotals(_message.Message):
+    __slots__ = ("slots_used", "host_adapters", "host_bytes", "host_bytes_total", "disk_bytes", "host_evictions", "disk_evictions", "hits", "loads", "load_seconds")
+    class HitsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class LoadsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class LoadSecondsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    SLOTS_USED_FIELD_NUMBER: _ClassVar[int]
+    HOST_ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    HOST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HOST_BYTES_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    DISK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HOST_EVICTIONS_FIELD_NUMBER: _ClassVar[int]
+    DISK_EVICTIONS_FIELD_NUMBER: _ClassVar[int]
+    HITS_FIELD_NUMBER: _ClassVar[int]
+    LOADS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    slots_used: int
+    host_adapters: int
+    host_bytes: int
+    host_bytes_total: int
+    disk_bytes: int
+    host_evictions: int
+    disk_evictions: int
+    hits: _containers.ScalarMap[str, int]
+    loads: _containers.ScalarMap[str, int]
+    load_seconds: _containers.ScalarMap[str, float]
+    def __init__(self, slots_used: _Optional[int] = ..., host_adapters: _Optional[int] = ..., host_bytes: _Optional[int] = ..., host_bytes_total: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., host_evictions: _Optional[int] = ..., disk_evictions: _Optional[int] = ..., hits: _Optional[_Mapping[str, int]] = ..., loads: _Optional[_Mapping[str, int]] = ..., load_seconds: _Optional[_Mapping[str, float]] = ...) -> None: ...

@@ -222,6 +222,82 @@ class WorkerAdapters:
             _registered_method=True)
 
 
+class WorkerStatusStub:
+    """Any worker. Callers name themselves in the metadata of every call ("preft-caller").
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Watch = channel.unary_stream(
+                '/preft.v1.WorkerStatus/Watch',
+                request_serializer=preft_dot_rpc_dot_workers__pb2.WatchRequest.SerializeToString,
+                response_deserializer=preft_dot_rpc_dot_workers__pb2.StatusUpdate.FromString,
+                _registered_method=True)
+
+
+class WorkerStatusServicer:
+    """Any worker. Callers name themselves in the metadata of every call ("preft-caller").
+    """
+
+    def Watch(self, request, context):
+        """The worker's state: first the whole of it, then each change, at most one message per interval and at least one a second.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_WorkerStatusServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Watch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Watch,
+                    request_deserializer=preft_dot_rpc_dot_workers__pb2.WatchRequest.FromString,
+                    response_serializer=preft_dot_rpc_dot_workers__pb2.StatusUpdate.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'preft.v1.WorkerStatus', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('preft.v1.WorkerStatus', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class WorkerStatus:
+    """Any worker. Callers name themselves in the metadata of every call ("preft-caller").
+    """
+
+    @staticmethod
+    def Watch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/preft.v1.WorkerStatus/Watch',
+            preft_dot_rpc_dot_workers__pb2.WatchRequest.SerializeToString,
+            preft_dot_rpc_dot_workers__pb2.StatusUpdate.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
 class DecodeWorkerStub:
     """A decode worker continues from KV and tokens, and knows no adapters. On a colocated worker, this service computes whole
     choices: prompt and output.

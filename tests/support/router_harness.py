@@ -11,7 +11,7 @@ from preft.core.request import FinishReason, GenerateRequest
 from preft.core.settings import RouterSettings
 from preft.router.router import Router
 from preft.rpc.secret import ClusterSecret
-from support.fake_workers import EOS, FakeCluster, FakeDecode, FakePrefill
+from support.fake_workers import EOS, FakeCluster, FakeDecode, FakePrefill, digest_of
 
 H = TypeVar("H", bound="Harness")
 SECRET = ClusterSecret("of the tests")
@@ -30,7 +30,7 @@ class Harness:
         await self.router.start()
 
     async def add_workers(self) -> None:
-        self.p = await self.cluster.add_prefill("p0", adapters=("ada-digest", "bob-digest", "cyd-digest"))
+        self.p = await self.cluster.add_prefill("p0", adapters=tuple(map(digest_of, ("ada", "bob", "cyd"))))
         self.d = await self.cluster.add_decode("d0")
 
     async def second(self) -> tuple[FakePrefill, FakeDecode]:

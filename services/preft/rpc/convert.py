@@ -7,7 +7,19 @@ value that its protobuf field can't hold (a negative count) raises ValueError in
 
 from __future__ import annotations
 
-from preft.core.cluster import AdapterPlace, Tier
+import math
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+from preft.core.cluster import (
+    AdapterPlace,
+    AdapterState,
+    AdapterStatus,
+    StatusUpdate,
+    Tier,
+    TierTotals,
+    WorkerStatus,
+)
 from preft.core.errors import EngineFailed
 from preft.core.request import MAX_CHOICES, NO_BIAS, AdapterRef, FinishReason, Sampling, TokenDelta, TokenLogprob
 from preft.rpc import common_pb2, workers_pb2
@@ -32,6 +44,20 @@ _FINISH_TO_PROTO = {
     FinishReason.LENGTH: common_pb2.FINISH_REASON_LENGTH,
 }
 _FINISH_FROM_PROTO = {value: reason for reason, value in _FINISH_TO_PROTO.items()}
+
+DIGEST_BYTES = 32
+NO_TIERS = TierTotals()  # of a worker that runs no adapters
+_TIERS = frozenset(Tier)
+
+_STATE_TO_PROTO = {
+    None: workers_pb2.ADAPTER_STATE_UNSPECIFIED,
+    AdapterState.LOADING: workers_pb2.ADAPTER_STATE_LOADING,
+    AdapterState.HOST: workers_pb2.ADAPTER_STATE_HOST,
+    AdapterState.SLOT: workers_pb2.ADAPTER_STATE_SLOT,
+}
+_STATE_FROM_PROTO = {value: state for state, value in _STATE_TO_PROTO.items()}
+
+N = TypeVar("N", int, float)
 
 
 def sampling_to_proto(sampling: Sampling) -> common_pb2.Sampling:
@@ -142,9 +168,106 @@ def place_to_proto(place: AdapterPlace) -> workers_pb2.WhereReply:
 
 def place_from_proto(worker_id: str, message: workers_pb2.WhereReply) -> AdapterPlace:
     """Inverse of `place_to_proto`. Raises EngineFailed for an unknown tier."""
-    if message.tier not in set(Tier):
+    if message.tier not in _TIERS:
         raise EngineFailed(f"worker {worker_id} names the unknown tier {message.tier[:40]!r}")
     return AdapterPlace(worker_id, Tier(message.tier), message.last_used, message.users)
+
+
+def status_to_proto(update: StatusUpdate, previous: WorkerStatus | None = None) -> workers_pb2.StatusUpdate:
+    """One message of a worker's status stream. It holds the tiers only if they differ from the last, `previous`."""
+    status, tiers = update.status, update.status.tiers
+    known = previous.tiers if previous is not None else NO_TIERS
+    return workers_pb2.StatusUpdate(
+        whole=update.is_whole,
+        draining=status.draining,
+        running=status.running,
+        kv_blocks_used=status.kv_blocks_used,
+        staging_bytes_used=status.staging_bytes_used,
+        staging_bytes_fit=status.staging_bytes_fit,
+        open_handles=status.open_handles,
+        preemptions=status.preemptions,
+        other_prefills=status.other_prefills,
+        other_sequences=status.other_sequences,
+        adapters=[
+            workers_pb2.AdapterStatus(
+                digest=bytes.fromhex(digest), state=_STATE_TO_PROTO[adapter.state], other_prompts=adapter.other_prompts
+            )
+            for digest, adapter in update.adapters.items()
+        ],
+        tiers=None if tiers == known else _tiers_to_proto(tiers),
+    )
+
+
+def status_from_proto(message: workers_pb2.StatusUpdate, previous: WorkerStatus | None = None) -> StatusUpdate:
+    """Inverse of `status_to_proto`; `previous` is the stream's last status, or None at its start.
+
+    Raises EngineFailed for a digest of another length, an unknown state or tier, or a time that isn't a number.
+    """
+    tiers = previous.tiers if previous is not None else NO_TIERS
+    status = WorkerStatus(
+        draining=message.draining,
+        running=message.running,
+        kv_blocks_used=message.kv_blocks_used,
+        staging_bytes_used=message.staging_bytes_used,
+        staging_bytes_fit=message.staging_bytes_fit,
+        open_handles=message.open_handles,
+        preemptions=message.preemptions,
+        other_prefills=message.other_prefills,
+        other_sequences=message.other_sequences,
+        tiers=_tiers_from_proto(message.tiers) if message.HasField("tiers") else tiers,
+    )
+    return StatusUpdate(status, dict(map(_adapter_status, message.adapters)), message.whole)
+
+
+def _adapter_status(message: workers_pb2.AdapterStatus) -> tuple[str, AdapterStatus]:
+    if len(message.digest) != DIGEST_BYTES:
+        raise EngineFailed(f"a worker names an adapter by {len(message.digest)} bytes, not by {DIGEST_BYTES}")
+    if message.state not in _STATE_FROM_PROTO:
+        raise EngineFailed(f"a worker has an adapter in the unknown state {message.state}")
+    return message.digest.hex(), AdapterStatus(_STATE_FROM_PROTO[message.state], message.other_prompts)
+
+
+def _tiers_to_proto(tiers: TierTotals) -> workers_pb2.TierTotals:
+    return workers_pb2.TierTotals(
+        slots_used=tiers.slots_used,
+        host_adapters=tiers.host_adapters,
+        host_bytes=tiers.host_bytes,
+        host_bytes_total=tiers.host_bytes_total,
+        disk_bytes=tiers.disk_bytes,
+        host_evictions=tiers.host_evictions,
+        disk_evictions=tiers.disk_evictions,
+        hits={tier.value: number for tier, number in tiers.hits.items()},
+        loads={tier.value: number for tier, number in tiers.loads.items()},
+        load_seconds={tier.value: number for tier, number in tiers.load_seconds.items()},
+    )
+
+
+def _tiers_from_proto(message: workers_pb2.TierTotals) -> TierTotals:
+    return TierTotals(
+        slots_used=message.slots_used,
+        host_adapters=message.host_adapters,
+        host_bytes=message.host_bytes,
+        host_bytes_total=message.host_bytes_total,
+        disk_bytes=message.disk_bytes,
+        host_evictions=message.host_evictions,
+        disk_evictions=message.disk_evictions,
+        hits=_by_tier(message.hits),
+        loads=_by_tier(message.loads),
+        load_seconds=_by_tier(message.load_seconds, _seconds),
+    )
+
+
+def _by_tier(numbers: Mapping[str, N], check: Callable[[N], N] = lambda number: number) -> dict[Tier, N]:
+    for name in numbers:
+        if name not in _TIERS:
+            raise EngineFailed(f"a worker names the unknown tier {name[:40]!r}")
+    return {Tier(name): check(number) for name, number in numbers.items()}
+
+
+def _seconds(number: float) -> float:
+    if not (math.isfinite(number) and number >= 0):
+        raise EngineFailed("a worker's time for loads isn't a number of seconds")
+    return number
 
 
 def _logprob_to_proto(logprob: TokenLogprob) -> common_pb2.TokenLogprob:

@@ -1,0 +1,105 @@
+"""The use of one worker, by caller: prompts that need an adapter slot, prefills, and sequences.
+
+Owns the counts and the rule that the engine never gets more distinct adapters than it has slots, however many routers
+send requests. Names of callers and digests are checked elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+from preft.core.errors import WorkerFull
+
+OnPrompts = Callable[[str, str], None]
+"""Gets a digest and the caller whose count of prompts with this adapter has changed."""
+
+
+class Usage:
+    """The counts of one worker. Use it inside one asyncio loop."""
+
+    def __init__(self, slots: int, on_prompts: OnPrompts | None = None) -> None:
+        """`slots`: distinct adapters in one engine batch. `on_prompts` is called after each change of a count."""
+        self._slots = slots
+        self._on_prompts = on_prompts
+        self._prompts: dict[str, Counter[str]] = {}  # uncomputed prompts, by digest and caller
+        self._prefills: Counter[str] = Counter()
+        self._sequences: Counter[str] = Counter()
+
+    @contextmanager
+    def prompt(self, caller: str, digest: str) -> Iterator[None]:
+        """Counts an uncomputed prompt with this adapter; "" (the base model) needs no slot and isn't counted.
+
+        Raises WorkerFull at once if uncomputed prompts of other adapters take all slots.
+        """
+        if not digest:
+            yield
+            return
+        if digest not in self._prompts and len(self._prompts) >= self._slots:
+            raise WorkerFull(f"all {self._slots} adapter slots of the worker are taken")
+        self._prompts.setdefault(digest, Counter())[caller] += 1
+        self._changed(digest, caller)
+        try:
+            yield
+        finally:
+            by_caller = self._prompts[digest]
+            _leave(by_caller, caller)
+            if not by_caller:
+                del self._prompts[digest]
+            self._changed(digest, caller)
+
+    @contextmanager
+    def prefill(self, caller: str) -> Iterator[None]:
+        """Counts a prompt that isn't computed and pushed yet."""
+        with _counted(self._prefills, caller):
+            yield
+
+    @contextmanager
+    def sequence(self, caller: str) -> Iterator[None]:
+        """Counts a choice that is being decoded."""
+        with _counted(self._sequences, caller):
+            yield
+
+    @property
+    def running(self) -> int:
+        """All prefills and sequences."""
+        return self._prefills.total() + self._sequences.total()
+
+    @property
+    def prompted(self) -> Iterable[str]:
+        """Digests with uncomputed prompts, at most one per slot."""
+        return self._prompts.keys()
+
+    def other_prompts(self, caller: str, digest: str) -> int:
+        """Uncomputed prompts with this adapter that other callers sent."""
+        by_caller = self._prompts.get(digest)
+        return by_caller.total() - by_caller[caller] if by_caller else 0
+
+    def other_prefills(self, caller: str) -> int:
+        """Prefills of other callers."""
+        return self._prefills.total() - self._prefills[caller]
+
+    def other_sequences(self, caller: str) -> int:
+        """Sequences of other callers."""
+        return self._sequences.total() - self._sequences[caller]
+
+    def _changed(self, digest: str, caller: str) -> None:
+        if self._on_prompts is not None:
+            self._on_prompts(digest, caller)
+
+
+@contextmanager
+def _counted(counts: Counter[str], caller: str) -> Iterator[None]:
+    counts[caller] += 1
+    try:
+        yield
+    finally:
+        _leave(counts, caller)
+
+
+def _leave(counts: Counter[str], caller: str) -> None:
+    """Keeps no name with a count of zero: routers come and go for as long as the worker lives."""
+    counts[caller] -= 1
+    if not counts[caller]:
+        del counts[caller]

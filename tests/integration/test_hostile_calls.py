@@ -229,8 +229,9 @@ async def call(site: Site, role: Role, rpc: str, message: bytes, caller: str = "
         elif rpc.endswith("Decode"):
             command = workers_pb2.DecodeCommand(start=workers_pb2.DecodeRequest.FromString(message))
             stream = channel.stream_stream(f"/preft.v1.{rpc}")(timeout=SECONDS)
-            await stream.write(command.SerializeToString())
-            await stream.done_writing()
+            with suppress(grpc.aio.AioRpcError):  # the call may be refused before the first command
+                await stream.write(command.SerializeToString())
+                await stream.done_writing()
         else:
             stream = channel.unary_stream(f"/preft.v1.{rpc}")(message, timeout=SECONDS)
         ends = []

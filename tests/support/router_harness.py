@@ -35,7 +35,7 @@ class Harness:
 
     async def second(self) -> tuple[FakePrefill, FakeDecode]:
         pair = await self.cluster.add_prefill("p1"), await self.cluster.add_decode("d1")
-        await self.seen(lambda: len(self.router.snapshot.workers) == 4)
+        await self.seen(lambda: len(self.router.view.workers) == 4)
         return pair
 
     async def seen(self, condition: Any) -> None:
@@ -48,13 +48,13 @@ class Harness:
     async def clean(self) -> None:
         """Checks that every reservation, open call and handle is gone within three seconds."""
         for _ in range(300):
-            if not self.cluster.busy and self.router._ledger.idle:
+            if not self.cluster.busy and all(view.idle for view in self.router.view.workers.values()):
                 break
             await asyncio.sleep(0.01)
         assert self.cluster.busy == {}
         assert self.router.stats().in_flight == {}
         assert self.router.stats().waiting == 0
-        assert self.router._ledger.idle
+        assert all(view.idle for view in self.router.view.workers.values())
 
     async def collect(self, request: GenerateRequest) -> dict[int, list[int]]:
         """All choices' tokens. Checks that each choice was finished once, at its end."""

@@ -27,6 +27,7 @@ from preft.router.view import ClusterView, WorkerView
 from preft.router.watches import Watches
 from preft.rpc.secret import ClusterSecret
 
+FIRST_SECONDS = 2.0  # for all workers to tell their state, at the router's start
 WHERE_SECONDS = 2.0  # a worker's time to say where it holds an adapter
 QUEUED_SHARE = 0.25  # sequences sent to a decode worker beyond its batch, which keep the batch full
 
@@ -76,8 +77,9 @@ class Router:
         self._background = Background()
 
     async def start(self) -> None:
-        """Reads the registrations once, then whenever they change. Raises Unavailable if the first read fails."""
+        """Reads the registrations and the workers' states once, then whenever they change. Raises Unavailable if the first read fails."""
         await self._read()
+        await self._watches.settled(FIRST_SECONDS)
         self._background.every(0, self._follow, "the registrations of workers are not read")
 
     async def close(self) -> None:

@@ -124,7 +124,7 @@ async def test_slots_are_for_prompts(colocated: Colocated, n: int) -> None:
     """Never more adapters at once; free from the last choice's first token on, while all are still decoded."""
     for worker in colocated.workers:
         worker.adapter_slots, worker.prompt_seconds, worker.delay = 1, 0.01, 0.005
-    await colocated.seen(lambda: all(w.adapter_slots == 1 for w in colocated.router.snapshot.workers.values()))
+    await colocated.seen(lambda: all(w.adapter_slots == 1 for w in colocated.router.view.workers.values()))
     requests = [a_request(8, n=n, adapter=f"a{i % 5}") for i in range(20)] + [a_request(adapter=None)] * 3
     results = await asyncio.gather(*(colocated.collect(request) for request in requests))
     assert results == [foretold(request) for request in requests]
@@ -143,7 +143,7 @@ async def test_each_choice_computes_its_prompt_in_the_slot(colocated: Colocated)
     for worker in colocated.workers:
         worker.adapter_slots = 1
         worker.choice_faults = {1: [Fault(seconds=0.3)]}
-    await colocated.seen(lambda: all(w.adapter_slots == 1 for w in colocated.router.snapshot.workers.values()))
+    await colocated.seen(lambda: all(w.adapter_slots == 1 for w in colocated.router.view.workers.values()))
     ledger = colocated.router._ledger
     async with colocated.router.generate(a_request(4, n=2)) as generation:
         stream = aiter(generation)

@@ -205,7 +205,7 @@ async def test_a_broken_call_while_the_store_is_away_condemns_no_other_worker() 
         for seed in range(4):
             request = a_request(adapter=None, prompt=range(seed + 3))
             assert await harness.collect(request) == foretold(request)
-        states = {key: worker.state for key, worker in harness.router.snapshot.workers.items()}
+        states = {key: worker.state for key, worker in harness.router.view.workers.items()}
         assert [key for key, state in states.items() if state is WorkerState.DEAD] == ["p0"]
         harness.cluster.workers = workers  # type: ignore[method-assign]
 
@@ -261,7 +261,7 @@ async def test_a_worker_that_is_gone_without_a_word_is_noticed(
     async with SilentProxy(silent.address) as proxy:
         silent.address = proxy.address
         silent.delay = 0.3
-        await harness.seen(lambda: harness.router.snapshot.workers[silent.id].address == proxy.address)
+        await harness.seen(lambda: harness.router.view.workers[silent.id].address == proxy.address)
         request = a_request(max_tokens=8)
         tokens: list[int] = []
         async with asyncio.timeout(20), harness.router.generate(request) as generation:
@@ -497,8 +497,8 @@ async def test_a_load_delays_nobody_else() -> None:
     async with running(Harness(), max_inflight_prefills=1) as harness:
         harness.p.adapter_slots, harness.p.load_seconds = 1, 1.0
         harness.d.kv_blocks_total = 6
-        await harness.seen(lambda: harness.router.snapshot.workers["d0"].load.kv_blocks_total == 6)
-        await harness.seen(lambda: harness.router.snapshot.workers["p0"].adapter_slots == 1)
+        await harness.seen(lambda: harness.router.view.workers["d0"].load.kv_blocks_total == 6)
+        await harness.seen(lambda: harness.router.view.workers["p0"].adapter_slots == 1)
         cold = [asyncio.create_task(harness.collect(a_request(n=1, adapter="new"))) for _ in range(4)]
         await harness.seen(lambda: harness.p.prefetched)
         assert harness.router._ledger.idle
@@ -575,8 +575,8 @@ async def test_a_restarted_worker_is_asked_again(harness: Harness) -> None:
     harness.p.silent_since = None
     beat = harness.p.record().heartbeat
     for _ in range(HEARTBEATS + 1):  # the router's own word is forgotten
-        await harness.seen(lambda: harness.router.snapshot.workers["p0"].heartbeat > beat)  # noqa: B023
-        beat = harness.router.snapshot.workers["p0"].heartbeat
+        await harness.seen(lambda: harness.router.view.workers["p0"].heartbeat > beat)  # noqa: B023
+        beat = harness.router.view.workers["p0"].heartbeat
     assert await harness.collect(a_request(adapter="new")) == foretold(a_request(adapter="new"))
     assert harness.p.prefetched == ["new-digest"] * 2
     assert harness.p.cold == []
@@ -584,7 +584,7 @@ async def test_a_restarted_worker_is_asked_again(harness: Harness) -> None:
 
 async def test_a_heartbeat_that_never_names_the_adapter_stops_nobody(harness: Harness) -> None:
     harness.p.lists_adapters = False
-    await harness.seen(lambda: not harness.router.snapshot.workers["p0"].load.adapters)
+    await harness.seen(lambda: not harness.router.view.workers["p0"].load.adapters)
     for _ in range(3):
         for _ in range(3):
             assert await harness.collect(a_request(adapter="new")) == foretold(a_request(adapter="new"))
@@ -624,7 +624,7 @@ async def test_closing_ends_loads_and_who_waits_for_them() -> None:
 
 async def test_a_slot_is_free_before_the_kv_is_sent(harness: Harness) -> None:
     harness.p.adapter_slots = 1
-    await harness.seen(lambda: harness.router.snapshot.workers["p0"].adapter_slots == 1)
+    await harness.seen(lambda: harness.router.view.workers["p0"].adapter_slots == 1)
     harness.p.push_faults = [Fault()]
     async with harness.router.generate(a_request(adapter="ada")) as first, asyncio.timeout(10):
         await anext(aiter(first))  # its KV never comes
@@ -635,7 +635,7 @@ async def test_a_workers_slots_are_never_overrun(harness: Harness) -> None:
     p1, _ = await harness.second()
     for worker in (harness.p, p1):
         worker.adapter_slots, worker.delay, worker.linger = 2, 0.02, 0.02
-    await harness.seen(lambda: all(harness.router.snapshot.workers[w.id].adapter_slots == 2 for w in (harness.p, p1)))
+    await harness.seen(lambda: all(harness.router.view.workers[w.id].adapter_slots == 2 for w in (harness.p, p1)))
     requests = [a_request(2 + i % 3, n=1 + i % 2, prompt=range(i + 1), adapter=f"a{i * 7 % 9}") for i in range(90)]
     requests += [a_request(adapter=None) for _ in range(10)]
     results = await asyncio.gather(*(harness.collect(request) for request in requests))
@@ -647,7 +647,7 @@ async def test_a_workers_slots_are_never_overrun(harness: Harness) -> None:
 async def test_a_new_adapter_isnt_starved_by_a_busy_one(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(admission_module, "SLOT_PATIENCE", 0.2)
     harness.p.adapter_slots, harness.p.delay = 1, 0.05
-    await harness.seen(lambda: harness.router.snapshot.workers["p0"].adapter_slots == 1)
+    await harness.seen(lambda: harness.router.view.workers["p0"].adapter_slots == 1)
     over = False
 
     async def busy(first: float) -> None:
@@ -667,7 +667,7 @@ async def test_a_new_adapter_isnt_starved_by_a_busy_one(harness: Harness, monkey
 async def test_a_busy_holder_is_joined_by_another(harness: Harness) -> None:
     p1, _ = await harness.second()
     harness.p.adapters = ("ada-digest",)
-    await harness.seen(lambda: harness.router.snapshot.workers["p0"].load.adapters == ("ada-digest",))
+    await harness.seen(lambda: harness.router.view.workers["p0"].load.adapters == ("ada-digest",))
     harness.p.delay = p1.delay = 0.1
     await asyncio.gather(*(harness.collect(a_request()) for _ in range(20)))
     assert (harness.p.prefetched, p1.prefetched) == ([], ["ada-digest"])
@@ -683,7 +683,7 @@ async def test_where_an_adapter_is(harness: Harness, monkeypatch: pytest.MonkeyP
     late, broken = [await harness.cluster.add_prefill(name) for name in ("late", "broken")]
     await harness.cluster.add_prefill("draining", state=WorkerState.DRAINING)
     late.where_seconds = 60.0
-    await harness.seen(lambda: len(harness.router.snapshot.workers) == 8)
+    await harness.seen(lambda: len(harness.router.view.workers) == 8)
     await broken.server.stop(None)  # it still sends heartbeats
     started = time.monotonic()
     places = await harness.router.places(ReadableRef("ada", "ada-digest", "/adapters/ada"))
@@ -723,7 +723,7 @@ async def test_a_storm(seed: int) -> None:
             prefill.load_faults = [Fault(InvalidAdapter("broken")) if draw.random() < 0.02 else None for _ in range(99)]
             prefill.load_seconds, prefill.adapter_slots = 0.03, 2
         await harness.seen(
-            lambda: [worker.adapter_slots for worker in harness.router.snapshot.workers.values()].count(2) == 3
+            lambda: [worker.adapter_slots for worker in harness.router.view.workers.values()].count(2) == 3
         )
         most = watch_slots(harness)
 
@@ -908,7 +908,7 @@ async def test_a_resident_adapter_attracts(harness: Harness) -> None:
     p1, _ = await harness.second()
     for worker, other in ((harness.p, p1), (p1, harness.p)):
         worker.adapters, other.adapters = ("ada-digest",), ()
-        await harness.seen(lambda w=worker: harness.router.snapshot.workers[w.id].load.adapters == ("ada-digest",))
+        await harness.seen(lambda w=worker: harness.router.view.workers[w.id].load.adapters == ("ada-digest",))
         before = worker.calls
         await harness.collect(a_request())
         assert worker.calls == before + 1
@@ -943,7 +943,7 @@ async def test_workers_of_another_cluster_are_not_ours(harness: Harness) -> None
     await harness.cluster.add_prefill("c1-prefill-0")
     await harness.cluster.add_decode("c1-decode-0")
     await harness.seen(router.ready)
-    assert sorted(router.snapshot.workers) == ["c1-decode-0", "c1-prefill-0"]
+    assert sorted(router.view.workers) == ["c1-decode-0", "c1-prefill-0"]
     await router.close()
 
 
@@ -952,7 +952,7 @@ async def test_a_silent_worker_takes_nothing() -> None:
         assert harness.router.ready()
         harness.d.silent_since = time.time()
         await harness.seen(lambda: not harness.router.ready())
-        assert harness.router.snapshot.workers["d0"].state is WorkerState.DEAD
+        assert harness.router.view.workers["d0"].state is WorkerState.DEAD
         harness.d.silent_since = None
         await harness.seen(harness.router.ready)
 
@@ -962,7 +962,7 @@ async def test_clocks_need_not_agree(error: float) -> None:
     async with running(Harness(), worker_timeout=0.3) as harness:
         harness.p.clock_error = harness.d.clock_error = error
         await harness.seen(
-            lambda: harness.router.snapshot.workers["d0"].heartbeat - time.time() == pytest.approx(error, abs=1)
+            lambda: harness.router.view.workers["d0"].heartbeat - time.time() == pytest.approx(error, abs=1)
         )
         await harness.seen(harness.router.ready)
         await asyncio.sleep(0.5)

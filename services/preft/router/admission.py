@@ -110,13 +110,11 @@ class Admission:
     def waiting(self) -> int:
         return self._lines.waiting
 
-    def enter(
-        self,
-        demand: Demand,
-        choices: Sequence[int],
-        *,
-        started: bool = False,
-    ) -> Ticket:
+    @property
+    def closed(self) -> bool:
+        return self._closed is not None
+
+    def enter(self, demand: Demand, choices: Sequence[int], *, started: bool = False) -> Ticket:
         """Queues `demand`, or gives its ticket a lease at once if there is room.
 
         `demand.order` holds when the request came. A request that has `started` before and lost its workers enters

@@ -106,7 +106,7 @@ class Router:
 
     def ready(self) -> bool:
         """Whether a prefill worker and a decode worker that fit together take requests."""
-        return self.view.serving
+        return self.view.serving and not self._admission.closed
 
     async def places(self, adapter: AdapterRef) -> Sequence[AdapterPlace]:
         """See `AdapterPlaces.places`."""

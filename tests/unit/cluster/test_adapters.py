@@ -252,12 +252,12 @@ async def test_a_worker_learns_of_pins_and_of_what_has_left(tmp_path: Path) -> N
         async with open_catalog(own) as catalog, adapter_store(engine, memory) as adapters:
             await catalog.add("ada", str(source))
             async with following_catalog(own, adapters):
-                assert adapters.digests == ()
+                assert adapters.states() == {}
                 await catalog.pin("ada", True)
-                await until(lambda: adapters.digests == (reference.digest,))  # nobody has asked for it
+                await until(lambda: [*adapters.states()] == [reference.digest])  # nobody has asked for it
                 await catalog.pin("ada", False)
                 await catalog.remove("ada")
-                await until(lambda: adapters.digests == ())
+                await until(lambda: adapters.states() == {})
                 assert adapters.where(reference.digest).tier is not Tier.HOST
     finally:
         memory.close()

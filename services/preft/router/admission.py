@@ -95,6 +95,7 @@ class Admission:
         self._prefetch = prefetch
         self._max_queue = max_queue
         self._restart_grace = restart_grace
+        self.refused = 0  # requests for which there was no room in the queue
         self._lines = Lines()
         self._kept: dict[Refusal, WorkerView] = {}  # workers whose memory is kept for a request
         self._serial = count()
@@ -136,6 +137,7 @@ class Admission:
                 return ticket
         if not started and self.waiting >= self._max_queue:
             ticket.outcome.cancel()
+            self.refused += 1
             raise QueueFull(f"{self.waiting} requests are waiting for a worker already", self._retry_after())
         line = self._lines.add(ticket)
         if placed is None:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
 
 from preft.core.background import Background
-from preft.core.cluster import AdapterPlace, Role, Worker
+from preft.core.cluster import AdapterPlace, Role, RouterStats, Worker, WorkerSeen
 from preft.core.errors import Unavailable
 from preft.core.ports import Generation, StateStore
 from preft.core.request import AdapterRef, GenerateRequest
@@ -30,16 +29,6 @@ from preft.rpc.secret import ClusterSecret
 FIRST_SECONDS = 2.0  # for all workers to tell their state, at the router's start
 WHERE_SECONDS = 2.0  # a worker's time to say where it holds an adapter
 QUEUED_SHARE = 0.25  # sequences sent to a decode worker beyond its batch, which keep the batch full
-
-
-@dataclass(frozen=True, slots=True)
-class RouterStats:
-    """`in_flight` counts prefills or sequences per worker id; `retries` and `resumes` are totals."""
-
-    waiting: int
-    in_flight: Mapping[str, int]
-    retries: int
-    resumes: int
 
 
 class Router:
@@ -115,9 +104,20 @@ class Router:
         answers = await asyncio.gather(*asked, return_exceptions=True)
         return [answer for answer in answers if isinstance(answer, AdapterPlace)]
 
+    def workers(self) -> list[WorkerSeen]:
+        """All registered workers, by id."""
+        now = asyncio.get_running_loop().time()
+        return [self.view.workers[key].seen(now) for key in sorted(self.view.workers)]
+
     def stats(self) -> RouterStats:
+        """What waits and runs now, and what has happened since the start."""
+        counters = self._counters
         return RouterStats(
-            self._admission.waiting, self.view.in_flight(), self._counters.retries, self._counters.resumes
+            self._admission.waiting,
+            self.view.in_flight(),
+            counters.retries,
+            counters.resumes,
+            self._admission.refused,
         )
 
     @asynccontextmanager
@@ -138,7 +138,7 @@ class Router:
     async def _read(self) -> None:
         """Takes over the registry's list. While the store can't be read, the last list stays."""
         workers = [worker for worker in await self._store.workers() if worker.id.startswith(self._prefix)]
-        self.view.register(workers)
+        self.view.register(workers, asyncio.get_running_loop().time())
         self._channels.retain({worker.address for worker in workers})
         self._watches.follow()
         self._admission.workers_changed()

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from preft.core.cluster import AdapterState, Role, StatusUpdate, Worker, WorkerState, WorkerStatus
+from preft.core.cluster import AdapterState, Role, StatusUpdate, Worker, WorkerSeen, WorkerState, WorkerStatus
 from preft.router.load_index import HashRing, LoadIndex
 
 FULLNESS_LEVELS = 64  # of decode workers
@@ -63,6 +63,7 @@ class WorkerView:
 
     worker: Worker
     cluster: ClusterView | None
+    heard: float = 0.0  # when the worker told last, or was registered
     status: WorkerStatus | None = None  # None: the worker hasn't told yet, or its stream broke
     adapters: dict[str, AdapterState] = field(default_factory=dict)  # as told
     # Own reservations:
@@ -99,6 +100,10 @@ class WorkerView:
     @property
     def is_ready(self) -> bool:
         return self.status is not None and not self.status.draining
+
+    def seen(self, now: float) -> WorkerSeen:
+        """The worker's state for people and programs outside."""
+        return WorkerSeen(self.worker, self.state, self.status or WorkerStatus(), now - self.heard)
 
     @property
     def idle(self) -> bool:
@@ -288,7 +293,7 @@ class ClusterView:
         self._shapes: tuple[list[Worker], list[Worker]] | None = None
         self._members: dict[str, str] = {}  # of the ring: id -> fingerprint
 
-    def register(self, workers: Iterable[Worker]) -> None:
+    def register(self, workers: Iterable[Worker], now: float = 0.0) -> None:
         """Takes the registry's whole list. A worker whose process or engine is a new one starts anew."""
         known = {worker.id: worker for worker in workers}
         for view in list(self.workers.values()):
@@ -296,7 +301,7 @@ class ClusterView:
                 self._remove(view)
         for worker in known.values():
             if worker.id not in self.workers:
-                self.workers[worker.id] = WorkerView(worker, self)
+                self.workers[worker.id] = WorkerView(worker, self, now)
 
     @property
     def serving(self) -> bool:

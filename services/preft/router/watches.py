@@ -85,6 +85,7 @@ class Watches:
                     pause = least
                     was_ready = view.is_ready
                     view.told(update)
+                    view.heard = asyncio.get_running_loop().time()
                     self._first_of(view)
                     self._on_news(view, view.is_ready != was_ready)
                 reason: PreftError = WorkerLost(f"worker {view.id} ended its status stream")

@@ -25,9 +25,9 @@ class GatewayDeps:
 
     `max_body_bytes` limits each HTTP request except adapter uploads, which `max_adapter_bytes` limits. `upload_folder`
     holds uploads while they arrive (None: the system's temporary folder). `places` adds each adapter's locations to the
-    entries. `workers` and `stats` are the router's, for metrics and /v1/workers. `allowed_hosts` are the server's names beside loopback's.
-    `allowed_origins` are the origins whose pages may use it. The constructor wraps `generator` so that `registry`
-    counts every request over HTTP or gRPC: one registry per object.
+    entries. `workers` and `stats` are the router's, for metrics and /v1/workers. `allowed_hosts` are the server's names
+    beside loopback's. `allowed_origins` are the origins whose pages may use it. The constructor wraps `generator` so
+    that `registry` counts every request over HTTP or gRPC: one registry per object.
     """
 
     model_name: str

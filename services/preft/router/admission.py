@@ -2,11 +2,11 @@
 
 The queue decides which waiting request is tried next, and refuses requests when it is full. The policy chooses workers.
 
-Requests of one adapter wait in one line, in order of arrival. A line waits for one worker (the one that has the adapter,
-loads it, or should load it) or, if no worker has room for its head whatever the adapter, for any. When a worker gets
-room, only the lines that wait for it and those that wait for any are looked at, oldest first. When a line's head goes,
-the requests behind it go with it as far as the worker has room, at most TURN: so requests of one adapter share a slot.
-One rule prevents starvation: nobody who came later takes a slot or memory from a request that has waited longer than
+Requests of one adapter wait in one line, in order of arrival. A line waits for one worker: that which has the adapter,
+loads it, or should load it. If no worker has room for its head, whatever the adapter, the line waits for any. When a
+worker gets room, only the lines that wait for it and those that wait for any are looked at, oldest first. When a line's
+head goes, the requests behind it go with it as far as there is room, at most TURN: so requests of one adapter share a
+slot. One rule prevents starvation: no later request takes a slot or memory that a request is waiting for longer than
 the policy's patience.
 """
 

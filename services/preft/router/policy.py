@@ -110,10 +110,10 @@ class Policy(Protocol):
 class AffinityPolicy:
     """Prefill goes to a holder of the adapter, unless the holder is clearly busier than another worker.
 
-    Decode goes to the emptiest worker, whatever the adapter. An adapter that no worker holds goes to its place on a hash
-    ring, or on from there to the next worker that isn't too busy (consistent hashing with bounded loads, Mirrokni et
-    al., 2018): so adapters spread over the workers, a hot adapter spreads over several, and all routers of a cluster
-    agree on the places.
+    Decode goes to the emptiest worker, whatever the adapter. An adapter that no worker holds goes to its place on a
+    hash ring, or on from there to the next worker that isn't too busy (consistent hashing with bounded loads, Mirrokni
+    et al., 2018): so adapters spread over the workers, a hot adapter spreads over several, and all routers of a
+    cluster agree on the places.
     """
 
     busier_factor: float = 2.0  # a worker is too busy above this many times the least load ...

@@ -66,7 +66,10 @@ class Router:
         self._background = Background()
 
     async def start(self) -> None:
-        """Reads the registrations and the workers' states once, then whenever they change. Raises Unavailable if the first read fails."""
+        """Reads the registrations and the workers' states once, then whenever they change.
+
+        Raises Unavailable if the first read fails.
+        """
         await self._read()
         await self._watches.settled(FIRST_SECONDS)
         self._background.every(0, self._follow, "the registrations of workers are not read")

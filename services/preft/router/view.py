@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from preft.core.cluster import AdapterState, Role, StatusUpdate, Worker, WorkerSeen, WorkerState, WorkerStatus
 from preft.router.load_index import HashRing, LoadIndex
@@ -18,6 +19,7 @@ FULLNESS_LEVELS = 64  # of decode workers
 REFUSED_SECONDS = 3.0  # until a worker that failed to load an adapter is asked again
 BREAK_SECONDS = (0.25, 30.0)  # a failing worker's pause: after the second failure in a row, and at most
 
+T = TypeVar("T")
 Order = tuple[float, int]
 """A request's place in the queue: when it counts as having come (loop time), and a serial number."""
 
@@ -407,7 +409,7 @@ def _shape(worker: Worker) -> tuple[int, ...]:
     return worker.block_size, worker.block_bytes, worker.kv_blocks, worker.staging_bytes
 
 
-def _set(mapping: dict[str, object], key: str, value: object) -> None:
+def _set(mapping: dict[str, T], key: str, value: T | None) -> None:
     if value:
         mapping[key] = value
     else:

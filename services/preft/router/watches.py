@@ -1,7 +1,7 @@
 """Follows the status stream of every registered worker, and keeps the view up to date.
 
-This module owns one task per worker with an address. A worker counts as alive while its stream brings a message at least
-every `timeout` seconds. A broken or silent stream is opened again, and its first message makes the worker alive again:
+This module owns one task per worker with an address. A worker counts as alive while its stream brings a message at
+least every `timeout` seconds. A broken or silent stream is opened again, and its first message makes the worker alive again:
 no clock of another machine is read.
 """
 

@@ -1,8 +1,8 @@
 """Follows the status stream of every registered worker, and keeps the view up to date.
 
 This module owns one task per worker with an address. A worker counts as alive while its stream brings a message at
-least every `timeout` seconds. A broken or silent stream is opened again, and its first message makes the worker alive again:
-no clock of another machine is read.
+least every `timeout` seconds. A broken or silent stream is opened again, and its first message makes the worker alive
+again: no clock of another machine is read.
 """
 
 from __future__ import annotations

@@ -61,8 +61,7 @@ def test_chunks_few_slots_and_preemption(tight: Served) -> None:
     before = tight.cluster.statuses()
     asks = mixed(27, 140, seed=2)
     check(tight, asks, complete_all(tight.cluster.url, tight.name, asks))
-    after = tight.cluster.statuses()
-    preempted = {name for name in after if after[name].preemptions > before[name].preemptions}
+    preempted = {name for name, load in tight.cluster.statuses().items() if load.preemptions > before[name].preemptions}
     assert preempted == {tight.cluster.decoding.record.id}
     assert tight.cluster.idle()
 

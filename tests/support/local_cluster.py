@@ -82,7 +82,10 @@ class LocalCluster:
 
         def given_back() -> bool:
             return all(
-                (status.running, status.kv_blocks_used, status.staging_bytes_used, status.open_handles) == (0, 0, 0, 0)
+                status.running == 0
+                and status.kv_blocks_used == 0
+                and status.staging_bytes_used == 0
+                and status.open_handles == 0
                 for status in self.statuses().values()
             )
 

@@ -72,8 +72,9 @@ class RouterSettings(_Strict):
     request_timeout: Seconds = 600.0
     transfer_timeout: Seconds = 30.0  # from first token to KV in place
     retries: Annotated[int, Field(ge=0, le=10)] = 2  # further attempts after a worker or transfer failed
-    poll_interval: Seconds = 0.25  # how often the state store is read
-    worker_timeout: Seconds = 10.0  # a worker without heartbeat for this long gets no requests
+    patience: Seconds = 1.0  # a request that has waited longer isn't overtaken by later ones
+    poll_interval: Seconds = 0.25  # how often the state store is read, if it announces no change
+    worker_timeout: Seconds = 10.0  # a worker that tells nothing for this long gets no requests
     restart_grace: Annotated[float, Field(ge=0, le=DAY)] = 120.0  # how long begun requests wait if no worker is left
 
 

@@ -1,43 +1,44 @@
 """The bounded queue of requests in front of the workers.
 
-The queue owns the order of requests and refuses requests when it is full. The policy chooses workers. Requests for one
-adapter are served in order of arrival. An adapter that isn't in memory yet, or whose next request fits nowhere, doesn't
-delay other adapters. To prevent starvation of large requests, a request that has waited PATIENCE seconds keeps one
-worker free of other requests until it fits. To prevent starvation of new adapters, a request that has waited
-SLOT_PATIENCE seconds keeps one prefill worker's adapter slots free of younger requests.
+The queue decides which waiting request is tried next, and refuses requests when it is full. The policy chooses workers.
+
+Requests of one adapter wait in one line, in order of arrival. A line waits for one worker: that which has the adapter,
+loads it, or should load it. If no worker has room for its head, whatever the adapter, the line waits for any. When a
+worker gets room, only the lines that wait for it and those that wait for any are looked at, oldest first. When a line's
+head goes, the requests behind it go with it as far as there is room, at most TURN: so requests of one adapter share a
+slot. One rule prevents starvation: no later request takes a slot or memory that a request is waiting for longer than
+the policy's patience.
 """
 
 from __future__ import annotations
 
 import asyncio
-import heapq
-import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import count
 
-from preft.core.cluster import Role, Worker
+from preft.core.cluster import Role
 from preft.core.errors import DeadlineExceeded, InvalidRequest, PreftError, QueueFull, Unavailable
 from preft.core.request import AdapterRef
 from preft.router.lease import Lease
-from preft.router.ledger import Ledger
-from preft.router.policy import Absent, Crowded, Demand, Pair, Policy, Refusal, Roster
+from preft.router.lines import Line, Lines
+from preft.router.policy import Absent, Crowded, Demand, Pair, Placement, Policy, Refusal
+from preft.router.view import ClusterView, WorkerView
 
-PATIENCE = 5.0  # seconds until a waiting request reserves a worker
-SLOT_PATIENCE = 0.5  # seconds until a request that waits for an adapter slot keeps younger requests off the slots
+TURN = 32  # requests of one adapter that go together before older ones of other adapters
+TRIES = 16  # refused lines until a pass gives up: the others are younger, and their turn comes
+HELPED = 4  # lines of other workers that a worker with room looks at
+AHEAD = 2  # times its slots: adapters that a worker loads before they have a slot
 RETRY_AFTER = (1.0, 30.0)  # seconds, least and most
 
 
 class Ticket:
     """One request's place in the queue, and then its lease."""
 
-    def __init__(
-        self, demand: Demand, choices: Sequence[int], order: tuple[float, int], avoid: frozenset[str], queue: Admission
-    ) -> None:
+    def __init__(self, demand: Demand, choices: Sequence[int], queue: Admission) -> None:
         self.demand = demand
         self.choices = choices
-        self.order = order
-        self.avoid = avoid
         self.outcome: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
         self._queue = queue
         self._ended = False
@@ -75,253 +76,316 @@ class Ticket:
 
 
 class Admission:
-    """Owns the queue. `update` brings a new view of the cluster; a released lease wakes the queue by itself."""
+    """Owns the queue. `wake` tells it that a worker may have room; a released lease does so by itself."""
 
     def __init__(
         self,
         policy: Policy,
-        ledger: Ledger,
+        view: ClusterView,
         max_queue: int,
         restart_grace: float,
-        prefetch: Callable[[Worker, AdapterRef], None],
+        prefetch: Callable[[WorkerView, AdapterRef], None],
     ) -> None:
         """`max_queue` requests may wait. After `restart_grace` seconds without workers they get Unavailable.
 
         `prefetch` makes a worker load an adapter. The owner calls `load_ended` when the load has succeeded or failed.
         """
         self._policy = policy
+        self._view = view
         self._prefetch = prefetch
-        self._ledger = ledger
         self._max_queue = max_queue
         self._restart_grace = restart_grace
-        self._roster = Roster((), {}, {})
-        self._open = self._roster  # without the worker that is reserved for a request that has waited long
-        self._queues: dict[str, deque[Ticket]] = {}  # by adapter digest, never empty
-        self._crowded: dict[str, str] = {}  # digest -> the one worker whose slots its queue waits for
-        self._waiting = 0
-        self._serial = itertools.count()
+        self.refused = 0  # requests for which there was no room in the queue
+        self._lines = Lines()
+        self._kept: dict[Refusal, WorkerView] = {}  # workers whose memory is kept for a request
+        self._serial = count()
         self._grants: deque[float] = deque(maxlen=64)  # times of the last leases
+        self._awake: set[WorkerView] = set()  # workers that may have room
+        self._ready: set[str] = set()  # digests whose loads have ended
+        self._blocked: Demand | None = None  # refused in this look: whatever covers it needn't be tried
         self._pump_due = False
         self._serving_until = -math.inf
         self._closed: PreftError | None = None
 
     @property
     def waiting(self) -> int:
-        return self._waiting
+        return self._lines.waiting
 
     @property
-    def roster(self) -> Roster:
-        """The cluster as of the last `update`."""
-        return self._roster
+    def closed(self) -> bool:
+        return self._closed is not None
 
-    def update(self, roster: Roster) -> None:
-        """Replaces the view of the cluster. Does nothing once closed."""
-        if self._closed is not None:
-            return
-        now = asyncio.get_running_loop().time()
-        self._roster = self._open = roster
-        self._crowded.clear()
-        if roster.serving:
-            self._serving_until = now
-        elif now - self._serving_until > self._restart_grace:
-            self._refuse_all(Unavailable("no prefill and decode workers that fit together are ready"))
-        self.wake()
-
-    def enter(
-        self,
-        demand: Demand,
-        choices: Sequence[int],
-        *,
-        since: float,
-        started: bool = False,
-        avoid: frozenset[str] = frozenset(),
-    ) -> Ticket:
+    def enter(self, demand: Demand, choices: Sequence[int], *, started: bool = False) -> Ticket:
         """Queues `demand`, or gives its ticket a lease at once if there is room.
 
-        `since` (loop time) is when the request came. A request that has `started` before and lost its workers enters
-        even a full queue, ahead of its adapter's other requests, and waits for workers to restart. `avoid` holds the
-        ids of workers that have failed this request. Raises QueueFull, Unavailable, or InvalidRequest if no worker
-        could ever hold the request. A closed queue raises the error that `close` was given.
+        `demand.order` holds when the request came. A request that has `started` before and lost its workers enters
+        even a full queue, and waits for workers to restart. Raises QueueFull, Unavailable, or InvalidRequest if no
+        worker could ever hold the request. A closed queue raises the error that `close` was given.
         """
         if self._closed is not None:
             raise self._closed
         if not started:
-            if not self._roster.serving:
+            if not self._view.serving:
                 raise Unavailable("no prefill and decode workers that fit together are ready")
             self._check_fits(demand)
-        ticket = Ticket(demand, choices, (since, next(self._serial)), avoid, self)
-        overtakes_nobody = not self._pump_due and demand.digest not in self._queues
-        if overtakes_nobody and self._grant(ticket, self._open) is None:
-            return ticket
-        if not started and self._waiting >= self._max_queue:
+        ticket = Ticket(demand, choices, self)
+        line = self._lines.get(demand.digest)
+        placed = None
+        if not self._pump_due and (line is None or demand.order < line.head.demand.order):
+            placed = self._grant(ticket)
+            if isinstance(placed, Pair):
+                return ticket
+        if not started and self.waiting >= self._max_queue:
             ticket.outcome.cancel()
-            raise QueueFull(f"{self._waiting} requests are waiting for a worker already", self._retry_after())
-        if demand.adapter is not None and demand.digest not in self._queues:
-            home = self._policy.home(demand, self._roster, self._ledger)
-            if home is not None:
-                self._prefetch(home, demand.adapter)
-        queue = self._queues.setdefault(demand.digest, deque())
-        if started:
-            queue.appendleft(ticket)
+            self.refused += 1
+            raise QueueFull(f"{self.waiting} requests are waiting for a worker already", self._retry_after())
+        line = self._lines.add(ticket)
+        if placed is None:
+            self.wake()
         else:
-            queue.append(ticket)
-        self._waiting += 1
+            self._refused(line, placed)
         return ticket
+
+    def next_order(self, since: float) -> tuple[float, int]:
+        """The order of a request that came at `since` (loop time)."""
+        return since, next(self._serial)
 
     def forget(self, ticket: Ticket) -> None:
         """Takes a waiting ticket out of the queue."""
-        queue = self._queues.get(ticket.demand.digest)
-        if queue is not None and ticket in queue:
-            queue.remove(ticket)
-            self._waiting -= 1
-            self._crowded.pop(ticket.demand.digest, None)
-            if not queue:
-                del self._queues[ticket.demand.digest]
-            self._open = self._roster  # the ticket may have had a worker reserved
-            self.wake()
+        line = self._lines.get(ticket.demand.digest)
+        at = line.at if line is not None else None
+        if self._lines.remove(ticket):
+            self._unkeep(ticket)
+            self.wake(at)
 
-    def load_ended(self, digest: str, error: PreftError | None) -> None:
-        """Tells the queue that a worker has loaded an adapter, or failed to (`error`).
+    def load_ended(self, worker: WorkerView, digest: str, error: PreftError | None) -> None:
+        """Tells the queue that `worker` has loaded an adapter, or failed to (`error`; None also if it was lost).
 
         With an `error`, requests for this adapter fail, except those that another worker can still serve.
         """
-        self._crowded.pop(digest, None)
-        if error is not None and (queue := self._queues.pop(digest, None)):
-            self._waiting -= len(queue)
-            going: deque[Ticket] = deque()
-            for ticket in queue:
-                if self._has_others(ticket):
-                    going.append(ticket)
-                else:
-                    ticket.fail(error)
-            if going:
-                self._queues[digest] = going
-                self._waiting += len(going)
-        self.wake()
+        line = self._lines.get(digest)
+        if error is not None and line is not None:
+            for ticket in [ticket for ticket in line.tickets if not self._has_others(ticket)]:
+                self._lines.remove(ticket)
+                self._unkeep(ticket)
+                ticket.fail(error)
+        self._ready.add(digest)
+        self.wake(worker)
 
-    def wake(self) -> None:
-        """Schedules one pass over the queue; several calls before the pass share it."""
-        if not self._queues:
-            self._keep_nothing()
-        elif not self._pump_due:
+    def wake(self, worker: WorkerView | None = None) -> None:
+        """Schedules one look at the queue, as `worker` may have room; several calls before it share the look."""
+        if worker is not None:
+            worker.slot_for = None
+            if self._lines:
+                self._awake.add(worker)
+        if self._lines and not self._pump_due and self._closed is None:
             self._pump_due = True
             asyncio.get_running_loop().call_soon(self._pump)
+
+    def workers_changed(self) -> None:
+        """Looks again at lines whose worker is gone, and fails all of them if none has been there for long."""
+        if self._closed is not None:
+            return
+        now = asyncio.get_running_loop().time()
+        if self._view.serving:
+            self._serving_until = now
+        elif now - self._serving_until > self._restart_grace:
+            self._refuse_all(Unavailable("no prefill and decode workers that fit together are ready"))
+        for line in self._lines:
+            if line.at is not None and not line.at.is_ready:
+                self._lines.move(line, None)
+        self.wake()
 
     def close(self, error: PreftError) -> None:
         """Fails all waiting requests and all later ones with `error`."""
         self._closed = error
-        self._roster = self._open = Roster((), {}, {})
         self._refuse_all(error)
 
-    def _pump(self) -> None:
-        """Gives leases to all requests that fit, oldest first."""
-        self._pump_due = False
-        self._keep_nothing()
-        now = asyncio.get_running_loop().time()
-        heads = [(queue[0].order, queue) for queue in self._queues.values()]
-        heapq.heapify(heads)
-        refused: Demand | None = None  # a demand that covers this one needn't be tried
-        crowded: set[str] = set()  # workers whose slots an older request waits for
-        while heads:
-            _, queue = heads[0]
-            ticket = queue[0]
-            digest = ticket.demand.digest
-            if (refused is not None and ticket.demand.covers(refused)) or self._crowded.get(digest) in crowded:
-                heapq.heappop(heads)
-                continue
-            refusal = self._grant(ticket, self._open)
-            if refusal is None:
-                queue.popleft()
-                self._waiting -= 1
-                if queue:
-                    heapq.heapreplace(heads, (queue[0].order, queue))
-                else:
-                    heapq.heappop(heads)
-                    del self._queues[digest]
-                continue
-            heapq.heappop(heads)
-            if refusal is Refusal.NO_PREFILL and not ticket.avoid:
-                break
-            if isinstance(refusal, Refusal) and not ticket.avoid:
-                refused = ticket.demand
-            waited = now - ticket.order[0]
-            if isinstance(refusal, Crowded):
-                if len(self._roster.holders.get(digest, ())) < 2:
-                    self._crowded[digest] = refusal.worker.id
-                crowded.add(refusal.worker.id)
-                if waited > SLOT_PATIENCE:
-                    self._ledger.keep_slots(refusal.worker.id)
-            lacks_memory = refusal in (Refusal.NO_STAGING, Refusal.NO_DECODE)
-            if lacks_memory and waited > PATIENCE and self._open is self._roster:
-                self._open = self._keep_one_for(ticket.demand, refusal)
+    # One look at the queue
 
-    def _grant(self, ticket: Ticket, roster: Roster) -> Refusal | Absent | Crowded | None:
-        """Gives `ticket` a lease and returns None, or returns why there is none. Returns None for an ended ticket."""
-        if ticket.outcome.done():
-            return None  # the waiting task was just cancelled, and hasn't left the queue yet
-        self._crowded.pop(ticket.demand.digest, None)
-        placed = self._policy.place(ticket.demand, roster, self._ledger, ticket.avoid)
-        if isinstance(placed, Absent) and ticket.demand.adapter is not None:
-            self._prefetch(placed.worker, ticket.demand.adapter)
-        if not isinstance(placed, Pair):
-            return placed
-        ticket.outcome.set_result(Lease(placed, ticket.demand, ticket.choices, self._ledger, self.wake))
-        self._grants.append(asyncio.get_running_loop().time())
+    def _pump(self) -> None:
+        self._pump_due = False
+        awake, self._awake = self._awake, set()
+        ready, self._ready = self._ready, set()
+        self._blocked = None
+        for digest in ready:
+            line = self._lines.get(digest)
+            if line is not None:
+                self._go(line)
+        for worker in awake:
+            worker.slot_for = None
+            if self._lines.number_at(worker):
+                self._serve(worker)
+        self._serve(None)
+        for worker in awake:
+            self._help(worker)
+
+    def _serve(self, worker: WorkerView | None) -> None:
+        """Gives leases to the lines that wait for `worker` and for any, oldest first, while they fit."""
+        skipped = {worker: 0, None: 0}
+        tries = 0
+        while tries < TRIES and (line := self._next(worker, skipped)) is not None:
+            at, head = line.at, line.head
+            if self._is_hopeless(line):
+                skipped[at] += 1
+                continue
+            tries += 1
+            placed = self._go(line)
+            if placed is None:
+                continue
+            if line.at is at and line.head is head:
+                skipped[at] += 1
+            if isinstance(placed, Refusal) and not line.head.demand.avoid:
+                if placed is Refusal.NO_PREFILL:
+                    break
+                self._blocked = line.head.demand
+            if isinstance(placed, Crowded) and placed.worker is worker:
+                self._share(worker)
+                skipped[worker] = self._lines.number_at(worker)
+        if worker is not None:
+            self._load_ahead(worker)
+
+    def _next(self, worker: WorkerView | None, skipped: dict[WorkerView | None, int]) -> Line | None:
+        """The older of two lines: the next one that waits for `worker`, and the next one that waits for any."""
+        lines = [self._lines.oldest(at, number) for at, number in skipped.items()]
+        return min((line for line in lines if line is not None), key=lambda line: line.head.demand.order, default=None)
+
+    def _is_hopeless(self, line: Line) -> bool:
+        """Whether the line needn't be tried: its adapter loads, or less than its head asks for was refused just now."""
+        if self._blocked is not None and line.head.demand.covers(self._blocked):
+            return True
+        return line.at is not None and line.at.is_loading(line.digest) and line.digest not in self._view.holders
+
+    def _share(self, worker: WorkerView) -> None:
+        """Lets requests go whose adapters have a slot of `worker` already."""
+        for digest in worker.slots:
+            line = self._lines.get(digest)
+            if line is not None:
+                self._go(line)
+
+    def _help(self, worker: WorkerView) -> None:
+        """Lets a worker that has room take over from others, if the policy thinks so."""
+        if worker.id in self._view.prefill and not self._lines.number_at(worker):
+            self._share(worker)
+            for line in self._lines.elsewhere(worker, HELPED):
+                if line.tickets and not self._is_hopeless(line):
+                    self._go(line)
+
+    def _go(self, line: Line) -> Placement | None:
+        """Gives leases to the line's requests in turn. Returns None if none is left, or what the next one waits for."""
+        for _ in range(TURN):
+            ticket = line.head
+            placed = self._grant(ticket)
+            if placed is not None and not isinstance(placed, Pair):
+                self._refused(line, placed)
+                return placed
+            self._lines.remove(ticket)
+            self._unkeep(ticket)
+            if not line.tickets:
+                return None
+        self.wake(line.at)
         return None
 
+    def _grant(self, ticket: Ticket) -> Placement | None:
+        """Gives `ticket` a lease, or returns what the policy said instead. Returns None for an ended ticket."""
+        if ticket.outcome.done():
+            return None  # the waiting task was just cancelled, and hasn't left the queue yet
+        now = asyncio.get_running_loop().time()
+        placed = self._policy.place(ticket.demand, self._view, now)
+        if isinstance(placed, Pair):
+            ticket.outcome.set_result(Lease(placed, ticket.demand, ticket.choices, self.wake))
+            self._grants.append(now)
+        return placed
+
+    def _refused(self, line: Line, placed: Placement) -> None:
+        """Files the line where its head has to wait, and makes a worker load its adapter."""
+        demand = line.head.demand
+        if isinstance(placed, Absent):
+            self._load(placed.worker, demand)
+            holder_will_do = line.at is not None and line.at.is_ready and line.at.holds(line.digest)
+            self._move(line, line.at if holder_will_do else placed.worker)
+        elif isinstance(placed, Crowded):
+            worker = placed.worker
+            worker.slot_for = min(worker.slot_for or demand.order, demand.order)
+            self._move(line, worker)
+        elif isinstance(placed, Refusal):
+            self._move(line, None)
+            if demand.adapter is not None:
+                home = self._policy.home(demand, self._view, asyncio.get_running_loop().time())
+                if home is not None:
+                    self._load(home, demand)
+            self._keep_memory(demand, placed)
+
+    def _move(self, line: Line, at: WorkerView | None) -> None:
+        before = line.at
+        self._lines.move(line, at)
+        if before is not None and before is not at:
+            self.wake(before)
+
+    def _load(self, worker: WorkerView, demand: Demand) -> None:
+        """Makes `worker` load the adapter, unless it loads many already: then `_load_ahead` does it later."""
+        most = max(2, AHEAD * worker.worker.adapter_slots)
+        if demand.adapter is not None and not worker.is_loading(demand.digest) and len(worker.loads) < most:
+            self._prefetch(worker, demand.adapter)
+
+    def _load_ahead(self, worker: WorkerView) -> None:
+        for line in self._lines.first_at(worker, max(2, AHEAD * worker.worker.adapter_slots)):
+            if line.digest not in self._view.holders and line.digest not in self._view.loaders:
+                self._load(worker, line.head.demand)
+
     def _has_others(self, ticket: Ticket) -> bool:
-        """Whether another worker holds or loads the ticket's adapter. A worker that just refused doesn't count."""
-        if self._policy.home(ticket.demand, self._roster, self._ledger) is not None:
-            return False
-        placed = self._policy.place(ticket.demand, self._roster, self._ledger, ticket.avoid)
-        return not (isinstance(placed, Absent) and self._ledger.refused(placed.worker.id, ticket.demand.digest))
+        """Whether another worker holds or loads the ticket's adapter."""
+        digest = ticket.demand.digest
+        near = {**self._view.holders.get(digest, {}), **self._view.loaders.get(digest, {})}
+        usable = [one for one in near.values() if one.is_ready]
+        return any(one.id not in ticket.demand.avoid for one in usable)
 
-    def _keep_nothing(self) -> None:
-        self._open = self._roster
-        self._ledger.keep_no_slots()
+    # Memory that is kept for a request too large to fit beside younger ones
 
-    def _keep_one_for(self, demand: Demand, refusal: Refusal | Absent | Crowded) -> Roster:
-        """The roster without one worker: of those that could hold `demand`, the one whose memory is least used."""
+    def _keep_memory(self, demand: Demand, refusal: Refusal) -> None:
+        """Notes one worker whose memory younger requests leave alone once `demand` has waited long."""
+        kept = self._kept.get(refusal)
+        if refusal is Refusal.NO_PREFILL or (kept is not None and kept.is_ready and kept.memory_for is not None):
+            return
         if refusal is Refusal.NO_STAGING:
-            able = [worker for worker in self._roster.prefill if _stages(worker, demand)]
-            if not able:
-                return self._roster
-            return self._roster.without_prefill(min(able, key=lambda worker: self._ledger.staging(worker.id)))
-        able = [
-            worker
-            for worker in self._decode_workers()
-            if _holds(worker, demand.blocks(worker) * demand.choices) and _stages(worker, demand)
-        ]
-        if not able:
-            return self._roster
-        emptiest = min(able, key=lambda worker: self._ledger.blocks(worker.id) / worker.load.kv_blocks_total)
-        return self._roster.without_decode(emptiest)
+            able = (one for one in self._view.prompting() if demand.staging(one.worker) <= one.worker.staging_bytes)
+            chosen = min(able, key=lambda one: one.staging.taken, default=None)
+        else:
+            able = (one for one in self._view.decoding() if _could_hold(one, demand))
+            chosen = min(able, key=self._view.fullness, default=None)
+        if chosen is not None:
+            chosen.memory_for = demand.order
+            self._kept[refusal] = chosen
+
+    def _unkeep(self, ticket: Ticket) -> None:
+        for refusal, worker in list(self._kept.items()):
+            if worker.memory_for == ticket.demand.order:
+                worker.memory_for = None
+                del self._kept[refusal]
+                self.wake(worker)
 
     def _check_fits(self, demand: Demand) -> None:
-        workers = self._decode_workers()
-        if not demand.decodes or not workers:
+        prompting, decoding = self._view.shapes()
+        if not demand.decodes or not decoding:
             return
-        for role, members in ((Role.PREFILL, self._roster.prefill), (Role.DECODE, workers)):
-            if not any(_stages(worker, demand) for worker in members):
-                room = max(worker.load.staging_bytes_total for worker in members)
+        for role, members in ((Role.PREFILL, prompting), (Role.DECODE, decoding)):
+            if not any(demand.staging(worker) <= worker.staging_bytes for worker in members):
+                room = max(worker.staging_bytes for worker in members)
                 raise InvalidRequest(
                     f"the KV cache of a prompt of {demand.prompt_tokens} tokens doesn't fit into the {room} bytes of "
                     f"staging memory of any {role} worker: raise {role}.staging_bytes",
                     param="prompt",
                 )
-        if not any(_holds(worker, worker.blocks(demand.max_tokens)) for worker in workers):
-            room = max(worker.load.kv_blocks_total * worker.block_size for worker in workers)
+        if not any(worker.blocks(demand.max_tokens) <= worker.kv_blocks for worker in decoding):
+            room = max(worker.kv_blocks * worker.block_size for worker in decoding)
             raise InvalidRequest(
                 f"prompt and max_tokens come to {demand.max_tokens} tokens, no decode worker holds more than {room}",
                 param="max_tokens",
             )
-        if not any(_holds(worker, demand.blocks(worker) * demand.choices) for worker in workers):
+        if not any(demand.blocks(worker) * demand.choices <= worker.kv_blocks for worker in decoding):
             raise InvalidRequest(
                 f"no decode worker can hold {demand.choices} choices of {demand.kv_tokens} tokens at once", param="n"
             )
-
-    def _decode_workers(self) -> list[Worker]:
-        return [worker for workers in self._roster.decode.values() for worker in workers]
 
     def _retry_after(self) -> float:
         """Seconds until half the queue is served, at the rate of the last leases."""
@@ -329,18 +393,16 @@ class Admission:
         if len(self._grants) < 2:
             return least
         elapsed = asyncio.get_running_loop().time() - self._grants[0]
-        return min(most, max(least, math.ceil(self._waiting / 2 * elapsed / len(self._grants))))
+        return min(most, max(least, math.ceil(self.waiting / 2 * elapsed / len(self._grants))))
 
     def _refuse_all(self, error: PreftError) -> None:
-        queues, self._queues, self._waiting = self._queues, {}, 0
-        for queue in queues.values():
-            for ticket in queue:
+        for line in self._lines:
+            for ticket in self._lines.take(line.digest):
+                self._unkeep(ticket)
                 ticket.fail(error)
 
 
-def _holds(worker: Worker, blocks: int) -> bool:
-    return blocks <= worker.load.kv_blocks_total
-
-
-def _stages(worker: Worker, demand: Demand) -> bool:
-    return demand.staging(worker) <= worker.load.staging_bytes_total
+def _could_hold(view: WorkerView, demand: Demand) -> bool:
+    worker = view.worker
+    fits = demand.blocks(worker) * demand.choices <= worker.kv_blocks
+    return fits and demand.staging(worker) <= worker.staging_bytes

@@ -13,14 +13,28 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from preft.core.cluster import Role, Worker
-from preft.core.errors import DeadlineExceeded, EngineFailed, PreftError, TransferFailed, WorkerLost
+from preft.core.errors import (
+    AdapterExists,
+    DeadlineExceeded,
+    EngineFailed,
+    InvalidRequest,
+    ModelNotFound,
+    NumbersNotFinite,
+    PreftError,
+    TransferFailed,
+    WorkerFull,
+    WorkerLost,
+)
 from preft.core.request import GenerateRequest, TokenDelta
 from preft.router.channels import WorkerChannels
 from preft.router.decode_stream import DecodeCall
 from preft.router.lease import Lease
+from preft.router.view import WorkerView
 from preft.rpc import common_pb2, workers_pb2
 from preft.rpc.convert import adapter_to_proto, delta_from_proto
 
+# The request or its adapter is at fault: every worker would give the same error.
+FINAL = (InvalidRequest, ModelNotFound, AdapterExists, DeadlineExceeded, NumbersNotFinite)
 TOO_LATE = "the request's time limit passed before it was finished"
 
 
@@ -91,7 +105,8 @@ class Attempt:
         for choice in choices:
             choice.attempt = self
         self._lease = lease
-        self._colocated = lease.prefill.role is Role.COLOCATED
+        self.prefill = lease.prefill
+        self._colocated = lease.prefill.worker.role is Role.COLOCATED
         self._channels = channels
         self._transfer_timeout = transfer_timeout
         self._prefill: Any = None  # while it runs
@@ -105,7 +120,7 @@ class Attempt:
         """Runs the prompt. Returns each choice's first token, already added to the choice; nothing on a resume."""
         if self._colocated:
             return ()
-        worker = self._lease.prefill
+        worker = self._lease.prefill.worker
         self._prefill = self._channels.prefill(worker, self._prefill_request(), self._job.remaining())
         if self._lease.decode is not None:
             self._unclaimed = set(self._going)
@@ -113,6 +128,7 @@ class Attempt:
             event = await self._channels.read(self._prefill, worker)
             if event is None or not event.HasField("first_tokens"):
                 raise EngineFailed(f"prefill worker {worker.id} answered no first tokens")
+            self._lease.prefill.succeeded()
             self._lease.prompt_ended()
             if self.resumes:
                 return ()
@@ -124,7 +140,7 @@ class Attempt:
         """Waits until the decode worker has the prompt's whole KV and has verified it."""
         if self._colocated:
             return
-        worker = self._lease.prefill
+        worker = self._lease.prefill.worker
         with self._blaming(worker.id, self._decode_worker().id):
             try:
                 async with asyncio.timeout(self._transfer_timeout):
@@ -155,6 +171,7 @@ class Attempt:
                     choice.take(delta)
                     if first:
                         first = False
+                        self._decoder().succeeded()
                         self._lease.kv_loaded(index)
                         self._prompt_ended(index)  # on a colocated worker a first token means that the prompt is done
                     if choice.finished:
@@ -229,18 +246,29 @@ class Attempt:
             yield
         except DeadlineExceeded:
             raise DeadlineExceeded(TOO_LATE) from None
-        except TransferFailed:
-            self.blamed = frozenset((*worker_ids, self._lease.decode.id if self._lease.decode else ""))
+        except WorkerFull:
             raise
-        except PreftError:
-            self.blamed = frozenset(worker_ids)
+        except TransferFailed:
+            self._blame(*worker_ids, *([self._lease.decode.id] if self._lease.decode else []))
+            raise
+        except PreftError as error:
+            self._blame(*worker_ids, counts=not isinstance(error, FINAL))
             raise
 
+    def _blame(self, *worker_ids: str, counts: bool = True) -> None:
+        self.blamed = frozenset(worker_ids)
+        for view in (self._lease.prefill, self._lease.decode):
+            if counts and view is not None and view.id in self.blamed:
+                view.failed(asyncio.get_running_loop().time())
+
     def _decode_worker(self) -> Worker:
-        worker = self._lease.prefill if self._colocated else self._lease.decode
-        if worker is None:
+        return self._decoder().worker
+
+    def _decoder(self) -> WorkerView:
+        view = self._lease.prefill if self._colocated else self._lease.decode
+        if view is None:
             raise EngineFailed("a choice that goes on has no decode worker")
-        return worker
+        return view
 
     def _prefill_request(self) -> workers_pb2.PrefillRequest:
         request, decode = self._job.request, self._lease.decode
@@ -250,7 +278,7 @@ class Attempt:
             sampling=self._job.sampling,
             adapter=adapter_to_proto(request.adapter) if request.adapter else None,
             n=len(self._going) if self.resumes else request.n,
-            target=workers_pb2.KvTarget(address=decode.address, handle=self.handle) if decode else None,
+            target=workers_pb2.KvTarget(address=decode.worker.address, handle=self.handle) if decode else None,
             resume=self.resumes,
         )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,12 +17,12 @@ import grpc
 import grpc.aio
 
 from preft.core.background import Background
-from preft.core.cluster import AdapterPlace, Worker
+from preft.core.cluster import AdapterPlace, StatusUpdate, Worker, WorkerStatus
 from preft.core.errors import PreftError, WorkerLost
 from preft.core.request import AdapterRef
 from preft.router.decode_stream import CallCancelled, DecodeCall, DecodeStream
 from preft.rpc import workers_pb2, workers_pb2_grpc
-from preft.rpc.convert import adapter_to_proto, place_from_proto
+from preft.rpc.convert import adapter_to_proto, place_from_proto, status_from_proto
 from preft.rpc.liveness import ping_options
 from preft.rpc.secret import ClusterChannel, ClusterSecret
 from preft.rpc.status import error_from_rpc
@@ -46,6 +46,7 @@ class WorkerStubs:
     prefill: Any
     decode: Any
     adapters: Any
+    status: Any
     stream: DecodeStream | None = None
 
     async def close(self, grace: float) -> None:
@@ -58,9 +59,10 @@ class WorkerStubs:
 class WorkerChannels:
     """Calls to workers. Use it inside one event loop."""
 
-    def __init__(self, secret: ClusterSecret, on_lost: Callable[[Worker], None]) -> None:
-        """`on_lost` is called with each worker whose connection failed or broke."""
+    def __init__(self, secret: ClusterSecret, caller: str, on_lost: Callable[[Worker], None]) -> None:
+        """Calls carry the name `caller`. `on_lost` is called with each worker whose connection failed or broke."""
         self._secret = secret
+        self._caller = caller
         self._on_lost = on_lost
         self._stubs: dict[str, WorkerStubs] = {}
         self._ending: set[Any] = set()
@@ -84,6 +86,29 @@ class WorkerChannels:
         except grpc.aio.AioRpcError as rpc_error:
             raise self._error(rpc_error, worker) from rpc_error
         return place_from_proto(worker.id, reply)
+
+    async def watch(self, worker: Worker, interval: float, silence: float) -> AsyncIterator[StatusUpdate]:
+        """Yields the worker's status updates, at most one per `interval` seconds.
+
+        Raises the call's PreftError, and WorkerLost after `silence` seconds without an update.
+        """
+        call = self._stubs_of(worker.address).status.Watch(workers_pb2.WatchRequest(interval=interval))
+        status = WorkerStatus()
+        try:
+            while True:
+                async with asyncio.timeout(silence):
+                    message = await call.read()
+                if message is grpc.aio.EOF:
+                    return
+                update = status_from_proto(message, status)
+                status = update.status
+                yield update
+        except TimeoutError:
+            raise WorkerLost(f"worker {worker.id} has told nothing for {silence:g} s") from None
+        except grpc.aio.AioRpcError as rpc_error:
+            raise error_from_rpc(rpc_error, worker.id) from rpc_error
+        finally:
+            call.cancel()
 
     def decode(self, worker: Worker, request: workers_pb2.DecodeRequest, timeout: float) -> list[DecodeCall]:
         """Starts to decode the request's choices; the calls are in the order of the choices."""
@@ -148,11 +173,12 @@ class WorkerChannels:
     def _stubs_of(self, address: str) -> WorkerStubs:
         stubs = self._stubs.get(address)
         if stubs is None:
-            channel = ClusterChannel(address, self._secret, [*OPTIONS, *ping_options()])
+            channel = ClusterChannel(address, self._secret, [*OPTIONS, *ping_options()], caller=self._caller)
             stubs = self._stubs[address] = WorkerStubs(
                 channel,
                 workers_pb2_grpc.PrefillWorkerStub(channel),  # type: ignore[no-untyped-call]
                 workers_pb2_grpc.DecodeWorkerStub(channel),  # type: ignore[no-untyped-call]
                 workers_pb2_grpc.WorkerAdaptersStub(channel),  # type: ignore[no-untyped-call]
+                workers_pb2_grpc.WorkerStatusStub(channel),  # type: ignore[no-untyped-call]
             )
         return stubs

@@ -14,19 +14,11 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 
-from preft.core.errors import (
-    AdapterExists,
-    DeadlineExceeded,
-    EngineFailed,
-    InvalidRequest,
-    ModelNotFound,
-    NumbersNotFinite,
-    PreftError,
-)
+from preft.core.errors import EngineFailed, PreftError, WorkerFull
 from preft.core.request import GenerateRequest, TokenDelta
 from preft.core.settings import RouterSettings
 from preft.router.admission import Admission, Ticket
-from preft.router.attempt import Attempt, Choice, Job
+from preft.router.attempt import FINAL, Attempt, Choice, Job
 from preft.router.channels import WorkerChannels
 from preft.router.decode_stream import CallCancelled
 from preft.router.policy import Demand
@@ -34,8 +26,6 @@ from preft.rpc.convert import sampling_to_proto
 
 logger = logging.getLogger(__name__)
 
-# Every worker would give the same error.
-FINAL = (InvalidRequest, ModelNotFound, AdapterExists, DeadlineExceeded, NumbersNotFinite)
 KV_ALLOWANCE = 64  # output tokens per choice that the first reservation of KV blocks covers
 GATHERING_SECONDS = 0.02  # a lost worker fails all its choices, though not at the same instant
 
@@ -151,14 +141,11 @@ class RoutedGeneration:
             choices=len(choices),
             decodes=most > 1,
             adapter=request.adapter,
-        )
-        ticket = self._admission.enter(
-            demand,
-            [choice.index for choice in choices],
-            since=self._job.since,
-            started=self._first is not None,
+            order=self._admission.next_order(self._job.since),
             avoid=self._avoid,
         )
+        indexes = [choice.index for choice in choices]
+        ticket = self._admission.enter(demand, indexes, started=self._first is not None)
         self._tickets.add(ticket)
         return ticket
 
@@ -250,6 +237,9 @@ class RoutedGeneration:
 
     def _may_retry(self, choices: Sequence[Choice], attempt: Attempt, error: PreftError) -> bool:
         """Counts the failure. Returns False for a final error, or after too many failures without a new token."""
+        if isinstance(error, WorkerFull):  # another router's requests took the slots: nobody's failure
+            attempt.prefill.is_full = True
+            return True
         self._avoid |= attempt.blamed
         going = [choice for choice in choices if choice.open]
         for choice in going:

@@ -1,19 +1,22 @@
-"""Chooses the workers of a request: a pure function of the request, the cluster and the requests in flight.
+"""Chooses the workers of a request: a pure function of the request, the view of the cluster, and the time.
 
-The policy owns the choice alone, and keeps no state. `admission` owns waiting for room.
+The policy owns the choice alone, keeps no state and changes nothing. `admission` owns waiting for room.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from enum import Enum, auto
+from itertools import islice
 from typing import Protocol
-from zlib import crc32
 
-from preft.core.cluster import ClusterSnapshot, Role, Worker
+from preft.core.cluster import Worker
 from preft.core.request import AdapterRef
-from preft.router.ledger import Ledger
+from preft.router.view import ClusterView, Order, WorkerView
+
+RING_STEPS = 8  # places on the ring that one choice looks at
+FIRST: Order = (float("-inf"), 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,8 @@ class Demand:
     choices: int = 1
     decodes: bool = True
     adapter: AdapterRef | None = None  # names the adapter to a worker that has to load it
+    order: Order = FIRST
+    avoid: frozenset[str] = frozenset()  # ids of workers that have just failed this request
 
     def blocks(self, worker: Worker) -> int:
         """KV blocks to reserve on `worker` for each choice."""
@@ -39,7 +44,7 @@ class Demand:
 
     def staging(self, worker: Worker) -> int:
         """Bytes of staging memory to reserve on `worker`, once for all choices."""
-        return worker.staging_bytes(self.prompt_tokens) if self.decodes else 0
+        return worker.kv_bytes(self.prompt_tokens) if self.decodes else 0
 
     def covers(self, other: Demand) -> bool:
         """Whether this demand needs at least as much room for its KV as `other`."""
@@ -55,22 +60,22 @@ class Demand:
 class Pair:
     """The workers of one attempt."""
 
-    prefill: Worker
-    decode: Worker | None
+    prefill: WorkerView
+    decode: WorkerView | None
 
 
 @dataclass(frozen=True, slots=True)
 class Absent:
     """The worker must load the adapter first; until then the request reserves nothing."""
 
-    worker: Worker
+    worker: WorkerView
 
 
 @dataclass(frozen=True, slots=True)
 class Crowded:
     """The worker has the adapter, but its slots, prefills or staging memory are taken: the request waits for it."""
 
-    worker: Worker
+    worker: WorkerView
 
 
 class Refusal(Enum):
@@ -81,202 +86,195 @@ class Refusal(Enum):
     NO_DECODE = auto()  # no decode worker has enough room
 
 
-@dataclass(frozen=True, slots=True)
-class Roster:
-    """A snapshot's ready workers: decode workers by fingerprint, and the ids of the holders of each adapter.
-
-    A colocated worker is on both lists, and is paired with itself: its fingerprint is its own.
-    """
-
-    prefill: tuple[Worker, ...]
-    decode: Mapping[str, tuple[Worker, ...]]
-    holders: Mapping[str, frozenset[str]]
-
-    @classmethod
-    def of(cls, snapshot: ClusterSnapshot) -> Roster:
-        prefill = snapshot.ready(Role.PREFILL, Role.COLOCATED)
-        decode: dict[str, list[Worker]] = {}
-        for worker in snapshot.ready(Role.DECODE, Role.COLOCATED):
-            decode.setdefault(worker.fingerprint, []).append(worker)
-        holders: dict[str, set[str]] = {}
-        for worker in prefill:
-            for digest in worker.load.adapters:
-                holders.setdefault(digest, set()).add(worker.id)
-        return cls(
-            prefill,
-            {fingerprint: tuple(workers) for fingerprint, workers in decode.items()},
-            {digest: frozenset(ids) for digest, ids in holders.items()},
-        )
-
-    @property
-    def serving(self) -> bool:
-        """Whether a prefill worker and a decode worker with equal fingerprints are ready."""
-        return any(worker.fingerprint in self.decode for worker in self.prefill)
-
-    def without_decode(self, worker: Worker) -> Roster:
-        others = tuple(other for other in self.decode[worker.fingerprint] if other.id != worker.id)
-        decode = {**self.decode, worker.fingerprint: others}
-        return replace(self, decode={name: workers for name, workers in decode.items() if workers})
-
-    def without_prefill(self, worker: Worker) -> Roster:
-        return replace(self, prefill=tuple(other for other in self.prefill if other.id != worker.id))
+Placement = Pair | Absent | Crowded | Refusal
 
 
 class Policy(Protocol):
     """Chooses workers. Implementations are pure: equal arguments give an equal choice, and nothing changes."""
 
-    def place(
-        self, demand: Demand, roster: Roster, ledger: Ledger, avoid: frozenset[str]
-    ) -> Pair | Absent | Crowded | Refusal:
+    def place(self, demand: Demand, view: ClusterView, now: float) -> Placement:
         """Returns two workers of equal fingerprint with room for `demand`, or why there are none.
 
-        Workers in `avoid` (ids) have just failed this request, and are used only if no other is ready. With an empty
-        `avoid`, a Refusal also holds for every demand that `covers` this one.
+        Workers in `demand.avoid` are used only if no other is ready. With an empty `avoid`, a Refusal also holds for
+        every younger demand that `covers` this one. `now` is in loop time.
         """
 
-    def home(self, demand: Demand, roster: Roster, ledger: Ledger) -> Worker | None:
-        """The worker that should load `demand`'s adapter meanwhile; None if a worker holds or loads it already."""
+    def home(self, demand: Demand, view: ClusterView, now: float) -> WorkerView | None:
+        """The worker that should load `demand`'s adapter although no worker has room for the request now.
+
+        None if a worker holds or loads it already.
+        """
 
 
 @dataclass(frozen=True, slots=True)
 class AffinityPolicy:
     """Prefill goes to a holder of the adapter, unless the holder is clearly busier than another worker.
 
-    Decode goes to the worker with most room. An adapter that no worker holds gets a home by hash: so adapters spread
-    over the workers, and all routers of a cluster agree on the home before a heartbeat reports the adapter.
+    Decode goes to the emptiest worker, whatever the adapter. An adapter that no worker holds goes to its place on a
+    hash ring, or on from there to the next worker that isn't too busy (consistent hashing with bounded loads, Mirrokni
+    et al., 2018): so adapters spread over the workers, a hot adapter spreads over several, and all routers of a
+    cluster agree on the places.
     """
 
-    max_inflight_prefills: int  # per worker
-    busier_factor: float = 2.0  # the adapter's holder may have this many times the least load ...
-    busier_slack: int = 4  # ... plus this many prefills
-    queued_share: float = 0.25  # sequences sent to a decode worker beyond its batch, which keep the batch full
+    busier_factor: float = 2.0  # a worker is too busy above this many times the least load ...
+    busier_slack: int = 4  # ... plus this many prompts
+    patience: float = 0.5  # seconds; a request that has waited longer has its slot or memory kept from younger ones
 
-    def place(
-        self, demand: Demand, roster: Roster, ledger: Ledger, avoid: frozenset[str]
-    ) -> Pair | Absent | Crowded | Refusal:
+    def place(self, demand: Demand, view: ClusterView, now: float) -> Placement:
         """See `Policy.place`."""
-        decode: dict[str, Worker] = {}
-        if demand.decodes:
-            for fingerprint, workers in roster.decode.items():
-                worker = self._roomiest(demand, _prefer(workers, avoid), ledger)
-                if worker is not None:
-                    decode[fingerprint] = worker
-        ready = _prefer(roster.prefill, avoid)
-        takers = [worker for worker in ready if self._takes_more(worker, ledger)]
-        if not takers:
-            return Refusal.NO_PREFILL
-        if demand.decodes:
-            ready = tuple(worker for worker in ready if worker.fingerprint in decode)
-            takers = [worker for worker in takers if worker.fingerprint in decode]
-            if not takers:
-                return Refusal.NO_DECODE
-            staging = [worker for worker in takers if _stages(worker, demand, ledger)]
-            if not staging:
-                return Refusal.NO_STAGING
-            if len(staging) < len(takers):  # never wait for a worker whose staging memory is too small
-                ready = tuple(worker for worker in ready if demand.staging(worker) <= worker.load.staging_bytes_total)
-            takers = staging
-        prefill = self._nearest(demand, ready, takers, roster, ledger)
-        if demand.adapter is not None and not _holds(prefill, demand.digest, roster, ledger):
-            return Absent(prefill)
-        has_room = self._takes_more(prefill, ledger) and _stages(prefill, demand, ledger)
-        if demand.digest and not (has_room and _has_slot(prefill, demand.digest, ledger)):
-            return Crowded(prefill)
-        return Pair(prefill, decode.get(prefill.fingerprint))
+        return _Choice(self, demand, view, now).place()
 
-    def home(self, demand: Demand, roster: Roster, ledger: Ledger) -> Worker | None:
+    def home(self, demand: Demand, view: ClusterView, now: float) -> WorkerView | None:
         """See `Policy.home`."""
-        workers = [worker for worker in roster.prefill if not demand.decodes or worker.fingerprint in roster.decode]
-        if not workers or any(_near(worker, demand.digest, roster, ledger) for worker in workers):
+        if demand.digest in view.holders or demand.digest in view.loaders:
             return None
-        return _home(demand.digest, workers)
+        for key in islice(view.ring.walk(demand.digest), RING_STEPS):
+            worker = view.workers[key]
+            matched = not demand.decodes or worker.worker.fingerprint in view.decode
+            if matched and worker.id not in demand.avoid and not worker.refused(demand.digest, now):
+                return worker
+        return None
 
-    def _takes_more(self, worker: Worker, ledger: Ledger) -> bool:
-        return ledger.prefills(worker.id) < self.max_inflight_prefills
 
-    def _roomiest(self, demand: Demand, workers: tuple[Worker, ...], ledger: Ledger) -> Worker | None:
-        """The decode worker that would be least full, by memory or by batch, whichever is fuller on that worker."""
-        best, best_key = None, (2.0, 0, "")
-        for worker in workers:
-            total = worker.load.kv_blocks_total
-            blocks = ledger.blocks(worker.id) + demand.blocks(worker) * demand.choices
-            running = ledger.sequences(worker.id)
-            batch = worker.max_num_seqs * (1 + self.queued_share) if worker.max_num_seqs else float("inf")
-            crowd = min(demand.choices, max(1, batch - worker.max_num_seqs))  # further choices wait in the engine
-            if blocks > total or (running and running + crowd > batch) or not _stages(worker, demand, ledger):
-                continue
-            key = (max(blocks / total, running / batch), worker.load.running, worker.id)
-            if key < best_key:
-                best, best_key = worker, key
-        return best
+class _Choice:
+    """One call of `place`."""
 
-    def _nearest(
-        self, demand: Demand, workers: Sequence[Worker], takers: Sequence[Worker], roster: Roster, ledger: Ledger
-    ) -> Worker:
-        """The worker that should compute the prompt, now or once it has room, a slot or the adapter.
+    __slots__ = ("_avoided", "_decode", "_demand", "_limit", "_now", "_policy", "_view")
 
-        `takers` are the workers that have room now, at least one.
-        """
-        digest = demand.digest
+    def __init__(self, policy: AffinityPolicy, demand: Demand, view: ClusterView, now: float) -> None:
+        self._policy = policy
+        self._demand = demand
+        self._view = view
+        self._now = now
+        self._decode: dict[str, WorkerView | None] = {}  # by fingerprint
+        self._avoided = demand.avoid
+        if self._avoided and all(other.id in self._avoided for other in view.prompting()):
+            self._avoided = frozenset()
 
-        def load(worker: Worker) -> tuple[int, int, str]:
-            return ledger.prefills(worker.id), worker.load.running, worker.id
-
-        def bearable(worker: Worker) -> bool:
-            if not _stages(worker, demand, ledger):
-                return False
-            limit = ledger.prefills(least.id) * self.busier_factor
-            return ledger.prefills(worker.id) <= limit + (self.busier_slack if self._takes_more(worker, ledger) else 0)
-
-        least = min(takers, key=load)
-        if not digest:
+    def place(self) -> Placement:
+        least = self._least()
+        if isinstance(least, Refusal):
             return least
-        holders = [worker for worker in workers if _holds(worker, digest, roster, ledger)]
-        loading = [worker for worker in workers if worker not in holders and ledger.loading(worker.id, digest)]
-        if not holders and not loading:
-            home = _home(digest, workers)
-            return home if bearable(home) else least
-        for near in (holders, loading):  # a request never waits for a load where a holder can serve it
-            near = [w for w in near if _has_slot(w, digest, ledger) and _stages(w, demand, ledger)]
-            if near and bearable(nearest := min(near, key=load)):
+        prefill = self._nearest(least) if self._demand.digest else least
+        if self._demand.adapter is not None and not prefill.holds(self._demand.digest):
+            return Absent(prefill)
+        if self._demand.digest and not (self._takes(prefill) and self._has_slot(prefill)):
+            return Crowded(prefill)
+        return Pair(prefill, self._decode_of(prefill) if self._demand.decodes else None)
+
+    def _least(self) -> WorkerView | Refusal:
+        """The least loaded worker that takes the prompt now, for any adapter."""
+        refusal = Refusal.NO_PREFILL
+        for worker in self._view.prefill:
+            if not self._open(worker):
+                continue
+            if self._demand.decodes and self._decode_of(worker) is None:
+                refusal = Refusal.NO_DECODE
+            elif not self._stages(worker):
+                refusal = Refusal.NO_STAGING
+            else:
+                return worker
+        return refusal
+
+    def _nearest(self, least: WorkerView) -> WorkerView:
+        """The worker that should compute the prompt, now or once it has room, a slot or the adapter."""
+        digest = self._demand.digest
+        self._limit = least.load * self._policy.busier_factor
+        holders = self._usable(self._view.holders.get(digest, {}).values())
+        loaders = self._usable(self._view.loaders.get(digest, {}).values())
+        for near in (holders, loaders):  # a request never waits for a load where a holder can serve it
+            able = [worker for worker in near if self._has_slot(worker) and self._bearable(worker)]
+            if able and self._takes(nearest := min(able, key=_load)):
                 return nearest
-        near = holders or loading
-        nearest = min([worker for worker in near if _has_slot(worker, digest, ledger)] or near, key=load)
-        others = [worker for worker in workers if worker not in near and not ledger.refused(worker.id, digest)]
-        others = [worker for worker in others if _has_slot(worker, digest, ledger) and bearable(worker)]
-        return nearest if bearable(nearest) or not others else min(others, key=load)
+        known = holders or loaders
+        if not known:
+            return self._first_on_ring((), need_slot=True) or self._first_on_ring((), need_slot=False) or least
+        nearest = min([worker for worker in known if self._has_slot(worker)] or known, key=_load)
+        if self._bearable(nearest):
+            return nearest
+        return self._first_on_ring(known, need_slot=True) or nearest
+
+    def _first_on_ring(self, known: Sequence[WorkerView], *, need_slot: bool) -> WorkerView | None:
+        """The adapter's place on the ring, or the next one from there on that may load it and isn't too busy."""
+        for key in islice(self._view.ring.walk(self._demand.digest), RING_STEPS):
+            worker = self._view.workers[key]
+            if worker in known or worker.refused(self._demand.digest, self._now) or not self._usable([worker]):
+                continue
+            if self._bearable(worker) and (not need_slot or (self._takes(worker) and self._has_slot(worker))):
+                return worker
+        return None
+
+    def _usable(self, workers: Iterable[WorkerView]) -> list[WorkerView]:
+        """Those that could compute the prompt, now or later."""
+        demand = self._demand
+        return [
+            one
+            for one in workers
+            if one.is_ready
+            and one.id not in self._avoided
+            and demand.staging(one.worker) <= one.worker.staging_bytes
+            and (not demand.decodes or self._decode_of(one) is not None)
+        ]
+
+    def _open(self, worker: WorkerView) -> bool:
+        """Whether the worker begins another prompt of this request's age."""
+        if worker.prefills >= self._view.max_prefills or worker.id in self._avoided or worker.paused_until > self._now:
+            return False
+        return not self._kept(worker.memory_for)
+
+    def _takes(self, worker: WorkerView) -> bool:
+        return self._open(worker) and self._stages(worker)
+
+    def _stages(self, worker: WorkerView) -> bool:
+        """Whether the worker's staging memory has room for the prompt's KV."""
+        return worker.has_staging(self._demand.staging(worker.worker))
+
+    def _bearable(self, worker: WorkerView) -> bool:
+        """Whether the worker isn't too busy, and has room in its staging memory or may get some soon."""
+        return worker.load <= self._limit + (self._policy.busier_slack if self._takes(worker) else 0)
+
+    def _has_slot(self, worker: WorkerView) -> bool:
+        """Whether the worker's engine can add one more prompt with this adapter to its batch."""
+        slots = worker.worker.adapter_slots
+        if not slots:
+            return True
+        if self._kept(worker.slot_for):
+            return False
+        return worker.in_slot(self._demand.digest) or (worker.slots_used < slots and not worker.is_full)
+
+    def _kept(self, waiting: Order | None) -> bool:
+        """Whether an older request has waited so long that this one must not overtake it."""
+        if waiting is None or self._demand.order <= waiting:
+            return False
+        return self._now - waiting[0] > self._policy.patience
+
+    def _decode_of(self, prefill: WorkerView) -> WorkerView | None:
+        """The emptiest decode worker with room that takes KV from `prefill`."""
+        fingerprint = prefill.worker.fingerprint
+        if fingerprint not in self._decode:
+            self._decode[fingerprint] = self._emptiest(fingerprint)
+        return self._decode[fingerprint]
+
+    def _emptiest(self, fingerprint: str) -> WorkerView | None:
+        workers = self._view.decode.get(fingerprint, ())
+        avoid = self._demand.avoid
+        if avoid and all(worker.id in avoid for worker in workers):
+            avoid = frozenset()
+        return next((one for one in workers if one.id not in avoid and self._has_room(one)), None)
+
+    def _has_room(self, view: WorkerView) -> bool:
+        demand, worker = self._demand, view.worker
+        batch = self._view.batch(worker)
+        running = view.sequences + (view.status.other_sequences if view.status else 0)
+        crowd = min(demand.choices, max(1, batch - worker.max_num_seqs))  # further choices wait in the engine
+        return (
+            view.blocks.taken + demand.blocks(worker) * demand.choices <= worker.kv_blocks
+            and not (running and running + crowd > batch)
+            and view.has_staging(demand.staging(worker))
+            and not self._kept(view.memory_for)
+            and view.paused_until <= self._now
+        )
 
 
-def _holds(worker: Worker, digest: str, roster: Roster, ledger: Ledger) -> bool:
-    return worker.id in roster.holders.get(digest, ()) or ledger.loaded(worker.id, digest)
-
-
-def _near(worker: Worker, digest: str, roster: Roster, ledger: Ledger) -> bool:
-    """Whether the worker has the adapter or is loading it."""
-    return _holds(worker, digest, roster, ledger) or ledger.loading(worker.id, digest)
-
-
-def _has_slot(worker: Worker, digest: str, ledger: Ledger) -> bool:
-    """Whether the worker's engine can add one more prompt with this adapter to its batch."""
-    if ledger.slots_kept(worker.id):
-        return False
-    if not worker.adapter_slots or ledger.prompts_of(worker.id, digest):
-        return True
-    return ledger.distinct_adapters(worker.id) < worker.adapter_slots
-
-
-def _stages(worker: Worker, demand: Demand, ledger: Ledger) -> bool:
-    """Whether the worker's staging memory has room for the prompt's KV."""
-    needed = demand.staging(worker)
-    return not needed or ledger.staging(worker.id) + needed <= worker.load.staging_bytes_total
-
-
-def _home(digest: str, workers: Sequence[Worker]) -> Worker:
-    """Rendezvous hashing: if a worker comes or goes, only its own adapters move."""
-    seed = crc32(digest.encode())
-    return max(workers, key=lambda worker: ((crc32(worker.id.encode()) ^ seed) * 2654435761) & 0xFFFFFFFF)
-
-
-def _prefer(workers: tuple[Worker, ...], avoid: frozenset[str]) -> tuple[Worker, ...]:
-    """The workers not in `avoid`, or all workers if none is left."""
-    return (tuple(worker for worker in workers if worker.id not in avoid) or workers) if avoid else workers
+def _load(worker: WorkerView) -> tuple[int, int, str]:
+    return worker.load, worker.status.running if worker.status else 0, worker.id

@@ -1,19 +1,18 @@
-"""The Generator over a cluster: connects queue, policy and channels, and keeps the list of workers up to date.
+"""The Generator over a cluster: connects view, queue and channels, and keeps the view up to date.
 
-The router owns the poll of the state store and all that it starts; `close` ends them. `generation` owns a request's
-life.
+The router reads the registrations of workers from the state store, and each worker's state from the worker itself. It
+owns all that it starts; `close` ends them. `generation` owns a request's life.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+import uuid
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, replace
 
 from preft.core.background import Background
-from preft.core.cluster import AdapterPlace, ClusterSnapshot, Role, Worker, WorkerState
+from preft.core.cluster import AdapterPlace, Role, RouterStats, Worker, WorkerSeen
 from preft.core.errors import Unavailable
 from preft.core.ports import Generation, StateStore
 from preft.core.request import AdapterRef, GenerateRequest
@@ -21,23 +20,15 @@ from preft.core.settings import RouterSettings
 from preft.router.admission import Admission
 from preft.router.channels import WorkerChannels
 from preft.router.generation import Counters, RoutedGeneration
-from preft.router.ledger import Ledger
-from preft.router.liveness import Liveness
-from preft.router.policy import AffinityPolicy, Policy, Roster
+from preft.router.policy import AffinityPolicy, Policy
 from preft.router.prefetch import Prefetcher
+from preft.router.view import ClusterView, WorkerView
+from preft.router.watches import Watches
 from preft.rpc.secret import ClusterSecret
 
+FIRST_SECONDS = 2.0  # for all workers to tell their state, at the router's start
 WHERE_SECONDS = 2.0  # a worker's time to say where it holds an adapter
-
-
-@dataclass(frozen=True, slots=True)
-class RouterStats:
-    """`in_flight` counts prefills or sequences per worker id; `retries` and `resumes` are totals."""
-
-    waiting: int
-    in_flight: Mapping[str, int]
-    retries: int
-    resumes: int
+QUEUED_SHARE = 0.25  # sequences sent to a decode worker beyond its batch, which keep the batch full
 
 
 class Router:
@@ -59,29 +50,29 @@ class Router:
         self._store = store
         self._prefix = f"{cluster_id}-" if cluster_id else ""
         self._settings = settings
-        self._ledger = Ledger()
+        self.view = ClusterView(settings.max_inflight_prefills, QUEUED_SHARE)
         self._admission = Admission(
-            policy or AffinityPolicy(settings.max_inflight_prefills),
-            self._ledger,
+            policy or AffinityPolicy(patience=settings.patience),
+            self.view,
             settings.max_queue,
             settings.restart_grace,
             lambda worker, adapter: self._prefetcher.want(worker, adapter),
         )
-        self._channels = WorkerChannels(secret, self._lost)
-        self._prefetcher = Prefetcher(
-            self._channels, self._ledger, settings.request_timeout, self._admission.load_ended
-        )
+        self._channels = WorkerChannels(secret, uuid.uuid4().hex, self._lost)
+        self._watches = Watches(self._channels, self.view, settings.worker_timeout, self._heard)
+        self._prefetcher = Prefetcher(self._channels, settings.request_timeout, self._admission.load_ended)
         self._counters = Counters()
-        self._workers: Mapping[str, Worker] = {}  # as registered
-        self._snapshot = ClusterSnapshot({})
-        self._liveness = Liveness(settings.worker_timeout)
         self._generations: set[RoutedGeneration] = set()
         self._background = Background()
 
     async def start(self) -> None:
-        """Reads the list of workers once, then every poll interval. Raises Unavailable if the first read fails."""
-        await self._poll()
-        self._background.every(self._settings.poll_interval, self._poll, "the router's list of workers is not read")
+        """Reads the registrations and the workers' states once, then whenever they change.
+
+        Raises Unavailable if the first read fails.
+        """
+        await self._read()
+        await self._watches.settled(FIRST_SECONDS)
+        self._background.every(0, self._follow, "the registrations of workers are not read")
 
     async def close(self) -> None:
         """Ends running and later generations at once with Unavailable, then all calls and tasks."""
@@ -90,6 +81,7 @@ class Router:
         self._admission.close(stopping)
         for generation in list(self._generations):
             generation.fail(stopping)
+        await self._watches.close()
         await self._prefetcher.close()
         await self._channels.close()
 
@@ -106,23 +98,29 @@ class Router:
 
     def ready(self) -> bool:
         """Whether a prefill worker and a decode worker that fit together take requests."""
-        return self._admission.roster.serving
-
-    @property
-    def snapshot(self) -> ClusterSnapshot:
-        """The cluster as the router sees it: silent or unreachable workers are DEAD, unless they are still starting."""
-        return self._snapshot
+        return self.view.serving and not self._admission.closed
 
     async def places(self, adapter: AdapterRef) -> Sequence[AdapterPlace]:
         """See `AdapterPlaces.places`."""
-        workers = self._snapshot.ready(Role.PREFILL, Role.COLOCATED)
+        workers = [view.worker for view in self.view.ready(Role.PREFILL, Role.COLOCATED)]
         asked = (self._channels.where(worker, adapter, WHERE_SECONDS) for worker in workers)
         answers = await asyncio.gather(*asked, return_exceptions=True)
         return [answer for answer in answers if isinstance(answer, AdapterPlace)]
 
+    def workers(self) -> list[WorkerSeen]:
+        """All registered workers, by id."""
+        now = asyncio.get_running_loop().time()
+        return [self.view.workers[key].seen(now) for key in sorted(self.view.workers)]
+
     def stats(self) -> RouterStats:
+        """What waits and runs now, and what has happened since the start."""
+        counters = self._counters
         return RouterStats(
-            self._admission.waiting, self._ledger.in_flight(), self._counters.retries, self._counters.resumes
+            self._admission.waiting,
+            self.view.in_flight(),
+            counters.retries,
+            counters.resumes,
+            self._admission.refused,
         )
 
     @asynccontextmanager
@@ -136,26 +134,24 @@ class Router:
             self._generations.discard(generation)
             await generation.close()
 
-    async def _poll(self) -> None:
+    async def _follow(self) -> None:
+        await self._store.wait_changed(self._settings.poll_interval)
+        await self._read()
+
+    async def _read(self) -> None:
         """Takes over the registry's list. While the store can't be read, the last list stays."""
-        asked = time.monotonic()
-        workers = {worker.id: worker for worker in await self._store.workers() if worker.id.startswith(self._prefix)}
-        self._workers = workers
-        self._liveness.read(workers.values(), asked)
-        self._ledger.observe(workers.values())
-        self._channels.retain({worker.address for worker in workers.values()})
-        self._look()
+        workers = [worker for worker in await self._store.workers() if worker.id.startswith(self._prefix)]
+        self.view.register(workers, asyncio.get_running_loop().time())
+        self._channels.retain({worker.address for worker in workers})
+        self._watches.follow()
+        self._admission.workers_changed()
+
+    def _heard(self, worker: WorkerView, came_or_went: bool) -> None:
+        if came_or_went:
+            self._admission.workers_changed()
+        else:
+            self._admission.wake(worker)
 
     def _lost(self, worker: Worker) -> None:
-        """A call to `worker` broke: it gets no requests until a later heartbeat."""
-        if self._liveness.lost(worker.id):
-            self._look()
-
-    def _look(self) -> None:
-        dead = [
-            replace(worker, state=WorkerState.DEAD)
-            for worker in self._workers.values()
-            if worker.state is not WorkerState.STARTING and not self._liveness.alive(worker.id)
-        ]
-        self._snapshot = ClusterSnapshot({**self._workers, **{worker.id: worker for worker in dead}})
-        self._admission.update(Roster.of(self._snapshot))
+        """A call to `worker` broke: it gets no requests until it tells again that it is there."""
+        self._watches.lost(worker)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
+from preft.router.ledger import HEARTBEATS, Ledger
 
 from preft.core.cluster import Role, Worker, WorkerState
-from preft.router.ledger import HEARTBEATS, Ledger
 
 
 def beat(at: float, worker_id: str = "p0") -> Worker:

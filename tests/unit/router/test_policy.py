@@ -10,10 +10,10 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from preft.router.ledger import Ledger
 
 from preft.core.cluster import REGION_BYTES, ClusterSnapshot, Role, Worker, WorkerLoad, WorkerState
 from preft.router.lease import Lease
-from preft.router.ledger import Ledger
 from preft.router.policy import Absent, AffinityPolicy, Crowded, Demand, Pair, Refusal, Roster
 from preft.transfer.seal import SEAL
 from preft.transfer.staging import span_of

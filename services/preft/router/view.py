@@ -1,0 +1,416 @@
+"""The router's one picture of the cluster: what each worker tells, and what this router has reserved on each worker.
+
+A `WorkerView` joins a worker's registration, its status stream and this router's own reservations, so that placement
+needn't wait for news. A `ClusterView` holds all of them, with indexes by load and by adapter. The view only records:
+`policy` chooses workers, `admission` owns waiting, and `watches` reads the status streams.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from preft.core.cluster import AdapterState, Role, StatusUpdate, Worker, WorkerSeen, WorkerState, WorkerStatus
+from preft.router.load_index import HashRing, LoadIndex
+
+FULLNESS_LEVELS = 64  # of decode workers
+REFUSED_SECONDS = 3.0  # until a worker that failed to load an adapter is asked again
+BREAK_SECONDS = (0.25, 30.0)  # a failing worker's pause: after the second failure in a row, and at most
+
+T = TypeVar("T")
+Order = tuple[float, int]
+"""A request's place in the queue: when it counts as having come (loop time), and a serial number."""
+
+
+class Memory:
+    """One kind of memory of a worker: used by this router (own), and elsewhere (foreign).
+
+    Status messages report the total use, and are late: the reported use may include reservations of ours that have
+    ended since. So only use beyond our own peak since the previous message counts as foreign.
+    """
+
+    __slots__ = ("_foreign", "_peak", "own")
+
+    def __init__(self) -> None:
+        self.own = 0
+        self._peak = 0  # most own since the last message
+        self._foreign = 0
+
+    @property
+    def taken(self) -> int:
+        return self.own + self._foreign
+
+    def add(self, amount: int) -> None:
+        """Reserves `amount`, or gives it back if negative. Raises ValueError if more is given back than was taken."""
+        self.own += amount
+        if self.own < 0:
+            raise ValueError("more memory is given back than was taken")
+        self._peak = max(self._peak, self.own)
+
+    def told(self, used: int) -> None:
+        """Takes the total use of a new message."""
+        self._foreign = max(0, used - self._peak)
+        self._peak = self.own
+
+
+@dataclass(slots=True, eq=False)
+class WorkerView:
+    """One worker. Times are in loop time.
+
+    `queued` counts the waiting requests that the queue has assigned to the worker. `slot_for` is the oldest request
+    that waits for one of its adapter slots, and `memory_for` the one for which its memory is kept.
+    """
+
+    worker: Worker
+    cluster: ClusterView | None
+    heard: float = 0.0  # when the worker told last, or was registered
+    status: WorkerStatus | None = None  # None: the worker hasn't told yet, or its stream broke
+    adapters: dict[str, AdapterState] = field(default_factory=dict)  # as told
+    # Own reservations:
+    prefills: int = 0
+    sequences: int = 0
+    blocks: Memory = field(default_factory=Memory)
+    staging: Memory = field(default_factory=Memory)
+    queued: int = 0
+    slot_for: Order | None = None
+    memory_for: Order | None = None
+    _own_prompts: Counter[str] = field(default_factory=Counter)
+    _other_prompts: dict[str, int] = field(default_factory=dict)
+    # Loads that this router has asked for:
+    loads: set[str] = field(default_factory=set)
+    _loaded: set[str] = field(default_factory=set)  # ended, and not told yet
+    _refused: dict[str, float] = field(default_factory=dict)  # until
+    # Failures:
+    is_full: bool = False  # the worker has refused an adapter for want of a slot, and told nothing since
+    failures: int = 0  # in a row
+    paused_until: float = 0.0
+
+    @property
+    def id(self) -> str:
+        return self.worker.id
+
+    @property
+    def state(self) -> WorkerState:
+        if not self.worker.address:
+            return WorkerState.STARTING
+        if self.status is None:
+            return WorkerState.DEAD
+        return WorkerState.DRAINING if self.status.draining else WorkerState.READY
+
+    @property
+    def is_ready(self) -> bool:
+        return self.status is not None and not self.status.draining
+
+    def seen(self, now: float) -> WorkerSeen:
+        """The worker's state for people and programs outside."""
+        return WorkerSeen(self.worker, self.state, self.status or WorkerStatus(), now - self.heard)
+
+    @property
+    def idle(self) -> bool:
+        """Whether this router has nothing reserved here."""
+        return not (self.prefills or self.sequences or self.blocks.own or self.staging.own or self._own_prompts)
+
+    @property
+    def load(self) -> int:
+        """Prompts that the worker computes, of all routers, and those that wait for it."""
+        return self.prefills + self.queued + (self.status.other_prefills if self.status else 0)
+
+    # Adapters
+
+    def holds(self, digest: str) -> bool:
+        """Whether the worker has the adapter in memory: it says so, has just loaded it, or runs prompts with it."""
+        state = self.adapters.get(digest)
+        return digest in self._loaded or digest in self._own_prompts or (state or _LOADING) is not _LOADING
+
+    def is_loading(self, digest: str) -> bool:
+        return digest in self.loads or self.adapters.get(digest) is _LOADING
+
+    def refused(self, digest: str, now: float) -> bool:
+        """Whether the worker has failed to load the adapter a moment ago."""
+        return self._refused.get(digest, now) > now
+
+    def load_begins(self, digest: str) -> None:
+        """Records that this router asks the worker to load the adapter."""
+        self.loads.add(digest)
+        self._place(digest)
+
+    def load_ended(self, digest: str, now: float, *, done: bool) -> None:
+        """Records the worker's answer: loaded (`done`) or refused."""
+        self.loads.discard(digest)
+        self._refused.pop(digest, None)
+        if done:
+            self._loaded.add(digest)
+        else:
+            self._refused[digest] = now + REFUSED_SECONDS
+        self._place(digest)
+
+    @property
+    def slots_used(self) -> int:
+        """Distinct adapters of prompts that aren't computed yet, of all routers."""
+        others = sum(digest not in self._own_prompts for digest in self._other_prompts)
+        return others + sum(digest != "" for digest in self._own_prompts)
+
+    def in_slot(self, digest: str) -> bool:
+        """Whether a prompt that isn't computed yet uses the adapter."""
+        return digest in self._own_prompts or digest in self._other_prompts
+
+    @property
+    def slots(self) -> list[str]:
+        """The adapters of this router's prompts that aren't computed yet."""
+        return [digest for digest in self._own_prompts if digest]
+
+    # Reservations
+
+    def has_staging(self, size: int) -> bool:
+        """Whether `size` bytes of staging memory are free, and in one piece as far as the worker has told."""
+        total, status = self.worker.staging_bytes, self.status
+        if not size:
+            return True
+        in_pieces = status is not None and status.staging_bytes_fit < size <= total - status.staging_bytes_used
+        return self.staging.taken + size <= total and not in_pieces
+
+    def add_prefill(self, digest: str) -> None:
+        self.prefills += 1
+        self._own_prompts[digest] += 1
+        if self._own_prompts[digest] == 1:
+            self._place(digest)
+        self._moved()
+
+    def drop_prompt(self, digest: str) -> None:
+        """The prompt of one prefill is computed, and no longer needs its adapter."""
+        if self._own_prompts[digest] < 1:
+            raise ValueError(f"{self.id} has no prompt of adapter {digest!r} that could end")
+        self._own_prompts[digest] -= 1
+        if not self._own_prompts[digest]:
+            del self._own_prompts[digest]
+            self._place(digest)
+
+    def drop_prefill(self) -> None:
+        """One prefill has ended, after its prompt."""
+        if self.prefills < 1:
+            raise ValueError(f"{self.id} has no prefill that could end")
+        self.prefills -= 1
+        self._moved()
+
+    def add_sequences(self, number: int, blocks: int) -> None:
+        """Reserves KV blocks for `number` more choices (negative: gives them back); 0: a running choice has grown."""
+        self.sequences += number
+        self.blocks.add(blocks)
+        if self.sequences < 0:
+            raise ValueError(f"{self.id} has no choice that could end")
+        self._moved()
+
+    def queue(self, number: int) -> None:
+        """Counts requests that begin (or, negative, cease) to wait for this worker."""
+        self.queued += number
+        self._moved()
+
+    # News
+
+    def told(self, update: StatusUpdate) -> None:
+        """Takes one message of the worker's status stream."""
+        before = self.status
+        self.status = update.status
+        self.is_full = False
+        if self.worker.role is not Role.PREFILL:  # KV blocks of prefill workers are not reserved
+            self.blocks.told(update.status.kv_blocks_used)
+        self.staging.told(update.status.staging_bytes_used)
+        changed = set(update.adapters)
+        if update.is_whole:
+            changed |= self.adapters.keys() | self._loaded | self._other_prompts.keys()
+            self.adapters.clear()
+            self._other_prompts.clear()
+        for digest, adapter in update.adapters.items():
+            _set(self.adapters, digest, adapter.state)
+            _set(self._other_prompts, digest, adapter.other_prompts)
+        self._loaded -= changed
+        for digest in changed:
+            self._place(digest)
+        if before is None or before.draining != update.status.draining:
+            self._entered()
+        else:
+            self._moved()
+
+    def lost(self, now: float) -> None:
+        """A call to the worker broke, or its status stream: the worker gets no requests until it tells again."""
+        if self.status is not None:
+            self.status = None
+            self._entered()
+            self.failed(now)
+
+    def failed(self, now: float) -> None:
+        """Counts a failure. From the second in a row on, the worker gets no requests for a growing time.
+
+        What fails during a pause began before it, and isn't counted.
+        """
+        if now < self.paused_until:
+            return
+        self.failures += 1
+        if self.failures > 1:
+            least, most = BREAK_SECONDS
+            self.paused_until = now + min(most, least * 2 ** min(self.failures - 2, 16))
+
+    def succeeded(self) -> None:
+        """Ends a row of failures: the worker has computed a token."""
+        self.failures, self.paused_until = 0, 0.0
+
+    def _place(self, digest: str) -> None:
+        if self.cluster is not None and digest:
+            self.cluster.place_adapter(self, digest)
+
+    def _entered(self) -> None:
+        if self.cluster is not None:
+            self.cluster.enter(self)
+
+    def _moved(self) -> None:
+        if self.cluster is not None:
+            self.cluster.move(self)
+
+
+_LOADING = AdapterState.LOADING
+
+
+class ClusterView:
+    """All workers. `prefill` has ready workers that compute prompts and may begin another, `decode` those that decode.
+
+    A colocated worker is in both, and is paired with itself: its fingerprint is its own.
+    """
+
+    def __init__(self, max_prefills: int, queued_share: float) -> None:
+        """A prefill worker computes at most `max_prefills` prompts of this router at once.
+
+        A decode worker gets `queued_share` more sequences than its batch holds: they keep the batch full.
+        """
+        self.max_prefills = max_prefills
+        self._queued_share = queued_share
+        self.workers: dict[str, WorkerView] = {}
+        self.prefill: LoadIndex[WorkerView] = LoadIndex()
+        self.decode: dict[str, LoadIndex[WorkerView]] = {}
+        self.ring = HashRing()  # of ready workers that compute prompts, whatever their load
+        self.holders: dict[str, dict[str, WorkerView]] = {}
+        self.loaders: dict[str, dict[str, WorkerView]] = {}
+        self._prompting: Counter[str] = Counter()  # ready workers that compute prompts, by fingerprint
+        self._shapes: tuple[list[Worker], list[Worker]] | None = None
+        self._members: dict[str, str] = {}  # of the ring: id -> fingerprint
+
+    def register(self, workers: Iterable[Worker], now: float = 0.0) -> None:
+        """Takes the registry's whole list. A worker whose process or engine is a new one starts anew."""
+        known = {worker.id: worker for worker in workers}
+        for view in list(self.workers.values()):
+            if known.get(view.id) != view.worker:
+                self._remove(view)
+        for worker in known.values():
+            if worker.id not in self.workers:
+                self.workers[worker.id] = WorkerView(worker, self, now)
+
+    @property
+    def serving(self) -> bool:
+        """Whether a prefill worker and a decode worker with equal fingerprints are ready."""
+        return any(fingerprint in self.decode for fingerprint in self._prompting)
+
+    def ready(self, *roles: Role) -> list[WorkerView]:
+        """READY workers of these roles, ordered by id."""
+        views = (self.workers[key] for key in sorted(self.workers))
+        return [view for view in views if view.worker.role in roles and view.state is WorkerState.READY]
+
+    def prompting(self) -> Iterator[WorkerView]:
+        """Ready workers that compute prompts, whatever their load."""
+        return (self.workers[key] for key in self._members)
+
+    def decoding(self) -> Iterator[WorkerView]:
+        """Ready workers that decode and have a prefill worker, least loaded first."""
+        return (view for key, index in self.decode.items() if key in self._prompting for view in index)
+
+    def shapes(self) -> tuple[list[Worker], list[Worker]]:
+        """One of each size of ready workers that compute prompts, and of those that decode for them."""
+        if self._shapes is None:
+            prompting = {_shape(view.worker): view.worker for view in self.prompting()}
+            decoding = {_shape(view.worker): view.worker for view in self.decoding()}
+            self._shapes = list(prompting.values()), list(decoding.values())
+        return self._shapes
+
+    def batch(self, worker: Worker) -> float:
+        """The most sequences that a decode worker gets."""
+        return worker.max_num_seqs * (1 + self._queued_share) if worker.max_num_seqs else float("inf")
+
+    def in_flight(self) -> Mapping[str, int]:
+        """Own prefills and sequences per worker, without idle workers."""
+        return {key: count for key, view in self.workers.items() if (count := view.prefills + view.sequences)}
+
+    # Called by the WorkerViews
+
+    def enter(self, view: WorkerView) -> None:
+        """Takes a worker into the indexes, or out of them, after its state has changed."""
+        self._shapes = None
+        fingerprint, role = view.worker.fingerprint, view.worker.role
+        ready = view.state is WorkerState.READY and self.workers.get(view.id) is view
+        if role is not Role.DECODE:
+            if ready and view.id not in self._members:
+                self._members[view.id] = fingerprint
+                self.ring.add(view.id)
+                self._prompting[fingerprint] += 1
+            elif not ready and view.id in self._members:
+                del self._members[view.id]
+                self.ring.remove(view.id)
+                self._prompting[fingerprint] -= 1
+                if not self._prompting[fingerprint]:
+                    del self._prompting[fingerprint]
+        if role is not Role.PREFILL and not ready and fingerprint in self.decode:
+            self.decode[fingerprint].remove(view.id)
+            if not len(self.decode[fingerprint]):
+                del self.decode[fingerprint]
+        if ready:
+            self.move(view)
+        else:
+            self.prefill.remove(view.id)
+
+    def move(self, view: WorkerView) -> None:
+        """Puts a ready worker at its place in the order of load."""
+        if view.state is not WorkerState.READY or self.workers.get(view.id) is not view:
+            return
+        if view.worker.role is not Role.DECODE:
+            if view.prefills < self.max_prefills:
+                self.prefill.put(view.id, view, view.load)
+            else:
+                self.prefill.remove(view.id)
+        if view.worker.role is not Role.PREFILL:
+            index = self.decode.setdefault(view.worker.fingerprint, LoadIndex())
+            index.put(view.id, view, int(FULLNESS_LEVELS * self.fullness(view)))
+
+    def fullness(self, view: WorkerView, blocks: int = 0) -> float:
+        """How full a decode worker would be with `blocks` more: by memory or by batch, whichever is fuller."""
+        worker, status = view.worker, view.status
+        sequences = view.sequences + (status.other_sequences if status else 0)
+        memory = (view.blocks.taken + blocks) / worker.kv_blocks if worker.kv_blocks else 0.0
+        return max(memory, sequences / self.batch(worker))
+
+    def place_adapter(self, view: WorkerView, digest: str) -> None:
+        """Keeps the lists of an adapter's holders and loaders."""
+        here = self.workers.get(view.id) is view
+        for places, there in ((self.holders, view.holds(digest)), (self.loaders, view.is_loading(digest))):
+            if here and there:
+                places.setdefault(digest, {})[view.id] = view
+            elif digest in places:
+                places[digest].pop(view.id, None)
+                if not places[digest]:
+                    del places[digest]
+
+    def _remove(self, view: WorkerView) -> None:
+        del self.workers[view.id]
+        self.enter(view)
+        for digest in {*view.adapters, *view.loads, *view.slots, *view._loaded}:
+            self.place_adapter(view, digest)
+        view.cluster = None
+
+
+def _shape(worker: Worker) -> tuple[int, ...]:
+    return worker.block_size, worker.block_bytes, worker.kv_blocks, worker.staging_bytes
+
+
+def _set(mapping: dict[str, T], key: str, value: T | None) -> None:
+    if value:
+        mapping[key] = value
+    else:
+        mapping.pop(key, None)

@@ -1,0 +1,114 @@
+"""Follows the status stream of every registered worker, and keeps the view up to date.
+
+This module owns one task per worker with an address. A worker counts as alive while its stream brings a message at
+least every `timeout` seconds. A broken or silent stream is opened again, and its first message makes the worker alive
+again: no clock of another machine is read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from preft.core.background import Background
+from preft.core.cluster import Worker
+from preft.core.errors import EngineFailed, PreftError, WorkerLost
+from preft.router.channels import WorkerChannels
+from preft.router.view import ClusterView, WorkerView
+
+logger = logging.getLogger(__name__)
+
+MESSAGES = 4000  # a second, of all workers together, as far as the routers' asking decides it
+INTERVALS = (0.05, 1.0)  # seconds, least and most, between two messages of one worker
+RETRY_SECONDS = (0.1, 1.0)  # between two attempts to open a stream: after the first failure, and at most
+
+
+class Watches:
+    """Use it inside one event loop; `close` ends all streams."""
+
+    def __init__(
+        self, channels: WorkerChannels, view: ClusterView, timeout: float, on_news: Callable[[WorkerView, bool], None]
+    ) -> None:
+        """`on_news` is called after each message or loss, with whether the worker came or went by it."""
+        self._channels = channels
+        self._view = view
+        self._timeout = timeout
+        self._on_news = on_news
+        self._tasks: dict[str, tuple[Worker, asyncio.Task[None]]] = {}
+        self._firsts: dict[str, asyncio.Event] = {}  # set by the first message or failure; removed then
+        self._background = Background()
+
+    def follow(self) -> None:
+        """Begins to watch new workers, and leaves those that aren't registered any more."""
+        for worker_id, (worker, task) in list(self._tasks.items()):
+            view = self._view.workers.get(worker_id)
+            if view is None or view.worker != worker:
+                task.cancel()
+                del self._tasks[worker_id]
+        for view in self._view.workers.values():
+            if view.worker.address and view.id not in self._tasks:
+                self._begin(view)
+
+    async def settled(self, seconds: float) -> None:
+        """Waits until every watched worker has told once or failed to, at most `seconds`."""
+        firsts = [asyncio.ensure_future(first.wait()) for first in self._firsts.values()]
+        if firsts:
+            _, late = await asyncio.wait(firsts, timeout=seconds)
+            for wait in late:
+                wait.cancel()
+
+    def lost(self, worker: Worker) -> None:
+        """A call to `worker` broke: it is alive again once a new stream has brought a message."""
+        watched, task = self._tasks.get(worker.id, (None, None))
+        view = self._view.workers.get(worker.id)
+        if view is None or view.worker != worker or watched != worker or task is None or view.status is None:
+            return
+        task.cancel()
+        self._silent(view)
+        self._begin(view)
+
+    async def close(self) -> None:
+        await self._background.close()
+
+    def _begin(self, view: WorkerView) -> None:
+        self._firsts[view.id] = asyncio.Event()
+        task = self._background.start(self._watch(view), f"the status stream of {view.id}")
+        self._tasks[view.id] = (view.worker, task)
+
+    async def _watch(self, view: WorkerView) -> None:
+        least, most = RETRY_SECONDS
+        pause = least
+        while True:
+            try:
+                async for update in self._channels.watch(view.worker, self._interval(), self._timeout):
+                    pause = least
+                    was_ready = view.is_ready
+                    view.told(update)
+                    view.heard = asyncio.get_running_loop().time()
+                    self._first_of(view)
+                    self._on_news(view, view.is_ready != was_ready)
+                reason: PreftError = WorkerLost(f"worker {view.id} ended its status stream")
+            except PreftError as error:
+                reason = error
+            except Exception:
+                logger.exception("the status stream of %s broke", view.id)
+                reason = EngineFailed("an internal error ended its status stream")
+            if view.status is not None:
+                logger.warning("worker %s gets no requests: %s", view.id, reason)
+                self._silent(view)
+            self._first_of(view)
+            await asyncio.sleep(pause)
+            pause = min(most, 2 * pause)
+
+    def _first_of(self, view: WorkerView) -> None:
+        if first := self._firsts.pop(view.id, None):
+            first.set()
+
+    def _silent(self, view: WorkerView) -> None:
+        view.lost(asyncio.get_running_loop().time())
+        self._on_news(view, True)
+
+    def _interval(self) -> float:
+        least, most = INTERVALS
+        return min(most, max(least, len(self._view.workers) / MESSAGES))

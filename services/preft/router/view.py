@@ -399,6 +399,7 @@ class ClusterView:
 
     def _remove(self, view: WorkerView) -> None:
         del self.workers[view.id]
+        view.status = None  # a request that waits for this worker must see that the worker is gone
         self.enter(view)
         for digest in {*view.adapters, *view.loads, *view.slots, *view._loaded}:
             self.place_adapter(view, digest)

@@ -16,11 +16,11 @@ import asyncio
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from itertools import count
 
 from preft.core.cluster import Role
 from preft.core.errors import DeadlineExceeded, InvalidRequest, PreftError, QueueFull, Unavailable
 from preft.core.request import AdapterRef
+from preft.router.fair_share import FairShare
 from preft.router.lease import Lease
 from preft.router.lines import Line, Lines
 from preft.router.policy import Absent, Crowded, Demand, Pair, Placement, Policy, Refusal
@@ -84,21 +84,23 @@ class Admission:
         view: ClusterView,
         max_queue: int,
         restart_grace: float,
+        shares: FairShare,
         prefetch: Callable[[WorkerView, AdapterRef], None],
     ) -> None:
         """`max_queue` requests may wait. After `restart_grace` seconds without workers they get Unavailable.
 
-        `prefetch` makes a worker load an adapter. The owner calls `load_ended` when the load has succeeded or failed.
+        `shares` gives requests their order. `prefetch` makes a worker load an adapter. The owner calls `load_ended`
+        when the load has succeeded or failed.
         """
         self._policy = policy
         self._view = view
+        self.shares = shares
         self._prefetch = prefetch
         self._max_queue = max_queue
         self._restart_grace = restart_grace
         self.refused = 0  # requests for which there was no room in the queue
         self._lines = Lines()
         self._kept: dict[Refusal, WorkerView] = {}  # workers whose memory is kept for a request
-        self._serial = count()
         self._grants: deque[float] = deque(maxlen=64)  # times of the last leases
         self._awake: set[WorkerView] = set()  # workers that may have room
         self._ready: set[str] = set()  # digests whose loads have ended
@@ -145,10 +147,6 @@ class Admission:
         else:
             self._refused(line, placed)
         return ticket
-
-    def next_order(self, since: float) -> tuple[float, int]:
-        """The order of a request that came at `since` (loop time)."""
-        return since, next(self._serial)
 
     def forget(self, ticket: Ticket) -> None:
         """Takes a waiting ticket out of the queue."""
@@ -295,6 +293,7 @@ class Admission:
         if isinstance(placed, Pair):
             ticket.outcome.set_result(Lease(placed, ticket.demand, ticket.choices, self.wake))
             self._grants.append(now)
+            self.shares.leased(now, ticket.demand.kv_tokens, waiting=self.waiting)
         return placed
 
     def _refused(self, line: Line, placed: Placement) -> None:

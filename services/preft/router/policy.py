@@ -16,7 +16,7 @@ from preft.core.request import AdapterRef
 from preft.router.view import ClusterView, Order, WorkerView
 
 RING_STEPS = 8  # places on the ring that one choice looks at
-FIRST: Order = (float("-inf"), 0)
+FIRST: Order = (float("-inf"), 0, float("inf"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +246,7 @@ class _Choice:
         """Whether an older request has waited so long that this one must not overtake it."""
         if waiting is None or self._demand.order <= waiting:
             return False
-        return self._now - waiting[0] > self._policy.patience
+        return self._now - waiting[2] > self._policy.patience
 
     def _decode_of(self, prefill: WorkerView) -> WorkerView | None:
         """The emptiest decode worker with room that takes KV from `prefill`."""

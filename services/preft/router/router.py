@@ -19,6 +19,7 @@ from preft.core.request import AdapterRef, GenerateRequest
 from preft.core.settings import RouterSettings
 from preft.router.admission import Admission
 from preft.router.channels import WorkerChannels
+from preft.router.fair_share import FairShare
 from preft.router.generation import Counters, RoutedGeneration
 from preft.router.policy import AffinityPolicy, Policy
 from preft.router.prefetch import Prefetcher
@@ -56,6 +57,7 @@ class Router:
             self.view,
             settings.max_queue,
             settings.restart_grace,
+            FairShare(settings.shares),
             lambda worker, adapter: self._prefetcher.want(worker, adapter),
         )
         self._channels = WorkerChannels(secret, uuid.uuid4().hex, self._lost)

@@ -20,8 +20,8 @@ REFUSED_SECONDS = 3.0  # until a worker that failed to load an adapter is asked 
 BREAK_SECONDS = (0.25, 30.0)  # a failing worker's pause: after the second failure in a row, and at most
 
 T = TypeVar("T")
-Order = tuple[float, int]
-"""A request's place in the queue: when it counts as having come (loop time), and a serial number."""
+Order = tuple[float, int, float]
+"""A request's place in the queue: when it counts as having come, a serial number, and when it came (loop times)."""
 
 
 class Memory:
@@ -399,6 +399,7 @@ class ClusterView:
 
     def _remove(self, view: WorkerView) -> None:
         del self.workers[view.id]
+        view.status = None  # a request that waits for this worker must see that the worker is gone
         self.enter(view)
         for digest in {*view.adapters, *view.loads, *view.slots, *view._loaded}:
             self.place_adapter(view, digest)

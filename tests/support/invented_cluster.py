@@ -132,6 +132,8 @@ def check_indexes(view: ClusterView) -> None:
     def lists(is_there: Any) -> dict[str, dict[str, WorkerView]]:
         places: dict[str, dict[str, WorkerView]] = {}
         for one in view.workers.values():
+            if one.worker.role is Role.DECODE:
+                continue
             for digest in {*one.adapters, *one.loads, *one._loaded, *one._own_prompts} - {""}:
                 if is_there(one, digest):
                     places.setdefault(digest, {})[one.id] = one

@@ -388,7 +388,7 @@ class ClusterView:
 
     def place_adapter(self, view: WorkerView, digest: str) -> None:
         """Keeps the lists of an adapter's holders and loaders."""
-        here = self.workers.get(view.id) is view
+        here = self.workers.get(view.id) is view and view.worker.role is not Role.DECODE
         for places, there in ((self.holders, view.holds(digest)), (self.loaders, view.is_loading(digest))):
             if here and there:
                 places.setdefault(digest, {})[view.id] = view

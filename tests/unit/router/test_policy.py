@@ -390,7 +390,7 @@ def test_nobody_takes_slot_or_memory_from_one_that_has_waited_long() -> None:
     assert isinstance(POLICY.place(young, view, NOW), Crowded)
     assert isinstance(POLICY.place(a_demand(""), view, NOW), Pair)  # needs no slot
     assert isinstance(POLICY.place(old, view, NOW), Pair)
-    prefill.slot_for = (NOW - POLICY.patience / 2, 0)  # hasn't waited long
+    prefill.slot_for = (NOW - POLICY.patience / 2, 0, NOW - POLICY.patience / 2)  # hasn't waited long
     assert isinstance(POLICY.place(young, view, NOW), Pair)
     for one, refusal in ((decode, Refusal.NO_DECODE), (prefill, Refusal.NO_PREFILL)):
         one.memory_for = WAITED_LONG

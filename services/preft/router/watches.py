@@ -1,8 +1,8 @@
 """Follows the status stream of every registered worker, and keeps the view up to date.
 
-This module owns one task per worker with an address. A worker counts as alive while its stream brings a message at least
-every `timeout` seconds. A broken or silent stream is opened again, and its first message makes the worker alive again:
-no clock of another machine is read.
+This module owns one task per worker with an address. A worker counts as alive while its stream brings a message at
+least every `timeout` seconds. A broken or silent stream is opened again, and its first message makes the worker alive
+again: no clock of another machine is read.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Watches:
         self._timeout = timeout
         self._on_news = on_news
         self._tasks: dict[str, tuple[Worker, asyncio.Task[None]]] = {}
+        self._firsts: dict[str, asyncio.Event] = {}  # set by the first message or failure; removed then
         self._background = Background()
 
     def follow(self) -> None:
@@ -48,6 +49,14 @@ class Watches:
         for view in self._view.workers.values():
             if view.worker.address and view.id not in self._tasks:
                 self._begin(view)
+
+    async def settled(self, seconds: float) -> None:
+        """Waits until every watched worker has told once or failed to, at most `seconds`."""
+        firsts = [asyncio.ensure_future(first.wait()) for first in self._firsts.values()]
+        if firsts:
+            _, late = await asyncio.wait(firsts, timeout=seconds)
+            for wait in late:
+                wait.cancel()
 
     def lost(self, worker: Worker) -> None:
         """A call to `worker` broke: it is alive again once a new stream has brought a message."""
@@ -63,6 +72,7 @@ class Watches:
         await self._background.close()
 
     def _begin(self, view: WorkerView) -> None:
+        self._firsts[view.id] = asyncio.Event()
         task = self._background.start(self._watch(view), f"the status stream of {view.id}")
         self._tasks[view.id] = (view.worker, task)
 
@@ -75,6 +85,8 @@ class Watches:
                     pause = least
                     was_ready = view.is_ready
                     view.told(update)
+                    view.heard = asyncio.get_running_loop().time()
+                    self._first_of(view)
                     self._on_news(view, view.is_ready != was_ready)
                 reason: PreftError = WorkerLost(f"worker {view.id} ended its status stream")
             except PreftError as error:
@@ -85,8 +97,13 @@ class Watches:
             if view.status is not None:
                 logger.warning("worker %s gets no requests: %s", view.id, reason)
                 self._silent(view)
+            self._first_of(view)
             await asyncio.sleep(pause)
             pause = min(most, 2 * pause)
+
+    def _first_of(self, view: WorkerView) -> None:
+        if first := self._firsts.pop(view.id, None):
+            first.set()
 
     def _silent(self, view: WorkerView) -> None:
         view.lost(asyncio.get_running_loop().time())

@@ -85,7 +85,7 @@ def start_writer(url: str, name: str, steps: int) -> subprocess.Popen[str]:
     )
 
 
-async def is_told_of(store: StateStore, change: object, limit: float = 1.0) -> bool:
+async def is_told_of(store: StateStore, change: object, limit: float = 2.0) -> bool:
     """Whether `wait_changed` returns within `limit` seconds of `change`."""
     waiting = asyncio.create_task(store.wait_changed(30))
     await asyncio.sleep(0.05)

@@ -49,7 +49,7 @@ class RedisChanges:
             await asyncio.wait({self._task})
 
     async def _follow(self) -> None:
-        failing = False
+        failing = False  # logged once
         while True:
             try:
                 await self._listen()
@@ -57,6 +57,8 @@ class RedisChanges:
                 if not failing:
                     logger.info("changes in the state store are found by polling alone: %s", type(error).__name__)
                 failing = True
+            except Exception:
+                logger.exception("changes in the state store are found by polling alone: an unexpected error")
             await asyncio.sleep(RETRY_SECONDS)
 
     async def _listen(self) -> None:

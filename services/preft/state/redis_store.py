@@ -60,7 +60,7 @@ class RedisStore:
         self._adapter_changes = self._client.register_script(scripts.ADAPTER_CHANGES)
         self._changes = RedisChanges(self._client, self._channel, LIMIT_SECONDS)
         self._connections = asyncio.Semaphore(CONNECTIONS)
-        self._closed = False
+        self._greeted, self._closed = False, False
 
     async def put_worker(self, worker: Worker, lifetime: float) -> None:
         """Adds or replaces the registration of `worker`. Redis removes it after `lifetime` seconds."""
@@ -91,6 +91,8 @@ class RedisStore:
     async def put_adapter(self, adapter: Adapter, *, expect: Adapter | None) -> bool:
         """Stores the entry if the name's entry is `expect` (None: no entry). Returns False if it isn't."""
         record = self._adapters_format.write(adapter)
+        if expect is None:
+            return await self._change(adapter.name, "", record)
         while True:
             current, text = await self._adapter(adapter.name)
             if current != expect:
@@ -177,6 +179,10 @@ class RedisStore:
             if self._closed:
                 raise Unavailable(f"the state store {self._url.shown} is closed")
             async with asyncio.timeout(LIMIT_SECONDS), self._connections:
+                if not self._greeted:  # without a login, a long command would be a breach of protocol
+                    ping: Any = self._client.ping()
+                    await ping
+                    self._greeted = True
                 return await command
         except (RedisError, OSError, TimeoutError) as error:
             raise self._failed(error) from None
@@ -191,6 +197,6 @@ class RedisStore:
             return Unavailable(f"{store} doesn't answer within {LIMIT_SECONDS:g} s")
         if isinstance(error, MasterNotFoundError):
             return Unavailable(f"{store} is unknown: no Sentinel names a server of the service {self._url.service!r}")
-        if isinstance(error, AuthenticationError) or "unauthenticated" in str(error):  # long commands need a login
+        if isinstance(error, AuthenticationError):
             return Unavailable(f"{store} refuses the login: check user and password in the setting `state`")
         return Unavailable(f"{store} can't be used: {self._url.without_secrets(str(error) or type(error).__name__)}")

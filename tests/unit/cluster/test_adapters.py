@@ -29,6 +29,7 @@ from support.adapter_tiers import adapter_store
 from support.fake_engine import FakeEngine
 from support.faulty_http import serve_folder
 from support.lora_folders import write_base, write_lora
+from support.redis_server import RedisServer
 from support.worker_services import until
 
 
@@ -231,6 +232,29 @@ async def test_uploads_that_the_catalog_does_not_name_go_after_a_day(tmp_path: P
         os.utime(uploads / name, (0, time.time() - (3600 if name == fresh else 90_000)))
     async with open_catalog(settings_in(tmp_path)):
         assert sorted(entry.name for entry in uploads.iterdir()) == [own, fresh]
+
+
+async def test_uploads_outlive_a_store_that_lost_the_catalog(tmp_path: Path, redis_server: RedisServer) -> None:
+    """Another process may put the names back."""
+    settings = settings_in(tmp_path, state=redis_server.url())
+    own, unknown = (uploads_folder(settings) / (digit * 32) for digit in "01")
+    async with open_catalog(settings) as catalog:
+        await catalog.add("bob", str(write_lora(own)))
+    unknown.mkdir()
+    for folder in (own, unknown):
+        os.utime(folder, (0, 0))
+    async with open_catalog(settings):
+        assert unknown.exists()  # the catalog had no entry at the last start
+    redis_server.empty()
+    async with open_catalog(settings):
+        assert own.exists()
+        assert unknown.exists()
+    async with open_catalog(settings) as catalog:
+        await catalog.add("bob", str(own))
+    for _ in range(2):
+        async with open_catalog(settings):
+            assert own.exists()
+    assert not unknown.exists()
 
 
 async def test_another_base_models_uploads_are_none_of_ours(tmp_path: Path) -> None:

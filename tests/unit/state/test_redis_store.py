@@ -253,6 +253,20 @@ async def test_a_wrong_login_is_said_without_the_password(tmp_path: Path, caplog
     assert PASSWORD not in caplog.text
 
 
+async def test_the_rights_of_the_documentation_suffice(tmp_path: Path) -> None:
+    rights = ["~preft:*", "&preft:*", "-@all", "+@read", "+@write", "+@connection", "+@scripting", "+@pubsub"]
+    with running_redis(tmp_path) as server:
+        assert server.command("ACL", "SETUSER", "ann", "on", ">word", *rights).startswith("+OK")
+        store = RedisStore(server.url("ann:word@"), "test")
+        await store.wait_changed(0.5)
+        for call in calls(store):
+            await call()
+        await store.put_adapter(ADAPTER, expect=None)
+        await store.wait_changed(5)
+        assert (await store.adapter_changes(0)).put == (ADAPTER,)
+        await store.close()
+
+
 async def test_an_unreachable_server_is_said_without_the_password(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     for place in (f"127.0.0.1:{free_port()}", "no-such-host.invalid:6379"):

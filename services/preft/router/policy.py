@@ -17,7 +17,7 @@ from preft.router.view import ClusterView, Order, WorkerView
 
 RING_STEPS = 8  # places on the ring that one choice looks at
 MANY = 8  # an adapter has many holders if one in so many workers holds it
-FIRST: Order = (float("-inf"), 0)
+FIRST: Order = (float("-inf"), 0, float("inf"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +111,10 @@ class Policy(Protocol):
 class AffinityPolicy:
     """Prefill goes to a holder of the adapter, unless the holder is clearly busier than another worker.
 
-    Decode goes to the emptiest worker, whatever the adapter. An adapter that no worker holds goes to its place on a hash
-    ring, or on from there to the next worker that isn't too busy (consistent hashing with bounded loads, Mirrokni et
-    al., 2018): so adapters spread over the workers, a hot adapter spreads over several, and all routers of a cluster
-    agree on the places.
+    Decode goes to the emptiest worker, whatever the adapter. An adapter that no worker holds goes to its place on a
+    hash ring, or on from there to the next worker that isn't too busy (consistent hashing with bounded loads, Mirrokni
+    et al., 2018): so adapters spread over the workers, a hot adapter spreads over several, and all routers of a
+    cluster agree on the places.
     """
 
     busier_factor: float = 2.0  # a worker is too busy above this many times the least load ...
@@ -270,7 +270,7 @@ class _Choice:
         """Whether an older request has waited so long that this one must not overtake it."""
         if waiting is None or self._demand.order <= waiting:
             return False
-        return self._now - waiting[0] > self._policy.patience
+        return self._now - waiting[2] > self._policy.patience
 
     def _decode_of(self, prefill: WorkerView) -> WorkerView | None:
         """The emptiest decode worker with room that takes KV from `prefill`."""

@@ -18,6 +18,7 @@ from preft.router.decode_stream import DecodeCall, DecodeStream
 from preft.rpc import workers_pb2, workers_pb2_grpc
 from preft.rpc.convert import adapter_to_proto, sampling_to_proto
 from preft.transfer.staging import StagingArena
+from preft.worker.usage import Usage
 from support.adapter_tiers import adapter_store
 from support.fake_engine import FakeEngine, tokens_of
 from support.worker_services import GREEDY, channel_to, failed, rest, until, write_adapter
@@ -56,17 +57,18 @@ class Rig:
 
 
 @asynccontextmanager
-async def colocated_rig() -> AsyncIterator[Rig]:
+async def colocated_rig(slots: int = 4) -> AsyncIterator[Rig]:
     arena, memory = StagingArena.create(1 << 16), StagingArena.create(1 << 16)
     engine = FakeEngine(Role.COLOCATED, arena.path, memory.path)
     try:
         async with AsyncExitStack() as opened:
-            service = ColocatedService(engine, await opened.enter_async_context(adapter_store(engine, memory)))
+            adapters = await opened.enter_async_context(adapter_store(engine, memory))
+            service = ColocatedService(engine, adapters, Usage(slots))
             serve = channel_to(workers_pb2_grpc.add_DecodeWorkerServicer_to_server, service)
             channel = await opened.enter_async_context(serve)
             rig = Rig(channel, engine, service)
             yield rig
-            await until(lambda: not (service.running or engine.stats.running))
+            await until(lambda: not (service.usage.running or engine.stats.running))
             await rig.stream.close()
     finally:
         arena.close()

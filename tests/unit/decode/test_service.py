@@ -181,7 +181,7 @@ async def test_kv_that_does_not_arrive_in_time(
     rig.sink.handles.open(header, lambda reason: None)
     with pytest.raises(error, match=r"within 0\.2 s"):
         await rig.run(PROMPT, ALL[:1], digest=DIGEST, **limits)
-    await until(lambda: rig.service.running == 0)
+    await until(lambda: rig.service.usage.running == 0)
     assert rig.sink.handles.open_handles == 1  # the push may still come, and its sender will hear of it
     rig.sink.handles.release("h")
 
@@ -252,7 +252,7 @@ async def test_cancelled_while_tokens_come(rig: DecodeRig) -> None:
     await rig.sink.deliver("h", DIGEST, PROMPT)
     call = rig.call(PROMPT, ALL[:1], LONG, digest=DIGEST)
     await call.read()
-    assert rig.service.running == 1
+    assert rig.service.usage.running == 1
     call.cancel()
     await until(rig.idle)
     assert (rig.engine.aborts, rig.engine.stats.running, rig.engine.stats.kv_usage) == (1, 0, 0.0)
@@ -272,9 +272,9 @@ async def test_cancelled_while_the_kv_arrives(rig: DecodeRig) -> None:
     header = KvHeader("h", FINGERPRINT, DIGEST, len(PROMPT), 100, 0, 1, hash_prompt(PROMPT))
     rig.sink.handles.open(header, lambda reason: None)
     call = rig.call(PROMPT, ALL[:1], digest=DIGEST)
-    await until(lambda: rig.service.running == 1)
+    await until(lambda: rig.service.usage.running == 1)
     call.cancel()
-    await until(lambda: rig.service.running == 0)
+    await until(lambda: rig.service.usage.running == 0)
     assert rig.engine.requests == []
     rig.sink.handles.release("h")
 

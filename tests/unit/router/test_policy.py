@@ -23,8 +23,8 @@ from support.readable_ref import ReadableRef
 
 POLICY = AffinityPolicy()
 NOW = 1000.0
-WAITED_LONG = (NOW - 99.0, 0)  # the order of a request that others must not overtake
-JUST_CAME = (NOW, 1)
+WAITED_LONG = (NOW - 99.0, 0, NOW - 99.0)  # the order of a request that others must not overtake
+JUST_CAME = (NOW, 1, NOW)
 IDS = st.sampled_from([f"w{i}" for i in range(8)])
 
 
@@ -214,8 +214,8 @@ def test_a_refusal_holds_for_younger_requests_that_ask_more(
     for demand in before:
         if isinstance(pair := POLICY.place(demand, view, NOW), Pair):
             Lease(pair, demand, range(demand.choices), lambda worker: None)
-    small = replace(small, order=(NOW + came, 0))
-    other = replace(other, order=(NOW + came + later, 1))
+    small = replace(small, order=(NOW + came, 0, NOW + came))
+    other = replace(other, order=(NOW + came + later, 1, NOW + came + later))
     refusal = POLICY.place(small, view, NOW)
     if refusal is Refusal.NO_PREFILL or (isinstance(refusal, Refusal) and other.covers(small)):
         assert isinstance(POLICY.place(other, view, NOW), Refusal)
@@ -390,7 +390,7 @@ def test_nobody_takes_slot_or_memory_from_one_that_has_waited_long() -> None:
     assert isinstance(POLICY.place(young, view, NOW), Crowded)
     assert isinstance(POLICY.place(a_demand(""), view, NOW), Pair)  # needs no slot
     assert isinstance(POLICY.place(old, view, NOW), Pair)
-    prefill.slot_for = (NOW - POLICY.patience / 2, 0)  # hasn't waited long
+    prefill.slot_for = (NOW - POLICY.patience / 2, 0, NOW - POLICY.patience / 2)  # hasn't waited long
     assert isinstance(POLICY.place(young, view, NOW), Pair)
     for one, refusal in ((decode, Refusal.NO_DECODE), (prefill, Refusal.NO_PREFILL)):
         one.memory_for = WAITED_LONG

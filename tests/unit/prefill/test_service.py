@@ -19,6 +19,7 @@ from preft.engine.port import EngineRequest
 from preft.transfer.seal import SEAL, read_seal
 from preft.transfer.staging import HEADER_BYTES
 from support.fake_engine import FakeEngine, kv_of, tokens_of
+from support.readable_ref import ReadableRef
 from support.worker_services import (
     ARENA_BYTES,
     GREEDY,
@@ -350,3 +351,78 @@ async def test_running_counts_calls(rig: PrefillRig) -> None:
     for call in calls:
         assert [event async for event in call]
     await until(lambda: rig.service.usage.running == 0)
+
+
+# Adapter slots, by caller
+
+
+@pytest.mark.parametrize("to", [KvSink.address, None])
+async def test_no_more_adapters_than_slots_and_no_memory_for_the_rest(
+    alice: AdapterRef, tmp_path: Path, to: str | None
+) -> None:
+    """Also when several routers send them. Refused prompts don't even load their adapter."""
+    bob = write_adapter(tmp_path / "bob", "bob's")
+    async with prefill_rig(slots=1) as rig:
+        rig.engine.going.clear()
+        running = [rig.call(PROMPT, adapter=alice, handle=f"h{name}", to=to, caller=name) for name in ("one", "two")]
+        await until(lambda: rig.engine.stats.running == 2)
+        used = rig.arena.used
+        for caller in ("one", "two", None):
+            call = rig.call(PROMPT, adapter=bob, handle="hb", to=to, caller=caller)
+            await fails(call, grpc.StatusCode.UNAVAILABLE, "worker_full", "all 1 adapter slots of the worker are taken")
+        assert (rig.arena.used, rig.engine.loaded) == (used, [alice.digest])
+        assert [rig.service.usage.other_prompts(name, alice.digest) for name in ("one", "three")] == [1, 2]
+        base = rig.call(PROMPT, handle="base", to=to)
+        await until(lambda: rig.engine.stats.running == 3)
+        rig.engine.going.set()
+        for call in (*running, base):
+            assert [event async for event in call]
+        await rig.run(PROMPT, ONE, adapter=bob, to=None)
+
+
+async def test_the_slot_is_free_when_the_first_tokens_come(alice: AdapterRef, tmp_path: Path) -> None:
+    bob = write_adapter(tmp_path / "bob", "bob's")
+    async with prefill_rig(slots=1) as rig:
+        full = await rig.sink.arena.reserve(ARENA_BYTES - HEADER_BYTES, timeout=1)
+        call = rig.call(PROMPT, adapter=alice, caller="one")
+        assert (await call.read()).HasField("first_tokens")
+        assert list(rig.service.usage.prompted) == []
+        assert [rig.service.usage.other_prefills(name) for name in ("one", "two")] == [0, 1]  # the KV isn't sent yet
+        await rig.run(PROMPT, ONE, adapter=bob, to=None, caller="two")
+        rig.sink.arena.release(full)
+        assert (await call.read()).HasField("kv_pushed")
+        await until(lambda: rig.service.usage.running == 0)
+        await rig.sink.received("h", alice.digest, PROMPT)
+
+
+@pytest.mark.parametrize("cause", ["cancelled", "failed", "refused"])
+async def test_a_prompt_that_ends_early_leaves_its_slot(alice: AdapterRef, tmp_path: Path, cause: str) -> None:
+    bob = write_adapter(tmp_path / "bob", "bob's")
+    async with prefill_rig(slots=1) as rig:
+        if cause == "cancelled":
+            rig.engine.going.clear()
+            call = rig.call(PROMPT, adapter=alice)
+            await until(lambda: rig.engine.stats.running == 1)
+            call.cancel()
+            await until(lambda: rig.service.usage.running == 0)
+            rig.engine.going.set()
+        else:
+            rig.engine.failing = lambda request, made: EngineFailed("no reason") if cause == "failed" else None
+            prompt = PROMPT if cause == "failed" else ()
+            await broken(rig.call(prompt, adapter=alice))
+            rig.engine.failing = lambda request, made: None
+        assert list(rig.service.usage.prompted) == []
+        await rig.run(PROMPT, ONE, adapter=bob, to=None)
+
+
+async def test_a_digest_that_is_none_is_never_counted(rig: PrefillRig, alice: AdapterRef) -> None:
+    counted: list[str] = []
+    rig.service.usage.observe(lambda digest, caller: counted.append(digest))
+    odd = ReadableRef("alice", "../alice", alice.source)
+    await fails(rig.call(PROMPT, adapter=odd), grpc.StatusCode.INVALID_ARGUMENT, "invalid_request", "64 lowercase")
+    assert counted == []
+
+
+async def test_a_caller_s_name_is_checked(rig: PrefillRig) -> None:
+    says = "caller is at most 256 characters"
+    await fails(rig.call(PROMPT, caller="x" * 257), grpc.StatusCode.INVALID_ARGUMENT, "invalid_request", says)

@@ -900,8 +900,7 @@ async def test_a_resident_adapter_attracts(harness: Harness) -> None:
     p1, _ = await harness.second()
     for worker, other in ((harness.p, p1), (p1, harness.p)):
         worker.adapters, other.adapters = (digest_of("ada"),), ()
-        holders = harness.router.view.holders
-        await harness.seen(lambda w=worker: set(holders.get(digest_of("ada"), ())) == {w.id})
+        await harness.seen(lambda w=worker: set(harness.router.view.holders.get(digest_of("ada"), ())) == {w.id})
         before = worker.calls
         await harness.collect(a_request())
         assert worker.calls == before + 1

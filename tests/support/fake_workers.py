@@ -136,7 +136,7 @@ class FakeWorker:
     def __post_init__(self) -> None:
         self.usage = Usage(self.adapter_slots)
 
-    async def start(self) -> None:
+    async def start(self, port: int = 0) -> None:
         self.server = grpc.aio.server(options=ACCEPT_PINGS)
         service = PrefillService(self) if isinstance(self, FakePrefill) else DecodeService(self)
         if isinstance(self, FakePrefill):
@@ -146,7 +146,7 @@ class FakeWorker:
         if self.role is not Role.DECODE:
             workers_pb2_grpc.add_WorkerAdaptersServicer_to_server(AdaptersService(self), self.server)
         workers_pb2_grpc.add_WorkerStatusServicer_to_server(FakeStatusService(self), self.server)
-        self.address = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
+        self.address = f"127.0.0.1:{self.server.add_insecure_port(f'127.0.0.1:{port}')}"
         await self.server.start()
 
     async def die(self) -> None:

@@ -117,6 +117,22 @@ def test_paths_are_absolute_and_home_is_known(monkeypatch: pytest.MonkeyPatch, t
     assert settings.state_dir == tmp_path / ".preft"
 
 
+def test_a_state_file_is_absolute_and_a_url_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/ann")
+    for given, expected in (
+        ("state.sqlite", str(tmp_path / "state.sqlite")),
+        ("~/s", "/home/ann/s"),
+        ("/s", "/s"),
+        ("redis://u:p@h:1/0", "redis://u:p@h:1/0"),
+    ):
+        state = load_settings(overrides={"model": "/m", "state": given}).state
+        assert state is not None
+        assert state.get_secret_value() == expected
+    with pytest.raises(ConfigError, match="^state: "):
+        load_settings(overrides={"model": "/m", "state": ""})
+
+
 def test_settings_do_not_change() -> None:
     settings = Settings(model=Path("/m"))
     with pytest.raises(ValidationError, match="frozen"):

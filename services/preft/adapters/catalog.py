@@ -124,6 +124,7 @@ class Catalog(CatalogView):
         Raises ModelNotFound, and InvalidRequest if the pinned adapters would exceed `pinned_bytes`.
         """
         async with self._writing:
+            await self.refresh()  # first puts back what the store has lost
             while True:
                 current = await self._store.adapter(normal_name(name))
                 if current is None:
@@ -137,6 +138,7 @@ class Catalog(CatalogView):
 
     async def remove(self, name: str) -> Adapter:
         """Removes `name`. Running requests finish with its content. Raises ModelNotFound."""
+        await self.refresh()
         removed = await self._store.delete_adapter(normal_name(name))
         if removed is None:
             raise ModelNotFound(f"no adapter is named {name!r}")
@@ -147,6 +149,7 @@ class Catalog(CatalogView):
     async def _put(self, adapter: Adapter, replacing: bool) -> Adapter:
         """Points the name to new content. An entry equal to the present one changes nothing."""
         async with self._writing:
+            await self.refresh()
             while True:
                 current = await self._store.adapter(adapter.name)
                 if current is None:

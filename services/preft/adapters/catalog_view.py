@@ -81,6 +81,11 @@ class CatalogView:
         """Changes with each `refresh` that found changes."""
         return self._revision
 
+    @property
+    def epoch(self) -> str:
+        """The name of the catalog's history; empty if the store has none yet."""
+        return self._epoch or ""
+
     async def _read(self) -> None:
         asked = time.monotonic()
         changes = await self._store.adapter_changes(self._revision)

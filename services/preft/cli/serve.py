@@ -18,11 +18,13 @@ FLAGS = {  # flag's name in the parsed arguments -> dotted key of the setting
     "dtype": "dtype",
     "max_model_len": "max_model_len",
     "state_dir": "state_dir",
+    "state": "state",
     "adapter_dir": "adapter_dir",
     "prefill": "prefill.replicas",
     "decode": "decode.replicas",
     "colocated": "colocated",
 }
+READABLE = "every user of this machine can read flags"
 
 
 def add_parser(commands: Any) -> None:
@@ -60,6 +62,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--dtype", metavar="D", help="auto, float32, bfloat16 or float16")
     parser.add_argument("--max-model-len", metavar="N", type=int, help="longest prompt + output, in tokens")
     parser.add_argument("--state-dir", metavar="DIR", help="where adapters and the cluster's state are kept")
+    parser.add_argument(
+        "--state", metavar="URL", help="state store: a file, or redis://host:6379/0 for many machines; no password here"
+    )
     parser.add_argument("--config", metavar="F", type=Path, help="YAML file with any of the settings")
     parser.add_argument(
         "--set",
@@ -93,9 +98,7 @@ def overrides_from(args: argparse.Namespace) -> dict[str, Any]:
     overrides: dict[str, Any] = {}
     for key, text in args.set:
         if key == "cluster_secret":
-            raise ConfigError(
-                "cluster_secret: every user of this machine can read flags: put it into the --config file"
-            )
+            raise ConfigError(f"cluster_secret: {READABLE}: put it into the --config file")
         _put(overrides, key, _value(key, text))
     if args.colocated and args.decode is not None:
         raise ConfigError("--decode: a colocated cluster has no decode workers; --prefill says how many workers it has")
@@ -103,6 +106,8 @@ def overrides_from(args: argparse.Namespace) -> dict[str, Any]:
         value = getattr(args, flag)
         if value is not None:
             _put(overrides, key, value)
+    if _has_password(overrides.get("state")):
+        raise ConfigError(f"state: {READABLE}: put a URL with a password into the --config file")
     folders: dict[str, str] = {}
     for name, folder in args.adapter:
         if name in folders:
@@ -114,6 +119,11 @@ def overrides_from(args: argparse.Namespace) -> dict[str, Any]:
             raise ConfigError("--adapter: adapters is already set to a single value")
         overrides["adapters"] = {**given, **folders}
     return overrides
+
+
+def _has_password(state: object) -> bool:
+    login, at, _ = str(state).partition("://")[2].rpartition("@")
+    return bool(at and ":" in login) or "password=" in str(state)
 
 
 def _put(overrides: dict[str, Any], key: str, value: Any) -> None:
@@ -130,8 +140,10 @@ def _value(key: str, text: str) -> Any:
     """`text` as YAML: 3 is a number, null is None, [a, b] is a list."""
     import yaml
 
+    from preft.core.yaml_text import read_yaml
+
     try:
-        return yaml.safe_load(text)
+        return read_yaml(text, key)
     except yaml.YAMLError as error:
         raise ConfigError(f"{key}: {text!r} is not a YAML value") from error
 

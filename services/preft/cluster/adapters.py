@@ -13,26 +13,26 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from preft.adapters.base_model import read_base_model
-from preft.adapters.catalog import PINNED_SHARE, Catalog, CatalogLimits, CatalogView
+from preft.adapters.catalog import PINNED_SHARE, Catalog, CatalogLimits
+from preft.adapters.catalog_view import CatalogView
 from preft.adapters.disk_tier import DiskTier
 from preft.adapters.folder_watch import FolderWatch
 from preft.adapters.source_limits import SourceLimits, SourceRules
 from preft.adapters.sources import open_source
 from preft.adapters.store import AdapterStore
-from preft.cluster.model import model_identity
+from preft.cluster.stores import model_folder, open_catalog_store
 from preft.core.background import Background
 from preft.core.cluster import Adapter
 from preft.core.errors import ConfigError, PreftError, SourceNotFound, Unavailable
-from preft.core.ports import StateStore
 from preft.core.request import AdapterRef
 from preft.core.settings import SCHEMES, Settings, is_loopback
-from preft.state import open_store
 
 logger = logging.getLogger(__name__)
 
 PARTIAL_UPLOADS = (".unfinished-", "upload-")  # name prefixes of unfinished uploads
 UPLOAD = re.compile(r"[0-9a-f]{32}")  # names of finished uploads, which are sources while a catalog entry names them
 ABANDONED_SECONDS = 24 * 3600.0
+PAUSE_SECONDS = 0.1  # after the catalog was read: further changes meanwhile are read together
 NOT_UP_TO_DATE = "the adapter catalog is not up to date"  # the beginning of its log lines
 
 
@@ -40,10 +40,10 @@ NOT_UP_TO_DATE = "the adapter catalog is not up to date"  # the beginning of its
 async def open_catalog(settings: Settings) -> AsyncIterator[Catalog]:
     """The served model's catalog with the settings' adapters. The catalog follows the state store within the context.
 
-    Each base model has its own catalog under `state_dir`; equal adapter content is stored once. Raises ConfigError if
-    an adapter can't be served, or has the base model's name.
+    Each base model has its own catalog; equal adapter content is stored once. Raises ConfigError if an adapter can't be
+    served, or has the base model's name, and Unavailable if the store can't be used.
     """
-    store = _catalog_store(settings)
+    store = open_catalog_store(settings)
     try:
         own = settings.store
         limits = CatalogLimits(
@@ -57,7 +57,8 @@ async def open_catalog(settings: Settings) -> AsyncIterator[Catalog]:
         base = read_base_model(settings.model)
         catalog = Catalog(store, open_disk_tier(settings), uploads, base, settings.model_name, limits)
         await catalog.refresh()
-        await asyncio.to_thread(_sweep, uploads, {adapter.source for adapter in catalog.list()})
+        known = {adapter.source for adapter in catalog.list()} if _is_same_catalog(settings, catalog.epoch) else None
+        await asyncio.to_thread(_sweep, uploads, known)
         if catalog.get(settings.model_name) is not None:
             raise ConfigError(
                 f"served_model_name: {settings.model_name!r} is the name of an adapter in the catalog: choose another "
@@ -70,7 +71,7 @@ async def open_catalog(settings: Settings) -> AsyncIterator[Catalog]:
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
         background = Background()
-        background.every(settings.router.poll_interval, catalog.refresh, NOT_UP_TO_DATE)
+        background.every(PAUSE_SECONDS, lambda: catalog.watch(settings.router.poll_interval), NOT_UP_TO_DATE)
         if settings.adapter_dir is not None:
             watch = FolderWatch(settings.adapter_dir, catalog)
             background.every(watch.pause, watch.scan, f"the adapters in {settings.adapter_dir} are not followed")
@@ -85,13 +86,13 @@ async def open_catalog(settings: Settings) -> AsyncIterator[Catalog]:
 @asynccontextmanager
 async def following_catalog(settings: Settings, adapters: AdapterStore) -> AsyncIterator[None]:
     """Within the context, the store keeps the catalog's pinned adapters, and drops adapters that left the catalog."""
-    store = _catalog_store(settings)
+    store = open_catalog_store(settings)
     view, background = CatalogView(store), Background()
     followed, left = -1, set[str]()
 
-    async def follow() -> None:
+    async def follow(timeout: float = settings.router.poll_interval) -> None:
         nonlocal followed
-        left.update(await view.refresh())
+        left.update(await view.watch(timeout))
         if view.revision == followed:
             return
         adapters.pin(view.pinned)
@@ -103,8 +104,8 @@ async def following_catalog(settings: Settings, adapters: AdapterStore) -> Async
         followed = view.revision
 
     try:
-        await follow()
-        background.every(settings.router.poll_interval, follow, NOT_UP_TO_DATE)
+        await follow(0)
+        background.every(PAUSE_SECONDS, follow, NOT_UP_TO_DATE)
         yield
     finally:
         await background.close()
@@ -136,17 +137,7 @@ def source_limits(settings: Settings) -> SourceLimits:
 
 def uploads_folder(settings: Settings) -> Path:
     """The folder of the base model's uploaded adapters and unfinished uploads."""
-    return _model_folder(settings) / "uploads"
-
-
-def _model_folder(settings: Settings) -> Path:
-    return settings.state_dir / "models" / model_identity(settings.model)[:16]
-
-
-def _catalog_store(settings: Settings) -> StateStore:
-    folder = _model_folder(settings)
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return open_store(folder / "catalog.sqlite")
+    return model_folder(settings) / "uploads"
 
 
 async def _add_configured(catalog: Catalog, name: str, source: str) -> None:
@@ -162,10 +153,21 @@ async def _add_configured(catalog: Catalog, name: str, source: str) -> None:
         raise ConfigError(f"adapters.{name}: {error}") from error
 
 
-def _sweep(uploads: Path, sources: Collection[str]) -> None:
-    """Removes uploads that a killed process left unfinished, and finished uploads that aren't in `sources`."""
+def _is_same_catalog(settings: Settings, epoch: str) -> bool:
+    """Whether the last start saw this catalog too. A store that was emptied lacks names that may come back."""
+    path = model_folder(settings) / "catalog_epoch"
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if path.exists() and path.read_text() == epoch != "":
+        return True
+    path.write_text(epoch)
+    return False
+
+
+def _sweep(uploads: Path, sources: Collection[str] | None) -> None:
+    """Removes uploads that a killed process left unfinished. Given `sources`, also finished uploads not among them."""
     for upload in uploads.iterdir() if uploads.is_dir() else ():
-        if upload.name.startswith(PARTIAL_UPLOADS) or (UPLOAD.fullmatch(upload.name) and str(upload) not in sources):
+        is_unknown = sources is not None and UPLOAD.fullmatch(upload.name) and str(upload) not in sources
+        if upload.name.startswith(PARTIAL_UPLOADS) or is_unknown:
             with contextlib.suppress(FileNotFoundError):  # another process has removed it
                 if time.time() - upload.stat().st_mtime < ABANDONED_SECONDS:
                     continue

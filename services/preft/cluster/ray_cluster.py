@@ -28,11 +28,11 @@ from preft.cluster.logs import cause_in, output_to
 from preft.cluster.ray_folder import new_ray_folder
 from preft.cluster.secret import read_secret
 from preft.cluster.sizing import check_gpus, gpus_per_worker, has_gpu_build
+from preft.cluster.stores import open_registrations
 from preft.cluster.worker import run_worker
 from preft.core.cluster import Role
 from preft.core.errors import ConfigError
 from preft.core.settings import Settings
-from preft.state import open_store
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class WorkerActor:
         role: str,
         worker_id: str,
         host: str,
-        store_url: str,
+        state: str,
         log: str,
         folder: str,
     ) -> None:
@@ -67,15 +67,17 @@ class WorkerActor:
         host = host or ray.util.get_node_ip_address()
         os.environ["VLLM_HOST_IP"] = host
         settings = Settings.model_validate_json(settings_json)
-        settings = settings.model_copy(update={"cluster_secret": SecretStr(secret)})
+        secrets = {"cluster_secret": SecretStr(secret), "state": SecretStr(state) if state else None}
+        settings = settings.model_copy(update=secrets)
         thread = threading.Thread(
-            target=self._run, args=(settings, Role(role), worker_id, host, store_url), name=worker_id, daemon=True
+            target=self._run, args=(settings, Role(role), worker_id, host), name=worker_id, daemon=True
         )
         thread.start()
 
-    def _run(self, settings: Settings, role: Role, worker_id: str, host: str, store_url: str) -> None:
+    def _run(self, settings: Settings, role: Role, worker_id: str, host: str) -> None:
         async def main() -> str:
-            return await run_worker(settings, role, worker_id, host, open_store(store_url), self._decided.set)
+            store = open_registrations(settings)
+            return await run_worker(settings, role, worker_id, host, store, self._decided.set)
 
         try:
             reason = asyncio.run(main())
@@ -104,10 +106,9 @@ def _use_folder(folder: str) -> None:
 class RayCluster:
     """All workers of one cluster."""
 
-    def __init__(self, settings: Settings, cluster_id: str, store_path: Path, logs: Path) -> None:
+    def __init__(self, settings: Settings, cluster_id: str, logs: Path) -> None:
         self._settings = settings
         self._prefix = f"{cluster_id}-"
-        self._store_url = str(store_path)
         self._logs = logs
         self._folder: Path | None = None
         self._actors: dict[str, Any] = {}  # by worker id
@@ -120,7 +121,7 @@ class RayCluster:
         ray_logger = logging.getLogger("ray")
         ray_logger.handlers.clear()  # Ray's handlers print
         ray_logger.propagate = True
-        address, secret = self._settings.ray_address, read_secret(self._settings)
+        address, secret, state = self._settings.ray_address, read_secret(self._settings), self._settings.state
         local = address is None
         try:
             if local:
@@ -159,7 +160,7 @@ class RayCluster:
                     role.value,
                     self._prefix + name,
                     "127.0.0.1" if local else "",
-                    self._store_url,
+                    state.get_secret_value() if state else "",
                     str(self._log(name)),
                     str(self._folder) if local else "",
                 )

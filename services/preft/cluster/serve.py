@@ -23,9 +23,10 @@ from preft.cluster.console import Console, WorkerProgress, first_question
 from preft.cluster.gateway_process import RunningGateway, run_gateway
 from preft.cluster.logs import logging_to, new_log_folder
 from preft.cluster.model import with_model_length
-from preft.core.errors import ConfigError, EngineFailed, PreftError
+from preft.cluster.stores import open_registrations
+from preft.core.errors import ConfigError, EngineFailed, PreftError, Unavailable
+from preft.core.ports import StateStore
 from preft.core.settings import Settings
-from preft.state import open_store, remove_gone_workers
 
 T = TypeVar("T")
 
@@ -88,10 +89,8 @@ async def _serve_logged(settings: Settings, cluster_id: str, logs: Path, stop: _
     from preft.cluster.ray_cluster import RayCluster
 
     loop = asyncio.get_running_loop()
-    store_path = settings.state_dir / "state.sqlite"
-    store = open_store(store_path)
+    store = open_registrations(settings)
     try:
-        await remove_gone_workers(store)
         async with AsyncExitStack() as stack:
             catalog = await _unless(stop.asked, stack.enter_async_context(open_catalog(settings)))
             if catalog is None:
@@ -103,18 +102,26 @@ async def _serve_logged(settings: Settings, cluster_id: str, logs: Path, stop: _
                 ThreadPoolExecutor(1, "ray")
             )  # Ray's own, so that no other work delays the end
             console.line(f"listening on http://{gateway.address}; requests get 503 until the workers are ready")
-            cluster = RayCluster(settings, cluster_id, store_path, logs)
+            cluster = RayCluster(settings, cluster_id, logs)
             try:
                 await _start_cluster(loop.run_in_executor(thread, cluster.start), stop)
                 await _until_stopped(settings, gateway, cluster, cluster_id, stop, console)
             finally:
                 console.status("")
                 await loop.run_in_executor(thread, cluster.close)
-                for worker in await store.workers():
-                    if worker.id.startswith(cluster_id):
-                        await store.remove_worker(worker.id)
+                await _remove_registrations(store, cluster_id)
     finally:
         await store.close()
+
+
+async def _remove_registrations(store: StateStore, cluster_id: str) -> None:
+    """Removes the registrations of killed workers. While the store can't be used, they are left to expire."""
+    try:
+        for worker in await store.workers():
+            if worker.id.startswith(cluster_id):
+                await store.remove_worker(worker.id)
+    except Unavailable as error:
+        logger.warning("the workers' registrations are left to expire: %s", error)
 
 
 async def _start_cluster(starting: asyncio.Future[None], stop: _Stop) -> None:

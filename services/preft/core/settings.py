@@ -74,7 +74,7 @@ class RouterSettings(_Strict):
     retries: Annotated[int, Field(ge=0, le=10)] = 2  # further attempts after a worker or transfer failed
     shares: dict[str, Annotated[float, Field(gt=0, le=1e6)]] = Field(default_factory=dict)  # by `user`; else 1
     patience: Seconds = 1.0  # a request that has waited longer isn't overtaken by later ones
-    poll_interval: Seconds = 0.25  # how often the state store is read, if it announces no change
+    poll_interval: Seconds = 1.0  # how often the state store is read, if it announces no change
     worker_timeout: Seconds = 10.0  # a worker that tells nothing for this long gets no requests
     restart_grace: Annotated[float, Field(ge=0, le=DAY)] = 120.0  # how long begun requests wait if no worker is left
 
@@ -95,7 +95,8 @@ class Settings(_Strict):
     seed: int = 0
     shutdown_timeout: Annotated[float, Field(ge=0, le=DAY)] = 20.0  # for running requests, after a stop signal
     state_dir: Path = Path("~/.preft")
-    # Never written out with the other settings. None: `cluster.secret` makes a secret in `state_dir`.
+    # `state` and `cluster_secret` are never written out with the other settings. None: files in `state_dir`.
+    state: SecretStr | None = Field(default=None, exclude=True, repr=False)  # file, or a URL that may hold a password
     cluster_secret: Annotated[SecretStr, Field(min_length=16)] | None = Field(default=None, exclude=True, repr=False)
     ray_address: str | None = None  # None: `preft serve` starts Ray on this machine
     adapters: dict[str, str] = Field(default_factory=dict)  # name: folder or URI
@@ -111,6 +112,15 @@ class Settings(_Strict):
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
         return value and Path(os.path.abspath(value.expanduser()))
+
+    @field_validator("state")
+    @classmethod
+    def _absolute_file(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is None or "://" in value.get_secret_value():
+            return value
+        if not value:
+            raise ValueError("give a file path or a URL")
+        return SecretStr(os.path.abspath(os.path.expanduser(value.get_secret_value())))
 
     @field_validator("allowed_hosts")
     @classmethod
@@ -184,14 +194,17 @@ def is_loopback(host: str) -> bool:
 def load_settings(config: Path | None = None, overrides: dict[str, Any] | None = None) -> Settings:
     """Settings from a YAML file, with `overrides` (nested dicts, from flags) on top.
 
-    Raises ConfigError with a key's dotted name if the key is unknown or missing, or its value is malformed.
+    Raises ConfigError with a key's dotted name if the key is unknown or missing, or its value is malformed, and with
+    its line if the key is repeated.
     """
     data: dict[str, Any] = {}
     if config is not None:
         import yaml
 
+        from preft.core.yaml_text import read_yaml
+
         try:
-            loaded = yaml.safe_load(config.read_text())
+            loaded = read_yaml(config.read_text(), str(config))
         except OSError as error:
             raise ConfigError(f"can't read the config file {config}: {error.strerror}") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:

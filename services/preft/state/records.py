@@ -22,7 +22,7 @@ class Records(Generic[T]):
     """Writes and reads the records of one kind. Warns once about each record that it can't read."""
 
     def __init__(self, kind: type[T]) -> None:
-        self._kind = kind
+        self._kind: type[T] = kind
         self._format: TypeAdapter[T] = TypeAdapter(kind)
         self._warned: set[str] = set()  # keys
 

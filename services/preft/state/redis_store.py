@@ -11,8 +11,9 @@ import logging
 import re
 import secrets
 from collections.abc import Awaitable
-from typing import Any, TypeVar
+from typing import Any
 
+from redis.asyncio.sentinel import MasterNotFoundError
 from redis.exceptions import AuthenticationError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
@@ -24,7 +25,7 @@ from preft.state.records import Records
 from preft.state.redis_changes import RedisChanges
 from preft.state.redis_url import parse_redis_url, redis_client
 
-T = TypeVar("T")
+Arguments = list[str | int]
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,12 @@ class RedisStore:
 
     async def put_worker(self, worker: Worker, lifetime: float) -> None:
         """Adds or replaces the registration of `worker`. Redis removes it after `lifetime` seconds."""
-        arguments = [worker.id, self._workers_format.write(worker), max(1, round(lifetime * 1000)), self._channel]
+        arguments: Arguments = [
+            worker.id,
+            self._workers_format.write(worker),
+            max(1, round(lifetime * 1000)),
+            self._channel,
+        ]
         await self._ask(self._put_worker(self._worker_keys(worker.id), arguments))
 
     async def remove_worker(self, worker_id: str) -> None:
@@ -108,7 +114,7 @@ class RedisStore:
         put, removed = dict[str, bytes](), set[str]()
         revision, cursor, is_whole = str(since), str(since), False
         while True:
-            arguments = [revision, cursor, PAGE_NAMES, secrets.token_hex(8)]
+            arguments: Arguments = [revision, cursor, PAGE_NAMES, secrets.token_hex(8)]
             page = await self._ask(self._adapter_changes(self._catalog_keys, arguments))
             epoch, revision, begins_whole, names, records, cursor, gone = page
             if begins_whole:
@@ -162,7 +168,7 @@ class RedisStore:
     async def _change(self, name: str, expected: str, record: str) -> bool:
         """Replaces the record of `name` if it is `expected`. An empty text means no record."""
         random = secrets.randbelow(1 << scripts.RANDOM_BITS)
-        arguments = [name, expected, record, secrets.token_hex(8), random, KEPT_CHANGES, self._channel]
+        arguments: Arguments = [name, expected, record, secrets.token_hex(8), random, KEPT_CHANGES, self._channel]
         return bool(await self._ask(self._change_adapter(self._catalog_keys, arguments)))
 
     async def _ask(self, command: Awaitable[Any]) -> Any:
@@ -183,6 +189,8 @@ class RedisStore:
         store = f"the state store {self._url.shown}"
         if isinstance(error, TimeoutError | RedisTimeoutError):
             return Unavailable(f"{store} doesn't answer within {LIMIT_SECONDS:g} s")
-        if isinstance(error, AuthenticationError):
+        if isinstance(error, MasterNotFoundError):
+            return Unavailable(f"{store} is unknown: no Sentinel names a server of the service {self._url.service!r}")
+        if isinstance(error, AuthenticationError) or "unauthenticated" in str(error):  # long commands need a login
             return Unavailable(f"{store} refuses the login: check user and password in the setting `state`")
         return Unavailable(f"{store} can't be used: {self._url.without_secrets(str(error) or type(error).__name__)}")

@@ -24,7 +24,9 @@ SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel")
 PORT, SENTINEL_PORT = 6379, 26379
 TLS_OPTIONS = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs", "ssl_check_hostname")
 OPTIONS = ("db", *TLS_OPTIONS, "sentinel_username", "sentinel_password")
-URL = re.compile(r"(?P<scheme>[a-z+]+)://(?:(?P<login>.*)@)?(?P<hosts>[^/?]*)(?:/(?P<path>[^?]*))?(?:\?(?P<query>.*))?")
+URL = re.compile(
+    r"(?P<scheme>[a-z+]+)://(?:(?P<login>[^?]*)@)?(?P<hosts>[^/?]*)(?:/(?P<path>[^?]*))?(?:\?(?P<query>.*))?"
+)
 HOST = re.compile(r"(?P<host>\[[0-9a-fA-F:.]+\]|[^:\[\]]+)(?::(?P<port>\d{1,5}))?")
 
 
@@ -66,7 +68,8 @@ def parse_redis_url(text: str) -> RedisUrl:
     service, _, database = path.rpartition("/") if "/" in path or not is_sentinel else (path, "", "")
     if scheme == "unix":
         service, database = "", ""
-    if bool(found["hosts"]) == (scheme == "unix") or bool(service) != is_sentinel:
+    is_complete = path and not found["hosts"] if scheme == "unix" else found["hosts"] and bool(service) == is_sentinel
+    if not is_complete:
         raise ConfigError(f"state: this {scheme}:// URL is not complete: {FORMS[is_sentinel, scheme == 'unix']}")
     username, _, password = (found["login"] or "").partition(":")
     return RedisUrl(
@@ -89,7 +92,7 @@ FORMS = {  # by whether it names Sentinels, a socket
 
 
 def _hosts(text: str, port: int, many: bool) -> tuple[tuple[str, int], ...]:
-    hosts = []
+    hosts: list[tuple[str, int]] = []
     for part in text.split(",") if text else ():
         found = HOST.fullmatch(part)
         if found is None or int(found["port"] or port) > 65535 or (hosts and not many):
@@ -108,8 +111,8 @@ def _database(text: str) -> int:
 
 def _options(query: str) -> dict[str, str]:
     options = dict(parse_qsl(query, keep_blank_values=True))
-    if unknown := set(options) - set(OPTIONS):
-        raise ConfigError(f"state: the URL has an option that isn't among {', '.join(OPTIONS)}: {min(unknown)[:40]!r}")
+    if not options.keys() <= set(OPTIONS):
+        raise ConfigError(f"state: the URL may have the options {', '.join(OPTIONS)} after its '?', and no others")
     return options
 
 
@@ -124,20 +127,21 @@ def redis_client(url: RedisUrl, connect_seconds: float, reply_seconds: float) ->
         "retry": Retry(NoBackoff(), 0),
         "protocol": 2,
     }
-    login = {"username": url.username or None, "password": url.password or None, "db": url.database}
     tls: dict[str, Any] = {name: value for name, value in url.options.items() if name in TLS_OPTIONS}
     if "ssl_check_hostname" in tls:
         tls["ssl_check_hostname"] = tls["ssl_check_hostname"].lower() in ("1", "true", "yes")
+    own = {**common, "username": url.username or None, "password": url.password or None, "db": url.database}
     if url.service:
         if url.scheme.startswith("rediss"):
             tls["ssl"] = True
-        own = {"username": url.options.get("sentinel_username"), "password": url.options.get("sentinel_password")}
-        sentinel = Sentinel(url.hosts, sentinel_kwargs={**common, **own, **tls}, **common, **login, **tls)
+        names = {"username": "sentinel_username", "password": "sentinel_password"}
+        theirs = {**common, **tls, **{name: url.options.get(option) for name, option in names.items()}}
+        sentinel = Sentinel(url.hosts, sentinel_kwargs=theirs, **own, **tls)  # type: ignore[no-untyped-call]
         return sentinel.master_for(url.service), sentinel.sentinels
     if url.scheme == "unix":
-        pool = ConnectionPool(UnixDomainSocketConnection, path=url.path, **common, **login)
+        own |= {"connection_class": UnixDomainSocketConnection, "path": url.path}
     else:
-        host, port = url.hosts[0]
-        kinds = {"connection_class": SSLConnection} if url.scheme == "rediss" else {}
-        pool = ConnectionPool(**kinds, host=host, port=port, **common, **login, **tls)
-    return Redis.from_pool(pool), []
+        own["host"], own["port"] = url.hosts[0]
+        if url.scheme == "rediss":
+            own |= {"connection_class": SSLConnection, **tls}
+    return Redis.from_pool(ConnectionPool(**own)), []

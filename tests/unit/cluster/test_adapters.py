@@ -66,7 +66,7 @@ async def test_no_fault_makes_the_catalog_answer_with_old_versions_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: BaseException
 ) -> None:
     """Seen by the gateway, and by a worker, which keeps what is pinned."""
-    monkeypatch.setattr("preft.cluster.adapters.open_store", lambda path: BreakingStore(Path(path)))
+    monkeypatch.setattr("preft.cluster.stores.open_store", BreakingStore)
     settings = settings_in(tmp_path)
     async with open_catalog(settings) as catalog, open_catalog(settings) as elsewhere:
         adapters = ForgettingStore()

@@ -35,7 +35,7 @@ class FakeRay:
     def __init__(self) -> None:
         self.done: list[str] = []
 
-    def __call__(self, settings: Settings, cluster_id: str, store_path: Path, logs: Path) -> FakeRay:
+    def __call__(self, settings: Settings, cluster_id: str, logs: Path) -> FakeRay:
         return self
 
     def start(self) -> None:

@@ -117,6 +117,22 @@ def test_paths_are_absolute_and_home_is_known(monkeypatch: pytest.MonkeyPatch, t
     assert settings.state_dir == tmp_path / ".preft"
 
 
+def test_a_state_file_is_absolute_and_a_url_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/ann")
+    for given, expected in (
+        ("state.sqlite", str(tmp_path / "state.sqlite")),
+        ("~/s", "/home/ann/s"),
+        ("/s", "/s"),
+        ("redis://u:p@h:1/0", "redis://u:p@h:1/0"),
+    ):
+        state = load_settings(overrides={"model": "/m", "state": given}).state
+        assert state is not None
+        assert state.get_secret_value() == expected
+    with pytest.raises(ConfigError, match="^state: "):
+        load_settings(overrides={"model": "/m", "state": ""})
+
+
 def test_settings_do_not_change() -> None:
     settings = Settings(model=Path("/m"))
     with pytest.raises(ValidationError, match="frozen"):
@@ -139,6 +155,33 @@ def test_mistakes_are_said_in_words_of_the_file(tmp_path: Path, text: str, says:
     with pytest.raises(ConfigError) as said:
         load_settings(tmp_path / "c.yaml")
     assert str(said.value) == says
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "key"),
+    [
+        ("model: /m\nport: 1\n# again\nport: 2", 4, "port"),
+        ("model: /m\nport: 1\n'port': 1", 3, "port"),
+        ("model: /m\nadapters:\n  a: /a\n  b: /b\n  a: /c\nseed: 1", 5, "a"),
+        ("model: /m\nprefill: {replicas: 1, replicas: 2}", 2, "replicas"),
+    ],
+)
+def test_a_repeated_key_is_named_with_its_line(tmp_path: Path, text: str, line: int, key: str) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(text)
+    with pytest.raises(ConfigError) as said:
+        load_settings(config)
+    assert str(said.value) == f"{config}: line {line} repeats the key {key!r} of the same mapping"
+
+
+def test_a_key_may_occur_once_in_each_mapping(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(
+        "model: /m\nprefill: &all {replicas: 2, max_num_seqs: 3}\ndecode: &more {<<: *all, replicas: 4}\n"
+        "<<: {port: 1}\nport: 2\n<<: {seed: 5}\nstore: {}\nrouter: {}\n"
+    )
+    settings = load_settings(tmp_path / "c.yaml")
+    assert (settings.prefill.replicas, settings.decode.replicas, settings.decode.max_num_seqs) == (2, 4, 3)
+    assert (settings.port, settings.seed) == (2, 5)
 
 
 def test_numbers_in_quotes_are_numbers(tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ class WorkerView:
     def load_ended(self, digest: str, now: float, *, done: bool) -> None:
         """Records the worker's answer: loaded (`done`) or refused."""
         self.loads.discard(digest)
-        self._refused.pop(digest, None)
+        self._refused = {key: until for key, until in self._refused.items() if key != digest and until > now}
         if done:
             self._loaded.add(digest)
         else:

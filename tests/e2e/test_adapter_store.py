@@ -141,7 +141,7 @@ def test_every_adapter_answers_as_itself_although_few_fit(store: Store) -> None:
     assert wrong == []
     assert len({tuple(answer) for answer in answers}) > len(answers) / 2  # they do differ
     assert 0 < most <= DISK_BYTES
-    [load] = [worker.load().tiers for worker in store.cluster.workers.values() if worker.record.adapter_slots]
+    [load] = [worker.status().tiers for worker in store.cluster.workers.values() if worker.record.adapter_slots]
     assert load.host_bytes <= load.host_bytes_total == HOST_BYTES
     assert load.host_evictions > 0
     assert load.disk_evictions > 0

@@ -51,7 +51,7 @@ def test_half_of_500_requests_are_cancelled_at_random_moments(llama: Served) -> 
     asyncio.run(main())
     assert finished + cancelled == REQUESTS
     assert cancelled >= 150
-    assert llama.cluster.idle(30), llama.cluster.loads()
+    assert llama.cluster.idle(30), llama.cluster.statuses()
     assert llama.cluster.gateway.router.stats().in_flight == {}
     assert llama.cluster.gateway.router.stats().waiting == 0
 
@@ -66,4 +66,4 @@ def test_a_client_that_goes_away_stops_the_work_on_both_workers(llama: Served) -
         for _ in range(10):
             next(lines)
         assert not llama.cluster.idle(0)
-    assert llama.cluster.idle(10), llama.cluster.loads()
+    assert llama.cluster.idle(10), llama.cluster.statuses()

@@ -58,10 +58,10 @@ def test_mixed_concurrent_requests(roomy: Served) -> None:
 
 def test_chunks_few_slots_and_preemption(tight: Served) -> None:
     """64-token chunks, 2 slots for 9 adapters, and a decode cache too small for what runs at once."""
-    before = tight.cluster.loads()
+    before = tight.cluster.statuses()
     asks = mixed(27, 140, seed=2)
     check(tight, asks, complete_all(tight.cluster.url, tight.name, asks))
-    preempted = {name for name, load in tight.cluster.loads().items() if load.preemptions > before[name].preemptions}
+    preempted = {name for name, load in tight.cluster.statuses().items() if load.preemptions > before[name].preemptions}
     assert preempted == {tight.cluster.decoding.record.id}
     assert tight.cluster.idle()
 

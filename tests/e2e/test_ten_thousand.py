@@ -107,7 +107,7 @@ def test_a_zipf_run_over_a_thousand(crowd: Crowd) -> None:
     assert wrong == []
     assert len({tuple(answer) for answer in answers.values()}) > ASKED / 2  # they do differ
     assert 0 < most_disk <= DISK_BYTES
-    [tiers] = [worker.load().tiers for worker in crowd.cluster.workers.values() if worker.record.adapter_slots]
+    [tiers] = [worker.status().tiers for worker in crowd.cluster.workers.values() if worker.record.adapter_slots]
     assert tiers.host_bytes <= HOST_BYTES
     assert tiers.slots_used == SLOTS
     print(f"\n{len(asks)} requests under {ASKED} of {KNOWN} adapters in {seconds:.0f} s; {tiers}; disk {most_disk}")

@@ -131,9 +131,9 @@ def test_streams_go_on_at_the_living_decode_worker(pairs: Served) -> None:
     killed: list[int] = []
 
     def kill() -> None:
-        loads = pairs.cluster.loads()
-        busiest = max(workers(pairs, Role.DECODE), key=lambda worker: loads[worker.record.id].running)
-        killed.append(loads[busiest.record.id].running)
+        statuses = pairs.cluster.statuses()
+        busiest = max(workers(pairs, Role.DECODE), key=lambda worker: statuses[worker.record.id].running)
+        killed.append(statuses[busiest.record.id].running)
         kill_engine(busiest)
 
     resumed_before = pairs.cluster.gateway.router.stats().resumes
@@ -154,4 +154,4 @@ def test_adapters_move_to_the_living_prefill_worker(pairs: Served) -> None:
     expected = [pairs.expected(ask.prompt, ask.max_tokens, ask.adapter) for ask in asks]
     kill_engine(first)
     assert complete_all(pairs.cluster.url, pairs.name, asks) == expected
-    assert len(pairs.cluster.loads()[second.record.id].adapters) >= len(MODELS) - 1
+    assert pairs.cluster.statuses()[second.record.id].tiers.host_adapters >= len(MODELS) - 1

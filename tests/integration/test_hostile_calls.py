@@ -21,22 +21,19 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from preft.cluster.worker import StartEngine, WorkerServer
+from preft.cluster.worker import WorkerServer
 from preft.core.cluster import Role
 from preft.core.errors import TransferFailed
 from preft.core.request import Sampling
-from preft.core.settings import MiB, Settings, load_settings
 from preft.rpc import common_pb2, kv_transfer_pb2, workers_pb2
 from preft.rpc.convert import sampling_to_proto
 from preft.rpc.secret import CALL_KEY, ClusterChannel, ClusterSecret
-from preft.state.sqlite import SqliteStore
 from preft.transfer.grpc_push import HEADER_KEY, METHOD, GrpcKvSender, status_of
 from preft.transfer.port import KvHeader, checksum_of, hash_prompt
-from support.fake_engine import FakeEngine
-from support.lora_folders import write_base
+from support.fakes import FakeStore
+from support.worker_servers import SECRET, StartFake, settings_for, start
 from support.worker_services import write_adapter
 
-SECRET = ClusterSecret("of these tests alone")
 PROMPT = (5, 6, 7, 8, 9)
 DIGEST = "d0" * 32
 SECONDS = 1.0  # for a call: what is left of it then has nothing to say
@@ -52,25 +49,14 @@ REFUSALS = {
 }
 
 
-class StartFake(StartEngine):
-    async def __call__(self, settings: Settings, role: Role, arena: str, adapter_arena: str) -> FakeEngine:
-        return FakeEngine(role, arena, adapter_arena)
-
-
 @asynccontextmanager
 async def workers(folder: Path) -> AsyncIterator[dict[Role, WorkerServer]]:
-    own = {"staging_bytes": MiB, "max_num_seqs": 17}
-    base = {"model": str(write_base(folder / "base")), "prefill": own, "decode": own, "store": {"host_bytes": MiB}}
-    given = {**base, "state_dir": str(folder / "state"), "cluster_secret": "of these tests alone"}
-    store = SqliteStore(folder / "state.sqlite")
     async with AsyncExitStack() as stack:
-        stack.push_async_callback(store.close)
         started = {}
         for role in Role:
-            settings = load_settings(None, {**given, "colocated": role is Role.COLOCATED})
-            worker = await WorkerServer.start(settings, role, role.value, "127.0.0.1", store, StartFake())
-            stack.push_async_callback(worker.close)
-            started[role] = worker
+            settings = settings_for(folder, colocated=role is Role.COLOCATED)
+            started[role] = await start(role, settings, FakeStore(), StartFake())
+            stack.push_async_callback(started[role].close)
         yield started
 
 
@@ -200,13 +186,16 @@ RPCS = (
     (Role.PREFILL, "PrefillWorker/Prefill"),
     (Role.PREFILL, "WorkerAdapters/Prefetch"),
     (Role.PREFILL, "WorkerAdapters/Where"),
+    (Role.PREFILL, "WorkerStatus/Watch"),
     (Role.DECODE, "DecodeWorker/Decode"),
     (Role.DECODE, "DecodeWorker/Release"),
     (Role.DECODE, "KvTransfer/Push"),
+    (Role.DECODE, "WorkerStatus/Watch"),
     (Role.COLOCATED, "DecodeWorker/Decode"),
     (Role.COLOCATED, "DecodeWorker/Release"),
     (Role.COLOCATED, "WorkerAdapters/Prefetch"),
     (Role.COLOCATED, "WorkerAdapters/Where"),
+    (Role.COLOCATED, "WorkerStatus/Watch"),
 )
 
 
@@ -218,15 +207,17 @@ def request_for(site: Site, rpc: str) -> Message:
             return a_decode(site)
         case "Push":
             return a_header(site)
+        case "Watch":
+            return workers_pb2.WatchRequest(interval=0.05)
         case "Release":
             return workers_pb2.ReleaseRequest(handle="h")
         case _:
             return a_prefill(site).adapter
 
 
-async def call(site: Site, role: Role, rpc: str, message: bytes) -> tuple[grpc.StatusCode, str]:
+async def call(site: Site, role: Role, rpc: str, message: bytes, caller: str = "") -> tuple[grpc.StatusCode, str]:
     """How the call ends: its status and its sentence. For a Decode call, how the choice does."""
-    async with ClusterChannel(site.workers[role].record.address, SECRET) as channel:
+    async with ClusterChannel(site.workers[role].record.address, SECRET, caller=caller) as channel:
         if rpc.endswith("Push"):
             stream = channel.stream_stream(METHOD)(metadata=((HEADER_KEY, message),), timeout=SECONDS)
             ended = status_of(stream)  # a write after the end makes grpc.aio put an error of its own in its place
@@ -238,8 +229,9 @@ async def call(site: Site, role: Role, rpc: str, message: bytes) -> tuple[grpc.S
         elif rpc.endswith("Decode"):
             command = workers_pb2.DecodeCommand(start=workers_pb2.DecodeRequest.FromString(message))
             stream = channel.stream_stream(f"/preft.v1.{rpc}")(timeout=SECONDS)
-            await stream.write(command.SerializeToString())
-            await stream.done_writing()
+            with suppress(grpc.aio.AioRpcError):  # the call may be refused before the first command
+                await stream.write(command.SerializeToString())
+                await stream.done_writing()
         else:
             stream = channel.unary_stream(f"/preft.v1.{rpc}")(message, timeout=SECONDS)
         ends = []
@@ -293,6 +285,17 @@ def test_a_path_is_no_digest(site: Site, role: Role, rpc: str) -> None:
             "an adapter's digest is 64 lowercase hexadecimal digits",
         )
     assert site.seen() == site.before
+
+
+@pytest.mark.parametrize(("role", "rpc"), RPCS, ids=lambda value: str(value))
+@pytest.mark.parametrize("caller", ["x" * 257, "x" * 5000, "../../etc/passwd", " ", "a, b; c=d %00"])
+def test_no_caller_s_name_does_harm(site: Site, role: Role, rpc: str, caller: str) -> None:
+    message = request_for(site, rpc).SerializeToString()
+    code, says = site.loop.run_until_complete(call(site, role, rpc, message, caller))
+    assert code in DONE | REFUSALS, says
+    if len(caller) > 256 and rpc.split("/")[1] in ("Prefill", "Decode", "Watch"):
+        assert (code, says[:6]) == (grpc.StatusCode.INVALID_ARGUMENT, "caller")
+    assert site.loop.run_until_complete(healthy(site, role))
 
 
 # Calls from outside the cluster

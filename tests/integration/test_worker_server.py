@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
-import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -18,63 +17,35 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from preft.cluster.worker import HEARTBEAT_SECONDS, StartEngine, WorkerServer
-from preft.core.cluster import Role, Worker, WorkerState
-from preft.core.errors import EngineFailed, InvalidRequest, TransferFailed, Unavailable, WorkerLost
+from preft.cluster.worker import LIFETIME, STARTING_LIFETIME, WorkerServer
+from preft.core.cluster import AdapterState, AdapterStatus, Role, TierTotals, Worker
+from preft.core.errors import EngineFailed, TransferFailed, Unavailable, WorkerLost
 from preft.core.ports import StateStore
-from preft.core.request import AdapterRef, GenerateRequest, Sampling
-from preft.core.settings import MiB, Settings, load_settings
+from preft.core.request import AdapterRef, Sampling
+from preft.core.settings import MiB, Settings
 from preft.router.decode_stream import DecodeStream
-from preft.router.router import Router
 from preft.rpc import workers_pb2, workers_pb2_grpc
 from preft.rpc.convert import adapter_to_proto, sampling_to_proto
-from preft.rpc.secret import ClusterChannel, ClusterSecret
-from preft.state.sqlite import SqliteStore
+from preft.rpc.secret import ClusterChannel
 from support.fake_engine import FakeEngine, tokens_of
+from support.fakes import FakeStore
 from support.lora_folders import write_base
+from support.status_watcher import watching
+from support.worker_servers import SECRET, StartFake, settings_for, start
 from support.worker_services import broken, code_of, rest, until, write_adapter
 
 PROMPT = (5, 6, 7, 8, 9)
-SECRET = ClusterSecret("of these tests alone")
 GREEDY = Sampling(max_tokens=8, temperature=0.0)
-
-
-class StartFake(StartEngine):
-    """Starts fake engines and keeps them; `hold` delays the start, `error` fails it."""
-
-    def __init__(self) -> None:
-        self.engines: dict[Role, FakeEngine] = {}
-        self.hold = asyncio.Event()
-        self.hold.set()
-        self.error: Exception | None = None
-        self.arenas: list[str] = []
-
-    async def __call__(self, settings: Settings, role: Role, arena: str, adapter_arena: str) -> FakeEngine:
-        self.arenas.append(arena)
-        await self.hold.wait()
-        if self.error is not None:
-            raise self.error
-        self.engines[role] = FakeEngine(role, arena, adapter_arena)
-        return self.engines[role]
 
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    model = write_base(tmp_path / "base")
-    own = {"staging_bytes": MiB, "max_num_seqs": 17}
-    state = {
-        "state_dir": str(tmp_path / "state"),
-        "cluster_secret": "of these tests alone",
-        "store": {"host_bytes": MiB},
-    }
-    return load_settings(None, {"model": str(model), "prefill": own, "decode": own, **state})
+    return settings_for(tmp_path)
 
 
 @pytest.fixture
-async def store(tmp_path: Path) -> AsyncIterator[SqliteStore]:
-    store = SqliteStore(tmp_path / "state.sqlite")
-    yield store
-    await store.close()
+def store() -> FakeStore:
+    return FakeStore()
 
 
 @pytest.fixture
@@ -90,11 +61,10 @@ class Cluster:
         self.engines = engines
 
     def idle(self) -> bool:
-        loads = (self.prefill.load(), self.decode.load())
+        statuses = (self.prefill.status(), self.decode.status())
         return all(
-            (load.running, load.staging_bytes_used, load.open_handles) == (0, 0, 0)
-            and load.kv_blocks_free == load.kv_blocks_total
-            for load in loads
+            (status.running, status.kv_blocks_used, status.staging_bytes_used, status.open_handles) == (0, 0, 0, 0)
+            for status in statuses
         )
 
     async def first_tokens(
@@ -129,8 +99,8 @@ class Cluster:
         return [[first, *tokens] for first, tokens in zip(firsts, others, strict=True)]
 
 
-def channel(worker: WorkerServer) -> ClusterChannel:
-    return ClusterChannel(worker.record.address, SECRET)
+def channel(worker: WorkerServer, caller: str = "") -> ClusterChannel:
+    return ClusterChannel(worker.record.address, SECRET, caller=caller)
 
 
 @asynccontextmanager
@@ -155,14 +125,8 @@ def decode_request(
     )
 
 
-async def start(
-    role: Role, settings: Settings, store: StateStore, start_engine: StartEngine, name: str | None = None
-) -> WorkerServer:
-    return await WorkerServer.start(settings, role, name or role.value, "127.0.0.1", store, start_engine)
-
-
 @pytest.fixture
-async def cluster(settings: Settings, store: SqliteStore, start_engine: StartFake) -> AsyncIterator[Cluster]:
+async def cluster(settings: Settings, store: FakeStore, start_engine: StartFake) -> AsyncIterator[Cluster]:
     async with AsyncExitStack() as stack:
         workers = {}
         for role in Role:
@@ -180,96 +144,164 @@ async def registered(store: StateStore) -> Worker:
 
 @pytest.mark.parametrize("role", Role)
 async def test_registers_before_and_after_the_engine_starts(
-    settings: Settings, store: SqliteStore, start_engine: StartFake, role: Role
+    settings: Settings, store: FakeStore, start_engine: StartFake, role: Role
 ) -> None:
     start_engine.hold.clear()
-    before = time.time()
     starting = asyncio.create_task(start(role, settings, store, start_engine, "c-1"))
     await until(lambda: bool(start_engine.arenas))
     record = await registered(store)
-    assert (record.id, record.role, record.state, record.pid) == ("c-1", role, WorkerState.STARTING, os.getpid())
-    assert record.heartbeat >= before
+    assert (record.id, record.role, record.address, record.pid) == ("c-1", role, "", os.getpid())
     start_engine.hold.set()
     worker = await starting
     record = await registered(store)
     assert record == worker.record
-    assert (record.id, record.role, record.state, record.pid) == ("c-1", role, WorkerState.READY, os.getpid())
+    assert [lifetime for _, lifetime in store.renewals] == [STARTING_LIFETIME, LIFETIME] == [600.0, 30.0]
+    assert (record.id, record.role, record.pid) == ("c-1", role, os.getpid())
     assert record.address.startswith("127.0.0.1:")
     info = start_engine.engines[role].info
-    assert (record.block_size, record.max_model_len, record.engine_pids) == (
-        info.block_size, info.max_model_len, info.pids,
+    assert (record.block_size, record.block_bytes, record.kv_blocks, record.engine_pids) == (
+        info.block_size, info.block_bytes, info.kv_blocks, info.pids,
     )  # fmt: skip
-    assert record.max_num_seqs == 17
-    assert record.load.kv_blocks_total == record.load.kv_blocks_free == info.kv_blocks
-    assert (record.load.staging_bytes_total, record.load.staging_bytes_used) == (MiB, 0)
+    assert (record.max_num_seqs, record.staging_bytes) == (17, MiB)
+    assert (record.adapter_slots > 0) is (role is not Role.DECODE)
     await worker.close()
+    assert await store.workers() == []
+
+
+@pytest.fixture
+def quick_renewals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("preft.cluster.worker.RENEWAL_SECONDS", 0.05)
+    monkeypatch.setattr("preft.cluster.worker.RETRY_SECONDS", 0.01)
+
+
+@pytest.mark.usefixtures("quick_renewals")
+async def test_a_registration_that_the_store_has_lost_comes_back(
+    settings: Settings, store: FakeStore, start_engine: StartFake
+) -> None:
+    worker = await start(Role.DECODE, settings, store, start_engine)
+    for _ in range(2):
+        store.lose_workers()
+        count = len(store.renewals)
+        await until(lambda: len(store.renewals) > count)  # noqa: B023
+        assert await store.workers() == [worker.record]
+    assert {lifetime for _, lifetime in store.renewals[1:]} == {LIFETIME}
+    await worker.close()
+    count = len(store.renewals)
+    await asyncio.sleep(0.15)
+    assert len(store.renewals) == count
+    assert await store.workers() == []
+
+
+async def test_a_renewal_that_fails_is_tried_again_soon(
+    settings: Settings, store: FakeStore, start_engine: StartFake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("preft.cluster.worker.RENEWAL_SECONDS", 0.05)
+    monkeypatch.setattr("preft.cluster.worker.RETRY_SECONDS", 0.01)
+    worker = await start(Role.DECODE, settings, store, start_engine)
+    store.failing = Unavailable("the disk is full")
+    await asyncio.sleep(0.2)
+    monkeypatch.setattr("preft.cluster.worker.RENEWAL_SECONDS", 3600.0)
+    store.lose_workers()
+    store.failing = None
+    await until(lambda: len(store.renewals) > 2)
+    assert await store.workers() == [worker.record]
+    store.failing = Unavailable("the disk is full")
+    await worker.close()  # without a word about the registration, which expires
+    assert start_engine.engines[Role.DECODE].closed
 
 
 async def test_equal_models_have_equal_fingerprints(cluster: Cluster) -> None:
     assert cluster.prefill.record.fingerprint == cluster.decode.record.fingerprint != ""
 
 
-async def test_heartbeats_bring_the_load(cluster: Cluster, store: SqliteStore) -> None:
-    before = {worker.id: worker for worker in await store.workers()}
-    cluster.engines[Role.DECODE].stats.kv_usage = 0.25
-    cluster.engines[Role.DECODE].stats.preemptions = 3
-    await asyncio.sleep(1.3 * HEARTBEAT_SECONDS)
-    after = {worker.id: worker for worker in await store.workers()}
-    for name, worker in after.items():
-        assert worker.heartbeat > before[name].heartbeat
-        assert worker.state is WorkerState.READY
-    load = after["decode"].load
-    assert (load.kv_blocks_free, load.kv_blocks_total, load.preemptions) == (48, 64, 3)
-    cluster.engines[Role.DECODE].stats.kv_usage = 0.0
-
-
-class FailingStore(SqliteStore):
-    """A store that can't be written for a while."""
-
-    failing = False
-
-    async def put_worker(self, worker: Worker) -> None:
-        if self.failing:
-            raise Unavailable("the disk is full")
-        await super().put_worker(worker)
-
-
-async def test_heartbeats_outlive_a_store_that_fails(
-    settings: Settings, start_engine: StartFake, tmp_path: Path
-) -> None:
-    store = FailingStore(tmp_path / "failing.sqlite")
-    worker = await start(Role.DECODE, settings, store, start_engine)
-    store.failing = True
-    await asyncio.sleep(1.2 * HEARTBEAT_SECONDS)
-    store.failing = False
-    silent = (await registered(store)).heartbeat
-    await asyncio.sleep(1.2 * HEARTBEAT_SECONDS)
-    assert (await registered(store)).heartbeat > silent
-    await worker.close()
-    await store.close()
-
-
 async def test_says_what_it_uses_now(cluster: Cluster, tmp_path: Path) -> None:
     alice = write_adapter(tmp_path / "alice", "alice's")
     [first] = await cluster.first_tokens(PROMPT, GREEDY, alice, 1, "h")
     cluster.engines[Role.DECODE].going.clear()
-    prefill = cluster.prefill.load()
-    assert prefill.adapters == (alice.digest,)
+    cluster.engines[Role.DECODE].stats.preemptions = 3
+    prefill = cluster.prefill.status()
+    assert prefill.tiers.host_adapters == prefill.tiers.slots_used == 1
     assert (prefill.running, prefill.open_handles, prefill.staging_bytes_used) == (0, 0, 0)
+    assert prefill.staging_bytes_fit == MiB
     async with decode_stream(cluster.decode) as stream:
         [call] = stream.start(decode_request(GREEDY, first, alice.digest, "h"), 20)
         await until(lambda: cluster.engines[Role.DECODE].stats.running == 1)
-        load = cluster.decode.load()
-        assert (load.running, load.open_handles, load.adapters) == (1, 1, ())
-        assert load.staging_bytes_used > 0
-        assert load.kv_blocks_free == load.kv_blocks_total - 2
+        status = cluster.decode.status()
+        assert (status.running, status.open_handles, status.tiers) == (1, 1, TierTotals())
+        assert (status.kv_blocks_used, status.preemptions) == (2, 3)
+        assert status.staging_bytes_used == MiB - status.staging_bytes_fit > 0
         cluster.engines[Role.DECODE].going.set()
         await rest(call)
 
 
+async def test_routers_hear_of_each_other_s_requests(cluster: Cluster, tmp_path: Path) -> None:
+    """Over the services as they are called: a router's own requests are left out of what it hears."""
+    alice = write_adapter(tmp_path / "alice", "alice's")
+    prefill, decode = (worker.record.address for worker in (cluster.prefill, cluster.decode))
+    async with AsyncExitStack() as stack:
+        watch = stack.enter_async_context
+        (one, to_prefill), (two, _) = [await watch(watching(prefill, name, SECRET)) for name in ("one", "two")]
+        (one_decode, _), (two_decode, _) = [await watch(watching(decode, name, SECRET)) for name in ("one", "two")]
+        await two.until(lambda: bool(two.updates))
+        assert two.updates[0].adapters == {}
+        cluster.engines[Role.PREFILL].going.clear()
+        cluster.engines[Role.DECODE].going.clear()
+        target = workers_pb2.KvTarget(address=decode, handle="h")
+        call = workers_pb2_grpc.PrefillWorkerStub(to_prefill).Prefill(
+            workers_pb2.PrefillRequest(
+                request_id="r",
+                prompt_token_ids=PROMPT,
+                sampling=sampling_to_proto(GREEDY),
+                adapter=adapter_to_proto(alice),
+                n=1,
+                target=target,
+            )
+        )
+        await two.until(lambda: two.knows(alice.digest) == AdapterStatus(AdapterState.SLOT, 1))
+        assert (two.status.other_prefills, two.status.running) == (1, 1)
+        await one.until(lambda: one.knows(alice.digest) == AdapterStatus(AdapterState.SLOT))
+        assert (one.status.other_prefills, one.status.running) == (0, 1)
+        cluster.engines[Role.PREFILL].going.set()
+        events = [event async for event in call]
+        await two.until(lambda: two.knows(alice.digest).other_prompts == two.status.other_prefills == 0)
+        async with channel(cluster.decode, "one") as to_decode:
+            stream = DecodeStream(workers_pb2_grpc.DecodeWorkerStub(to_decode), "decode", lambda: None)
+            first = events[0].first_tokens.choices[0].token_ids[0]
+            [choice] = stream.start(decode_request(GREEDY, first, alice.digest, "h"), 20)
+            await two_decode.until(lambda: two_decode.status.other_sequences == 1)
+            await one_decode.until(lambda: one_decode.status.kv_blocks_used == 2)
+            assert (one_decode.status.other_sequences, one_decode.adapters) == (0, {})
+            cluster.engines[Role.DECODE].going.set()
+            await rest(choice)
+            await two_decode.until(lambda: two_decode.status.running == two_decode.status.kv_blocks_used == 0)
+            await stream.close()
+
+
+@pytest.mark.parametrize("role", Role)
+async def test_a_worker_that_ends_says_so_first(
+    settings: Settings, store: FakeStore, start_engine: StartFake, role: Role
+) -> None:
+    worker = await start(role, settings, store, start_engine)
+    async with AsyncExitStack() as stack:
+        watchers = []
+        for name in ("one", "two"):
+            watcher, _ = await stack.enter_async_context(watching(worker.record.address, name, SECRET, interval=10.0))
+            await watcher.until(lambda w=watcher: bool(w.updates))
+            watchers.append(watcher)
+        assert not worker.status().draining
+        began = asyncio.get_running_loop().time()
+        await worker.close()
+        assert asyncio.get_running_loop().time() - began < 5
+        for watcher in watchers:
+            assert watcher.status.draining
+
+
 @pytest.mark.parametrize(
     ("role", "own"),
-    [(Role.PREFILL, {"PrefillWorker", "WorkerAdapters"}), (Role.DECODE, {"DecodeWorker", "KvTransfer"})],
+    [
+        (Role.PREFILL, {"PrefillWorker", "WorkerAdapters", "WorkerStatus"}),
+        (Role.DECODE, {"DecodeWorker", "KvTransfer", "WorkerStatus"}),
+    ],
 )
 async def test_health_needs_no_secret_and_nothing_else_is_told(cluster: Cluster, role: Role, own: set[str]) -> None:
     worker = cluster.prefill if role is Role.PREFILL else cluster.decode
@@ -308,7 +340,7 @@ async def test_many_at_once(cluster: Cluster, tmp_path: Path) -> None:
 
 
 async def test_workers_of_different_models_exchange_nothing(
-    cluster: Cluster, settings: Settings, store: SqliteStore, start_engine: StartFake, tmp_path: Path
+    cluster: Cluster, settings: Settings, store: FakeStore, start_engine: StartFake, tmp_path: Path
 ) -> None:
     other_model = write_base(tmp_path / "other")
     (other_model / "config.json").write_text('{"architectures": ["Other"]}')
@@ -321,7 +353,7 @@ async def test_workers_of_different_models_exchange_nothing(
     await other.close()
 
 
-async def test_a_decode_worker_that_is_gone(cluster: Cluster, settings: Settings, store: SqliteStore) -> None:
+async def test_a_decode_worker_that_is_gone(cluster: Cluster, settings: Settings, store: FakeStore) -> None:
     other = await start(Role.DECODE, settings, store, StartFake(), "other")
     await other.close()
     with pytest.raises(grpc.aio.AioRpcError, match=other.record.address) as raised:
@@ -342,7 +374,7 @@ async def test_messages_of_very_long_requests_are_read(cluster: Cluster) -> None
 
 
 async def test_closing_ends_what_runs_and_frees_everything(
-    settings: Settings, store: SqliteStore, start_engine: StartFake
+    settings: Settings, store: FakeStore, start_engine: StartFake
 ) -> None:
     before = asyncio.all_tasks()
     prefill = await start(Role.PREFILL, settings, store, start_engine)
@@ -365,7 +397,7 @@ async def test_closing_ends_what_runs_and_frees_everything(
         assert arena.used == 0
         with pytest.raises(TransferFailed, match="closed"):
             await arena.reserve(1, timeout=1)
-    await until(lambda: not [task for task in asyncio.all_tasks() - before if "heartbeat" in task.get_name()])
+    await until(lambda: not [task for task in asyncio.all_tasks() - before if "registration" in task.get_name()])
 
 
 async def test_knows_when_its_engine_has_died(cluster: Cluster) -> None:
@@ -378,7 +410,7 @@ async def test_knows_when_its_engine_has_died(cluster: Cluster) -> None:
 
 @pytest.mark.parametrize(("staging", "warned"), [(MiB, False), (5 * 96, True)])
 async def test_warns_of_staging_memory_that_long_prompts_do_not_fit_into(
-    settings: Settings, store: SqliteStore, start_engine: StartFake, caplog: Any, staging: int, warned: bool
+    settings: Settings, store: FakeStore, start_engine: StartFake, caplog: Any, staging: int, warned: bool
 ) -> None:
     decode = settings.decode.model_copy(update={"staging_bytes": staging})
     worker = await start(Role.DECODE, settings.model_copy(update={"decode": decode}), store, start_engine)
@@ -386,40 +418,8 @@ async def test_warns_of_staging_memory_that_long_prompts_do_not_fit_into(
     await worker.close()
 
 
-@pytest.mark.parametrize("scarce", [Role.PREFILL, Role.DECODE])
-async def test_no_prompt_is_computed_twice_for_lack_of_staging_memory(
-    settings: Settings, store: SqliteStore, start_engine: StartFake, scarce: Role
-) -> None:
-    """Decoding stands still for longer than a push may take: what has no room waits in the router's queue."""
-    sampling = Sampling(max_tokens=4, temperature=0.0)
-    own = settings.engine(scarce).model_copy(update={"staging_bytes": 1000})  # three prompts of two blocks
-    router = settings.router.model_copy(update={"transfer_timeout": 0.3, "poll_interval": 0.05})
-    settings = settings.model_copy(update={scarce.value: own, "router": router})
-    prompts = [(1, 2, 3, 4, number) for number in range(30)]
-    async with AsyncExitStack() as stack:
-        workers = [await start(role, settings, store, start_engine) for role in (Role.PREFILL, Role.DECODE)]
-        for worker in workers:
-            stack.push_async_callback(worker.close)
-        decoding = start_engine.engines[Role.DECODE].going
-        decoding.clear()
-        async with Router(store, settings.router, SECRET) as routed:
-
-            async def tokens(prompt: tuple[int, ...]) -> list[int]:
-                async with routed.generate(GenerateRequest("r", prompt, sampling)) as generation:
-                    return [token async for delta in generation for token in delta.token_ids]
-
-            asking = asyncio.gather(*map(tokens, prompts))
-            await asyncio.sleep(1.0)
-            decoding.set()
-            assert await asking == [tokens_of("", prompt, sampling) for prompt in prompts]
-            assert routed.stats().resumes == routed.stats().retries == 0
-            assert len(start_engine.engines[Role.PREFILL].requests) == len(prompts)
-            with pytest.raises(InvalidRequest, match=rf"of 41 tokens doesn't fit .* raise {scarce}\.staging_bytes"):
-                await tokens(tuple(range(41)))
-
-
 async def test_an_engine_that_does_not_start_leaves_nothing(
-    settings: Settings, store: SqliteStore, start_engine: StartFake
+    settings: Settings, store: FakeStore, start_engine: StartFake
 ) -> None:
     start_engine.error = EngineFailed("out of memory")
     descriptors = len(os.listdir("/proc/self/fd"))
@@ -430,17 +430,18 @@ async def test_an_engine_that_does_not_start_leaves_nothing(
     assert len(os.listdir("/proc/self/fd")) <= descriptors + 1
 
 
-async def test_a_start_that_fails_late_ends_the_engine(
-    settings: Settings, start_engine: StartFake, tmp_path: Path
-) -> None:
-    class LateStore(FailingStore):
-        async def put_worker(self, worker: Worker) -> None:
-            self.failing = worker.state is WorkerState.READY
-            await super().put_worker(worker)
+async def test_a_start_that_fails_late_ends_the_engine(settings: Settings, start_engine: StartFake) -> None:
+    class LateStore(FakeStore):
+        async def put_worker(self, worker: Worker, lifetime: float) -> None:
+            self.failing = Unavailable("the disk is full") if worker.address else None
+            await super().put_worker(worker, lifetime)
 
-    store = LateStore(tmp_path / "late.sqlite")
+        async def remove_worker(self, worker_id: str) -> None:
+            self.failing = None
+            await super().remove_worker(worker_id)
+
+    store = LateStore()
     with pytest.raises(Unavailable, match="the disk is full"):
         await start(Role.DECODE, settings, store, start_engine)
     assert await store.workers() == []
     assert start_engine.engines[Role.DECODE].closed
-    await store.close()

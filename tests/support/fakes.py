@@ -1,4 +1,4 @@
-"""A Generator, an AdapterCatalog and AdapterPlaces without workers: scripted, failing on demand, recorded."""
+"""A Generator, an AdapterCatalog, AdapterPlaces and a StateStore in memory: scripted, failing on demand, recorded."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import dataclasses
 import hashlib
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from preft.core.cluster import Adapter, AdapterPlace
+from preft.core.cluster import Adapter, AdapterPlace, Worker
 from preft.core.errors import (
     AdapterExists,
     InvalidAdapter,
@@ -21,7 +21,7 @@ from preft.core.errors import (
     Unavailable,
 )
 from preft.core.names import adapter_name, normal_name
-from preft.core.ports import Progress
+from preft.core.ports import AdapterChanges, Progress
 from preft.core.request import AdapterRef, FinishReason, GenerateRequest, TokenDelta, TokenLogprob
 
 
@@ -253,3 +253,84 @@ class FakePlaces:
     async def places(self, adapter: AdapterRef) -> Sequence[AdapterPlace]:
         self.asked.append(adapter)
         return self.here
+
+
+@dataclass
+class FakeStore:
+    """A StateStore in memory. While `failing` is set, writes raise it."""
+
+    failing: Exception | None = None
+    renewals: list[tuple[Worker, float]] = field(default_factory=list)  # all calls of `put_worker` that succeeded
+    closed: bool = False
+
+    def __post_init__(self) -> None:
+        self._workers: dict[str, tuple[Worker, float]] = {}  # and the time of their end
+        self._adapters: dict[str, tuple[int, Adapter | None]] = {}  # and the revision of their last change
+        self._revision = 0
+        self._heard = self._version = 0
+        self._changed = asyncio.Condition()
+
+    def lose_workers(self) -> None:
+        """Does what an emptied Redis does."""
+        self._workers.clear()
+
+    async def put_worker(self, worker: Worker, lifetime: float) -> None:
+        self._check()
+        self.renewals.append((worker, lifetime))
+        self._workers[worker.id] = (worker, time.monotonic() + lifetime)
+        await self._tell()
+
+    async def remove_worker(self, worker_id: str) -> None:
+        self._check()
+        self._workers.pop(worker_id, None)
+        await self._tell()
+
+    async def workers(self) -> list[Worker]:
+        now = time.monotonic()
+        return [worker for _, (worker, end) in sorted(self._workers.items()) if end > now]
+
+    async def put_adapter(self, adapter: Adapter, *, expect: Adapter | None) -> bool:
+        self._check()
+        if await self.adapter(adapter.name) != expect:
+            return False
+        await self._set(adapter.name, adapter)
+        return True
+
+    async def delete_adapter(self, name: str) -> Adapter | None:
+        self._check()
+        adapter = await self.adapter(name)
+        if adapter is not None:
+            await self._set(name, None)
+        return adapter
+
+    async def adapter(self, name: str) -> Adapter | None:
+        return self._adapters.get(name, (0, None))[1]
+
+    async def adapter_changes(self, since: int) -> AdapterChanges:
+        changed = {name: entry for name, (at, entry) in sorted(self._adapters.items()) if at > since}
+        put = tuple(entry for entry in changed.values() if entry is not None)
+        removed = tuple(name for name, entry in changed.items() if entry is None)
+        return AdapterChanges(self._revision, put, () if since == 0 else removed, is_whole=since == 0)
+
+    async def wait_changed(self, timeout: float) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout), self._changed:
+                await self._changed.wait_for(lambda: self._version > self._heard)
+        self._heard = self._version
+
+    async def close(self) -> None:
+        self.closed = True
+
+    def _check(self) -> None:
+        if self.failing is not None:
+            raise self.failing
+
+    async def _set(self, name: str, adapter: Adapter | None) -> None:
+        self._revision += 1
+        self._adapters[name] = (self._revision, adapter)
+        await self._tell()
+
+    async def _tell(self) -> None:
+        self._version += 1
+        async with self._changed:
+            self._changed.notify_all()

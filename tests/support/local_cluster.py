@@ -22,7 +22,7 @@ from preft.cluster.gateway_process import RunningGateway, run_gateway
 from preft.cluster.model import with_model_length
 from preft.cluster.secret import cluster_secret
 from preft.cluster.worker import StartEngine, WorkerServer
-from preft.core.cluster import Role, WorkerLoad
+from preft.core.cluster import Role, WorkerStatus
 from preft.core.ports import StateStore
 from preft.core.settings import Settings, load_settings
 from preft.state import open_store
@@ -54,9 +54,9 @@ class LocalCluster:
     def call(self, coroutine: Coroutine[Any, Any, T], timeout: float = 120) -> T:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout)
 
-    def loads(self) -> dict[str, WorkerLoad]:
-        async def read() -> dict[str, WorkerLoad]:
-            return {name: worker.load() for name, worker in self.workers.items()}
+    def statuses(self) -> dict[str, WorkerStatus]:
+        async def read() -> dict[str, WorkerStatus]:
+            return {name: worker.status() for name, worker in self.workers.items()}
 
         return self.call(read())
 
@@ -82,11 +82,11 @@ class LocalCluster:
 
         def given_back() -> bool:
             return all(
-                load.running == 0
-                and load.kv_blocks_free == load.kv_blocks_total
-                and load.staging_bytes_used == 0
-                and load.open_handles == 0
-                for load in self.loads().values()
+                status.running == 0
+                and status.kv_blocks_used == 0
+                and status.staging_bytes_used == 0
+                and status.open_handles == 0
+                for status in self.statuses().values()
             )
 
         return self.wait(given_back, seconds)

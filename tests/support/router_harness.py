@@ -11,11 +11,11 @@ from preft.core.request import FinishReason, GenerateRequest
 from preft.core.settings import RouterSettings
 from preft.router.router import Router
 from preft.rpc.secret import ClusterSecret
-from support.fake_workers import EOS, FakeCluster, FakeDecode, FakePrefill, digest_of
+from support.fake_workers import EOS, FakeCluster, FakeDecode, FakePrefill, FakeWorker, digest_of
 
 H = TypeVar("H", bound="Harness")
 SECRET = ClusterSecret("of the tests")
-FAST = RouterSettings(poll_interval=0.02, transfer_timeout=2.0, retries=2, restart_grace=0.3)
+FAST = RouterSettings(poll_interval=0.02, patience=0.2, transfer_timeout=2.0, retries=2, restart_grace=0.3)
 
 
 class Harness:
@@ -35,8 +35,18 @@ class Harness:
 
     async def second(self) -> tuple[FakePrefill, FakeDecode]:
         pair = await self.cluster.add_prefill("p1"), await self.cluster.add_decode("d1")
-        await self.seen(lambda: len(self.router.view.workers) == 4)
+        await self.known()
         return pair
+
+    async def known(self) -> None:
+        """Waits until the router has each living worker's present registration, and has heard of its state."""
+
+        def told(worker: FakeWorker) -> bool:
+            view = self.router.view.workers.get(worker.id)
+            return view is not None and view.worker == worker.record() and view.status is not None
+
+        members = self.cluster.members.values()
+        await self.seen(lambda: all(told(worker) for worker in members if worker.silent_since is None))
 
     async def seen(self, condition: Any) -> None:
         for _ in range(300):
@@ -45,16 +55,21 @@ class Harness:
             await asyncio.sleep(0.01)
         raise AssertionError("it never came")
 
+    @property
+    def idle(self) -> bool:
+        """Whether the router has nothing reserved anywhere."""
+        return all(view.idle for view in self.router.view.workers.values())
+
     async def clean(self) -> None:
         """Checks that every reservation, open call and handle is gone within three seconds."""
         for _ in range(300):
-            if not self.cluster.busy and all(view.idle for view in self.router.view.workers.values()):
+            if not self.cluster.busy and self.idle:
                 break
             await asyncio.sleep(0.01)
         assert self.cluster.busy == {}
         assert self.router.stats().in_flight == {}
         assert self.router.stats().waiting == 0
-        assert all(view.idle for view in self.router.view.workers.values())
+        assert self.idle
 
     async def collect(self, request: GenerateRequest) -> dict[int, list[int]]:
         """All choices' tokens. Checks that each choice was finished once, at its end."""

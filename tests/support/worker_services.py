@@ -23,6 +23,7 @@ from preft.prefill.service import PrefillService
 from preft.router.decode_stream import DecodeCall, DecodeStream
 from preft.rpc import workers_pb2, workers_pb2_grpc
 from preft.rpc.convert import adapter_to_proto, delta_from_proto, sampling_to_proto
+from preft.rpc.secret import CALLER_KEY
 from preft.rpc.status import CODE_KEY
 from preft.transfer.handles import HandleTable
 from preft.transfer.loopback import LoopbackKvSender
@@ -30,11 +31,13 @@ from preft.transfer.port import KvHeader, checksum_of, hash_prompt
 from preft.transfer.receive import KvReceiver
 from preft.transfer.seal import SEAL, write_seal
 from preft.transfer.staging import StagingArena
+from preft.worker.usage import Usage
 from support.adapter_tiers import adapter_store
 from support.fake_engine import FakeEngine, kv_of
 
 ARENA_BYTES = 8192
 FINGERPRINT = "fp"
+SLOTS = 4
 GREEDY = Sampling(max_tokens=6, temperature=0.0)
 
 
@@ -170,6 +173,7 @@ class PrefillRig:
         to: str | None = KvSink.address,
         resume: bool = False,
         timeout: float | None = 20,
+        caller: str | None = None,
     ) -> grpc.aio.UnaryStreamCall:
         request = workers_pb2.PrefillRequest(
             request_id="r",
@@ -180,7 +184,7 @@ class PrefillRig:
             target=workers_pb2.KvTarget(address=to, handle=handle) if to else None,
             resume=resume,
         )
-        return self.stub.Prefill(request, timeout=timeout)
+        return self.stub.Prefill(request, timeout=timeout, metadata=((CALLER_KEY, caller),) if caller else None)
 
     async def run(self, prompt: Sequence[int], sampling: Sampling = GREEDY, **options: object) -> list[TokenDelta]:
         """The first tokens, by index, once the call has ended well."""
@@ -234,12 +238,16 @@ class DecodeRig:
         self.lost += 1
 
     def idle(self) -> bool:
-        return not (self.sink.arena.used or self.sink.handles.open_handles or self.service.running)
+        return not (self.sink.arena.used or self.sink.handles.open_handles or self.service.usage.running)
 
 
 @asynccontextmanager
 async def prefill_rig(
-    engine_type: type[FakeEngine] = FakeEngine, *, host_bytes: int = ARENA_BYTES, sink: KvSink | None = None
+    engine_type: type[FakeEngine] = FakeEngine,
+    *,
+    host_bytes: int = ARENA_BYTES,
+    sink: KvSink | None = None,
+    slots: int = SLOTS,
 ) -> AsyncIterator[PrefillRig]:
     """Checks at the end that no byte and no running request is left."""
     arena, sink = StagingArena.create(ARENA_BYTES), sink or KvSink()
@@ -248,13 +256,14 @@ async def prefill_rig(
     try:
         async with AsyncExitStack() as opened:
             adapters = await opened.enter_async_context(adapter_store(engine, memory))
-            service = PrefillService(engine, adapters, arena, sink.sender, FINGERPRINT)
+            service = PrefillService(engine, adapters, arena, sink.sender, FINGERPRINT, Usage(slots))
             serve = channel_to(workers_pb2_grpc.add_PrefillWorkerServicer_to_server, service)
             channel = await opened.enter_async_context(serve)
             rig = PrefillRig(channel, engine, adapters, arena, sink)
             rig.service = service
             yield rig
-            await until(lambda: not (arena.used or service.running or engine.stats.running))
+            await until(lambda: not (arena.used or service.usage.running or engine.stats.running))
+            assert not service.usage.prompted
     finally:
         sink.handles.close()
         arena.close()
@@ -268,7 +277,7 @@ async def decode_rig() -> AsyncIterator[DecodeRig]:
     """Checks at the end that no byte, no handle and no running request is left."""
     sink = KvSink()
     engine = FakeEngine(Role.DECODE, sink.arena.path)
-    service = DecodeService(engine, sink.handles)
+    service = DecodeService(engine, sink.handles, Usage(0))
     try:
         async with channel_to(workers_pb2_grpc.add_DecodeWorkerServicer_to_server, service) as channel:
             rig = DecodeRig(channel, engine, sink)

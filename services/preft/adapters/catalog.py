@@ -1,7 +1,7 @@
 """The AdapterCatalog: adapter names, the version that each name points to, and the way to add adapters.
 
 The catalog owns no data. Entries live in the state store. Content lives in its source, and in the disk tier while there
-is room. `get` and `list` read a copy of the store's entries, which `refresh` updates.
+is room. Reads come from the process's copy of the store's entries (`catalog_view`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import TypeVar
 
 from preft.adapters.archive import unpack_archive
 from preft.adapters.base_model import BaseModel
+from preft.adapters.catalog_view import CatalogView
 from preft.adapters.disk_tier import DiskTier
 from preft.adapters.fetch_threads import FetchThreads
 from preft.adapters.folder import AdapterSummary, check_adapter
@@ -38,74 +39,6 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 PINNED_SHARE = 0.5  # of host memory and of the disk tier: adapters that aren't pinned need room as well
-
-
-class CatalogView:
-    """One process's copy of the catalog, as of its last `refresh`. Reads don't wait for the store."""
-
-    def __init__(self, store: StateStore, max_age: float = math.inf) -> None:
-        """`get` and `list` raise Unavailable if the last `refresh` is more than `max_age` seconds ago."""
-        self._store = store
-        self._max_age = max_age
-        self._read_at = time.monotonic()
-        self._revision = 0
-        self._by_name: dict[str, Adapter] = {}
-        self._names_of: dict[str, set[str]] = {}  # by digest
-        self._sorted: tuple[Adapter, ...] | None = ()
-        self.pinned: frozenset[str] = frozenset()  # digests
-
-    def get(self, name: str) -> Adapter | None:
-        """The entry of `name`, or None."""
-        self._check_age()
-        return self._by_name.get(normal_name(name))
-
-    def list(self) -> Sequence[Adapter]:
-        """All entries, sorted by name; the same object until an entry changes."""
-        self._check_age()
-        if self._sorted is None:
-            self._sorted = tuple(adapter for _, adapter in sorted(self._by_name.items()))
-        return self._sorted
-
-    async def refresh(self) -> Collection[str]:
-        """Updates the copy. Returns the digests that no name points to any more.
-
-        Raises Unavailable if the store can't be read; the old copy then stays.
-        """
-        asked = time.monotonic()
-        changes = await self._store.adapter_changes(self._revision)
-        self._read_at = max(self._read_at, asked)
-        if changes.revision <= self._revision:
-            return ()  # a concurrent refresh has read these changes already
-        self._revision = changes.revision
-        left = set()
-        removed = tuple(self._by_name) if changes.is_whole else changes.removed
-        for name in (*removed, *(adapter.name for adapter in changes.put)):
-            old = self._by_name.pop(name, None)
-            if old is not None:
-                names = self._names_of[old.digest]
-                names.discard(name)
-                if not names:
-                    del self._names_of[old.digest]
-                    left.add(old.digest)
-        for adapter in changes.put:
-            self._by_name[adapter.name] = adapter
-            self._names_of.setdefault(adapter.digest, set()).add(adapter.name)
-            left.discard(adapter.digest)
-        self._sorted = None
-        self.pinned = frozenset(adapter.digest for adapter in self._by_name.values() if adapter.pinned)
-        return left
-
-    @property
-    def revision(self) -> int:
-        """Changes with each `refresh` that found changes."""
-        return self._revision
-
-    def _check_age(self) -> None:
-        age = time.monotonic() - self._read_at
-        if age > self._max_age:
-            raise Unavailable(
-                f"the adapter catalog could not be read for {age:.0f} seconds and may be out of date: try again later"
-            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from preft.adapters.packed import AdapterFiles, DamagedCopy
 from preft.adapters.source_limits import SourceLimits
 from preft.adapters.sources import open_source
 from preft.core.background import Background
-from preft.core.cluster import AdapterLoad, AdapterPlace, Tier
+from preft.core.cluster import AdapterPlace, AdapterState, Tier, TierTotals
 from preft.core.errors import (
     AdapterUnavailable,
     InvalidAdapter,
@@ -48,7 +48,6 @@ ATTEMPTS = 5  # fetches of an adapter whose copy is evicted or damaged before it
 READS = 2  # concurrent disk reads
 NICENESS = 10  # of the fetch and read threads: engine steps come first
 ROOM_SECONDS = 30.0  # a load's longest wait for host memory
-LISTED = 1024  # adapters named in a heartbeat
 
 
 class AdapterEngine(Protocol):
@@ -102,13 +101,24 @@ class AdapterStore:
         self._loads: Counter[Tier] = Counter()
         self._load_seconds = dict.fromkeys((Tier.DISK, Tier.SOURCE), 0.0)
         self._evictions = 0
+        self._on_change: Callable[[str], None] = lambda digest: None
         self._fetching = FetchThreads("adapter-fetch", _give_way)
         self._reading = ThreadPoolExecutor(READS, "adapter-read", _give_way)
 
-    @property
-    def digests(self) -> tuple[str, ...]:
-        """Digests of the adapters in host memory, most recently used last; at most LISTED of them."""
-        return tuple(self._regions)[-LISTED:]
+    def observe(self, on_change: Callable[[str], None]) -> None:
+        """From now on calls `on_change` with a digest after each change of its `state`. There is one observer."""
+        self._on_change = on_change
+
+    def state(self, digest: str) -> AdapterState | None:
+        """None: the worker neither holds nor loads it."""
+        if digest in self._regions:
+            return AdapterState.SLOT if digest in self._slots else AdapterState.HOST
+        return AdapterState.LOADING if digest in self._loading else None
+
+    def states(self) -> dict[str, AdapterState]:
+        """The states of all adapters in host memory, least recently used first, then of those that are loaded now."""
+        found = {digest: self.state(digest) for digest in (*self._regions, *self._loading)}
+        return {digest: state for digest, state in found.items() if state is not None}
 
     async def prefetch(self, adapter: AdapterRef) -> None:
         """Loads the adapter into host memory, unless it is there. Raises as `using`."""
@@ -188,10 +198,9 @@ class AdapterStore:
             tier = Tier.DISK if self._disk.has(digest) else Tier.SOURCE
         return AdapterPlace(self._worker_id, tier, self._last_used.get(digest, 0.0), self._users[digest])
 
-    def load(self) -> AdapterLoad:
-        """The tiers' contents and counters, for the heartbeat."""
-        return AdapterLoad(
-            slots=self._slot_limit,
+    def totals(self) -> TierTotals:
+        """The tiers' contents and counters. Cheap, however many adapters there are."""
+        return TierTotals(
             slots_used=len(self._slots),
             host_adapters=len(self._regions),
             host_bytes=self._arena.used,
@@ -224,11 +233,13 @@ class AdapterStore:
             task = asyncio.create_task(self._load(adapter), name=f"load-{digest[:12]}")
             self._loading[digest] = task
             task.add_done_callback(lambda task: self._load_ended(digest, task))
+            self._on_change(digest)
         await asyncio.shield(task)
 
     def _load_ended(self, digest: str, task: asyncio.Task[None]) -> None:
         if self._loading[digest] is task:
             del self._loading[digest]
+            self._on_change(digest)
         error = None if task.cancelled() else task.exception()
         if error is not None and not isinstance(error, PreftError):  # all waiters may have left
             logger.error("the load of adapter %s broke", digest, exc_info=error)
@@ -249,6 +260,7 @@ class AdapterStore:
         self._load_seconds[tier] += time.perf_counter() - started
         self._regions[adapter.digest] = region
         self._adapters[adapter.digest] = adapter
+        self._on_change(adapter.digest)
         self._settle(adapter.digest)
 
     async def _bring_in(self, adapter: AdapterRef) -> tuple[Region, Tier]:
@@ -341,10 +353,14 @@ class AdapterStore:
 
     def _touch(self, digest: str) -> None:
         self._regions.move_to_end(digest)
-        self._slots[digest] = None
-        self._slots.move_to_end(digest)
+        if digest in self._slots:
+            self._slots.move_to_end(digest)
+        else:
+            self._slots[digest] = None
+            self._on_change(digest)
         if len(self._slots) > self._slot_limit:
-            self._slots.popitem(last=False)
+            left, _ = self._slots.popitem(last=False)
+            self._on_change(left)
         self._settle(digest)
 
     def _settle(self, digest: str) -> None:
@@ -379,6 +395,7 @@ class AdapterStore:
         self._engine.forget_adapter(digest)
         self._slots.pop(digest, None)
         self._came_from.pop(digest, None)
+        self._on_change(digest)
 
     async def _in(self, threads: ThreadPoolExecutor, work: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(threads, work, *arguments)

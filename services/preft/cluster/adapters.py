@@ -97,7 +97,7 @@ async def following_catalog(settings: Settings, adapters: AdapterStore) -> Async
         adapters.pin(view.pinned)
         adapters.forget(left)
         for adapter in view.list() if view.pinned else ():
-            if adapter.pinned and adapter.digest not in adapters.digests:
+            if adapter.pinned and adapters.state(adapter.digest) is None:
                 background.start(_bring_in(adapter, adapters), f"the load of the pinned adapter {adapter.name!r}")
         left.clear()
         followed = view.revision

@@ -10,11 +10,11 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from io import TextIOWrapper
 from typing import TextIO
 
-from preft.core.cluster import Worker, WorkerState
+from preft.core.cluster import WorkerSeen, WorkerState
 
 FIRST_TOKENS = 64  # of the answer to the example
 ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}
@@ -62,11 +62,12 @@ class WorkerProgress:
         for worker_id in worker_ids:
             self._say(worker_id, "its process starts")
 
-    def observe(self, workers: Mapping[str, Worker]) -> None:
+    def observe(self, workers: Iterable[WorkerSeen]) -> None:
         """Takes over the router's current view."""
+        known = {seen.worker.id: seen for seen in workers}
         for worker_id, (pid, state) in self._stages.items():
-            worker = workers.get(worker_id)
-            now = (worker.pid, worker.state) if worker is not None else (pid, None)
+            seen = known.get(worker_id)
+            now = (seen.worker.pid, seen.state) if seen is not None else (pid, None)
             if now != (pid, state):
                 self._changed(worker_id, state, now)
         self._console.status(self._going_on())

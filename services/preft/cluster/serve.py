@@ -161,7 +161,7 @@ async def _tell_progress(settings: Settings, gateway: RunningGateway, cluster_id
     progress = WorkerProgress(console, [f"{cluster_id}-{name}" for name in names], f"{cluster_id}-")
     is_said = False
     while True:
-        progress.observe(gateway.router.snapshot.workers)
+        progress.observe(gateway.router.workers())
         if not is_said and gateway.router.ready():
             is_said = True
             adapters = gateway.catalog.list()

@@ -1,6 +1,6 @@
-"""One worker process of any role: engine, staging arena, gRPC services, registration, heartbeats.
+"""One worker process of any role: engine, staging arena, gRPC services, registration.
 
-Owns the order of start and stop. Ray, the command line or a test starts it.
+Owns the order of start and stop, and the registration's renewal. Ray, the command line or a test starts it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import logging
 import os
-import time
 from collections.abc import Callable
 
 import grpc.aio
@@ -23,7 +22,7 @@ from preft.cluster.secret import cluster_secret
 from preft.cluster.sizing import staging_bytes
 from preft.colocated.service import ColocatedService
 from preft.core.background import Background
-from preft.core.cluster import AdapterLoad, Role, Worker, WorkerLoad, WorkerState
+from preft.core.cluster import Role, TierTotals, Worker, WorkerStatus
 from preft.core.errors import PreftError
 from preft.core.ports import StateStore
 from preft.core.settings import PrefillSettings, Settings, host_and_port
@@ -41,10 +40,16 @@ from preft.transfer.handles import HandleTable
 from preft.transfer.port import KvSender
 from preft.transfer.receive import KvReceiver
 from preft.transfer.staging import StagingArena
+from preft.worker.status import StatusService
+from preft.worker.usage import Usage
 
 logger = logging.getLogger(__name__)
 
-HEARTBEAT_SECONDS = 1.0
+STARTING_LIFETIME = 600.0  # seconds for which a worker is registered while its engine loads
+LIFETIME = 30.0  # seconds for which a serving worker is registered
+RENEWAL_SECONDS = 10.0
+RETRY_SECONDS = 1.0  # after a renewal that failed
+DRAIN_SECONDS = 0.5  # for the routers to hear that the worker ends
 
 
 class WorkerServer:
@@ -68,7 +73,9 @@ class WorkerServer:
         self._arena = arena
         self._adapters = adapters
         self._handles: HandleTable | None = None
-        self._running_of_service: Callable[[], int]
+        self._usage = Usage(record.adapter_slots)
+        self._status = StatusService(self._measure, self._usage, adapters)
+        self._is_registered = False
         self._background = Background()
         self._opened = contextlib.AsyncExitStack()
 
@@ -83,7 +90,7 @@ class WorkerServer:
         start_engine: StartEngine,
         sender: KvSender | None = None,
     ) -> WorkerServer:
-        """Starts the engine (25-45 s on CPU), then serves on a free port of `host` and registers as READY.
+        """Starts the engine (25-45 s on CPU), then serves on a free port of `host` and registers its address.
 
         Raises the errors of `start_engine`; then nothing is left running.
         """
@@ -91,17 +98,13 @@ class WorkerServer:
         record = Worker(
             id=worker_id,
             role=role,
-            state=WorkerState.STARTING,
-            address="",
-            fingerprint="",
             pid=os.getpid(),
             max_num_seqs=own.max_num_seqs,
             adapter_slots=own.max_loras if isinstance(own, PrefillSettings) else 0,
-            heartbeat=time.time(),
         )
         async with contextlib.AsyncExitStack() as opened:
             opened.push_async_callback(store.remove_worker, worker_id)
-            await store.put_worker(record)
+            await store.put_worker(record, STARTING_LIFETIME)
             arena = StagingArena.create(staging_bytes(settings, role))
             opened.callback(arena.close)
             memory = StagingArena.create(settings.store.host_bytes) if record.adapter_slots else None
@@ -121,7 +124,8 @@ class WorkerServer:
                 engine_pids=info.pids,
                 block_size=info.block_size,
                 block_bytes=info.block_bytes,
-                max_model_len=info.max_model_len,
+                kv_blocks=info.kv_blocks,
+                staging_bytes=arena.capacity,
             )
             adapters = None
             if memory is not None:
@@ -148,9 +152,9 @@ class WorkerServer:
             guard.serve_at(worker._record.address)
             await server.start()
             opened.push_async_callback(server.stop, 0)
-            await worker._beat()
+            await worker._register()
             worker._opened = opened.pop_all()
-        worker._background.every(HEARTBEAT_SECONDS, worker._beat, f"the heartbeat of {worker_id}")
+        worker._background.every(worker._until_renewal, worker._register, f"the registration of {worker_id}")
         address = worker._record.address
         logger.info("%s worker %s serves %s on %s", role.value, worker_id, ", ".join(names), address)
         return worker
@@ -165,54 +169,58 @@ class WorkerServer:
         return await self._engine.wait_dead()
 
     async def close(self) -> None:
-        """Removes the registration, stops serving, and ends all parts of the worker."""
+        """Tells the routers, removes the registration, stops serving, and ends all parts of the worker."""
+        self.drain()
         await self._background.close()
         with contextlib.suppress(PreftError):
             await self._store.remove_worker(self._record.id)
+        await self._status.drained(DRAIN_SECONDS)
         with contextlib.suppress(PreftError):
             await self._opened.aclose()
 
-    def load(self) -> WorkerLoad:
-        """The worker's current use of resources."""
-        total = self._engine.info.kv_blocks
-        return WorkerLoad(
-            running=self._running_of_service(),
-            kv_blocks_total=total,
-            kv_blocks_free=round(total * (1 - self._engine.stats.kv_usage)),
-            staging_bytes_total=self._arena.capacity,
-            staging_bytes_used=self._arena.used,
-            staging_bytes_evictable=self._arena.evictable,
+    def drain(self) -> None:
+        """Tells the watching routers at once to send nothing more. The worker still serves what comes."""
+        self._status.drain()
+
+    def status(self, caller: str = "") -> WorkerStatus:
+        """The worker's use at this moment, as the router `caller` is told it."""
+        return self._status.status(caller)
+
+    def _measure(self) -> WorkerStatus:
+        stats = self._engine.stats
+        return WorkerStatus(
+            running=self._usage.running,
+            kv_blocks_used=round(self._engine.info.kv_blocks * stats.kv_usage),
+            staging_bytes_used=self._arena.used - self._arena.evictable,
+            staging_bytes_fit=self._arena.fit,
             open_handles=self._handles.open_handles if self._handles is not None else self._arena.regions,
-            preemptions=self._engine.stats.preemptions,
-            adapters=self._adapters.digests if self._adapters else (),
-            tiers=self._adapters.load() if self._adapters else AdapterLoad(),
+            preemptions=stats.preemptions,
+            tiers=self._adapters.totals() if self._adapters is not None else TierTotals(),
         )
 
     def _add_services(self, settings: Settings, role: Role, secret: ClusterSecret) -> list[str]:
         descriptor = workers_pb2.DESCRIPTOR.services_by_name
-        names = [health.SERVICE_NAME]
-        adapters = self._adapters
+        workers_pb2_grpc.add_WorkerStatusServicer_to_server(self._status, self._server)  # type: ignore[no-untyped-call]
+        names = [health.SERVICE_NAME, descriptor["WorkerStatus"].full_name]
+        adapters, usage = self._adapters, self._usage
         if adapters is not None:
             workers_pb2_grpc.add_WorkerAdaptersServicer_to_server(_Adapters(adapters), self._server)  # type: ignore[no-untyped-call]
             names.append(descriptor["WorkerAdapters"].full_name)
         if role is Role.PREFILL:
             assert adapters is not None
-            prefill = PrefillService(self._engine, adapters, self._arena, self._sender, self._record.fingerprint)
-            self._running_of_service = lambda: prefill.running
+            prefill = PrefillService(self._engine, adapters, self._arena, self._sender, self._record.fingerprint, usage)
             workers_pb2_grpc.add_PrefillWorkerServicer_to_server(prefill, self._server)  # type: ignore[no-untyped-call]
             names.append(descriptor["PrefillWorker"].full_name)
         elif role is Role.COLOCATED:
             assert adapters is not None
-            colocated = ColocatedService(self._engine, adapters)
-            self._running_of_service = lambda: colocated.running
+            colocated = ColocatedService(self._engine, adapters, usage)
             workers_pb2_grpc.add_DecodeWorkerServicer_to_server(colocated, self._server)  # type: ignore[no-untyped-call]
             names.append(descriptor["DecodeWorker"].full_name)
         else:
             timeout = settings.router.transfer_timeout
             self._handles = HandleTable(self._arena, fingerprint=self._record.fingerprint, lease=timeout)
             receiver = KvReceiver(self._arena, self._handles, room_timeout=timeout, frame_timeout=timeout)
-            decode = DecodeService(self._engine, self._handles)
-            self._running_of_service = lambda: decode.running
+            decode = DecodeService(self._engine, self._handles, usage)
             workers_pb2_grpc.add_DecodeWorkerServicer_to_server(decode, self._server)  # type: ignore[no-untyped-call]
             self._server.add_generic_rpc_handlers((kv_transfer_handler(receiver, secret),))
             names += [
@@ -224,12 +232,14 @@ class WorkerServer:
         servicer._server_status.update(dict.fromkeys(["", *names], health_pb2.HealthCheckResponse.SERVING))
         return names
 
-    async def _beat(self) -> None:
-        """Writes a heartbeat with the worker's load."""
-        self._record = dataclasses.replace(
-            self._record, state=WorkerState.READY, heartbeat=time.time(), load=self.load()
-        )
-        await self._store.put_worker(self._record)
+    async def _register(self) -> None:
+        """Registers the worker, or renews its registration. Brings it back if the store has lost it."""
+        self._is_registered = False
+        await self._store.put_worker(self._record, LIFETIME)
+        self._is_registered = True
+
+    def _until_renewal(self) -> float:
+        return RENEWAL_SECONDS if self._is_registered else RETRY_SECONDS
 
 
 def _warn_of_little_room(role: Role, capacity: int, info: EngineInfo) -> None:

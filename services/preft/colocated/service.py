@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from contextlib import aclosing, nullcontext
+from contextlib import ExitStack, aclosing, nullcontext
 from functools import partial
 
 import grpc.aio
@@ -18,17 +18,18 @@ from preft.decode.choices import ChoiceService, Deltas, choice_sampling
 from preft.engine.port import Engine, EngineRequest
 from preft.rpc import workers_pb2
 from preft.rpc.convert import adapter_from_proto, sampling_from_proto
+from preft.worker.usage import Usage
 
 
 class ColocatedService(ChoiceService):
     """The gRPC service of one colocated worker."""
 
-    def __init__(self, engine: Engine, adapters: AdapterStore) -> None:
-        super().__init__()
+    def __init__(self, engine: Engine, adapters: AdapterStore, usage: Usage) -> None:
+        super().__init__(usage)
         self._engine = engine
         self._adapters = adapters
 
-    def begin(self, request: workers_pb2.DecodeRequest) -> Callable[[workers_pb2.DecodeChoice], Deltas]:
+    def begin(self, request: workers_pb2.DecodeRequest, caller: str) -> Callable[[workers_pb2.DecodeChoice], Deltas]:
         adapter = adapter_from_proto(request.adapter) if request.HasField("adapter") else None
         if request.adapter_digest != (adapter.digest if adapter else ""):
             raise InvalidRequest("the request names one adapter and brings another", param="adapter")
@@ -38,9 +39,10 @@ class ColocatedService(ChoiceService):
             sampling=sampling_from_proto(request.sampling),
             adapter=adapter,
         )
-        return partial(self._generate, prompt)
+        return partial(self._generate, caller, prompt)
 
-    async def _generate(self, prompt: EngineRequest, choice: workers_pb2.DecodeChoice) -> Deltas:
+    async def _generate(self, caller: str, prompt: EngineRequest, choice: workers_pb2.DecodeChoice) -> Deltas:
+        """The choice takes an adapter slot until its first delta: then its prompt is computed. Raises WorkerFull."""
         request = dataclasses.replace(
             prompt,
             request_id=f"{prompt.request_id}-{choice.index}",
@@ -48,12 +50,15 @@ class ColocatedService(ChoiceService):
             index=choice.index,
             output_token_ids=tuple(choice.output_token_ids),
         )
-        async with (
-            self._adapters.using(request.adapter) if request.adapter else nullcontext(),
-            aclosing(self._engine.generate(request)) as deltas,
-        ):
-            async for delta in deltas:
-                yield delta
+        with ExitStack() as slot:
+            slot.enter_context(self.usage.prompt(caller, request.adapter.digest if request.adapter else ""))
+            async with (
+                self._adapters.using(request.adapter) if request.adapter else nullcontext(),
+                aclosing(self._engine.generate(request)) as deltas,
+            ):
+                async for delta in deltas:
+                    slot.close()
+                    yield delta
 
     async def Release(
         self, request: workers_pb2.ReleaseRequest, context: grpc.aio.ServicerContext

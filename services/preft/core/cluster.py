@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from typing import Any
 
 
 class Role(StrEnum):
@@ -131,6 +132,36 @@ class StatusUpdate:
     status: WorkerStatus
     adapters: Mapping[str, AdapterStatus] = field(default_factory=dict)
     is_whole: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSeen:
+    """A worker as a router sees it now. `seconds`: since its last message, or since its registration was first read."""
+
+    worker: Worker
+    state: WorkerState
+    status: WorkerStatus
+    seconds: float
+
+    def as_json(self) -> dict[str, Any]:
+        """The worker as `/v1/workers` and `preft status --json` show it."""
+        return {
+            **asdict(self.worker),
+            "state": self.state.value,
+            "seconds_since_heard": round(self.seconds, 1),
+            "status": asdict(self.status),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class RouterStats:
+    """`in_flight` counts prefills or sequences per worker id; the others are totals, but for `waiting`."""
+
+    waiting: int = 0
+    in_flight: Mapping[str, int] = field(default_factory=dict)
+    retries: int = 0  # attempts repeated before the first token
+    resumes: int = 0  # attempts that continue choices that have tokens
+    refused: int = 0  # requests for which the queue had no room
 
 
 @dataclass(frozen=True, slots=True)

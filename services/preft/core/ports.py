@@ -88,17 +88,27 @@ class AdapterPlaces(Protocol):
 class AdapterChanges:
     """The catalog's revision, which each change raises, and the changes up to it: entries put and names removed.
 
-    If `is_whole`, `put` is the whole catalog, and every other name is removed.
+    If `is_whole`, `put` is the whole catalog: every other name is removed, unless `epoch` is new to the reader.
+    `removed` also has names whose present record this version can't read.
+
+    `epoch` is a random name for the catalog's history. A store that has lost changes which a reader may have seen
+    begins another epoch. A reader that gets the whole catalog under another epoch than before knows of entries that the
+    store has lost, and should put these entries back.
     """
 
     revision: int
     put: tuple[Adapter, ...]
     removed: tuple[str, ...] = ()
     is_whole: bool = False
+    epoch: str = ""
 
 
 class StateStore(Protocol):
-    """The registrations of workers and the adapter catalog. Never on the per-request path."""
+    """The registrations of workers and the adapter catalog. Never on the per-request path.
+
+    Every method but `wait_changed` and `close` raises Unavailable if the store can't be used or doesn't answer.
+    A record that this version can't read is left out of lists, with one warning in the log.
+    """
 
     async def put_worker(self, worker: Worker, lifetime: float) -> None:
         """Registers `worker` for `lifetime` seconds, or replaces its registration. A worker renews it in time."""
@@ -107,7 +117,7 @@ class StateStore(Protocol):
         """Removes a registration; unknown ids are ignored."""
 
     async def workers(self) -> list[Worker]:
-        """All registrations that haven't expired, by id. No wall clock is compared."""
+        """All registrations that haven't expired, by id. No wall clocks of two machines are compared."""
 
     async def put_adapter(self, adapter: Adapter, *, expect: Adapter | None) -> bool:
         """Points `adapter.name` to this version if its entry is `expect` (None: no entry); else returns False."""
@@ -119,12 +129,14 @@ class StateStore(Protocol):
         """The current entry."""
 
     async def adapter_changes(self, since: int) -> AdapterChanges:
-        """The changes after revision `since`; the whole catalog if `since` is 0 or long ago."""
+        """The changes after revision `since`. The whole catalog if `since` is 0, long ago, or unknown to the store."""
 
     async def wait_changed(self, timeout: float) -> None:
-        """Returns when workers or adapters may have changed since the last call began, after `timeout` s at the latest.
+        """Returns when workers or adapters may have changed since the last call returned, after `timeout` s at most.
 
-        Never raises: while the store can't be reached, it waits for the whole `timeout`.
+        The first call counts from the store's opening. For one task at a time. Never raises: while the store can't be
+        reached, it waits for the whole `timeout`.
         """
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Ends all use of the store. A second call does nothing."""

@@ -73,7 +73,8 @@ class AdapterRef:
 class GenerateRequest:
     """One prompt to continue `n` times, with the base model (`adapter` None) or with one adapter version.
 
-    `deadline` is in `time.time()` seconds; None means no limit.
+    `deadline` is in `time.time()` seconds; None means no limit. Waiting requests go in order of arrival, but those with
+    a lower `priority` count as older, and tenants share the workers.
     """
 
     request_id: str
@@ -82,6 +83,8 @@ class GenerateRequest:
     adapter: AdapterRef | None = None
     n: int = 1
     deadline: float | None = None
+    priority: int = 0
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,6 +72,7 @@ class RouterSettings(_Strict):
     request_timeout: Seconds = 600.0
     transfer_timeout: Seconds = 30.0  # from first token to KV in place
     retries: Annotated[int, Field(ge=0, le=10)] = 2  # further attempts after a worker or transfer failed
+    shares: dict[str, Annotated[float, Field(gt=0, le=1e6)]] = Field(default_factory=dict)  # by `user`; else 1
     patience: Seconds = 1.0  # a request that has waited longer isn't overtaken by later ones
     poll_interval: Seconds = 0.25  # how often the state store is read, if it announces no change
     worker_timeout: Seconds = 10.0  # a worker that tells nothing for this long gets no requests

@@ -21,13 +21,14 @@ from preft.rpc.convert import sampling_from_proto
 from preft.rpc.status import errors_reported
 from preft.transfer.handles import Claim, HandleTable
 from preft.transfer.port import hash_prompt
+from preft.worker.usage import Usage
 
 
 class DecodeService(ChoiceService):
     """The gRPC service of one decode worker."""
 
-    def __init__(self, engine: Engine, handles: HandleTable) -> None:
-        super().__init__()
+    def __init__(self, engine: Engine, handles: HandleTable, usage: Usage) -> None:
+        super().__init__(usage)
         self._engine = engine
         self._handles = handles
 
@@ -38,7 +39,7 @@ class DecodeService(ChoiceService):
             self._handles.release(handle_of(request.handle))
         return workers_pb2.ReleaseReply()
 
-    def begin(self, request: workers_pb2.DecodeRequest) -> Callable[[workers_pb2.DecodeChoice], Deltas]:
+    def begin(self, request: workers_pb2.DecodeRequest, caller: str) -> Callable[[workers_pb2.DecodeChoice], Deltas]:
         tokens = tuple(request.prompt_token_ids)
         if not tokens:
             raise InvalidRequest("a decode request has a prompt", param="prompt_token_ids")

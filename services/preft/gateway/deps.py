@@ -9,14 +9,14 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
-from preft.core.cluster import Role, Worker
+from preft.core.cluster import Role, RouterStats, WorkerSeen
 from preft.core.errors import Unavailable
 from preft.core.ports import AdapterCatalog, AdapterPlaces, Generator
+from preft.gateway.cluster_metrics import ClusterMetrics
 from preft.gateway.drain import Drain
 from preft.gateway.metrics import MeteredGenerator
 from preft.gateway.readiness import missing_workers
 from preft.gateway.tokenizer import Tokenizer
-from preft.gateway.worker_metrics import WorkerMetrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +25,9 @@ class GatewayDeps:
 
     `max_body_bytes` limits each HTTP request except adapter uploads, which `max_adapter_bytes` limits. `upload_folder`
     holds uploads while they arrive (None: the system's temporary folder). `places` adds each adapter's locations to the
-    entries. `workers` adds metrics of the workers. `allowed_hosts` are the server's names beside loopback's.
-    `allowed_origins` are the origins whose pages may use it. The constructor wraps `generator` so that `registry`
-    counts every request over HTTP or gRPC: one registry per object.
+    entries. `workers` and `stats` are the router's, for metrics and /v1/workers. `allowed_hosts` are the server's names
+    beside loopback's. `allowed_origins` are the origins whose pages may use it. The constructor wraps `generator` so
+    that `registry` counts every request over HTTP or gRPC: one registry per object.
     """
 
     model_name: str
@@ -44,21 +44,21 @@ class GatewayDeps:
     allowed_hosts: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
     places: AdapterPlaces | None = None
-    workers: Callable[[], Iterable[Worker]] | None = None
+    workers: Callable[[], Iterable[WorkerSeen]] = tuple
+    stats: Callable[[], RouterStats] = RouterStats
     roles: tuple[Role, ...] = (Role.PREFILL, Role.DECODE)  # of workers that must be ready
     drain: Drain = field(default_factory=Drain)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "generator", MeteredGenerator(self.generator, self.registry))
-        if self.workers is not None:
-            WorkerMetrics(self.workers, self.registry)
+        ClusterMetrics(self.workers, self.stats, self.registry)
 
     def unready(self) -> str:
         """The reason why requests can't be served now; "" if they can."""
         if self.drain.begun:
             return "the server is shutting down"
         if not self.generator.ready():
-            return missing_workers(self.workers() if self.workers is not None else (), self.roles)
+            return missing_workers(self.workers(), self.roles)
         try:
             self.catalog.list()
         except Unavailable as error:

@@ -59,6 +59,8 @@ def _body(request: inference_pb2.GenerateRequest) -> dict[str, Any]:
         "presence_penalty": request.presence_penalty,
         "frequency_penalty": request.frequency_penalty,
         "ignore_eos": request.ignore_eos,
+        "priority": request.priority,
+        "user": request.user,
         "stop": list(request.stop),
         "stop_token_ids": list(request.stop_token_ids),
         "logit_bias": {str(token_id): bias for token_id, bias in request.logit_bias.items()},

@@ -160,6 +160,8 @@ def _job(
                 adapter=adapter,
                 n=body.n,
                 deadline=deadline,
+                priority=body.priority,
+                tenant=body.user or "",
             )
         )
     options = TextOptions(

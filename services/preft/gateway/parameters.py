@@ -13,7 +13,7 @@ from preft.core.errors import InvalidRequest
 # No effect on the tokens here, whatever the value: the caller's own bookkeeping, ...
 ACCEPTED = frozenset(
     {
-        "user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+        "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
         "prompt_cache_options", "session_id",
         # ... the size of stream chunks, ...
         "stream_interval",
@@ -51,7 +51,6 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "moderation": (),
     "prediction": (),
-    "priority": (0,),
     "prompt_embeds": (),
     "prompt_logprobs": (),
     "repetition_detection": (),

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import time
-
 from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from preft.core.cluster import worker_row
 from preft.gateway.deps import GatewayDeps
 from preft.gateway.openapi import answers
 from preft.gateway.readiness import worker_json
@@ -28,15 +25,13 @@ def operations_routes(deps: GatewayDeps) -> APIRouter:
         """200 if a request would be served now, else 503."""
         if not (reason := deps.unready()):
             return JSONResponse({"status": "ready"})
-        workers = [worker_json(worker) for worker in (deps.workers() if deps.workers is not None else ())]
+        workers = [worker_json(seen) for seen in deps.workers()]
         return JSONResponse({"status": "not ready", "reason": reason, "workers": workers}, 503)
 
     @router.get("/v1/workers", responses=answers(WorkersReply))
     async def workers() -> Response:
-        """The workers as the router sees them, with the resource use of their last heartbeat."""
-        now = time.time()
-        rows = [worker_row(worker, now) for worker in (deps.workers() if deps.workers is not None else ())]
-        return JSONResponse({"workers": rows})
+        """The workers as the router sees them, each with the state that it told last."""
+        return JSONResponse({"workers": [seen.as_json() for seen in deps.workers()]})
 
     @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:

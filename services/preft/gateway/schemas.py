@@ -52,6 +52,9 @@ class StreamOptions(Strict):
     include_obfuscation: bool | None = None  # OpenAI's padding against traffic analysis
 
 
+MAX_USER = 256  # characters
+
+
 class GenerationBody(Strict):
     """The fields of both APIs, with vLLM's additions. None means absent."""
 
@@ -80,6 +83,8 @@ class GenerationBody(Strict):
     skip_special_tokens: bool = True
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
+    priority: Annotated[int, Field(ge=-100, le=100), WHOLE] = 0  # lower goes first
+    user: Annotated[str, Field(max_length=MAX_USER)] | None = None
     request_id: Annotated[str, Field(pattern=r"^[!-~]{1,128}$")] | None = None  # a part of the reply's id
     stream: bool = False
     stream_options: StreamOptions | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, nullcontext
+from contextlib import ExitStack, aclosing, nullcontext
 
 import grpc.aio
 
@@ -18,11 +18,13 @@ from preft.core.errors import EngineFailed, TransferFailed
 from preft.core.request import AdapterRef, FinishReason, Sampling, TokenDelta
 from preft.engine.port import Engine, EngineRequest, KvRegion
 from preft.rpc import workers_pb2, workers_pb2_grpc
+from preft.rpc.caller import caller_of
 from preft.rpc.convert import adapter_from_proto, check_prefill, delta_to_proto, sampling_from_proto
 from preft.rpc.status import errors_reported
 from preft.transfer.port import KvHeader, KvSender, checksum_of, hash_prompt
 from preft.transfer.seal import SEAL, clear_seal, read_seal
 from preft.transfer.staging import Region, StagingArena
+from preft.worker.usage import Usage
 
 GREEDY = Sampling(max_tokens=1, temperature=0.0)
 """The sampling of a resumed request's prompt pass, whose token is not used."""
@@ -38,52 +40,49 @@ class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
         arena: StagingArena,
         sender: KvSender,
         fingerprint: str,
+        usage: Usage,
     ) -> None:
         self._engine = engine
         self._adapters = adapters
         self._arena = arena
         self._sender = sender
         self._fingerprint = fingerprint
-        self.running = 0
+        self.usage = usage
 
     async def Prefill(
         self, request: workers_pb2.PrefillRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[workers_pb2.PrefillEvent]:
-        self.running += 1
-        try:
-            async with errors_reported(context), aclosing(self._prefill(request, context.time_remaining())) as events:
-                async for event in events:
-                    yield event
-        finally:
-            self.running -= 1
+        async with (
+            errors_reported(context),
+            aclosing(self._prefill(request, caller_of(context), context.time_remaining())) as events,
+        ):
+            async for event in events:
+                yield event
 
     async def _prefill(
-        self, request: workers_pb2.PrefillRequest, time_remaining: float | None
+        self, request: workers_pb2.PrefillRequest, caller: str, time_remaining: float | None
     ) -> AsyncGenerator[workers_pb2.PrefillEvent, None]:
-        timeout = 60.0 if time_remaining is None else time_remaining
         check_prefill(request)
         sampling = GREEDY if request.resume else sampling_from_proto(request.sampling)
         adapter = adapter_from_proto(request.adapter) if request.HasField("adapter") else None
         prompt = tuple(request.prompt_token_ids)
-        if not request.HasField("target"):
+        timeout = 60.0 if time_remaining is None else time_remaining
+        with self.usage.prefill(caller), ExitStack() as slot, ExitStack() as staging:
+            slot.enter_context(self.usage.prompt(caller, adapter.digest if adapter else ""))
+            region = None
+            if request.HasField("target"):
+                if adapter is not None:
+                    await self._adapters.prefetch(adapter)  # before the region is reserved: a load may take long
+                region = await self._arena.reserve(self._kv_bytes(len(prompt)), timeout=timeout)
+                staging.callback(self._arena.release, region)
+                clear_seal(self._arena.view(region))
             async with self._adapters.using(adapter) if adapter else nullcontext():
-                choices = await self._first_tokens(request, prompt, sampling, adapter, None)
-            yield _first_tokens_event(choices)
-            return
-        if adapter is not None:
-            await self._adapters.prefetch(adapter)  # before the region is reserved: a load may take long
-        region = await self._arena.reserve(self._kv_bytes(len(prompt)), timeout=timeout)
-        try:
-            clear_seal(self._arena.view(region))
-            save = KvRegion(region.offset, region.size, region.nonce)
-            async with self._adapters.using(adapter) if adapter else nullcontext():
-                choices = await self._first_tokens(request, prompt, sampling, adapter, save)
+                choices = await self._first_tokens(request, prompt, sampling, adapter, region)
+            slot.close()  # the router counts the slot as free once it has the first tokens
             yield _first_tokens_event(choices)
             uses = request.n if request.resume else sum(choice.finish_reason is None for choice in choices)
-            if uses:
+            if region is not None and uses:
                 yield await self._push(request, prompt, adapter, region, uses, timeout)
-        finally:
-            self._arena.release(region)
 
     def _kv_bytes(self, num_tokens: int) -> int:
         blocks = -(-num_tokens // self._engine.info.block_size)
@@ -95,9 +94,10 @@ class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
         prompt: tuple[int, ...],
         sampling: Sampling,
         adapter: AdapterRef | None,
-        save: KvRegion | None,
+        region: Region | None,
     ) -> list[TokenDelta]:
-        """Each choice's first token. The first pass computes and saves the KV; other passes reuse its prefix cache."""
+        """Each choice's first token. The first pass saves the KV to `region`; other passes reuse its prefix cache."""
+        save = KvRegion(region.offset, region.size, region.nonce) if region is not None else None
         attempt = request.target.handle or "last"
 
         def choice(index: int) -> EngineRequest:

@@ -2,11 +2,11 @@
 
 The queue decides which waiting request is tried next, and refuses requests when it is full. The policy chooses workers.
 
-Requests of one adapter wait in one line, in order of arrival. A line waits for one worker (the one that has the adapter,
-loads it, or should load it) or, if no worker has room for its head whatever the adapter, for any. When a worker gets
-room, only the lines that wait for it and those that wait for any are looked at, oldest first. When a line's head goes,
-the requests behind it go with it as far as the worker has room, at most TURN: so requests of one adapter share a slot.
-One rule prevents starvation: nobody who came later takes a slot or memory from a request that has waited longer than
+Requests of one adapter wait in one line, in order of arrival. A line waits for one worker: that which has the adapter,
+loads it, or should load it. If no worker has room for its head, whatever the adapter, the line waits for any. When a
+worker gets room, only the lines that wait for it and those that wait for any are looked at, oldest first. When a line's
+head goes, the requests behind it go with it as far as there is room, at most TURN: so requests of one adapter share a
+slot. One rule prevents starvation: no later request takes a slot or memory that a request is waiting for longer than
 the policy's patience.
 """
 
@@ -16,11 +16,11 @@ import asyncio
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from itertools import count
 
 from preft.core.cluster import Role
 from preft.core.errors import DeadlineExceeded, InvalidRequest, PreftError, QueueFull, Unavailable
 from preft.core.request import AdapterRef
+from preft.router.fair_share import FairShare
 from preft.router.lease import Lease
 from preft.router.lines import Line, Lines
 from preft.router.policy import Absent, Crowded, Demand, Pair, Placement, Policy, Refusal
@@ -84,20 +84,23 @@ class Admission:
         view: ClusterView,
         max_queue: int,
         restart_grace: float,
+        shares: FairShare,
         prefetch: Callable[[WorkerView, AdapterRef], None],
     ) -> None:
         """`max_queue` requests may wait. After `restart_grace` seconds without workers they get Unavailable.
 
-        `prefetch` makes a worker load an adapter. The owner calls `load_ended` when the load has succeeded or failed.
+        `shares` gives requests their order. `prefetch` makes a worker load an adapter. The owner calls `load_ended`
+        when the load has succeeded or failed.
         """
         self._policy = policy
         self._view = view
+        self.shares = shares
         self._prefetch = prefetch
         self._max_queue = max_queue
         self._restart_grace = restart_grace
+        self.refused = 0  # requests for which there was no room in the queue
         self._lines = Lines()
         self._kept: dict[Refusal, WorkerView] = {}  # workers whose memory is kept for a request
-        self._serial = count()
         self._grants: deque[float] = deque(maxlen=64)  # times of the last leases
         self._awake: set[WorkerView] = set()  # workers that may have room
         self._ready: set[str] = set()  # digests whose loads have ended
@@ -110,13 +113,11 @@ class Admission:
     def waiting(self) -> int:
         return self._lines.waiting
 
-    def enter(
-        self,
-        demand: Demand,
-        choices: Sequence[int],
-        *,
-        started: bool = False,
-    ) -> Ticket:
+    @property
+    def closed(self) -> bool:
+        return self._closed is not None
+
+    def enter(self, demand: Demand, choices: Sequence[int], *, started: bool = False) -> Ticket:
         """Queues `demand`, or gives its ticket a lease at once if there is room.
 
         `demand.order` holds when the request came. A request that has `started` before and lost its workers enters
@@ -138,6 +139,7 @@ class Admission:
                 return ticket
         if not started and self.waiting >= self._max_queue:
             ticket.outcome.cancel()
+            self.refused += 1
             raise QueueFull(f"{self.waiting} requests are waiting for a worker already", self._retry_after())
         line = self._lines.add(ticket)
         if placed is None:
@@ -145,10 +147,6 @@ class Admission:
         else:
             self._refused(line, placed)
         return ticket
-
-    def next_order(self, since: float) -> tuple[float, int]:
-        """The order of a request that came at `since` (loop time)."""
-        return since, next(self._serial)
 
     def forget(self, ticket: Ticket) -> None:
         """Takes a waiting ticket out of the queue."""
@@ -295,6 +293,7 @@ class Admission:
         if isinstance(placed, Pair):
             ticket.outcome.set_result(Lease(placed, ticket.demand, ticket.choices, self.wake))
             self._grants.append(now)
+            self.shares.leased(now, ticket.demand.kv_tokens, waiting=self.waiting)
         return placed
 
     def _refused(self, line: Line, placed: Placement) -> None:

@@ -62,6 +62,8 @@ class RoutedGeneration:
             limit = min(limit, request.deadline - time.time())
         since = asyncio.get_running_loop().time()
         self._job = Job(request, sampling_to_proto(request.sampling), since, since + limit)
+        cost = len(request.prompt_token_ids) + min(request.sampling.max_tokens, KV_ALLOWANCE)
+        self._order = admission.shares.order(since, request.tenant, request.priority, cost)
         self._admission = admission
         self._channels = channels
         self._settings = settings
@@ -141,7 +143,7 @@ class RoutedGeneration:
             choices=len(choices),
             decodes=most > 1,
             adapter=request.adapter,
-            order=self._admission.next_order(self._job.since),
+            order=self._order,
             avoid=self._avoid,
         )
         indexes = [choice.index for choice in choices]

@@ -5,7 +5,7 @@ The policy owns the choice alone, keeps no state and changes nothing. `admission
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 from itertools import islice
@@ -16,7 +16,8 @@ from preft.core.request import AdapterRef
 from preft.router.view import ClusterView, Order, WorkerView
 
 RING_STEPS = 8  # places on the ring that one choice looks at
-FIRST: Order = (float("-inf"), 0)
+MANY = 8  # an adapter has many holders if one in so many workers holds it
+FIRST: Order = (float("-inf"), 0, float("inf"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +111,10 @@ class Policy(Protocol):
 class AffinityPolicy:
     """Prefill goes to a holder of the adapter, unless the holder is clearly busier than another worker.
 
-    Decode goes to the emptiest worker, whatever the adapter. An adapter that no worker holds goes to its place on a hash
-    ring, or on from there to the next worker that isn't too busy (consistent hashing with bounded loads, Mirrokni et
-    al., 2018): so adapters spread over the workers, a hot adapter spreads over several, and all routers of a cluster
-    agree on the places.
+    Decode goes to the emptiest worker, whatever the adapter. An adapter that no worker holds goes to its place on a
+    hash ring, or on from there to the next worker that isn't too busy (consistent hashing with bounded loads, Mirrokni
+    et al., 2018): so adapters spread over the workers, a hot adapter spreads over several, and all routers of a
+    cluster agree on the places.
     """
 
     busier_factor: float = 2.0  # a worker is too busy above this many times the least load ...
@@ -180,41 +181,64 @@ class _Choice:
         """The worker that should compute the prompt, now or once it has room, a slot or the adapter."""
         digest = self._demand.digest
         self._limit = least.load * self._policy.busier_factor
-        holders = self._usable(self._view.holders.get(digest, {}).values())
-        loaders = self._usable(self._view.loaders.get(digest, {}).values())
+        holders, loaders = self._view.holders.get(digest, {}), self._view.loaders.get(digest, {})
         for near in (holders, loaders):  # a request never waits for a load where a holder can serve it
-            able = [worker for worker in near if self._has_slot(worker) and self._bearable(worker)]
-            if able and self._takes(nearest := min(able, key=_load)):
-                return nearest
-        known = holders or loaders
-        if not known:
-            return self._first_on_ring((), need_slot=True) or self._first_on_ring((), need_slot=False) or least
-        nearest = min([worker for worker in known if self._has_slot(worker)] or known, key=_load)
+            if able := self._first_able(near):
+                return able
+        for near in (holders, loaders):
+            if nearest := self._first_usable(near):
+                break
+        else:
+            return self._first_on_ring({}, need_slot=True) or self._first_on_ring({}, need_slot=False) or least
         if self._bearable(nearest):
             return nearest
-        return self._first_on_ring(known, need_slot=True) or nearest
+        further = self._first_on_ring(near, need_slot=True)
+        if further is None and least.id not in near and self._has_slot(least) and not least.refused(digest, self._now):
+            further = least  # the adapter is on all its next places already
+        return further or nearest
 
-    def _first_on_ring(self, known: Sequence[WorkerView], *, need_slot: bool) -> WorkerView | None:
+    def _first_able(self, near: Mapping[str, WorkerView]) -> WorkerView | None:
+        """The least loaded of `near` that takes the prompt now and isn't too busy."""
+        if MANY * len(near) < len(self._view.prefill):
+            by_load: Iterable[WorkerView] = sorted(near.values(), key=_load)
+        else:  # some of the least loaded workers of all are among so many
+            by_load = (worker for worker in self._view.prefill if worker.id in near)
+        for worker in by_load:
+            if worker.load > self._limit + self._policy.busier_slack:
+                return None
+            if self._is_usable(worker) and self._takes(worker) and self._has_slot(worker):
+                return worker
+        return None
+
+    def _first_usable(self, near: Mapping[str, WorkerView]) -> WorkerView | None:
+        """The least loaded of `near` that could compute the prompt later, best one with a slot."""
+        first = None
+        for worker in sorted(near.values(), key=_load):
+            if self._is_usable(worker):
+                first = first or worker
+                if self._has_slot(worker):
+                    return worker
+        return first
+
+    def _first_on_ring(self, known: Mapping[str, WorkerView], *, need_slot: bool) -> WorkerView | None:
         """The adapter's place on the ring, or the next one from there on that may load it and isn't too busy."""
         for key in islice(self._view.ring.walk(self._demand.digest), RING_STEPS):
             worker = self._view.workers[key]
-            if worker in known or worker.refused(self._demand.digest, self._now) or not self._usable([worker]):
+            if key in known or worker.refused(self._demand.digest, self._now) or not self._is_usable(worker):
                 continue
             if self._bearable(worker) and (not need_slot or (self._takes(worker) and self._has_slot(worker))):
                 return worker
         return None
 
-    def _usable(self, workers: Iterable[WorkerView]) -> list[WorkerView]:
-        """Those that could compute the prompt, now or later."""
+    def _is_usable(self, worker: WorkerView) -> bool:
+        """Whether the worker could compute the prompt, now or later."""
         demand = self._demand
-        return [
-            one
-            for one in workers
-            if one.is_ready
-            and one.id not in self._avoided
-            and demand.staging(one.worker) <= one.worker.staging_bytes
-            and (not demand.decodes or self._decode_of(one) is not None)
-        ]
+        return (
+            worker.is_ready
+            and worker.id not in self._avoided
+            and demand.staging(worker.worker) <= worker.worker.staging_bytes
+            and (not demand.decodes or self._decode_of(worker) is not None)
+        )
 
     def _open(self, worker: WorkerView) -> bool:
         """Whether the worker begins another prompt of this request's age."""
@@ -246,7 +270,7 @@ class _Choice:
         """Whether an older request has waited so long that this one must not overtake it."""
         if waiting is None or self._demand.order <= waiting:
             return False
-        return self._now - waiting[0] > self._policy.patience
+        return self._now - waiting[2] > self._policy.patience
 
     def _decode_of(self, prefill: WorkerView) -> WorkerView | None:
         """The emptiest decode worker with room that takes KV from `prefill`."""

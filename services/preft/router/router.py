@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
 
 from preft.core.background import Background
-from preft.core.cluster import AdapterPlace, Role, Worker
+from preft.core.cluster import AdapterPlace, Role, RouterStats, Worker, WorkerSeen
 from preft.core.errors import Unavailable
 from preft.core.ports import Generation, StateStore
 from preft.core.request import AdapterRef, GenerateRequest
 from preft.core.settings import RouterSettings
 from preft.router.admission import Admission
 from preft.router.channels import WorkerChannels
+from preft.router.fair_share import FairShare
 from preft.router.generation import Counters, RoutedGeneration
 from preft.router.policy import AffinityPolicy, Policy
 from preft.router.prefetch import Prefetcher
@@ -30,16 +30,6 @@ from preft.rpc.secret import ClusterSecret
 FIRST_SECONDS = 2.0  # for all workers to tell their state, at the router's start
 WHERE_SECONDS = 2.0  # a worker's time to say where it holds an adapter
 QUEUED_SHARE = 0.25  # sequences sent to a decode worker beyond its batch, which keep the batch full
-
-
-@dataclass(frozen=True, slots=True)
-class RouterStats:
-    """`in_flight` counts prefills or sequences per worker id; `retries` and `resumes` are totals."""
-
-    waiting: int
-    in_flight: Mapping[str, int]
-    retries: int
-    resumes: int
 
 
 class Router:
@@ -67,6 +57,7 @@ class Router:
             self.view,
             settings.max_queue,
             settings.restart_grace,
+            FairShare(settings.shares),
             lambda worker, adapter: self._prefetcher.want(worker, adapter),
         )
         self._channels = WorkerChannels(secret, uuid.uuid4().hex, self._lost)
@@ -77,7 +68,10 @@ class Router:
         self._background = Background()
 
     async def start(self) -> None:
-        """Reads the registrations and the workers' states once, then whenever they change. Raises Unavailable if the first read fails."""
+        """Reads the registrations and the workers' states once, then whenever they change.
+
+        Raises Unavailable if the first read fails.
+        """
         await self._read()
         await self._watches.settled(FIRST_SECONDS)
         self._background.every(0, self._follow, "the registrations of workers are not read")
@@ -106,7 +100,7 @@ class Router:
 
     def ready(self) -> bool:
         """Whether a prefill worker and a decode worker that fit together take requests."""
-        return self.view.serving
+        return self.view.serving and not self._admission.closed
 
     async def places(self, adapter: AdapterRef) -> Sequence[AdapterPlace]:
         """See `AdapterPlaces.places`."""
@@ -115,9 +109,20 @@ class Router:
         answers = await asyncio.gather(*asked, return_exceptions=True)
         return [answer for answer in answers if isinstance(answer, AdapterPlace)]
 
+    def workers(self) -> list[WorkerSeen]:
+        """All registered workers, by id."""
+        now = asyncio.get_running_loop().time()
+        return [self.view.workers[key].seen(now) for key in sorted(self.view.workers)]
+
     def stats(self) -> RouterStats:
+        """What waits and runs now, and what has happened since the start."""
+        counters = self._counters
         return RouterStats(
-            self._admission.waiting, self.view.in_flight(), self._counters.retries, self._counters.resumes
+            self._admission.waiting,
+            self.view.in_flight(),
+            counters.retries,
+            counters.resumes,
+            self._admission.refused,
         )
 
     @asynccontextmanager
@@ -138,7 +143,7 @@ class Router:
     async def _read(self) -> None:
         """Takes over the registry's list. While the store can't be read, the last list stays."""
         workers = [worker for worker in await self._store.workers() if worker.id.startswith(self._prefix)]
-        self.view.register(workers)
+        self.view.register(workers, asyncio.get_running_loop().time())
         self._channels.retain({worker.address for worker in workers})
         self._watches.follow()
         self._admission.workers_changed()

@@ -10,16 +10,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
-from preft.core.cluster import AdapterState, Role, StatusUpdate, Worker, WorkerState, WorkerStatus
+from preft.core.cluster import AdapterState, Role, StatusUpdate, Worker, WorkerSeen, WorkerState, WorkerStatus
 from preft.router.load_index import HashRing, LoadIndex
 
 FULLNESS_LEVELS = 64  # of decode workers
 REFUSED_SECONDS = 3.0  # until a worker that failed to load an adapter is asked again
 BREAK_SECONDS = (0.25, 30.0)  # a failing worker's pause: after the second failure in a row, and at most
 
-Order = tuple[float, int]
-"""A request's place in the queue: when it counts as having come (loop time), and a serial number."""
+T = TypeVar("T")
+Order = tuple[float, int, float]
+"""A request's place in the queue: when it counts as having come, a serial number, and when it came (loop times)."""
 
 
 class Memory:
@@ -63,6 +65,7 @@ class WorkerView:
 
     worker: Worker
     cluster: ClusterView | None
+    heard: float = 0.0  # when the worker told last, or was registered
     status: WorkerStatus | None = None  # None: the worker hasn't told yet, or its stream broke
     adapters: dict[str, AdapterState] = field(default_factory=dict)  # as told
     # Own reservations:
@@ -99,6 +102,10 @@ class WorkerView:
     @property
     def is_ready(self) -> bool:
         return self.status is not None and not self.status.draining
+
+    def seen(self, now: float) -> WorkerSeen:
+        """The worker's state for people and programs outside."""
+        return WorkerSeen(self.worker, self.state, self.status or WorkerStatus(), now - self.heard)
 
     @property
     def idle(self) -> bool:
@@ -288,7 +295,7 @@ class ClusterView:
         self._shapes: tuple[list[Worker], list[Worker]] | None = None
         self._members: dict[str, str] = {}  # of the ring: id -> fingerprint
 
-    def register(self, workers: Iterable[Worker]) -> None:
+    def register(self, workers: Iterable[Worker], now: float = 0.0) -> None:
         """Takes the registry's whole list. A worker whose process or engine is a new one starts anew."""
         known = {worker.id: worker for worker in workers}
         for view in list(self.workers.values()):
@@ -296,7 +303,7 @@ class ClusterView:
                 self._remove(view)
         for worker in known.values():
             if worker.id not in self.workers:
-                self.workers[worker.id] = WorkerView(worker, self)
+                self.workers[worker.id] = WorkerView(worker, self, now)
 
     @property
     def serving(self) -> bool:
@@ -381,7 +388,7 @@ class ClusterView:
 
     def place_adapter(self, view: WorkerView, digest: str) -> None:
         """Keeps the lists of an adapter's holders and loaders."""
-        here = self.workers.get(view.id) is view
+        here = self.workers.get(view.id) is view and view.worker.role is not Role.DECODE
         for places, there in ((self.holders, view.holds(digest)), (self.loaders, view.is_loading(digest))):
             if here and there:
                 places.setdefault(digest, {})[view.id] = view
@@ -392,6 +399,7 @@ class ClusterView:
 
     def _remove(self, view: WorkerView) -> None:
         del self.workers[view.id]
+        view.status = None  # a request that waits for this worker must see that the worker is gone
         self.enter(view)
         for digest in {*view.adapters, *view.loads, *view.slots, *view._loaded}:
             self.place_adapter(view, digest)
@@ -402,7 +410,7 @@ def _shape(worker: Worker) -> tuple[int, ...]:
     return worker.block_size, worker.block_bytes, worker.kv_blocks, worker.staging_bytes
 
 
-def _set(mapping: dict[str, object], key: str, value: object) -> None:
+def _set(mapping: dict[str, T], key: str, value: T | None) -> None:
     if value:
         mapping[key] = value
     else:

@@ -1,8 +1,8 @@
 """Follows the status stream of every registered worker, and keeps the view up to date.
 
-This module owns one task per worker with an address. A worker counts as alive while its stream brings a message at least
-every `timeout` seconds. A broken or silent stream is opened again, and its first message makes the worker alive again:
-no clock of another machine is read.
+This module owns one task per worker with an address. A worker counts as alive while its stream brings a message at
+least every `timeout` seconds. A broken or silent stream is opened again, and its first message makes the worker alive
+again: no clock of another machine is read.
 """
 
 from __future__ import annotations
@@ -85,6 +85,7 @@ class Watches:
                     pause = least
                     was_ready = view.is_ready
                     view.told(update)
+                    view.heard = asyncio.get_running_loop().time()
                     self._first_of(view)
                     self._on_news(view, view.is_ready != was_ready)
                 reason: PreftError = WorkerLost(f"worker {view.id} ended its status stream")

@@ -1,60 +1,50 @@
 """The format of workers and adapters in a store: one JSON object each, the same for every store.
 
-A record whose fields aren't exactly this version's raises ValueError. The stores own when records are written.
+Processes of two versions share a store during an upgrade. So a reader ignores fields that it doesn't know, and fills in
+missing fields that have a default. The stores own when records are written.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, fields
-from typing import Any
+import logging
+from typing import Generic, TypeVar
 
-from preft.core.cluster import BY_TIER, Adapter, AdapterLoad, Role, Tier, Worker, WorkerLoad, WorkerState
+from pydantic import TypeAdapter, ValidationError
 
+from preft.core.cluster import Adapter, Worker
 
-def worker_to_json(worker: Worker) -> str:
-    """One line of JSON with every field."""
-    return json.dumps(asdict(worker), separators=(",", ":"))
+T = TypeVar("T", Worker, Adapter)
 
-
-def worker_from_json(text: str) -> Worker:
-    """The worker that `worker_to_json` wrote. Raises ValueError for any other text."""
-    record = _record(text, Worker)
-    load = record.pop("load")
-    _check_fields(load, WorkerLoad)
-    tiers = load.pop("tiers")
-    _check_fields(tiers, AdapterLoad)
-    for name in BY_TIER:
-        tiers[name] = {Tier(tier): value for tier, value in tiers[name].items()}
-    return Worker(
-        **{
-            **record,
-            "role": Role(record["role"]),
-            "state": WorkerState(record["state"]),
-            "engine_pids": tuple(record["engine_pids"]),
-            "load": WorkerLoad(**{**load, "adapters": tuple(load["adapters"]), "tiers": AdapterLoad(**tiers)}),
-        }
-    )
+logger = logging.getLogger(__name__)
 
 
-def adapter_to_json(adapter: Adapter) -> str:
-    """One line of JSON with every field."""
-    return json.dumps(asdict(adapter), separators=(",", ":"))
+class Records(Generic[T]):
+    """Writes and reads the records of one kind. Warns once about each record that it can't read."""
 
+    def __init__(self, kind: type[T]) -> None:
+        self._kind = kind
+        self._format: TypeAdapter[T] = TypeAdapter(kind)
+        self._warned: set[str] = set()  # keys
 
-def adapter_from_json(text: str) -> Adapter:
-    """The adapter that `adapter_to_json` wrote. Raises ValueError for any other text."""
-    record = _record(text, Adapter)
-    return Adapter(**{**record, "warnings": tuple(record["warnings"])})
+    def write(self, value: T) -> str:
+        """One line of JSON with every field. Raises ValueError for text that isn't Unicode."""
+        return self._format.dump_json(value).decode()
 
+    def parse(self, text: str | bytes) -> T:
+        """The value that `write` wrote, in this version or another. Raises ValueError, with one sentence."""
+        try:
+            return self._format.validate_json(text, strict=True)
+        except ValidationError as error:
+            first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+            place = "".join(f"{part}: " for part in first["loc"])
+            raise ValueError(f"not a record of this version's {self._kind.__name__}: {place}{first['msg']}") from None
 
-def _record(text: str, cls: type[Worker | Adapter]) -> dict[str, Any]:
-    record = json.loads(text)
-    _check_fields(record, cls)
-    return dict(record)
-
-
-def _check_fields(record: Any, cls: type[Worker | Adapter | WorkerLoad | AdapterLoad]) -> None:
-    names = {field.name for field in fields(cls)}
-    if not isinstance(record, dict) or set(record) != names:
-        raise ValueError(f"not a {cls.__name__} record of this version")
+    def read(self, key: str, text: str | bytes) -> T | None:
+        """The value of the record under `key`. None for a record that this version can't read, with a warning."""
+        try:
+            return self.parse(text)
+        except ValueError as error:
+            if key not in self._warned:
+                self._warned.add(key)
+                logger.warning("the state store's record of %s %r is skipped: %s", self._kind.__name__, key, error)
+            return None

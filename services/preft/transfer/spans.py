@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Iterable
 
 
 class FreeSpans:
@@ -20,6 +21,16 @@ class FreeSpans:
         twin = FreeSpans(0)
         twin._spans = list(self._spans)
         return twin
+
+    def largest(self, also: Iterable[tuple[int, int]] = ()) -> int:
+        """Bytes of the largest free span if the taken spans `also` were free too. Takes n log n for n spans in all."""
+        best = start = end = 0
+        for next_start, next_end in sorted((*self._spans, *also)):
+            if next_start != end:
+                start = next_start
+            end = next_end
+            best = max(best, end - start)
+        return best
 
     def find(self, size: int) -> int | None:
         """The lowest offset where `size` bytes are free, or None."""

@@ -63,6 +63,10 @@ def span_of(size: int) -> int:
     return HEADER_BYTES + (size + HEADER_BYTES - 1) // HEADER_BYTES * HEADER_BYTES
 
 
+def _ends(region: Region) -> tuple[int, int]:
+    return region.start, region.start + region.span
+
+
 class StagingArena:
     """The worker's side, for one asyncio loop. Only `reserve` waits.
 
@@ -102,6 +106,22 @@ class StagingArena:
     def evictable(self) -> int:
         """Used bytes that can be evicted."""
         return sum(region.span for region in self._evictable)
+
+    @property
+    def fit(self) -> int:
+        """Bytes of the largest unpinned region that could be reserved without waiting; header and rounding count.
+
+        Evictable regions make room, as in `reserve`. 0 while reservations wait: a new one would wait behind them.
+        """
+        if self._waiters or self._closed:
+            return 0
+        loose = [region for region in self._evictable if region not in self._pinned]
+        fit = self._free.largest(map(_ends, loose))
+        if len(loose) < len(self._evictable):
+            with_pinned = self._free.largest(map(_ends, self._evictable))
+            if with_pinned > fit and not self._fits_beside_pinned(with_pinned):
+                return with_pinned
+        return fit
 
     @property
     def regions(self) -> int:

@@ -19,13 +19,17 @@ OnPrompts = Callable[[str, str], None]
 class Usage:
     """The counts of one worker. Use it inside one asyncio loop."""
 
-    def __init__(self, slots: int, on_prompts: OnPrompts | None = None) -> None:
-        """`slots`: distinct adapters in one engine batch. `on_prompts` is called after each change of a count."""
+    def __init__(self, slots: int) -> None:
+        """`slots`: distinct adapters in one engine batch."""
         self._slots = slots
-        self._on_prompts = on_prompts
+        self._on_prompts: OnPrompts = lambda digest, caller: None
         self._prompts: dict[str, Counter[str]] = {}  # uncomputed prompts, by digest and caller
         self._prefills: Counter[str] = Counter()
         self._sequences: Counter[str] = Counter()
+
+    def observe(self, on_prompts: OnPrompts) -> None:
+        """From now on calls `on_prompts` after each change of a count of prompts. There is one observer."""
+        self._on_prompts = on_prompts
 
     @contextmanager
     def prompt(self, caller: str, digest: str) -> Iterator[None]:
@@ -39,7 +43,7 @@ class Usage:
         if digest not in self._prompts and len(self._prompts) >= self._slots:
             raise WorkerFull(f"all {self._slots} adapter slots of the worker are taken")
         self._prompts.setdefault(digest, Counter())[caller] += 1
-        self._changed(digest, caller)
+        self._on_prompts(digest, caller)
         try:
             yield
         finally:
@@ -47,7 +51,7 @@ class Usage:
             _leave(by_caller, caller)
             if not by_caller:
                 del self._prompts[digest]
-            self._changed(digest, caller)
+            self._on_prompts(digest, caller)
 
     @contextmanager
     def prefill(self, caller: str) -> Iterator[None]:
@@ -83,10 +87,6 @@ class Usage:
     def other_sequences(self, caller: str) -> int:
         """Sequences of other callers."""
         return self._sequences.total() - self._sequences[caller]
-
-    def _changed(self, digest: str, caller: str) -> None:
-        if self._on_prompts is not None:
-            self._on_prompts(digest, caller)
 
 
 @contextmanager

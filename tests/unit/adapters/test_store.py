@@ -24,7 +24,7 @@ from preft.adapters.fetch_threads import PER_PLACE
 from preft.adapters.packed import AdapterFiles
 from preft.adapters.source_limits import SourceLimits
 from preft.adapters.store import AdapterStore
-from preft.core.cluster import Role, Tier
+from preft.core.cluster import AdapterState, Role, Tier
 from preft.core.errors import AdapterUnavailable, EngineFailed, PreftError, Unavailable, WorkerLost
 from preft.core.request import AdapterRef, Sampling
 from preft.engine.port import EngineRequest
@@ -113,7 +113,7 @@ class Rig:
             yield
 
     def in_host(self) -> set[str]:
-        return {digest for digest in self.store.digests}
+        return {digest for digest, state in self.store.states().items() if state is not AdapterState.LOADING}
 
 
 @asynccontextmanager
@@ -170,7 +170,7 @@ async def test_many_requests_for_one_cold_adapter_are_one_load(tmp_path: Path, s
         await the.serve(ann)
         assert (fetches(server, ann), fetches(server, bob)) == (1, 1)
         assert sorted(the.engine.loaded) == sorted((ann.digest, bob.digest))
-        assert the.store.load().loads == {Tier.SOURCE: 2}
+        assert the.store.totals().loads == {Tier.SOURCE: 2}
 
 
 async def test_the_nearest_tier_is_used(tmp_path: Path, server: FaultyServer) -> None:
@@ -179,7 +179,7 @@ async def test_the_nearest_tier_is_used(tmp_path: Path, server: FaultyServer) ->
         assert the.store.where(ann.digest).tier is Tier.SOURCE
         await the.serve(ann)
         assert the.store.where(ann.digest).tier is Tier.SLOT
-        first = the.store.load()
+        first = the.store.totals()
         assert (dict(first.hits), dict(first.loads)) == ({Tier.SOURCE: 1}, {Tier.SOURCE: 1})
         the.store.forget([ann.digest])
         assert the.store.where(ann.digest).tier is Tier.DISK
@@ -187,7 +187,7 @@ async def test_the_nearest_tier_is_used(tmp_path: Path, server: FaultyServer) ->
         assert the.store.where(ann.digest).tier is Tier.HOST
         for _ in range(3):  # the first one counts for the load that was made for it
             await the.serve(ann)
-        load = the.store.load()
+        load = the.store.totals()
         assert dict(load.hits) == {Tier.SOURCE: 1, Tier.DISK: 1, Tier.SLOT: 2}
         assert dict(load.loads) == {Tier.SOURCE: 1, Tier.DISK: 1}
         assert all(load.load_seconds[tier] > 0 for tier in (Tier.SOURCE, Tier.DISK))
@@ -209,7 +209,7 @@ async def test_two_workers_of_a_machine_share_the_disk(tmp_path: Path, server: F
     async with rig(tmp_path) as one, rig(tmp_path) as two:
         await one.serve(ann)
         await two.serve(ann)
-        assert dict(two.store.load().loads) == {Tier.DISK: 1}
+        assert dict(two.store.totals().loads) == {Tier.DISK: 1}
         assert fetches(server, ann) == 1
 
 
@@ -252,7 +252,7 @@ async def test_an_adapter_that_the_engine_refuses_takes_no_memory(tmp_path: Path
         the.engine.refused.add(ann.digest)
         with pytest.raises(AdapterUnavailable, match="the engine refuses it"):
             await the.serve(ann)
-        assert (the.memory.used, the.store.digests) == (0, ())
+        assert (the.memory.used, tuple(the.store.states())) == (0, ())
         the.engine.refused.clear()
         await the.serve(ann)
 
@@ -307,15 +307,15 @@ async def test_host_memory_keeps_the_most_recent_within_its_limit(tmp_path: Path
     async with rig(tmp_path) as the:
         for adapter in adapters[:3]:
             await the.serve(adapter)
-        full = the.store.load()
+        full = the.store.totals()
         assert (full.host_adapters, full.host_bytes, full.host_bytes_total) == (3, the.memory.used, the.memory.capacity)
         assert full.host_evictions == 0
         await the.serve(adapters[0])  # a use
         for adapter in adapters[3:]:
             await the.serve(adapter)
             assert the.memory.used <= the.memory.capacity
-        assert the.store.digests == tuple(adapters[number].digest for number in (0, 3, 4))
-        assert the.store.load().host_evictions == 2
+        assert tuple(the.store.states()) == tuple(adapters[number].digest for number in (0, 3, 4))
+        assert the.store.totals().host_evictions == 2
         assert the.store.where(adapters[1].digest).tier is Tier.DISK
         for adapter in (*adapters, *reversed(adapters)):
             await the.serve(adapter)  # the engine finds the right bytes each time
@@ -363,7 +363,7 @@ async def test_what_is_pinned_stays_and_what_is_no_longer_may_go(tmp_path: Path)
         for other in others:
             await the.serve(other)
         await the.serve(ann)
-        assert dict(the.store.load().loads) == {Tier.SOURCE: 5}
+        assert dict(the.store.totals().loads) == {Tier.SOURCE: 5}
         assert set(the.disk.pinned) == {ann.digest}
         the.store.pin([others[0].digest])
         for other in others[1:]:
@@ -508,11 +508,11 @@ async def test_a_few_adapters_in_little_memory_under_many_requests(tmp_path: Pat
 
         await asyncio.gather(*(client(seed) for seed in range(8)))
         await until(lambda: not any(the.store.where(adapter.digest).users for adapter in adapters))
-        load = the.store.load()
+        load = the.store.totals()
         assert load.host_evictions > 0
         assert load.disk_evictions > 0
         assert load.host_bytes <= load.host_bytes_total
-        assert load.slots_used <= load.slots == 2
+        assert load.slots_used <= 2
         assert the.memory.regions == load.host_adapters
 
 
@@ -587,7 +587,7 @@ async def test_a_damaged_copy_is_fetched_again(
         await the.serve(ann)
         assert fetches(server, ann) == 2
         assert adapter_digest(the.disk.root / ann.digest) == ann.digest
-        assert dict(the.store.load().loads) == {Tier.SOURCE: 2}
+        assert dict(the.store.totals().loads) == {Tier.SOURCE: 2}
         assert the.memory.regions == 1
 
 
@@ -625,7 +625,7 @@ async def test_what_was_evicted_from_the_disk_comes_from_its_source(tmp_path: Pa
         assert the.store.where(adapters[0].digest).tier is Tier.SOURCE
         await the.serve(adapters[0])
         assert fetches(server, adapters[0]) == 2
-        load = the.store.load()
+        load = the.store.totals()
         assert (load.disk_evictions, load.disk_bytes) == (3, 2 * SIZE)
 
 
@@ -680,7 +680,7 @@ async def test_where_an_adapter_is_and_who_uses_it(tmp_path: Path) -> None:
         await the.serve(ann)
         assert the.store.where(ann.digest).last_used > before
         assert the.store.where(bob.digest).tier is Tier.HOST
-        assert the.store.digests == (bob.digest, cay.digest, ann.digest)
+        assert tuple(the.store.states()) == (bob.digest, cay.digest, ann.digest)
 
 
 # The end

@@ -21,13 +21,13 @@ def test_wrong_usage_is_status_2(argv: list[str], capsys: pytest.CaptureFixture[
     assert "usage: preft" in capsys.readouterr().err
 
 
-def test_an_error_is_one_line_on_stderr_and_status_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["status", "--state-dir", str(tmp_path)]) == 1
+def test_an_error_is_one_line_on_stderr_and_status_1(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "--url", "http://127.0.0.1:1"]) == 1
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("preft: ")
     assert err.count("\n") == 1
-    assert str(tmp_path) in err
+    assert "http://127.0.0.1:1" in err
 
 
 def test_no_traceback_when_the_reader_goes_away(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from preft.adapters.digest import adapter_digest
 from preft.adapters.source_limits import SourceLimits
 from preft.adapters.sources import open_source
 from preft.cluster.adapters import following_catalog, open_catalog, open_disk_tier, source_limits, uploads_folder
-from preft.core.cluster import Role, Tier
+from preft.core.cluster import AdapterState, Role, Tier
 from preft.core.errors import ConfigError, InvalidAdapter
 from preft.core.ports import AdapterChanges
 from preft.core.request import AdapterRef
@@ -252,12 +252,12 @@ async def test_a_worker_learns_of_pins_and_of_what_has_left(tmp_path: Path) -> N
         async with open_catalog(own) as catalog, adapter_store(engine, memory) as adapters:
             await catalog.add("ada", str(source))
             async with following_catalog(own, adapters):
-                assert adapters.digests == ()
+                assert adapters.states() == {}
                 await catalog.pin("ada", True)
-                await until(lambda: adapters.digests == (reference.digest,))  # nobody has asked for it
+                await until(lambda: adapters.state(reference.digest) is AdapterState.HOST)  # nobody has asked for it
                 await catalog.pin("ada", False)
                 await catalog.remove("ada")
-                await until(lambda: adapters.digests == ())
+                await until(lambda: adapters.states() == {})
                 assert adapters.where(reference.digest).tier is not Tier.HOST
     finally:
         memory.close()

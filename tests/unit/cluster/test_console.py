@@ -9,7 +9,7 @@ import shlex
 import pytest
 
 from preft.cluster.console import Console, WorkerProgress, first_question
-from preft.core.cluster import Role, Worker, WorkerState
+from preft.core.cluster import Role, Worker, WorkerSeen, WorkerState, WorkerStatus
 
 IDS = ("x-prefill-0", "x-decode-0")
 
@@ -19,12 +19,12 @@ class Terminal(io.StringIO):
         return True
 
 
-def worker(name: str, state: WorkerState, pid: int = 5) -> Worker:
-    return Worker(name, Role(name.split("-")[1]), state, "", "", pid)
+def worker(name: str, state: WorkerState, pid: int = 5) -> WorkerSeen:
+    return WorkerSeen(Worker(name, Role(name.split("-")[1]), pid=pid), state, WorkerStatus(), 0.0)
 
 
 def observed(progress: WorkerProgress, **states: tuple[WorkerState, int]) -> None:
-    progress.observe({f"x-{role}-0": worker(f"x-{role}-0", *now) for role, now in states.items()})
+    progress.observe([worker(f"x-{role}-0", *now) for role, now in states.items()])
 
 
 def test_one_line_per_worker_and_stage() -> None:

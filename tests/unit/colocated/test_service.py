@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -12,12 +13,13 @@ import pytest
 
 from preft.colocated.service import ColocatedService
 from preft.core.cluster import Role
-from preft.core.errors import AdapterUnavailable, InvalidRequest
+from preft.core.errors import AdapterUnavailable, InvalidRequest, WorkerFull
 from preft.core.request import AdapterRef, Sampling
 from preft.router.decode_stream import DecodeCall, DecodeStream
 from preft.rpc import workers_pb2, workers_pb2_grpc
 from preft.rpc.convert import adapter_to_proto, sampling_to_proto
 from preft.transfer.staging import StagingArena
+from preft.worker.usage import Usage
 from support.adapter_tiers import adapter_store
 from support.fake_engine import FakeEngine, tokens_of
 from support.worker_services import GREEDY, channel_to, failed, rest, until, write_adapter
@@ -56,17 +58,18 @@ class Rig:
 
 
 @asynccontextmanager
-async def colocated_rig() -> AsyncIterator[Rig]:
+async def colocated_rig(slots: int = 4) -> AsyncIterator[Rig]:
     arena, memory = StagingArena.create(1 << 16), StagingArena.create(1 << 16)
     engine = FakeEngine(Role.COLOCATED, arena.path, memory.path)
     try:
         async with AsyncExitStack() as opened:
-            service = ColocatedService(engine, await opened.enter_async_context(adapter_store(engine, memory)))
+            adapters = await opened.enter_async_context(adapter_store(engine, memory))
+            service = ColocatedService(engine, adapters, Usage(slots))
             serve = channel_to(workers_pb2_grpc.add_DecodeWorkerServicer_to_server, service)
             channel = await opened.enter_async_context(serve)
             rig = Rig(channel, engine, service)
             yield rig
-            await until(lambda: not (service.running or engine.stats.running))
+            await until(lambda: not (service.usage.running or engine.stats.running))
             await rig.stream.close()
     finally:
         arena.close()
@@ -126,3 +129,29 @@ async def test_cancelling_ends_the_engine_s_work(rig: Rig, adapter: AdapterRef) 
 
 async def test_releasing_is_fine(rig: Rig) -> None:
     await rig.stub.Release(workers_pb2.ReleaseRequest(handle="h"))
+
+
+async def test_a_choice_takes_a_slot_until_its_first_token(adapter: AdapterRef, tmp_path: Path) -> None:
+    other = write_adapter(tmp_path / "bob", "two")
+    async with colocated_rig(slots=1) as rig:
+        rig.engine.one_by_one = asyncio.Semaphore(0)
+        first = rig.call(adapter)
+        await until(lambda: rig.engine.stats.running == 1)
+        base = rig.call()
+        await until(lambda: rig.engine.stats.running == 2)
+        tokens, error = await failed(rig.call(other))
+        assert (tokens, type(error)) == ([], WorkerFull)
+        assert rig.engine.loaded == [adapter.digest]
+        rig.engine.one_by_one.release()
+        await first.read()
+        assert list(rig.service.usage.prompted) == []
+        assert rig.service.usage.other_sequences("another") == 2
+        second = rig.call(other)
+        await until(lambda: rig.engine.stats.running == 3)
+        assert list(rig.service.usage.prompted) == [other.digest]
+        second.cancel()
+        await until(lambda: list(rig.service.usage.prompted) == [])
+        for _ in range(20):
+            rig.engine.one_by_one.release()
+        await rest(first)
+        await rest(base)

@@ -22,6 +22,7 @@ from preft.core.request import FinishReason, Sampling
 from preft.router.decode_stream import DecodeCall
 from preft.rpc import workers_pb2
 from preft.rpc.convert import sampling_to_proto
+from preft.rpc.secret import CALLER_KEY
 from preft.transfer.port import KvHeader, hash_prompt
 from preft.transfer.staging import HEADER_BYTES, span_of
 from support.fake_engine import tokens_of
@@ -31,6 +32,7 @@ from support.worker_services import (
     GREEDY,
     DecodeRig,
     broken,
+    code_of,
     decode_rig,
     deltas_of,
     failed,
@@ -181,7 +183,7 @@ async def test_kv_that_does_not_arrive_in_time(
     rig.sink.handles.open(header, lambda reason: None)
     with pytest.raises(error, match=r"within 0\.2 s"):
         await rig.run(PROMPT, ALL[:1], digest=DIGEST, **limits)
-    await until(lambda: rig.service.running == 0)
+    await until(lambda: rig.service.usage.running == 0)
     assert rig.sink.handles.open_handles == 1  # the push may still come, and its sender will hear of it
     rig.sink.handles.release("h")
 
@@ -252,7 +254,7 @@ async def test_cancelled_while_tokens_come(rig: DecodeRig) -> None:
     await rig.sink.deliver("h", DIGEST, PROMPT)
     call = rig.call(PROMPT, ALL[:1], LONG, digest=DIGEST)
     await call.read()
-    assert rig.service.running == 1
+    assert rig.service.usage.running == 1
     call.cancel()
     await until(rig.idle)
     assert (rig.engine.aborts, rig.engine.stats.running, rig.engine.stats.kv_usage) == (1, 0, 0.0)
@@ -272,9 +274,9 @@ async def test_cancelled_while_the_kv_arrives(rig: DecodeRig) -> None:
     header = KvHeader("h", FINGERPRINT, DIGEST, len(PROMPT), 100, 0, 1, hash_prompt(PROMPT))
     rig.sink.handles.open(header, lambda reason: None)
     call = rig.call(PROMPT, ALL[:1], digest=DIGEST)
-    await until(lambda: rig.service.running == 1)
+    await until(lambda: rig.service.usage.running == 1)
     call.cancel()
-    await until(lambda: rig.service.running == 0)
+    await until(lambda: rig.service.usage.running == 0)
     assert rig.engine.requests == []
     rig.sink.handles.release("h")
 
@@ -439,3 +441,31 @@ async def test_release_leaves_running_requests_alone(rig: DecodeRig) -> None:
     tokens = list((await call.read()).token_ids)
     await rig.stub.Release(workers_pb2.ReleaseRequest(handle="h"))
     assert [*tokens, *await rest(call)] == ALL[1:]
+
+
+async def test_each_choice_counts_for_its_caller(rig: DecodeRig) -> None:
+    usage = rig.service.usage
+    await rig.sink.deliver("h", DIGEST, PROMPT, uses=2)
+    rig.engine.going.clear()
+    request = workers_pb2.DecodeRequest(
+        handle="h",
+        prompt_token_ids=PROMPT,
+        sampling=sampling_to_proto(GREEDY),
+        adapter_digest=DIGEST,
+        kv_timeout=20,
+        choices=[workers_pb2.DecodeChoice(id=number, index=number, output_token_ids=ALL[:1]) for number in range(2)],
+    )
+    call = rig.stub.Decode(metadata=((CALLER_KEY, "one"),))
+    await call.write(workers_pb2.DecodeCommand(start=request))
+    await until(lambda: usage.running == 2)
+    assert [usage.other_sequences(name) for name in ("one", "two")] == [0, 2]
+    await call.write(workers_pb2.DecodeCommand(cancel=1))
+    await until(lambda: usage.other_sequences("two") == 1)
+    call.cancel()
+    await until(lambda: usage.running == 0)
+
+
+async def test_a_caller_s_name_is_checked(rig: DecodeRig) -> None:
+    call = rig.stub.Decode(metadata=((CALLER_KEY, "x" * 300),))
+    _, error = await broken(call)
+    assert (error.code(), code_of(error)) == (grpc.StatusCode.INVALID_ARGUMENT, "invalid_request")

@@ -12,7 +12,7 @@ import grpc
 import httpx
 import pytest
 
-from preft.core.cluster import Role, Worker, WorkerState
+from preft.core.cluster import Role, Worker, WorkerSeen, WorkerState, WorkerStatus
 from preft.core.errors import ShuttingDown
 from preft.core.request import FinishReason
 from preft.gateway.app import create_app
@@ -172,12 +172,12 @@ async def test_a_request_that_is_cancelled_by_its_client_stays_cancelled() -> No
         await request()
 
 
-def worker(name: str, role: Role, state: WorkerState) -> Worker:
-    return Worker(name, role, state, "127.0.0.1:1", "f", 7, engine_pids=(8,))
+def worker(name: str, role: Role, state: WorkerState) -> WorkerSeen:
+    return WorkerSeen(Worker(name, role, "127.0.0.1:1", "f", 7, engine_pids=(8,)), state, WorkerStatus(), 3.0)
 
 
 async def test_ready_says_what_it_waits_for(tokenizer) -> None:
-    workers: list[Worker] = []
+    workers: list[WorkerSeen] = []
     generator = FakeGenerator(lambda request: Script(), is_ready=False)
     deps = GatewayDeps("base", tokenizer, 64, generator, FakeCatalog.of(), workers=lambda: workers)
     transport = httpx.ASGITransport(create_app(deps))
@@ -186,7 +186,7 @@ async def test_ready_says_what_it_waits_for(tokenizer) -> None:
         async def said() -> str:
             reply = await client.get("/ready")
             assert reply.status_code == 503
-            assert [entry["id"] for entry in reply.json()["workers"]] == [one.id for one in workers]
+            assert [entry["id"] for entry in reply.json()["workers"]] == [one.worker.id for one in workers]
             return str(reply.json()["reason"])
 
         assert await said() == (
@@ -195,7 +195,7 @@ async def test_ready_says_what_it_waits_for(tokenizer) -> None:
         workers.append(worker("p0", Role.PREFILL, WorkerState.READY))
         workers.append(worker("d0", Role.DECODE, WorkerState.STARTING))
         workers.append(worker("d1", Role.DECODE, WorkerState.DEAD))
-        assert (await said()).startswith("no decode worker is ready: d0 has been loading its engine for ")
+        assert (await said()).startswith("no decode worker is ready: d0 has been loading its engine for 3 s")
         assert (await said()).endswith(" s, d1 is dead")
         workers[1] = worker("d0", Role.DECODE, WorkerState.READY)
         assert await said() == "the workers that are ready don't fit together"

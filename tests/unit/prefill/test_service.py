@@ -19,6 +19,7 @@ from preft.engine.port import EngineRequest
 from preft.transfer.seal import SEAL, read_seal
 from preft.transfer.staging import HEADER_BYTES
 from support.fake_engine import FakeEngine, kv_of, tokens_of
+from support.readable_ref import ReadableRef
 from support.worker_services import (
     ARENA_BYTES,
     GREEDY,
@@ -164,7 +165,7 @@ async def test_an_adapter_is_checked_and_loaded_once(rig: PrefillRig, alice: Ada
     await asyncio.gather(*(rig.run(PROMPT, ONE, adapter=user, to=None, handle=f"h{i}") for i, user in enumerate(users)))
     assert sorted(rig.engine.loaded) == sorted([alice.digest, bob.digest])
     await rig.run(PROMPT, ONE, adapter=alice, to=None)
-    assert rig.adapters.digests == (bob.digest, alice.digest)
+    assert tuple(rig.adapters.states()) == (bob.digest, alice.digest)
 
 
 async def test_adapters_that_left_memory_are_checked_and_loaded_again(tmp_path: Path) -> None:
@@ -172,7 +173,7 @@ async def test_adapters_that_left_memory_are_checked_and_loaded_again(tmp_path: 
     async with prefill_rig(host_bytes=1024) as rig:  # room for two
         for number in (0, 1, 0, 2):
             await rig.run(PROMPT, ONE, adapter=users[number], to=None)
-        assert rig.adapters.digests == (users[0].digest, users[2].digest)
+        assert tuple(rig.adapters.states()) == (users[0].digest, users[2].digest)
         await rig.run(PROMPT, ONE, adapter=users[1], to=None)
         assert rig.engine.loaded == [users[number].digest for number in (0, 1, 2, 1)]
 
@@ -188,7 +189,7 @@ async def test_a_source_that_holds_something_else_is_refused(
     assert raised.value.code() is grpc.StatusCode.UNAVAILABLE  # no fault of the request
     assert code_of(raised.value) == "adapter_unavailable"
     assert alice.source not in raised.value.details()
-    assert (rig.engine.loaded, rig.engine.requests, rig.adapters.digests) == ([], [], ())
+    assert (rig.engine.loaded, rig.engine.requests, tuple(rig.adapters.states())) == ([], [], ())
     write_adapter(Path(alice.source), "alice's")
     await rig.run(PROMPT, ONE, adapter=alice, to=None)  # repaired: nothing of the refusal is kept
 
@@ -203,7 +204,7 @@ async def test_an_adapter_that_the_engine_refuses(rig: PrefillRig, alice: Adapte
     await fails(rig.call(PROMPT, adapter=alice), grpc.StatusCode.UNAVAILABLE, "adapter_unavailable", "refuses it")
     rig.engine.die("killed")
     await fails(rig.call(PROMPT, adapter=alice), grpc.StatusCode.UNAVAILABLE, "worker_lost", "the engine died: killed")
-    assert rig.adapters.digests == ()
+    assert tuple(rig.adapters.states()) == ()
 
 
 @pytest.mark.parametrize("prompt", [(), (1, 10_000), tuple(range(200))])
@@ -281,10 +282,10 @@ async def test_a_receiver_that_never_answers_costs_no_more_than_the_call_s_time(
 async def test_cancelled_while_it_waits_for_staging_memory(rig: PrefillRig) -> None:
     full = await rig.arena.reserve(ARENA_BYTES - HEADER_BYTES, timeout=1)
     call = rig.call(PROMPT)
-    await until(lambda: rig.service.running == 1)
+    await until(lambda: rig.service.usage.running == 1)
     await asyncio.sleep(0.02)
     call.cancel()
-    await until(lambda: rig.service.running == 0)
+    await until(lambda: rig.service.usage.running == 0)
     rig.arena.release(full)
     assert rig.arena.used == 0
     assert rig.engine.requests == []
@@ -300,7 +301,7 @@ async def test_cancelled_in_the_engine(rig: PrefillRig, n: int, running: int) ->
     call = rig.call(PROMPT, SAMPLED, n=n)
     await until(lambda: rig.engine.stats.running == running and len(rig.engine.requests) == n)
     call.cancel()
-    await until(lambda: rig.arena.used == 0 and rig.service.running == 0)
+    await until(lambda: rig.arena.used == 0 and rig.service.usage.running == 0)
     assert rig.engine.aborts == running
     assert (rig.engine.stats.running, rig.engine.stats.kv_usage) == (0, 0.0)
 
@@ -321,7 +322,7 @@ async def test_many_cancelled_at_random_moments_leave_nothing(rig: PrefillRig, a
         await asyncio.sleep(step * 2e-4)
         call.cancel()
         rig.sink.handles.release(f"h{step}")
-    await until(lambda: rig.arena.used == 0 and rig.service.running == 0 and rig.sink.arena.used == 0)
+    await until(lambda: rig.arena.used == 0 and rig.service.usage.running == 0 and rig.sink.arena.used == 0)
     assert rig.engine.stats.running == 0
     (delta,) = await rig.run(PROMPT, adapter=alice, handle="last")
     assert list(delta.token_ids) == tokens_of(alice.digest, PROMPT, GREEDY)[:1]
@@ -338,15 +339,90 @@ async def test_no_call_outlives_its_client(rig: PrefillRig) -> None:
     rig.engine.going.clear()
     with suppress(grpc.aio.AioRpcError):
         await rig.run(PROMPT, timeout=0.1)
-    await until(lambda: rig.service.running == 0)
+    await until(lambda: rig.service.usage.running == 0)
     assert rig.engine.aborts == 1
 
 
 async def test_running_counts_calls(rig: PrefillRig) -> None:
     rig.engine.going.clear()
     calls = [rig.call(PROMPT, ONE, to=None) for _ in range(3)]
-    await until(lambda: rig.service.running == 3)
+    await until(lambda: rig.service.usage.running == 3)
     rig.engine.going.set()
     for call in calls:
         assert [event async for event in call]
-    await until(lambda: rig.service.running == 0)
+    await until(lambda: rig.service.usage.running == 0)
+
+
+# Adapter slots, by caller
+
+
+@pytest.mark.parametrize("to", [KvSink.address, None])
+async def test_no_more_adapters_than_slots_and_no_memory_for_the_rest(
+    alice: AdapterRef, tmp_path: Path, to: str | None
+) -> None:
+    """Also when several routers send them. Refused prompts don't even load their adapter."""
+    bob = write_adapter(tmp_path / "bob", "bob's")
+    async with prefill_rig(slots=1) as rig:
+        rig.engine.going.clear()
+        running = [rig.call(PROMPT, adapter=alice, handle=f"h{name}", to=to, caller=name) for name in ("one", "two")]
+        await until(lambda: rig.engine.stats.running == 2)
+        used = rig.arena.used
+        for caller in ("one", "two", None):
+            call = rig.call(PROMPT, adapter=bob, handle="hb", to=to, caller=caller)
+            await fails(call, grpc.StatusCode.UNAVAILABLE, "worker_full", "all 1 adapter slots of the worker are taken")
+        assert (rig.arena.used, rig.engine.loaded) == (used, [alice.digest])
+        assert [rig.service.usage.other_prompts(name, alice.digest) for name in ("one", "three")] == [1, 2]
+        base = rig.call(PROMPT, handle="base", to=to)
+        await until(lambda: rig.engine.stats.running == 3)
+        rig.engine.going.set()
+        for call in (*running, base):
+            assert [event async for event in call]
+        await rig.run(PROMPT, ONE, adapter=bob, to=None)
+
+
+async def test_the_slot_is_free_when_the_first_tokens_come(alice: AdapterRef, tmp_path: Path) -> None:
+    bob = write_adapter(tmp_path / "bob", "bob's")
+    async with prefill_rig(slots=1) as rig:
+        full = await rig.sink.arena.reserve(ARENA_BYTES - HEADER_BYTES, timeout=1)
+        call = rig.call(PROMPT, adapter=alice, caller="one")
+        assert (await call.read()).HasField("first_tokens")
+        assert list(rig.service.usage.prompted) == []
+        assert [rig.service.usage.other_prefills(name) for name in ("one", "two")] == [0, 1]  # the KV isn't sent yet
+        await rig.run(PROMPT, ONE, adapter=bob, to=None, caller="two")
+        rig.sink.arena.release(full)
+        assert (await call.read()).HasField("kv_pushed")
+        await until(lambda: rig.service.usage.running == 0)
+        await rig.sink.received("h", alice.digest, PROMPT)
+
+
+@pytest.mark.parametrize("cause", ["cancelled", "failed", "refused"])
+async def test_a_prompt_that_ends_early_leaves_its_slot(alice: AdapterRef, tmp_path: Path, cause: str) -> None:
+    bob = write_adapter(tmp_path / "bob", "bob's")
+    async with prefill_rig(slots=1) as rig:
+        if cause == "cancelled":
+            rig.engine.going.clear()
+            call = rig.call(PROMPT, adapter=alice)
+            await until(lambda: rig.engine.stats.running == 1)
+            call.cancel()
+            await until(lambda: rig.service.usage.running == 0)
+            rig.engine.going.set()
+        else:
+            rig.engine.failing = lambda request, made: EngineFailed("no reason") if cause == "failed" else None
+            prompt = PROMPT if cause == "failed" else ()
+            await broken(rig.call(prompt, adapter=alice))
+            rig.engine.failing = lambda request, made: None
+        assert list(rig.service.usage.prompted) == []
+        await rig.run(PROMPT, ONE, adapter=bob, to=None)
+
+
+async def test_a_digest_that_is_none_is_never_counted(rig: PrefillRig, alice: AdapterRef) -> None:
+    counted: list[str] = []
+    rig.service.usage.observe(lambda digest, caller: counted.append(digest))
+    odd = ReadableRef("alice", "../alice", alice.source)
+    await fails(rig.call(PROMPT, adapter=odd), grpc.StatusCode.INVALID_ARGUMENT, "invalid_request", "64 lowercase")
+    assert counted == []
+
+
+async def test_a_caller_s_name_is_checked(rig: PrefillRig) -> None:
+    says = "caller is at most 256 characters"
+    await fails(rig.call(PROMPT, caller="x" * 257), grpc.StatusCode.INVALID_ARGUMENT, "invalid_request", says)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from preft.router.ledger import Ledger
 
 from preft.core.cluster import REGION_BYTES, ClusterSnapshot, Role, Worker, WorkerLoad, WorkerState
 from preft.core.errors import (
@@ -24,7 +25,6 @@ from preft.core.errors import (
 from preft.router import admission as admission_module
 from preft.router.admission import Admission, Ticket
 from preft.router.lease import Lease
-from preft.router.ledger import Ledger
 from preft.router.policy import AffinityPolicy, Demand, Roster
 from support.readable_ref import ReadableRef
 

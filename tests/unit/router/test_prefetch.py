@@ -6,6 +6,7 @@ import asyncio
 import logging
 
 import pytest
+from preft.router.ledger import Ledger
 
 from preft.core.cluster import Role, Worker, WorkerState
 from preft.core.errors import (
@@ -17,7 +18,6 @@ from preft.core.errors import (
     WorkerLost,
 )
 from preft.core.request import AdapterRef
-from preft.router.ledger import Ledger
 from preft.router.prefetch import Prefetcher
 from support.readable_ref import ReadableRef
 

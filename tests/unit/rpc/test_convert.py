@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, get_type_hints
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from preft.core.cluster import AdapterState, AdapterStatus, StatusUpdate, Tier, TierTotals, WorkerStatus
+from preft.core.errors import EngineFailed
 from preft.core.request import AdapterRef, FinishReason, Sampling, TokenDelta, TokenLogprob
-from preft.rpc import common_pb2, convert
+from preft.rpc import common_pb2, convert, workers_pb2
 
 ids = st.integers(0, 2**32 - 1)
 id_tuples = st.lists(ids, max_size=4).map(tuple)
@@ -37,6 +40,26 @@ samplings = st.integers(1, 2**31 - 1).flatmap(
     )
 )
 deltas = st.builds(TokenDelta, ids, id_tuples, logprobs, st.none() | st.sampled_from(FinishReason), st.none() | ids)
+
+longs = st.integers(0, 2**64 - 1)
+tiers = st.builds(
+    TierTotals,
+    ids, ids, longs, longs, longs, longs, longs,
+    hits=st.dictionaries(st.sampled_from(Tier), longs),
+    loads=st.dictionaries(st.sampled_from(Tier), longs),
+    load_seconds=st.dictionaries(st.sampled_from(Tier), st.floats(0, allow_infinity=False)),
+)  # fmt: skip
+statuses = st.builds(WorkerStatus, st.booleans(), ids, longs, longs, longs, ids, longs, ids, ids, tiers)
+updates = st.builds(
+    StatusUpdate,
+    statuses,
+    st.dictionaries(
+        st.binary(min_size=32, max_size=32).map(bytes.hex),
+        st.builds(AdapterStatus, st.none() | st.sampled_from(AdapterState), ids),
+        max_size=4,
+    ),
+    st.booleans(),
+)
 
 
 @given(samplings)
@@ -68,3 +91,64 @@ def test_adapter() -> None:
 )
 def test_no_field_is_forgotten(cls: Any, message: Any) -> None:
     assert set(get_type_hints(cls)) == set(message.DESCRIPTOR.fields_by_name)
+
+
+@given(updates, updates)
+def test_status(first: StatusUpdate, second: StatusUpdate) -> None:
+    """A stream of two messages, of which the second one may have the tiers of the first."""
+    for tiers in (second.status.tiers, first.status.tiers):
+        second = dataclasses.replace(second, status=dataclasses.replace(second.status, tiers=tiers))
+        wires = [
+            convert.status_to_proto(update, previous).SerializeToString()
+            for update, previous in ((first, None), (second, first.status))
+        ]
+        messages = [workers_pb2.StatusUpdate.FromString(wire) for wire in wires]
+        assert messages[1].HasField("tiers") is (tiers != first.status.tiers)
+        got = convert.status_from_proto(messages[0])
+        assert got == first
+        assert convert.status_from_proto(messages[1], got.status) == second
+
+
+def test_tiers_of_a_worker_without_adapters_are_not_sent() -> None:
+    message = convert.status_to_proto(StatusUpdate(WorkerStatus(running=1)))
+    assert not message.HasField("tiers")
+    assert convert.status_from_proto(message).status.tiers == TierTotals()
+
+
+def spoiled(path: str, value: Any) -> workers_pb2.StatusUpdate:
+    tiers = TierTotals(hits={Tier.HOST: 1}, load_seconds={Tier.DISK: 0.5})
+    adapters = {"d1" * 32: AdapterStatus(AdapterState.HOST)}
+    message = convert.status_to_proto(StatusUpdate(WorkerStatus(tiers=tiers), adapters))
+    owner = message.adapters[0] if path in ("digest", "state") else message.tiers
+    if path in ("digest", "state"):
+        setattr(owner, path, value)
+    else:
+        getattr(owner, path)[value[0]] = value[1]
+    return message
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        ("digest", b"", "by 0 bytes, not by 32"),
+        ("digest", bytes(31), "by 31 bytes"),
+        ("digest", bytes(33), "by 33 bytes"),
+        ("state", 4, "unknown state 4"),
+        ("hits", ("tape", 1), "unknown tier 'tape'"),
+        ("loads", ("", 1), "unknown tier ''"),
+        ("load_seconds", ("x" * 1000, 1.0), "unknown tier 'x{40}'"),
+        ("load_seconds", ("disk", float("nan")), "isn't a number of seconds"),
+        ("load_seconds", ("disk", float("inf")), "isn't a number of seconds"),
+        ("load_seconds", ("disk", -1.0), "isn't a number of seconds"),
+    ],
+)
+def test_a_worker_s_malformed_status_is_its_failure(path: str, value: Any, says: str) -> None:
+    with pytest.raises(EngineFailed, match=says):
+        convert.status_from_proto(spoiled(path, value))
+
+
+def test_no_field_of_a_status_is_forgotten() -> None:
+    own = set(get_type_hints(WorkerStatus)) | {"whole", "adapters"}
+    assert own == set(workers_pb2.StatusUpdate.DESCRIPTOR.fields_by_name)
+    assert set(get_type_hints(TierTotals)) == set(workers_pb2.TierTotals.DESCRIPTOR.fields_by_name)
+    assert {"digest", *get_type_hints(AdapterStatus)} == set(workers_pb2.AdapterStatus.DESCRIPTOR.fields_by_name)

@@ -21,6 +21,10 @@ def test_a_copy_is_independent() -> None:
     assert free.find(10) == 0
 
 
+def largest_hole(used: bytearray) -> int:
+    return max(map(len, used.split(b"x")))
+
+
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 40)), max_size=80))
 def test_agrees_with_a_map_of_bytes(steps: list[tuple[bool, int]]) -> None:
     capacity = 128
@@ -38,6 +42,12 @@ def test_agrees_with_a_map_of_bytes(steps: list[tuple[bool, int]]) -> None:
                 taken.append((start, number))
                 used[start : start + number] = b"x" * number
         assert free.total == used.count(0)
+        assert free.largest() == largest_hole(used)
+        also = taken[::2]
+        emptied = bytearray(used)
+        for start, size in also:
+            emptied[start : start + size] = bytes(size)
+        assert free.largest((start, start + size) for start, size in also) == largest_hole(emptied)
     for start, size in taken:
         free.give(start, size)
     assert free.find(capacity) == 0

@@ -339,3 +339,54 @@ def test_regions_never_overlap_are_served_in_order_and_all_come_back(steps: list
         arena.close()
 
     asyncio.run(scenario())
+
+
+async def test_what_fits_counts_copies_that_make_room(arena: StagingArena) -> None:
+    assert arena.fit == arena.capacity
+    regions = [await arena.reserve(1000, timeout=1) for _ in range(4)]
+    span = span_of(1000)
+    assert arena.fit == 0
+    for number in (0, 2):
+        arena.mark_evictable(regions[number], lambda: None)
+    assert arena.fit == span
+    arena.release(regions[1])
+    assert arena.fit == 3 * span
+    arena.keep(regions[2])
+    assert arena.fit == 2 * span
+    waiting = asyncio.create_task(arena.reserve(3000, timeout=5))
+    await asyncio.sleep(0)
+    assert arena.fit == 0  # a new reservation would wait behind that one
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    assert arena.fit == 2 * span
+    arena.close()
+    assert arena.fit == 0
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.integers(1, 900), min_size=1, max_size=12),
+    st.lists(st.sampled_from(["stays", "released", "evictable", "pinned", "pinned and evictable"]), min_size=12),
+)
+def test_what_fits_is_what_can_be_reserved(sizes: list[int], fates: list[str]) -> None:
+    async def scenario() -> None:
+        with contextlib.closing(StagingArena.create(4096)) as arena:
+            regions = []
+            for size in sizes:
+                with contextlib.suppress(TransferFailed):
+                    regions.append(await arena.reserve(size, timeout=0.0))
+            for region, fate in zip(regions, fates, strict=False):
+                arena.pin(region, "pinned" in fate)
+                if "evictable" in fate:
+                    arena.mark_evictable(region, lambda: None)
+                elif fate == "released":
+                    arena.release(region)
+            fit = arena.fit
+            for size in range(fit - HEADER_BYTES + 1, arena.capacity - HEADER_BYTES + 1, HEADER_BYTES):
+                with pytest.raises(TransferFailed):
+                    await arena.reserve(max(1, size), timeout=0.0)
+            assert arena.fit == fit  # nothing was evicted in vain
+            if fit:
+                await arena.reserve(fit - HEADER_BYTES, timeout=0.0)
+
+    asyncio.run(scenario())

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 
 import pytest
+from preft.router.liveness import Liveness
 
 from preft.core.cluster import Role, Worker, WorkerState
-from preft.router.liveness import Liveness
 
 TIMEOUT = 10.0
 

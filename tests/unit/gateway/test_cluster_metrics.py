@@ -1,20 +1,15 @@
-"""What workers say in their heartbeats, as Prometheus reads it."""
+"""The router's and the workers' figures, as Prometheus reads them."""
 
 from __future__ import annotations
 
 from prometheus_client import CollectorRegistry
 
-from preft.core.cluster import AdapterLoad, Role, Tier, Worker, WorkerLoad, WorkerState
-from preft.gateway.worker_metrics import WorkerMetrics
-
-
-def a_worker(name: str, slots: int, load: WorkerLoad) -> Worker:
-    return Worker(name, Role.PREFILL, WorkerState.READY, "h:1", "f", 1, adapter_slots=slots, load=load)
+from preft.core.cluster import Role, RouterStats, Tier, TierTotals, Worker, WorkerSeen, WorkerState, WorkerStatus
+from preft.gateway.cluster_metrics import ClusterMetrics
 
 
 def test_every_figure_of_every_worker() -> None:
-    tiers = AdapterLoad(
-        slots=8,
+    tiers = TierTotals(
         slots_used=3,
         host_adapters=5,
         host_bytes=1000,
@@ -26,13 +21,28 @@ def test_every_figure_of_every_worker() -> None:
         loads={Tier.DISK: 4},
         load_seconds={Tier.DISK: 0.5, Tier.SOURCE: 0.0},
     )
+    prefill = Worker("p", Role.PREFILL, "h:1", kv_blocks=9, adapter_slots=8)
+    decode = Worker("d", Role.DECODE, "h:2", kv_blocks=7, staging_bytes=900)
+    drained = WorkerStatus(draining=True, running=2, staging_bytes_used=300, preemptions=3)
     workers = [
-        a_worker("p", 8, WorkerLoad(kv_blocks_total=9, kv_blocks_free=4, tiers=tiers)),
-        a_worker("d", 0, WorkerLoad(0, 7, 7, 900, 500, staging_bytes_evictable=200, preemptions=3)),
+        WorkerSeen(prefill, WorkerState.READY, WorkerStatus(kv_blocks_used=5, tiers=tiers), 0.1),
+        WorkerSeen(decode, WorkerState.DRAINING, drained, 0.1),
     ]
+    stats = RouterStats(waiting=4, in_flight={"p": 6}, retries=1, resumes=2, refused=3)
     registry = CollectorRegistry()
-    WorkerMetrics(lambda: workers, registry)
+    ClusterMetrics(lambda: workers, lambda: stats, registry)
     expected = {
+        ("preft_queue_waiting", "", ""): 4,
+        ("preft_queue_refused_total", "", ""): 3,
+        ("preft_retries_total", "", ""): 1,
+        ("preft_resumes_total", "", ""): 2,
+        ("preft_worker_ready", "p", ""): 1,
+        ("preft_worker_ready", "d", ""): 0,
+        ("preft_worker_draining", "p", ""): 0,
+        ("preft_worker_draining", "d", ""): 1,
+        ("preft_worker_running", "d", ""): 2,
+        ("preft_worker_in_flight", "p", ""): 6,
+        ("preft_worker_in_flight", "d", ""): 0,
         ("preft_kv_blocks_free", "p", ""): 4,
         ("preft_kv_blocks", "d", ""): 7,
         ("preft_staging_bytes", "d", ""): 900,
@@ -54,7 +64,7 @@ def test_every_figure_of_every_worker() -> None:
         ("preft_adapter_evictions_total", "p", "disk"): 1,
     }
     for (name, worker, tier), value in expected.items():
-        labels = {"worker": worker, **({"tier": tier} if tier else {})}
+        labels = {key: label for key, label in (("worker", worker), ("tier", tier)) if label}
         assert registry.get_sample_value(name, labels) == value, name
     assert registry.get_sample_value("preft_adapter_slots", {"worker": "d"}) is None
     workers.clear()

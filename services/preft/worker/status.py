@@ -1,0 +1,142 @@
+"""The `WorkerStatus` service: tells each watching router what the worker does, first as a whole, then what changed.
+
+Owns the open streams and the digests that changed since the last message of each. `Usage` and `AdapterStore` own the
+truth, and report changes of it here, so that no message needs a look at all adapters.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field, replace
+from itertools import islice
+
+import grpc.aio
+
+from preft.adapters.store import AdapterStore
+from preft.core.cluster import AdapterStatus, StatusUpdate, WorkerStatus
+from preft.rpc import workers_pb2, workers_pb2_grpc
+from preft.rpc.caller import caller_of
+from preft.rpc.checked import number_of
+from preft.rpc.convert import status_to_proto
+from preft.rpc.status import errors_reported
+from preft.worker.usage import Usage
+
+LEAST_INTERVAL, MOST_INTERVAL = 0.01, 10.0  # seconds between two messages
+SIGN_OF_LIFE = 1.0  # seconds without a message, unless the interval is longer
+MOST_ADAPTERS = 10_000  # in one message of some 400 kB; the next message has the others
+
+
+@dataclass(slots=True, eq=False)
+class _Watcher:
+    """One open stream."""
+
+    caller: str
+    changed: set[str] = field(default_factory=set)  # digests
+    is_behind: bool = True  # the next message is a whole one
+    knows_draining: bool = False
+
+
+class StatusService(workers_pb2_grpc.WorkerStatusServicer):
+    """The gRPC service of one worker of any role. Use it inside one asyncio loop."""
+
+    def __init__(self, measure: Callable[[], WorkerStatus], usage: Usage, adapters: AdapterStore | None) -> None:
+        """`measure` gives the worker's own figures, called up to once per stream and interval.
+
+        `draining` and the `other_` counts are added here. Becomes the observer of `usage` and `adapters`.
+        """
+        self._measure = measure
+        self._usage = usage
+        self._adapters = adapters
+        self._watchers: set[_Watcher] = set()
+        self._draining = asyncio.Event()
+        self._told = asyncio.Event()  # a stream's reader has taken a message
+        usage.observe(self._changed)
+        if adapters is not None:
+            adapters.observe(self._changed)
+
+    async def Watch(
+        self, request: workers_pb2.WatchRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[workers_pb2.StatusUpdate]:
+        async with errors_reported(context):
+            interval = number_of(request.interval, "interval", LEAST_INTERVAL, MOST_INTERVAL)
+            watcher = _Watcher(caller_of(context))
+            self._watchers.add(watcher)
+            try:
+                async with aclosing(self._messages(watcher, interval)) as messages:
+                    async for message in messages:
+                        yield message
+            finally:
+                self._watchers.discard(watcher)
+                self._told.set()
+
+    def drain(self) -> None:
+        """Tells all streams at once, without waiting for their intervals, that the worker takes no more requests."""
+        self._draining.set()
+
+    async def drained(self, timeout: float) -> None:
+        """Waits, `timeout` seconds at most, until the readers of all streams have taken what `drain` tells."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                while not all(watcher.knows_draining for watcher in self._watchers):
+                    self._told.clear()
+                    await self._told.wait()
+
+    def status(self, caller: str) -> WorkerStatus:
+        """The worker's figures, as this caller is told them."""
+        return replace(
+            self._measure(),
+            draining=self._draining.is_set(),
+            other_prefills=self._usage.other_prefills(caller),
+            other_sequences=self._usage.other_sequences(caller),
+        )
+
+    async def _messages(self, watcher: _Watcher, interval: float) -> AsyncGenerator[workers_pb2.StatusUpdate, None]:
+        now = asyncio.get_running_loop().time
+        patience = max(interval, SIGN_OF_LIFE)
+        last: WorkerStatus | None = None
+        sent_at = -patience
+        while True:
+            status = self.status(watcher.caller)
+            if status != last or watcher.changed or watcher.is_behind or now() >= sent_at + patience:
+                is_whole = watcher.is_behind
+                yield status_to_proto(StatusUpdate(status, self._news(watcher), is_whole), last)
+                last, sent_at = status, now()
+                watcher.knows_draining = status.draining
+                self._told.set()
+            await self._pause(min(interval, sent_at + patience - now()), watcher)
+
+    async def _pause(self, seconds: float, watcher: _Watcher) -> None:
+        if watcher.knows_draining:
+            return await asyncio.sleep(seconds)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._draining.wait()
+
+    def _news(self, watcher: _Watcher) -> dict[str, AdapterStatus]:
+        """Takes what the watcher doesn't know yet; all adapters if the next message is a whole one."""
+        if watcher.is_behind:
+            watcher.is_behind = False
+            watcher.changed = set(self._usage.prompted)
+            if self._adapters is not None:
+                watcher.changed.update(self._adapters.states())
+        digests = set(islice(watcher.changed, MOST_ADAPTERS))
+        watcher.changed -= digests
+        return {digest: self._adapter(watcher.caller, digest) for digest in digests}
+
+    def _adapter(self, caller: str, digest: str) -> AdapterStatus:
+        state = self._adapters.state(digest) if self._adapters is not None else None
+        return AdapterStatus(state, self._usage.other_prompts(caller, digest))
+
+    def _changed(self, digest: str, by: str | None = None) -> None:
+        """Notes the change for all streams but those of the caller `by`, who is told only of others' prompts."""
+        for watcher in self._watchers:
+            if watcher.caller != by and not watcher.is_behind:
+                watcher.changed.add(digest)
+                if len(watcher.changed) > MOST_ADAPTERS and len(watcher.changed) > 2 * self._known():
+                    watcher.changed.clear()  # its reader doesn't read: memory doesn't grow with all that it misses
+                    watcher.is_behind = True
+
+    def _known(self) -> int:
+        return self._adapters.totals().host_adapters if self._adapters is not None else 0

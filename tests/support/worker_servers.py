@@ -1,0 +1,56 @@
+"""Whole workers over fake engines."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from preft.cluster.worker import StartEngine, WorkerServer
+from preft.core.cluster import Role
+from preft.core.ports import StateStore
+from preft.core.settings import MiB, Settings, load_settings
+from preft.rpc.secret import ClusterSecret
+from support.fake_engine import FakeEngine
+from support.lora_folders import write_base
+
+SECRET = ClusterSecret("of these tests alone")
+
+
+class StartFake(StartEngine):
+    """Starts fake engines and keeps them; `hold` delays the start, `error` fails it."""
+
+    def __init__(self) -> None:
+        self.engines: dict[Role, FakeEngine] = {}
+        self.hold = asyncio.Event()
+        self.hold.set()
+        self.error: Exception | None = None
+        self.arenas: list[str] = []
+
+    async def __call__(self, settings: Settings, role: Role, arena: str, adapter_arena: str) -> FakeEngine:
+        self.arenas.append(arena)
+        await self.hold.wait()
+        if self.error is not None:
+            raise self.error
+        self.engines[role] = FakeEngine(role, arena, adapter_arena)
+        return self.engines[role]
+
+
+def settings_for(folder: Path, **overrides: Any) -> Settings:
+    """Settings of workers whose model, state and secret are in `folder`."""
+    own = {"staging_bytes": MiB, "max_num_seqs": 17}
+    given = {
+        "model": str(write_base(folder / "base")),
+        "prefill": own,
+        "decode": own,
+        "state_dir": str(folder / "state"),
+        "cluster_secret": "of these tests alone",
+        "store": {"host_bytes": MiB},
+    }
+    return load_settings(None, given | overrides)
+
+
+async def start(
+    role: Role, settings: Settings, store: StateStore, start_engine: StartEngine, name: str | None = None
+) -> WorkerServer:
+    return await WorkerServer.start(settings, role, name or role.value, "127.0.0.1", store, start_engine)

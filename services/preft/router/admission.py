@@ -301,11 +301,10 @@ class Admission:
         demand = line.head.demand
         if isinstance(placed, Absent):
             self._load(placed.worker, demand)
-            holder_will_do = line.at is not None and line.at.is_ready and line.at.holds(line.digest)
-            self._move(line, line.at if holder_will_do else placed.worker)
-        elif isinstance(placed, Crowded):
-            worker = placed.worker
-            worker.slot_for = min(worker.slot_for or demand.order, demand.order)
+        if isinstance(placed, Absent | Crowded):
+            worker = line.at if line.at is not None and self._stays(line, placed.worker) else placed.worker
+            if isinstance(placed, Crowded):
+                worker.slot_for = min(worker.slot_for or demand.order, demand.order)
             self._move(line, worker)
         elif isinstance(placed, Refusal):
             self._move(line, None)
@@ -314,6 +313,17 @@ class Admission:
                 if home is not None:
                     self._load(home, demand)
             self._keep_memory(demand, placed)
+
+    def _stays(self, line: Line, worker: WorkerView) -> bool:
+        """Whether the line's worker is as good as `worker`, as seen without the line itself.
+
+        The line counts as load where it waits. Without this rule it would look better elsewhere, wherever it is.
+        """
+        at, digest = line.at, line.digest
+        if at is None or not at.is_ready or at.id in line.head.demand.avoid:
+            return False
+        here, there = ((one.holds(digest), one.is_loading(digest)) for one in (at, worker))
+        return here > there or (here == there and at.load - len(line.tickets) <= worker.load)
 
     def _move(self, line: Line, at: WorkerView | None) -> None:
         before = line.at

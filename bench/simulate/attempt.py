@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from bench.simulate.workload import Arrival
 from preft.core.request import AdapterRef
 from preft.router.lease import Lease
+from preft.router.view import Order
 
 
 @dataclass(slots=True, eq=False)
@@ -15,6 +16,7 @@ class SimRequest:
 
     arrival: Arrival
     adapter: AdapterRef | None
+    order: Order
     avoid: frozenset[str] = frozenset()
     begun: float = -1.0  # its prompt's computation, in the first attempt that got so far
     first_token: float = -1.0

@@ -17,6 +17,7 @@ from preft.router.admission import Admission
 from preft.router.view import ClusterView, WorkerView
 from preft.router.watches import INTERVALS, MESSAGES
 
+SIGN_OF_LIFE = 1.0  # seconds after which a worker tells again what hasn't changed
 Node = PrefillWorker | DecodeWorker
 
 
@@ -136,10 +137,12 @@ class Cluster:
     def _tell(self, view: WorkerView, node: Node) -> None:
         if (self.prefill.get(view.id) or self.decode.get(view.id)) is not node:
             return
-        update = node.status()
-        with self._watch:
-            view.told(update)
-            self._admission.wake(view)
+        update, now = node.status(), self._loop.time()
+        if update.adapters or update.status != view.status or now >= view.heard + SIGN_OF_LIFE:
+            view.heard = now
+            with self._watch:
+                view.told(update)
+                self._admission.wake(view)
         self._loop.call_later(self._interval, self._tell, view, node)
 
     def _loaded(self, view: WorkerView, digest: str) -> None:

@@ -103,7 +103,9 @@ class _Simulation:
 
     def _arrive(self, arrival: Arrival, arrivals: Iterator[Arrival]) -> None:
         self._next(arrivals)
-        request = SimRequest(arrival, self._refs[arrival.adapter] if arrival.adapter >= 0 else None)
+        with self._watch:
+            order = self._queue.shares.order(arrival.at, "", 0, arrival.prompt + arrival.output)
+        request = SimRequest(arrival, self._refs[arrival.adapter] if arrival.adapter >= 0 else None, order)
         if arrival.at >= self._scenario.warmup:
             self._run.requests.append(request)
         self._running += 1
@@ -118,7 +120,7 @@ class _Simulation:
             prompt_tokens=arrival.prompt,
             decodes=arrival.output > 1,
             adapter=request.adapter,
-            order=self._queue.next_order(arrival.at),
+            order=request.order,
             avoid=request.avoid,
         )
         try:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from bench.simulate.clock import Stopwatch
 from preft.core.request import AdapterRef
 from preft.router.admission import Admission, Ticket
+from preft.router.fair_share import FairShare
 from preft.router.policy import Demand, Placement, Policy
 from preft.router.view import ClusterView, WorkerView
 
@@ -38,7 +39,7 @@ class TimedAdmission(Admission):
         prefetch: Callable[[WorkerView, AdapterRef], None],
         watch: Stopwatch,
     ) -> None:
-        super().__init__(policy, view, max_queue, restart_grace=600.0, prefetch=prefetch)
+        super().__init__(policy, view, max_queue, restart_grace=600.0, shares=FairShare({}), prefetch=prefetch)
         self._watch = watch
 
     def enter(self, demand: Demand, choices: Sequence[int], *, started: bool = False) -> Ticket:

@@ -312,10 +312,11 @@ class Admission:
         demand = line.head.demand
         if isinstance(placed, Absent):
             self._load(placed.worker, demand)
+            is_loading = line.at is None or not line.at.holds(line.digest)
+            if is_loading and self._has_kept(line.head, line.at):  # nothing is kept while an adapter loads
+                self._unkeep(line.head, line.at)
+                self.wake()
             if not self._stays(line, placed.worker):
-                if self._has_kept(line.head, line.at):  # nothing is kept while an adapter loads
-                    self._unkeep(line.head, line.at)
-                    self.wake()
                 self._move(line, placed.worker)
         elif isinstance(placed, Crowded):
             worker = line.at if line.at is not None and self._stays(line, placed.worker) else placed.worker

@@ -312,13 +312,14 @@ class Admission:
         demand = line.head.demand
         if isinstance(placed, Absent):
             self._load(placed.worker, demand)
-            if line.at is None or not line.at.is_ready or not line.at.holds(line.digest):  # else the holder will do
-                if self._has_kept(line.head, line.at):  # nothing is kept while an adapter loads
-                    self._unkeep(line.head, line.at)
-                    self.wake()
+            is_loading = line.at is None or not line.at.holds(line.digest)
+            if is_loading and self._has_kept(line.head, line.at):  # nothing is kept while an adapter loads
+                self._unkeep(line.head, line.at)
+                self.wake()
+            if not self._stays(line, placed.worker):
                 self._move(line, placed.worker)
         elif isinstance(placed, Crowded):
-            worker = placed.worker
+            worker = line.at if line.at is not None and self._stays(line, placed.worker) else placed.worker
             self._move(line, worker)
             worker.slot_for = min(worker.slot_for or demand.order, demand.order)
             if not worker.has_staging(demand.staging(worker.worker)):
@@ -330,6 +331,17 @@ class Admission:
                 if home is not None:
                     self._load(home, demand)
             self._keep_memory(demand, placed)
+
+    def _stays(self, line: Line, worker: WorkerView) -> bool:
+        """Whether the line's worker is as good as `worker`, as seen without the line itself.
+
+        The line counts as load where it waits. Without this rule it would look better elsewhere, wherever it is.
+        """
+        at, digest = line.at, line.digest
+        if at is None or not at.is_ready or at.id in line.head.demand.avoid:
+            return False
+        here, there = ((one.holds(digest), one.is_loading(digest)) for one in (at, worker))
+        return here > there or (here == there and at.load - len(line.tickets) <= worker.load)
 
     def _move(self, line: Line, at: WorkerView | None) -> None:
         before = line.at

@@ -8,10 +8,8 @@ import re
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -19,12 +17,12 @@ import httpx
 import pytest
 
 from preft.cluster.serve import _serve
-from preft.core.cluster import Role, Worker, WorkerState
+from preft.cluster.stores import open_catalog_store
 from preft.core.errors import ConfigError, EngineFailed, PreftError
 from preft.core.settings import Settings, load_settings
-from preft.state import open_store
 from support.faulty_http import Faults, FaultyServer, serve_folder
 from support.lora_folders import write_base, write_lora
+from support.redis_server import RedisServer, free_port
 from support.small_tokenizers import byte_level
 from support.worker_services import until
 
@@ -134,18 +132,29 @@ async def test_the_cluster_is_closed_while_other_threads_are_busy(cluster: FakeR
     await busy
 
 
-async def test_workers_of_killed_clusters_are_forgotten(cluster: FakeRay, tmp_path: Path) -> None:
-    killed = Worker("killed", Role.DECODE, WorkerState.STARTING, "", "", 1, heartbeat=time.time() - 4000)
-    living = replace(killed, id="living", heartbeat=time.time())
-    store = open_store(tmp_path / "state" / "state.sqlite")
-    await store.put_worker(killed)
-    await store.put_worker(living)
-    serving = asyncio.create_task(_serve(settings_in(tmp_path)))
+async def test_a_cluster_uses_the_store_that_the_settings_name(
+    cluster: FakeRay, tmp_path: Path, redis_server: RedisServer
+) -> None:
+    own = settings_in(tmp_path, state=redis_server.url(), adapters={"ada": str(write_lora(tmp_path / "ada"))})
+    serving = asyncio.create_task(_serve(own))
     await until(lambda: cluster.done == ["start"])
-    assert await store.workers() == [living]
+    catalog = open_catalog_store(own)
+    assert [adapter.name for adapter in (await catalog.adapter_changes(0)).put] == ["ada"]
+    await catalog.close()
+    redis_server.kill()
     os.kill(os.getpid(), signal.SIGTERM)
-    await asyncio.wait_for(serving, 5)
-    await store.close()
+    await asyncio.wait_for(serving, 15)  # although the store is away
+    assert cluster.done == ["start", "close"]
+    assert not list((tmp_path / "state").rglob("*.sqlite"))
+
+
+async def test_a_store_that_is_away_ends_the_start(cluster: FakeRay, tmp_path: Path) -> None:
+    own = settings_in(tmp_path, state=f"redis://ann:hidden-word@127.0.0.1:{free_port()}/0")
+    with pytest.raises(PreftError, match=r"^the state store redis://127.0.0.1:\d+/0 can't be used") as caught:
+        await _serve(own)
+    assert "hidden-word" not in str(caught.value)
+    assert not any("hidden-word" in file.read_text() for file in (tmp_path / "state").rglob("*.log"))
+    assert cluster.done == []
 
 
 async def test_signals_refuse_what_comes_and_then_end_what_runs(

@@ -129,7 +129,7 @@ def test_a_state_file_is_absolute_and_a_url_stays(monkeypatch: pytest.MonkeyPatc
         state = load_settings(overrides={"model": "/m", "state": given}).state
         assert state is not None
         assert state.get_secret_value() == expected
-    with pytest.raises(ConfigError, match="^state: "):
+    with pytest.raises(ConfigError, match=r"^state: "):
         load_settings(overrides={"model": "/m", "state": ""})
 
 

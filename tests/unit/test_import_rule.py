@@ -23,7 +23,7 @@ HEAVY = frozenset({"torch", "vllm", "ray", "transformers"})
 WORKER_PACKAGES = frozenset({"engine", "transfer", "prefill", "decode", "colocated", "convert", "training", "cluster"})
 LIGHT_AT_LEAST = frozenset({"core", "rpc", "state", "adapters", "router", "gateway", "cli"})
 CORE_ALLOWED = frozenset(sys.stdlib_module_names) | {"pydantic"}
-CORE_EXCEPTIONS = {"preft.core.settings": {"yaml"}}
+CORE_EXCEPTIONS = {"preft.core.settings": {"yaml"}, "preft.core.yaml_text": {"yaml"}}
 
 
 def modules() -> dict[str, Path]:

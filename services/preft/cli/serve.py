@@ -140,8 +140,10 @@ def _value(key: str, text: str) -> Any:
     """`text` as YAML: 3 is a number, null is None, [a, b] is a list."""
     import yaml
 
+    from preft.core.yaml_text import read_yaml
+
     try:
-        return yaml.safe_load(text)
+        return read_yaml(text, key)
     except yaml.YAMLError as error:
         raise ConfigError(f"{key}: {text!r} is not a YAML value") from error
 

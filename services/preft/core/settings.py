@@ -194,14 +194,17 @@ def is_loopback(host: str) -> bool:
 def load_settings(config: Path | None = None, overrides: dict[str, Any] | None = None) -> Settings:
     """Settings from a YAML file, with `overrides` (nested dicts, from flags) on top.
 
-    Raises ConfigError with a key's dotted name if the key is unknown or missing, or its value is malformed.
+    Raises ConfigError with a key's dotted name if the key is unknown or missing, or its value is malformed, and with
+    its line if the key is repeated.
     """
     data: dict[str, Any] = {}
     if config is not None:
         import yaml
 
+        from preft.core.yaml_text import read_yaml
+
         try:
-            loaded = yaml.safe_load(config.read_text())
+            loaded = read_yaml(config.read_text(), str(config))
         except OSError as error:
             raise ConfigError(f"can't read the config file {config}: {error.strerror}") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:

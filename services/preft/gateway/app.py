@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from fastapi import FastAPI
+from starlette.middleware.errors import ServerErrorMiddleware
 
 from preft import __version__
 from preft.gateway.browser_guard import BrowserGuard
 from preft.gateway.deps import GatewayDeps
 from preft.gateway.drain_http import DrainRequests
-from preft.gateway.http_errors import install_error_handlers
+from preft.gateway.http_errors import answer_error, install_error_handlers
 from preft.gateway.http_methods import HeadAndSlashes
 from preft.gateway.metrics import CountResponses
 from preft.gateway.openapi import DescribedApp
@@ -27,6 +28,8 @@ def create_app(deps: GatewayDeps) -> FastAPI:
     app.include_router(docs_routes())
     install_error_handlers(app)
     app.add_middleware(DrainRequests, drain=deps.drain)
+    # Inside BrowserGuard, which adds the CORS headers to the 500 for an unexpected error too.
+    app.add_middleware(ServerErrorMiddleware, handler=answer_error)
     app.add_middleware(BrowserGuard, hosts=deps.allowed_hosts, origins=deps.allowed_origins)
     app.add_middleware(CountResponses, registry=deps.registry)
     app.add_middleware(HeadAndSlashes)

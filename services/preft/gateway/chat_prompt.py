@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from preft.core.errors import InvalidRequest
 from preft.gateway.chat_template import ChatTemplate
 from preft.gateway.messages import Content, Message, ToolCall
+from preft.gateway.whole_texts import whole_texts
 
 # Digits alone: templates that change case, escape or trim leave digits unchanged.
 _MARK = f"7{secrets.randbelow(10**15):015}7"
@@ -41,14 +42,21 @@ class _Turn:
 
 
 class _Marks:
-    """Marks both ends of texts and finds the marks again. `mark` returns the marked text; mark numbers count from 0."""
+    """Marks both ends of texts and finds the marks again. `mark` returns the marked text; mark numbers count from 0.
 
-    def __init__(self) -> None:
+    With `change`, `mark` returns `change(number, text)` instead.
+    """
+
+    def __init__(self, change: Callable[[int, str], str] | None = None) -> None:
         self.texts: list[str] = []
+        self._change = change or self._with_ends
 
     def mark(self, text: str) -> str:
-        number = len(self.texts)
         self.texts.append(text)
+        return self._change(len(self.texts) - 1, text)
+
+    @staticmethod
+    def _with_ends(number: int, text: str) -> str:
         return f"{_MARK}{number:08}0{text}{_MARK}{number:08}1"
 
     @staticmethod
@@ -108,9 +116,12 @@ class ChatPrompt:
         try:
             shown = marks.found(rendered([turn for turn, _ in marked]))
         except InvalidRequest:  # the template may refuse the marks, not the texts
-            shown = {
-                (number, end) for number, whole in enumerate(marks.texts) for end in (0, 1) if whole.strip() in text
-            }
+
+            def changed(change: Callable[[int, str], str]) -> str:
+                changes = _Marks(change)
+                return rendered([_marked(message, changes)[0] for message in messages])
+
+            shown = {(number, end) for number in whole_texts(marks.texts, text, changed) for end in (0, 1)}
         for at, (turn, numbers) in enumerate(marked):
             is_continued = continue_final_message and at == len(marked) - 1
             _check_shown(at, turn, numbers, shown, is_continued)

@@ -40,6 +40,11 @@ def error_response(error: BaseException) -> JSONResponse:
     return JSONResponse(error_body(error), status, headers)
 
 
+async def answer_error(_: Request, error: Exception) -> Response:
+    """The response for any error, in the form of an exception handler."""
+    return error_response(error)
+
+
 def plain_error(status: int, message: str, code: str) -> JSONResponse:
     """The response for requests that are refused outside the routes."""
     return JSONResponse(_body(message, _kind(status), None, code), status)
@@ -52,9 +57,6 @@ def error_code(status: HTTPStatus) -> str:
 
 def install_error_handlers(app: FastAPI) -> None:
     """Gives every error of `app`, FastAPI's 404 and 405 included, OpenAI's error body."""
-
-    async def known(_: Request, error: Exception) -> Response:
-        return error_response(error)
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -79,11 +81,11 @@ def install_error_handlers(app: FastAPI) -> None:
     async def gone(_: Request, error: Exception) -> Response:
         return Response(status_code=CLIENT_GONE)
 
-    app.add_exception_handler(PreftError, known)
+    app.add_exception_handler(PreftError, answer_error)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(ClientDisconnect, gone)
-    app.add_exception_handler(Exception, known)
+    app.add_exception_handler(Exception, answer_error)
 
 
 def _kind(status: int) -> str:

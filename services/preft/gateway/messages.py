@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal, Self
 import pydantic_core
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
+from preft.gateway.values import overflow_in
+
 MAX_MESSAGES = 65_536
 MAX_TOOLS = 1024
 MAX_DOCUMENTS = 1024
@@ -94,9 +96,12 @@ def read_tool_call(value: object) -> ToolCall:
 
 def _parsed(text: str) -> Any:
     try:
-        return pydantic_core.from_json(text)
+        value = pydantic_core.from_json(text, allow_inf_nan=False)
     except ValueError:
         return text
+    if (path := overflow_in(value)) is not None:
+        raise ValueError(f"the number arguments{path} of a tool call is too large")
+    return value
 
 
 def _meaningful(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from preft.core.errors import InvalidRequest
+from preft.gateway.values import overflow_in
+
+# Long lists of numbers, whose readers check every number.
+_NUMBERS = frozenset({"prompt", "stop_token_ids"})
 
 # No effect on the tokens here, whatever the value: the caller's own bookkeeping, ...
 ACCEPTED = frozenset(
@@ -72,7 +76,8 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 def known_parameters(given: Mapping[str, Any], fields: Iterable[str]) -> dict[str, Any]:
     """The parameters among `fields` that have a value; null means absent.
 
-    Raises InvalidRequest for an unknown parameter, and for one that is known elsewhere but not served.
+    Raises InvalidRequest for an unknown parameter, for one that is known elsewhere but not served, and for a number
+    that overflows, also inside objects that nothing else checks.
     """
     fields = frozenset(fields)
     kept: dict[str, Any] = {}
@@ -86,6 +91,8 @@ def known_parameters(given: Mapping[str, Any], fields: Iterable[str]) -> dict[st
                 raise InvalidRequest(f"Parameter {name!r} isn't supported with this value.", name)
         elif name not in ACCEPTED:
             raise InvalidRequest(f"Unknown parameter: {name!r}.", name)
+        if name not in _NUMBERS and (path := overflow_in(value)) is not None:
+            raise InvalidRequest(f"{name}{path}: the number is too large.", name + path)
     return kept
 
 

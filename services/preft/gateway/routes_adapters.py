@@ -23,6 +23,8 @@ from preft.gateway.parse import parse_query, read_body
 from preft.gateway.reply_types import AdapterList, AdapterReply, RemovedAdapter, ShownAdapter
 from preft.gateway.upload import received
 
+_VLLM_PARAMS = {"name": "lora_name", "source": "lora_path"}  # the catalog's parameter -> vLLM's
+
 
 def adapter_routes(deps: GatewayDeps) -> APIRouter:
     """/v1/adapters. Names may hold slashes."""
@@ -87,7 +89,11 @@ def vllm_adapter_routes(deps: GatewayDeps) -> APIRouter:
                 f"The lora adapter {body.lora_name!r} has already been loaded. Set load_inplace to replace it.",
                 "lora_name",
             )
-        await added(request, deps.catalog.add(body.lora_name, body.lora_path, replace=body.load_inplace))
+        try:
+            await added(request, deps.catalog.add(body.lora_name, body.lora_path, replace=body.load_inplace))
+        except InvalidRequest as error:
+            error.param = _VLLM_PARAMS.get(error.param or "", error.param)
+            raise
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     @router.post(

@@ -1,10 +1,11 @@
 """Fields with several JSON forms: each function checks one field and returns the form that the gateway uses.
 
-All functions raise ValueError with a clause that follows the field's name.
+All functions but `overflow_in` raise ValueError with a clause that follows the field's name.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,23 @@ _NO_PROMPT = "must be a string, a list of strings, a list of token ids, or a lis
 def whole(value: object) -> object:
     """16.0 becomes 16: JSON has one kind of number."""
     return int(value) if type(value) is float and value.is_integer() else value
+
+
+def overflow_in(value: object) -> str | None:
+    """The path of the first number that overflowed inside a JSON value, such as `.a[0]`; "" for the value itself.
+
+    JSON readers turn a number such as 1e999 into infinity, which JSON can't express.
+    """
+    if isinstance(value, float):
+        return None if math.isfinite(value) else ""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        if isinstance(item, _NESTED) and (path := overflow_in(item)) is not None:
+            return (f"[{key}]" if isinstance(value, list) else f".{key}") + path
+    return None
+
+
+_NESTED = (float, dict, list)
 
 
 def read_prompts(value: object) -> tuple[Prompt, ...]:

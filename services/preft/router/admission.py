@@ -24,10 +24,11 @@ from preft.router.fair_share import FairShare
 from preft.router.lease import Lease
 from preft.router.lines import Line, Lines
 from preft.router.policy import Absent, Crowded, Demand, Pair, Placement, Policy, Refusal
-from preft.router.view import ClusterView, WorkerView
+from preft.router.view import ClusterView, Order, WorkerView
 
 TURN = 32  # requests of one adapter that go together before older ones of other adapters
-TRIES = 16  # refused lines until a pass gives up: the others are younger, and their turn comes
+TRIES = 16  # lines that one look tries, and ...
+LINES = 100  # lines that it reads, until it gives up: the others are younger, and their turn comes
 HELPED = 4  # lines of other workers that a worker with room looks at
 AHEAD = 2  # times its slots: adapters that a worker loads before they have a slot
 RETRY_AFTER = (1.0, 30.0)  # seconds, least and most
@@ -117,6 +118,11 @@ class Admission:
     def closed(self) -> bool:
         return self._closed is not None
 
+    @property
+    def has_choice(self) -> bool:
+        """Whether several workers compute prompts."""
+        return self._view.several
+
     def enter(self, demand: Demand, choices: Sequence[int], *, started: bool = False) -> Ticket:
         """Queues `demand`, or gives its ticket a lease at once if there is room.
 
@@ -142,9 +148,7 @@ class Admission:
             self.refused += 1
             raise QueueFull(f"{self.waiting} requests are waiting for a worker already", self._retry_after())
         line = self._lines.add(ticket)
-        if placed is None:
-            self.wake()
-        else:
+        if placed is not None:  # else a look is due, or the line's head waits already
             self._refused(line, placed)
         return ticket
 
@@ -153,7 +157,7 @@ class Admission:
         line = self._lines.get(ticket.demand.digest)
         at = line.at if line is not None else None
         if self._lines.remove(ticket):
-            self._unkeep(ticket)
+            self._unkeep(ticket, at)
             self.wake(at)
 
     def load_ended(self, worker: WorkerView, digest: str, error: PreftError | None) -> None:
@@ -164,18 +168,17 @@ class Admission:
         line = self._lines.get(digest)
         if error is not None and line is not None:
             for ticket in [ticket for ticket in line.tickets if not self._has_others(ticket)]:
+                at = line.at
                 self._lines.remove(ticket)
-                self._unkeep(ticket)
+                self._unkeep(ticket, at)
                 ticket.fail(error)
         self._ready.add(digest)
         self.wake(worker)
 
     def wake(self, worker: WorkerView | None = None) -> None:
         """Schedules one look at the queue, as `worker` may have room; several calls before it share the look."""
-        if worker is not None:
-            worker.slot_for = None
-            if self._lines:
-                self._awake.add(worker)
+        if worker is not None and self._lines:
+            self._awake.add(worker)
         if self._lines and not self._pump_due and self._closed is None:
             self._pump_due = True
             asyncio.get_running_loop().call_soon(self._pump)
@@ -191,7 +194,7 @@ class Admission:
             self._refuse_all(Unavailable("no prefill and decode workers that fit together are ready"))
         for line in self._lines:
             if line.at is not None and not line.at.is_ready:
-                self._lines.move(line, None)
+                self._move(line, None)
         self.wake()
 
     def close(self, error: PreftError) -> None:
@@ -203,36 +206,36 @@ class Admission:
 
     def _pump(self) -> None:
         self._pump_due = False
-        awake, self._awake = self._awake, set()
+        awake = [worker for worker in self._awake if self._view.workers.get(worker.id) is worker]
         ready, self._ready = self._ready, set()
+        self._awake.clear()
         self._blocked = None
-        for digest in ready:
-            line = self._lines.get(digest)
-            if line is not None:
-                self._go(line)
         for worker in awake:
-            worker.slot_for = None
             if self._lines.number_at(worker):
                 self._serve(worker)
         self._serve(None)
+        for digest in ready:
+            self._try(self._lines.get(digest))
         for worker in awake:
             self._help(worker)
 
     def _serve(self, worker: WorkerView | None) -> None:
         """Gives leases to the lines that wait for `worker` and for any, oldest first, while they fit."""
         skipped = {worker: 0, None: 0}
-        tries = 0
-        while tries < TRIES and (line := self._next(worker, skipped)) is not None:
+        tries = moves = 0
+        while tries < TRIES and sum(skipped.values()) < LINES and (line := self._next(worker, skipped)) is not None:
             at, head = line.at, line.head
             if self._is_hopeless(line):
                 skipped[at] += 1
                 continue
             tries += 1
             placed = self._go(line)
+            if placed is not None and line.at is at and line.head is head:
+                skipped[at] += 1
+            else:
+                moves += 1
             if placed is None:
                 continue
-            if line.at is at and line.head is head:
-                skipped[at] += 1
             if isinstance(placed, Refusal) and not line.head.demand.avoid:
                 if placed is Refusal.NO_PREFILL:
                     break
@@ -242,6 +245,8 @@ class Admission:
                 skipped[worker] = self._lines.number_at(worker)
         if worker is not None:
             self._load_ahead(worker)
+        if moves and tries == TRIES:
+            self.wake(worker)  # the others are tried in the next look, so that one look stays short
 
     def _next(self, worker: WorkerView | None, skipped: dict[WorkerView | None, int]) -> Line | None:
         """The older of two lines: the next one that waits for `worker`, and the next one that waits for any."""
@@ -249,17 +254,18 @@ class Admission:
         return min((line for line in lines if line is not None), key=lambda line: line.head.demand.order, default=None)
 
     def _is_hopeless(self, line: Line) -> bool:
-        """Whether the line needn't be tried: its adapter loads, or less than its head asks for was refused just now."""
-        if self._blocked is not None and line.head.demand.covers(self._blocked):
+        """Whether the line can't go: its adapter isn't there, or an older request that asks less had no room."""
+        blocked, demand = self._blocked, line.head.demand
+        if blocked is not None and demand.order > blocked.order and demand.covers(blocked):
             return True
-        return line.at is not None and line.at.is_loading(line.digest) and line.digest not in self._view.holders
+        if line.at is None or line.digest in self._view.holders or demand.adapter is None:
+            return False
+        return line.at.is_loading(line.digest) or not self._may_load(line.at)
 
     def _share(self, worker: WorkerView) -> None:
         """Lets requests go whose adapters have a slot of `worker` already."""
         for digest in worker.slots:
-            line = self._lines.get(digest)
-            if line is not None:
-                self._go(line)
+            self._try(self._lines.get(digest))
 
     def _help(self, worker: WorkerView) -> None:
         """Lets a worker that has room take over from others, if the policy thinks so."""
@@ -267,7 +273,16 @@ class Admission:
             self._share(worker)
             for line in self._lines.elsewhere(worker, HELPED):
                 if line.tickets and not self._is_hopeless(line):
-                    self._go(line)
+                    self._try(line)
+
+    def _try(self, line: Line | None) -> None:
+        """Lets a line's requests go out of turn."""
+        if line is not None:
+            at, head = line.at, line.head
+            has_kept = self._has_kept(head, at)
+            self._go(line)
+            if has_kept and not self._has_kept(head, at):
+                self.wake(at)  # the oldest of the others that wait for the same room is next
 
     def _go(self, line: Line) -> Placement | None:
         """Gives leases to the line's requests in turn. Returns None if none is left, or what the next one waits for."""
@@ -277,8 +292,9 @@ class Admission:
             if placed is not None and not isinstance(placed, Pair):
                 self._refused(line, placed)
                 return placed
+            at = line.at
             self._lines.remove(ticket)
-            self._unkeep(ticket)
+            self._unkeep(ticket, at)
             if not line.tickets:
                 return None
         self.wake(line.at)
@@ -292,6 +308,7 @@ class Admission:
         placed = self._policy.place(ticket.demand, self._view, now)
         if isinstance(placed, Pair):
             ticket.outcome.set_result(Lease(placed, ticket.demand, ticket.choices, self.wake))
+            self._view.prefixes.add(ticket.demand.beginnings, placed.prefill.id)
             self._grants.append(now)
             self.shares.leased(now, ticket.demand.kv_tokens, waiting=self.waiting)
         return placed
@@ -301,12 +318,18 @@ class Admission:
         demand = line.head.demand
         if isinstance(placed, Absent):
             self._load(placed.worker, demand)
-            holder_will_do = line.at is not None and line.at.is_ready and line.at.holds(line.digest)
-            self._move(line, line.at if holder_will_do else placed.worker)
+            is_loading = line.at is None or not line.at.holds(line.digest)
+            if is_loading and self._has_kept(line.head, line.at):  # nothing is kept while an adapter loads
+                self._unkeep(line.head, line.at)
+                self.wake()
+            if not self._stays(line, placed.worker):
+                self._move(line, placed.worker)
         elif isinstance(placed, Crowded):
-            worker = placed.worker
-            worker.slot_for = min(worker.slot_for or demand.order, demand.order)
+            worker = line.at if line.at is not None and self._stays(line, placed.worker) else placed.worker
             self._move(line, worker)
+            worker.slot_for = min(worker.slot_for or demand.order, demand.order)
+            if not worker.has_staging(demand.staging(worker.worker)):
+                self._keep(Refusal.NO_STAGING, worker, demand.order)
         elif isinstance(placed, Refusal):
             self._move(line, None)
             if demand.adapter is not None:
@@ -315,20 +338,35 @@ class Admission:
                     self._load(home, demand)
             self._keep_memory(demand, placed)
 
+    def _stays(self, line: Line, worker: WorkerView) -> bool:
+        """Whether the line's worker is as good as `worker`, as seen without the line itself.
+
+        The line counts as load where it waits. Without this rule it would look better elsewhere, wherever it is.
+        """
+        at, digest = line.at, line.digest
+        if at is None or not at.is_ready or at.id in line.head.demand.avoid:
+            return False
+        here, there = ((one.holds(digest), one.is_loading(digest)) for one in (at, worker))
+        return here > there or (here == there and at.load - len(line.tickets) <= worker.load)
+
     def _move(self, line: Line, at: WorkerView | None) -> None:
         before = line.at
         self._lines.move(line, at)
         if before is not None and before is not at:
+            if any(ticket.demand.order == before.slot_for for ticket in line.tickets):
+                before.slot_for = None
             self.wake(before)
 
     def _load(self, worker: WorkerView, demand: Demand) -> None:
         """Makes `worker` load the adapter, unless it loads many already: then `_load_ahead` does it later."""
-        most = max(2, AHEAD * worker.worker.adapter_slots)
-        if demand.adapter is not None and not worker.is_loading(demand.digest) and len(worker.loads) < most:
+        if demand.adapter is not None and not worker.is_loading(demand.digest) and self._may_load(worker):
             self._prefetch(worker, demand.adapter)
 
+    def _may_load(self, worker: WorkerView) -> bool:
+        return len(worker.loads) < _most_loads(worker)
+
     def _load_ahead(self, worker: WorkerView) -> None:
-        for line in self._lines.first_at(worker, max(2, AHEAD * worker.worker.adapter_slots)):
+        for line in self._lines.first_at(worker, _most_loads(worker)):
             if line.digest not in self._view.holders and line.digest not in self._view.loaders:
                 self._load(worker, line.head.demand)
 
@@ -343,8 +381,7 @@ class Admission:
 
     def _keep_memory(self, demand: Demand, refusal: Refusal) -> None:
         """Notes one worker whose memory younger requests leave alone once `demand` has waited long."""
-        kept = self._kept.get(refusal)
-        if refusal is Refusal.NO_PREFILL or (kept is not None and kept.is_ready and kept.memory_for is not None):
+        if refusal is Refusal.NO_PREFILL or self._is_kept(refusal, demand.order):
             return
         if refusal is Refusal.NO_STAGING:
             able = (one for one in self._view.prompting() if demand.staging(one.worker) <= one.worker.staging_bytes)
@@ -353,15 +390,32 @@ class Admission:
             able = (one for one in self._view.decoding() if _could_hold(one, demand))
             chosen = min(able, key=self._view.fullness, default=None)
         if chosen is not None:
-            chosen.memory_for = demand.order
-            self._kept[refusal] = chosen
+            self._keep(refusal, chosen, demand.order)
 
-    def _unkeep(self, ticket: Ticket) -> None:
+    def _is_kept(self, refusal: Refusal, order: Order) -> bool:
+        """Whether memory is kept for this request, or for an older one."""
+        kept = self._kept.get(refusal)
+        return kept is not None and kept.is_ready and kept.memory_for is not None and kept.memory_for <= order
+
+    def _keep(self, refusal: Refusal, worker: WorkerView, order: Order) -> None:
+        if not self._is_kept(refusal, order):
+            if (before := self._kept.get(refusal)) is not None:
+                before.memory_for = None
+            worker.memory_for = order
+            self._kept[refusal] = worker
+
+    def _unkeep(self, ticket: Ticket, at: WorkerView | None) -> None:
+        """Gives up what was kept for a ticket that has waited for `at`, or for any worker (None)."""
+        if at is not None and at.slot_for == ticket.demand.order:
+            at.slot_for = None
         for refusal, worker in list(self._kept.items()):
             if worker.memory_for == ticket.demand.order:
                 worker.memory_for = None
                 del self._kept[refusal]
-                self.wake(worker)
+
+    def _has_kept(self, ticket: Ticket, at: WorkerView | None) -> bool:
+        order = ticket.demand.order
+        return (at is not None and at.slot_for == order) or any(one.memory_for == order for one in self._kept.values())
 
     def _check_fits(self, demand: Demand) -> None:
         prompting, decoding = self._view.shapes()
@@ -397,8 +451,12 @@ class Admission:
     def _refuse_all(self, error: PreftError) -> None:
         for line in self._lines:
             for ticket in self._lines.take(line.digest):
-                self._unkeep(ticket)
+                self._unkeep(ticket, line.at)
                 ticket.fail(error)
+
+
+def _most_loads(view: WorkerView) -> int:
+    return max(2, AHEAD * view.worker.adapter_slots)
 
 
 def _could_hold(view: WorkerView, demand: Demand) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncGenerator, Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -87,7 +87,7 @@ class WorkerChannels:
             raise self._error(rpc_error, worker) from rpc_error
         return place_from_proto(worker.id, reply)
 
-    async def watch(self, worker: Worker, interval: float, silence: float) -> AsyncIterator[StatusUpdate]:
+    async def watch(self, worker: Worker, interval: float, silence: float) -> AsyncGenerator[StatusUpdate, None]:
         """Yields the worker's status updates, at most one per `interval` seconds.
 
         Raises the call's PreftError, and WorkerLost after `silence` seconds without an update.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import aclosing
 
 from preft.core.background import Background
 from preft.core.cluster import Worker
@@ -81,13 +82,14 @@ class Watches:
         pause = least
         while True:
             try:
-                async for update in self._channels.watch(view.worker, self._interval(), self._timeout):
-                    pause = least
-                    was_ready = view.is_ready
-                    view.told(update)
-                    view.heard = asyncio.get_running_loop().time()
-                    self._first_of(view)
-                    self._on_news(view, view.is_ready != was_ready)
+                async with aclosing(self._channels.watch(view.worker, self._interval(), self._timeout)) as updates:
+                    async for update in updates:
+                        pause = least
+                        was_ready = view.is_ready
+                        view.told(update)
+                        view.heard = asyncio.get_running_loop().time()
+                        self._first_of(view)
+                        self._tell(view, view.is_ready != was_ready)
                 reason: PreftError = WorkerLost(f"worker {view.id} ended its status stream")
             except PreftError as error:
                 reason = error
@@ -107,7 +109,13 @@ class Watches:
 
     def _silent(self, view: WorkerView) -> None:
         view.lost(asyncio.get_running_loop().time())
-        self._on_news(view, True)
+        self._tell(view, True)
+
+    def _tell(self, view: WorkerView, came_or_went: bool) -> None:
+        try:
+            self._on_news(view, came_or_went)
+        except Exception:  # the stream has nothing to do with it
+            logger.exception("news of %s broke the owner of its stream", view.id)
 
     def _interval(self) -> float:
         least, most = INTERVALS

@@ -7,6 +7,7 @@ truth, and report changes of it here, so that no message needs a look at all ada
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,7 @@ from preft.worker.usage import Usage
 
 LEAST_INTERVAL, MOST_INTERVAL = 0.01, 10.0  # seconds between two messages
 SIGN_OF_LIFE = 1.0  # seconds without a message, unless the interval is longer
+MEASURE_SECONDS = 0.02  # for so long, all streams use the same measurement
 MOST_ADAPTERS = 10_000  # in one message of some 400 kB; the next message has the others
 
 
@@ -42,11 +44,13 @@ class StatusService(workers_pb2_grpc.WorkerStatusServicer):
     """The gRPC service of one worker of any role. Use it inside one asyncio loop."""
 
     def __init__(self, measure: Callable[[], WorkerStatus], usage: Usage, adapters: AdapterStore | None) -> None:
-        """`measure` gives the worker's own figures, called up to once per stream and interval.
+        """`measure` gives the worker's own figures; the streams call it at most once in MEASURE_SECONDS.
 
         `draining` and the `other_` counts are added here. Becomes the observer of `usage` and `adapters`.
         """
         self._measure = measure
+        self._measured = WorkerStatus()
+        self._measured_at = -math.inf  # loop time
         self._usage = usage
         self._adapters = adapters
         self._watchers: set[_Watcher] = set()
@@ -84,9 +88,12 @@ class StatusService(workers_pb2_grpc.WorkerStatusServicer):
                     await self._told.wait()
 
     def status(self, caller: str) -> WorkerStatus:
-        """The worker's figures, as this caller is told them."""
+        """The worker's figures at this moment, as this caller is told them."""
+        return self._told_to(caller, self._measure())
+
+    def _told_to(self, caller: str, measured: WorkerStatus) -> WorkerStatus:
         return replace(
-            self._measure(),
+            measured,
             draining=self._draining.is_set(),
             other_prefills=self._usage.other_prefills(caller),
             other_sequences=self._usage.other_sequences(caller),
@@ -98,7 +105,7 @@ class StatusService(workers_pb2_grpc.WorkerStatusServicer):
         last: WorkerStatus | None = None
         sent_at = -patience
         while True:
-            status = self.status(watcher.caller)
+            status = self._told_to(watcher.caller, self._recently_measured(now()))
             if status != last or watcher.changed or watcher.is_behind or now() >= sent_at + patience:
                 is_whole = watcher.is_behind
                 yield status_to_proto(StatusUpdate(status, self._news(watcher), is_whole), last)
@@ -106,6 +113,11 @@ class StatusService(workers_pb2_grpc.WorkerStatusServicer):
                 watcher.knows_draining = status.draining
                 self._told.set()
             await self._pause(min(interval, sent_at + patience - now()), watcher)
+
+    def _recently_measured(self, now: float) -> WorkerStatus:
+        if now >= self._measured_at + MEASURE_SECONDS:
+            self._measured, self._measured_at = self._measure(), now
+        return self._measured
 
     async def _pause(self, seconds: float, watcher: _Watcher) -> None:
         if watcher.knows_draining:

@@ -83,6 +83,7 @@ def test_a_named_flag_wins_over_set(served: list[Settings]) -> None:
         (["--model", "/m", "--dtype", "int8"], "dtype"),
         (["--model", "/m", "--set", "decode.max_loras=1"], "decode.max_loras"),
         (["--model", "/m", "--set", "seed=[1"], "seed"),
+        (["--model", "/m", "--set", "decode={replicas: 1, replicas: 2}"], "decode: line 1 repeats the key 'replicas'"),
         (["--model", "/m", "--set", "prefill=3", "--prefill", "2"], "prefill"),
         (["--model", "/m", "--set", "adapters=5", "--adapter", "a=/x"], "--adapter: adapters is already set"),
         (["--model", "/m", "--set", "adapters=null", "--adapter", "a=/x"], "--adapter: adapters is already set"),

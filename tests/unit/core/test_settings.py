@@ -157,6 +157,33 @@ def test_mistakes_are_said_in_words_of_the_file(tmp_path: Path, text: str, says:
     assert str(said.value) == says
 
 
+@pytest.mark.parametrize(
+    ("text", "line", "key"),
+    [
+        ("model: /m\nport: 1\n# again\nport: 2", 4, "port"),
+        ("model: /m\nport: 1\n'port': 1", 3, "port"),
+        ("model: /m\nadapters:\n  a: /a\n  b: /b\n  a: /c\nseed: 1", 5, "a"),
+        ("model: /m\nprefill: {replicas: 1, replicas: 2}", 2, "replicas"),
+    ],
+)
+def test_a_repeated_key_is_named_with_its_line(tmp_path: Path, text: str, line: int, key: str) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(text)
+    with pytest.raises(ConfigError) as said:
+        load_settings(config)
+    assert str(said.value) == f"{config}: line {line} repeats the key {key!r} of the same mapping"
+
+
+def test_a_key_may_occur_once_in_each_mapping(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(
+        "model: /m\nprefill: &all {replicas: 2, max_num_seqs: 3}\ndecode: &more {<<: *all, replicas: 4}\n"
+        "<<: {port: 1}\nport: 2\n<<: {seed: 5}\nstore: {}\nrouter: {}\n"
+    )
+    settings = load_settings(tmp_path / "c.yaml")
+    assert (settings.prefill.replicas, settings.decode.replicas, settings.decode.max_num_seqs) == (2, 4, 3)
+    assert (settings.port, settings.seed) == (2, 5)
+
+
 def test_numbers_in_quotes_are_numbers(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text('model: /m\nport: "8123"')
     assert load_settings(tmp_path / "c.yaml").port == 8123

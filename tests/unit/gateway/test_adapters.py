@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from preft.core.cluster import Adapter, AdapterPlace, Tier
-from preft.core.errors import AdapterExists, Unavailable
+from preft.core.errors import AdapterExists, InvalidAdapter, Unavailable
 from preft.core.request import AdapterRef
 from preft.gateway import add_stream
 from preft.gateway.app import create_app
@@ -139,6 +139,18 @@ async def test_add_show_and_remove(served):
 async def test_refused_adds(served, body, status, param):
     assert error(await served.client.post("adapters", json=body), status)["param"] == param
     assert served.catalog.get("bob") is None
+
+
+@pytest.mark.parametrize("name", ["..", "bob@2", "base"])
+async def test_vllms_way_names_vllms_parameters(served, name):
+    async def refused(name: str) -> dict[str, Any]:
+        body = {"lora_name": name, "lora_path": "/a"}
+        return error(await served.client.post("load_lora_adapter", json=body), 400)
+
+    assert (await refused(name))["param"] == "lora_name"
+    for given, shown in ("source", "lora_path"), ("pinned", "pinned"), (None, None):
+        served.catalog.fail = InvalidAdapter("adapters may not be read from /a", given)
+        assert (await refused("bob"))["param"] == shown
 
 
 @pytest.mark.parametrize("name", ["..", "a%2F..%2Fb", "a%2Fb%2F", "--help", "bob%402", "%20", "%FF", "a%00", "a" * 129])

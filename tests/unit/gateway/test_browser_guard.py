@@ -222,6 +222,28 @@ async def test_one_pages_permission_is_no_others(served):
     assert "access-control-allow-origin" not in (await served.client.post("/v1/adapters", json=add)).headers
 
 
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST"])
+async def test_a_page_can_read_that_the_server_failed(served, method):
+    served.changed = True
+
+    async def fail() -> None:
+        raise ValueError("a bug")
+
+    served.app.add_api_route("/v1/fails", fail, methods=["GET", "POST"])
+    transport = httpx.ASGITransport(served.app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url=OWN) as client:
+        response = await client.request(method, "/v1/fails", headers=sent_by(APP, "cors"))
+    assert response.status_code == 500
+    assert response.headers["access-control-allow-origin"] == APP
+    assert response.headers["vary"] == "Origin"
+    if method == "HEAD":
+        assert response.content == b""
+    else:
+        assert response.json()["error"]["code"] == "internal_error"
+    labels = {"route": "/v1/fails", "status": "500"}
+    assert served.deps.registry.get_sample_value("preft_http_responses_total", labels) == 1
+
+
 async def test_every_origin_may_be_allowed(tokenizer):
     deps = GatewayDeps(
         "base", tokenizer, 64, FakeGenerator(lambda request: Script()), FakeCatalog(), allowed_origins=("*",)

@@ -157,6 +157,34 @@ def test_a_template_that_looks_at_the_texts():
     assert left_out(template, says("system", "be"), says("user", "hi")) == "messages[0].content"
 
 
+SHORT_ALONE = (
+    "{% for m in messages %}{% if m.content | length > 9 %}{{ raise_exception('long') }}{% endif %}"
+    "<{{ m.role }}>{% if m.role != 'system' %}{{ m.content }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("text", ["a", "banana", "ban", "user", "1", "?", "\N{THUMBS UP SIGN}", "é", "zz Z", "system"])
+def test_a_lost_text_is_not_found_inside_another_or_in_the_templates_own_words(text):
+    others = [says("user", text), says("assistant", "banana 1?"), says("user", "aba"), says("user", text)]
+    assert render(SHORT_ALONE, *others) == f"<user>{text}<assistant>banana 1?<user>aba<user>{text}"
+    for at in range(len(others) + 1):
+        talk = [*others[:at], says("system", text), *others[at:]]
+        assert left_out(SHORT_ALONE, *talk) == f"messages[{at}].content"
+
+
+def test_every_text_needs_a_place_of_its_own_in_a_prompt_without_marks():
+    last = "{% if messages[0].content | length > 9 %}{{ raise_exception('long') }}{% endif %}{{ messages[-1].content }}"
+    assert left_out(last * 2, says("user", "a"), says("user", "a")) == "messages[0].content"
+    assert render(last * 2, says("user", "a")) == "aa"
+
+
+def test_a_template_for_nothing_but_the_given_texts():
+    template = "{% if messages[0].content != 'yes' %}{{ raise_exception('no') }}{% endif %}yes"
+    with pytest.raises(InvalidRequest, match="depends on the texts") as caught:
+        render(template, says("user", "yes"))
+    assert caught.value.param == "messages"
+
+
 def test_developers_where_the_template_knows_none():
     developer, system, user = says("developer", "dev"), says("system", "sys"), says("user", "hi")
     assert render(CHATML, developer, user) == "<system>dev<user>hi"

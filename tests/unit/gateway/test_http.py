@@ -654,7 +654,7 @@ async def test_vllms_way_to_load_and_unload(gateway):
     assert error(await load(lora_name="eve", lora_path="/missing"), 404)["code"] == "adapter_source_not_found"
     assert (await load(lora_name="eve", lora_path="s3://bucket/eve")).status_code == 200
     assert error(await load(lora_name="mia"), 400)["param"] == "lora_path"
-    assert error(await load(lora_name="base", lora_path="/x"), 400)["param"] == "name"
+    assert error(await load(lora_name="base", lora_path="/x"), 400)["param"] == "lora_name"
     response = await gateway.client.post("/v1/unload_lora_adapter", json={"lora_name": "bob"})
     assert (response.status_code, response.text) == (200, "Success: LoRA adapter 'bob' removed successfully.")
     error(await gateway.client.post("/v1/unload_lora_adapter", json={"lora_name": "bob"}), 404)

@@ -110,6 +110,7 @@ def test_others_need_content(role, content):
         ({"role": "assistant", "tool_calls": [{"function": {**FUNCTION, "result": 1}}]}, "'result'"),
         ({"role": "assistant", "tool_calls": [{"function": FUNCTION, "result": 1}]}, "'result'"),
         ({"role": "assistant", "tool_calls": [{"function": FUNCTION, "id": 1}]}, "id"),
+        ({"role": "assistant", "tool_calls": [{"function": {**FUNCTION, "arguments": "[-1e999]"}}]}, "arguments[0]"),
     ],
 )
 def test_what_would_change_the_answer_is_refused_by_name(fields, says):
@@ -129,6 +130,8 @@ def test_a_refusal_is_text():
         (None, {}, "{}"),
         (" ", {}, "{}"),
         ("{oops", "{oops", "{oops"),
+        ('{"a": NaN}', '{"a": NaN}', '{"a": NaN}'),
+        ('{"a": 1e308}', {"a": 1e308}, '{"a": 1e308}'),
         ('{"a": "\\ud800"}', '{"a": "\\ud800"}', '{"a": "\\ud800"}'),
         ("[" * 10_000, "[" * 10_000, "[" * 10_000),
         ("[1]", [1], "[1]"),

@@ -127,8 +127,6 @@ def test_an_unknown_parameter_is_named(parse):
         (chat, "functions", [{"name": "f"}]),
         (chat, "modalities", ["text", "audio"]),
         (chat, "audio", {"voice": "x"}),
-        (chat, "priority", 1),
-        (chat, "priority", False),
         (chat, "echo", True),
         (completion, "cache_salt", "secret"),
         (chat, "cache_salt", ""),
@@ -142,11 +140,11 @@ def test_what_is_not_supported_says_so(parse, name, value):
 
 
 def test_neutral_values_and_metadata_are_accepted():
-    metadata = {"user": "u", "store": True, "metadata": {"a": "b"}, "service_tier": "auto", "safety_identifier": "x"}
+    metadata = {"store": True, "metadata": {"a": "b"}, "service_tier": "auto", "safety_identifier": "x"}
     assert completion(echo=False, suffix="", use_beam_search=False, **metadata) == completion()
     assert completion(n=2, best_of=2).n == 2
     neutral = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "parallel_tool_calls": True}
-    assert chat(**neutral, **metadata, priority=0).model_copy(update={"tool_choice": None}) == chat()
+    assert chat(**neutral, **metadata).model_copy(update={"tool_choice": None}) == chat()
 
 
 WHOLE = ("max_tokens", "min_tokens", "n", "top_k", "seed")
@@ -185,6 +183,41 @@ def test_every_integer_field_takes_whole_numbers():
             more = more if kind is ChatBody or name == "best_of" else {name: 4.0}
             value = getattr((chat if kind is ChatBody else completion)(**more), name)
             assert (name, value, type(value)) == (name, 4, int)
+
+
+CALL = b'{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": %s}}]}'
+INFINITE = [
+    (b'"chat_template_kwargs": {"a": {"b": [1, -1e999]}}', "chat_template_kwargs.a.b[1]"),
+    (b'"documents": [{}, {"score": 1e999}]', "documents[1].score"),
+    (
+        b'"tools": [{"function": {"name": "f", "parameters": {"maximum": 1e999}}}]',
+        "tools[0].function.parameters.maximum",
+    ),
+    (b'"messages": [{"role": "user", "content": "x", "metadata": [1e999]}]', "messages[0].metadata[0]"),
+    (b'"messages": [%s]' % CALL % b'{"x": 1e999}', "messages[0].tool_calls[0].function.arguments.x"),
+    (b'"messages": [%s]' % CALL % b'"{\\"x\\": 1e999}"', "messages[0].tool_calls[0]"),
+    (b'"metadata": {"a": 1e999}', "metadata.a"),
+    (b'"user": 1e999', "user"),
+    (b'"tool_choice": 1e999', "tool_choice"),
+    (b'"mm_processor_kwargs": {"a": 1e999}', "mm_processor_kwargs.a"),
+    (b'"temperature": 1e999', "temperature"),
+    (b'"stop_token_ids": [1e999]', "stop_token_ids[0]"),
+    (b'"logit_bias": {"1": 1e999}', "logit_bias.1"),
+    (b'"response_format": {"a": 1e999}', "response_format"),
+]
+
+
+@pytest.mark.parametrize(("field", "param"), INFINITE)
+def test_a_number_that_overflows_names_its_field(field, param):
+    given = {**CHAT, **parse_json(b"{%s}" % field)}
+    with pytest.raises(InvalidRequest) as caught:
+        parse_body(ChatBody, given)
+    assert caught.value.param == param
+
+
+def test_a_prompts_number_that_overflows_names_the_prompt():
+    assert refused(completion, **parse_json(b'{"prompt": [1, 1e999]}')).param == "prompt"
+    assert refused(completion, **parse_json(b'{"prompt": [[1], [1e999]]}')).param == "prompt"
 
 
 def test_null_means_absent():

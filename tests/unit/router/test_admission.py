@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from preft.router.ledger import Ledger
 
-from preft.core.cluster import REGION_BYTES, ClusterSnapshot, Role, Worker, WorkerLoad, WorkerState
+from preft.core.cluster import Role
 from preft.core.errors import (
     DeadlineExceeded,
     InvalidAdapter,
@@ -22,34 +21,64 @@ from preft.core.errors import (
     SourceNotFound,
     Unavailable,
 )
-from preft.router import admission as admission_module
-from preft.router.admission import Admission, Ticket
+from preft.router.admission import TRIES, TURN, Admission, Ticket
+from preft.router.fair_share import FairShare
 from preft.router.lease import Lease
-from preft.router.policy import AffinityPolicy, Demand, Roster
+from preft.router.policy import AffinityPolicy, Demand, Placement
+from preft.router.view import ClusterView, WorkerView
+from support.invented_cluster import Member, a_message, a_worker, check_indexes, d, p, view_of
 from support.readable_ref import ReadableRef
 
-BLOCK_BYTES = 1000
+NEVER = 3600.0  # seconds of patience
 
 
-def a_worker(worker_id: str, role: Role, blocks: int = 10) -> Worker:
-    load = WorkerLoad(kv_blocks_total=blocks, kv_blocks_free=blocks)
-    return Worker(worker_id, role, WorkerState.READY, "h:1", "f", 1, load=load)
+def workers_of(decode: int = 1, blocks: int = 10) -> list[Member]:
+    return [p("p0"), *(d(f"d{i}", blocks=blocks) for i in range(decode))]
 
 
-def roster_of(decode: int = 1, blocks: int = 10) -> Roster:
-    workers = [a_worker("p0", Role.PREFILL), *(a_worker(f"d{i}", Role.DECODE, blocks) for i in range(decode))]
-    return Roster.of(ClusterSnapshot({worker.id: worker for worker in workers}))
+class Queue:
+    """An admission over invented workers. Nothing is ever loaded: requests name no adapter that could be."""
 
+    def __init__(
+        self,
+        *members: Member,
+        max_queue: int = 100,
+        prefills: int = 100,
+        grace: float = 0.1,
+        patience: float = NEVER,
+    ) -> None:
+        self.view = view_of(*members, max_prefills=prefills)
+        policy = AffinityPolicy(patience=patience)
+        self.admission = Admission(policy, self.view, max_queue, grace, FairShare({}), lambda worker, adapter: None)
+        self.admission.workers_changed()
 
-def an_admission(roster: Roster | None, max_queue: int = 100, prefills: int = 100, grace: float = 0.1) -> Admission:
-    admission = Admission(AffinityPolicy(prefills), Ledger(), max_queue, grace, lambda worker, adapter: None)
-    admission.update(roster or Roster((), {}, {}))
-    return admission
+    def become(self, *members: Member) -> None:
+        """The registry's new list, of which all have told their state."""
+        known = set(self.view.workers.values())
+        self.view.register(member.worker for member in members)
+        for member in members:
+            if member.update is not None and self.view.workers[member.worker.id] not in known:
+                self.view.workers[member.worker.id].told(member.update)
+        self.admission.workers_changed()
 
+    def enter(self, blocks: int = 10, digest: str = "a", *, started: bool = False, age: float = 0.0) -> Ticket:
+        return self.ask(Demand(digest, kv_tokens=blocks * 16, max_tokens=blocks * 16), started=started, age=age)
 
-def enter(admission: Admission, blocks: int = 10, digest: str = "a", **options: object) -> Ticket:
-    demand = Demand(digest, kv_tokens=blocks * 16, max_tokens=blocks * 16)
-    return admission.enter(demand, [0], since=asyncio.get_running_loop().time(), **options)  # type: ignore[arg-type]
+    def prompt(self, blocks: int, digest: str = "") -> Ticket:
+        return self.ask(Demand(digest, blocks * 16, blocks * 16, prompt_tokens=blocks * 16))
+
+    def ask(self, demand: Demand, *, started: bool = False, age: float = 0.0) -> Ticket:
+        came = asyncio.get_running_loop().time() - age
+        demand = replace(demand, order=self.admission.shares.order(came, "", 0, 0))
+        return self.admission.enter(demand, range(demand.choices), started=started)
+
+    @property
+    def waiting(self) -> int:
+        return self.admission.waiting
+
+    @property
+    def idle(self) -> bool:
+        return all(one.idle for one in self.view.workers.values())
 
 
 async def settle() -> None:
@@ -62,18 +91,18 @@ def served(*tickets: Ticket) -> list[bool]:
 
 
 async def test_room_is_given_at_once() -> None:
-    admission = an_admission(roster_of())
-    ticket = enter(admission)
+    queue = Queue(*workers_of())
+    ticket = queue.enter()
     lease = await ticket.wait(1)
     assert lease.decode is not None
-    assert admission.waiting == 0
+    assert queue.waiting == 0
     lease.release()
-    assert admission._ledger.idle
+    assert queue.idle
 
 
 async def test_an_adapters_requests_are_served_in_their_order() -> None:
-    admission = an_admission(roster_of())
-    first, *rest = [enter(admission) for _ in range(4)]
+    queue = Queue(*workers_of())
+    first, *rest = [queue.enter() for _ in range(4)]
     assert served(*rest) == [False] * 3
     for i in range(3):
         (await (first if i == 0 else rest[i - 1]).wait(1)).release()
@@ -82,22 +111,22 @@ async def test_an_adapters_requests_are_served_in_their_order() -> None:
 
 
 async def test_the_oldest_of_all_adapters_is_next() -> None:
-    admission = an_admission(roster_of())
-    running = enter(admission, digest="x")
-    waiting = [enter(admission, digest=digest) for digest in "bacab"]
+    queue = Queue(*workers_of())
+    running = queue.enter(digest="x")
+    waiting = [queue.enter(digest=digest) for digest in "bacab"]
     (await running.wait(1)).release()
     await settle()
     for i, ticket in enumerate(waiting):
         assert served(*waiting) == [True] * (i + 1) + [False] * (4 - i)
         (await ticket.wait(1)).release()
         await settle()
-    assert admission._ledger.idle
+    assert queue.idle
 
 
 async def test_a_big_request_doesnt_hold_up_others() -> None:
-    admission = an_admission(roster_of())
-    running = enter(admission, blocks=6)
-    big, small = enter(admission, blocks=8, digest="big"), enter(admission, blocks=4, digest="small")
+    queue = Queue(*workers_of())
+    running = queue.enter(blocks=6)
+    big, small = queue.enter(blocks=8, digest="big"), queue.enter(blocks=4, digest="small")
     assert served(big, small) == [False, True]
     (await running.wait(1)).release()
     (await small.wait(1)).release()
@@ -106,51 +135,64 @@ async def test_a_big_request_doesnt_hold_up_others() -> None:
 
 
 async def test_small_requests_in_the_queue_pass_a_big_one() -> None:
-    admission = an_admission(roster_of())
-    running = [enter(admission, blocks=5) for _ in range(2)]
-    big, small = enter(admission, blocks=8, digest="big"), enter(admission, blocks=4, digest="small")
+    queue = Queue(*workers_of())
+    running = [queue.enter(blocks=5) for _ in range(2)]
+    big, small = queue.enter(blocks=8, digest="big"), queue.enter(blocks=4, digest="small")
     assert served(big, small) == [False, False]
     (await running[0].wait(1)).release()
     await settle()
     assert served(big, small) == [False, True]
 
 
-async def test_a_big_request_isnt_starved_by_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(admission_module, "PATIENCE", 0.05)
-    admission = an_admission(roster_of(decode=2))
-    running = [enter(admission, blocks=5, digest=f"r{i}") for i in range(4)]
-    big = enter(admission, blocks=10, digest="big")
+async def test_a_big_request_isnt_starved_by_small_ones() -> None:
+    queue = Queue(*workers_of(decode=2), patience=0.05)
+    running = [await queue.enter(blocks=5, digest=f"r{i}").wait(1) for i in range(4)]
+    big = queue.enter(blocks=10, digest="big")
     await asyncio.sleep(0.1)
-    (await running[0].wait(1)).release()
+    [kept] = [one for one in queue.view.workers.values() if one.memory_for]
+    first, second = (lease for lease in running if lease.decode is kept)
+    first.release()
     await settle()
-    assert served(enter(admission, blocks=5, digest="s")) == [False]  # the room is kept
-    (await running[1].wait(1)).release()
-    (await running[2].wait(1)).release()
-    await settle()
-    assert admission.waiting <= 1
-    (await running[3].wait(1)).release()
+    assert served(queue.enter(blocks=5, digest="s")) == [False]  # the room is kept
+    second.release()
     await settle()
     assert served(big) == [True]
 
 
-def staging_roster(prompts: int = 2) -> Roster:
+async def test_memory_is_kept_for_the_oldest_and_not_on_a_worker_that_is_lost() -> None:
+    queue = Queue(*workers_of(decode=2), patience=0.0)
+    leases = [await queue.enter(blocks=5, digest=f"r{i}").wait(1) for i in range(4)]
+    queue.enter(blocks=10, digest="big")
+    older = queue.enter(blocks=8, digest="older", age=1.0)
+
+    def kept() -> list[WorkerView]:
+        return [one for one in queue.view.workers.values() if one.memory_for]
+
+    [lost] = kept()
+    assert lost.memory_for == older.demand.order
+    lost.lost(0.0)
+    queue.admission.workers_changed()
+    await settle()
+    [other] = kept()
+    assert other is not lost
+    lost.told(a_message())
+    for lease in leases:
+        lease.release()
+    await settle()
+    assert queue.waiting == 0
+    assert kept() == []
+
+
+def staging(prompts: int = 2, decode: int | None = None) -> list[Member]:
     """Staging memory for so many prompts of one block, on each side."""
-    workers = [a_worker("p0", Role.PREFILL), a_worker("d0", Role.DECODE, 1000)]
-    load = {"staging_bytes_total": prompts * (BLOCK_BYTES + REGION_BYTES)}
-    workers = [replace(worker, block_bytes=BLOCK_BYTES, load=replace(worker.load, **load)) for worker in workers]
-    return Roster.of(ClusterSnapshot({worker.id: worker for worker in workers}))
-
-
-def enter_prompt(admission: Admission, blocks: int, digest: str = "") -> Ticket:
-    demand = Demand(digest, blocks * 16, blocks * 16, prompt_tokens=blocks * 16)
-    return admission.enter(demand, [0], since=asyncio.get_running_loop().time())
+    return [p("p0", staging=prompts), d("d0", blocks=1000, staging=decode or prompts)]
 
 
 async def test_staging_memory_holds_the_queue() -> None:
     """What has no room waits here, not on a worker; a smaller prompt may pass."""
-    admission = an_admission(staging_roster(3))
-    running = [enter_prompt(admission, 1) for _ in range(2)]
-    big, small = enter_prompt(admission, 2, "big"), enter_prompt(admission, 1, "small")
+    queue = Queue(*staging(3))
+    running = [queue.prompt(1) for _ in range(2)]
+    big, small = queue.prompt(2, "big"), queue.prompt(1, "small")
     assert served(*running, big, small) == [True, True, False, True]
     (await running[0].wait(1)).prefill_ended()
     (await small.wait(1)).prefill_ended()
@@ -163,149 +205,164 @@ async def test_staging_memory_holds_the_queue() -> None:
 
 
 @pytest.mark.parametrize("side", ["prefill", "decode"])
-async def test_a_long_prompt_isnt_starved_of_staging_memory(monkeypatch: pytest.MonkeyPatch, side: str) -> None:
-    monkeypatch.setattr(admission_module, "PATIENCE", 0.05)
-    admission = an_admission(staging_roster())
-    running = [await enter_prompt(admission, 1).wait(1) for _ in range(2)]
+async def test_a_long_prompt_isnt_starved_of_staging_memory(side: str) -> None:
+    queue = Queue(*staging(), patience=0.05)
+    running = [await queue.prompt(1).wait(1) for _ in range(2)]
     if side == "decode":
         for lease in running:
             lease.prefill_ended()
-    big = enter_prompt(admission, 2, "")
+    big = queue.prompt(2, "")
     await asyncio.sleep(0.1)
     running[0].release()
     await settle()
-    assert served(enter_prompt(admission, 1, "")) == [False]  # the room is kept
+    assert served(queue.prompt(1, "small")) == [False]  # the room is kept
     running[1].release()
     await settle()
     assert served(big) == [True]
 
 
-@pytest.mark.parametrize(("role", "setting"), [(Role.PREFILL, "prefill"), (Role.DECODE, "decode")])
-async def test_a_prompt_that_never_fits_is_refused_by_the_settings_name(role: Role, setting: str) -> None:
-    small, large = staging_roster(2), staging_roster(9)
-    roster = replace(large, prefill=small.prefill) if role is Role.PREFILL else replace(large, decode=small.decode)
-    admission = an_admission(roster)
-    enter_prompt(admission, 2)
-    with pytest.raises(InvalidRequest, match=rf"a prompt of 48 tokens doesn't fit .* raise {setting}\.staging_bytes$"):
-        enter_prompt(admission, 3)
-    sends_nothing = Demand("", 48, 48, prompt_tokens=48, decodes=False)
-    assert served(admission.enter(sends_nothing, [0], since=0.0)) == [True]
-
-
-async def test_leaving_gives_up_the_room_that_was_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(admission_module, "PATIENCE", 0.0)
-    admission = an_admission(roster_of())
-    running = enter(admission, blocks=5)
-    big = enter(admission, blocks=10, digest="big")
+async def test_a_long_prompt_that_waits_for_its_adapters_worker_isnt_starved_of_its_staging_memory() -> None:
+    """Another worker has room, but the adapter is here, and the base model's prompts need no slot."""
+    workers = p("p0", staging=2, adapters="a"), p("p1", staging=2), d("d0", blocks=1000, staging=99)
+    queue = Queue(*workers, patience=0.0)
+    running = [await queue.prompt(1).wait(1) for _ in range(4)]
+    queue.view.workers["p1"].queue(3)  # so that p0 is the less busy one
+    [first, second] = [lease for lease in running if lease.prefill.id == "p0"]
+    next(lease for lease in running if lease.prefill.id == "p1").prefill_ended()
+    next(lease for lease in reversed(running) if lease.prefill.id == "p1").prefill_ended()
+    big = queue.prompt(2, "a")
+    assert served(big) == [False]
     await asyncio.sleep(0.01)
-    admission.wake()
+    first.prefill_ended()
     await settle()
-    small = enter(admission, blocks=5, digest="small")
+    small = queue.prompt(1)
+    assert not served(small)[0] or (await small.wait(1)).prefill.id == "p1"
+    second.prefill_ended()
+    await settle()
+    assert (await big.wait(1)).prefill.id == "p0"
+
+
+@pytest.mark.parametrize(("sizes", "setting"), [((2, 9), "prefill"), ((9, 2), "decode")])
+async def test_a_prompt_that_never_fits_is_refused_by_the_settings_name(sizes: tuple[int, int], setting: str) -> None:
+    queue = Queue(*staging(*sizes))
+    queue.prompt(2)
+    with pytest.raises(InvalidRequest, match=rf"a prompt of 48 tokens doesn't fit .* raise {setting}\.staging_bytes$"):
+        queue.prompt(3)
+    assert served(queue.ask(Demand("", 48, 48, prompt_tokens=48, decodes=False))) == [True]  # sends nothing
+
+
+async def test_leaving_gives_up_the_room_that_was_kept() -> None:
+    queue = Queue(*workers_of(), patience=0.0)
+    running = queue.enter(blocks=5)
+    big = queue.enter(blocks=10, digest="big")
+    await asyncio.sleep(0.01)
+    queue.admission.wake()
+    await settle()
+    small = queue.enter(blocks=5, digest="small")
     assert served(small) == [False]
     big.cancel()
     await settle()
     assert served(small) == [True]
-    assert served(enter(admission, blocks=6, digest="third")) == [False]
+    assert served(queue.enter(blocks=6, digest="third")) == [False]
     (await running.wait(1)).release()
 
 
-async def test_the_last_to_leave_gives_up_the_room_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(admission_module, "PATIENCE", 0.0)
-    admission = an_admission(roster_of())
-    running = enter(admission, blocks=5)
-    big = enter(admission, blocks=10, digest="big")
+async def test_the_last_to_leave_gives_up_the_room_too() -> None:
+    queue = Queue(*workers_of(), patience=0.0)
+    running = queue.enter(blocks=5)
+    big = queue.enter(blocks=10, digest="big")
     await asyncio.sleep(0.01)
-    admission.wake()
+    queue.admission.wake()
     await settle()
     big.cancel()
-    assert served(running, enter(admission, blocks=5, digest="small")) == [True, True]
+    assert served(running, queue.enter(blocks=5, digest="small")) == [True, True]
 
 
 async def test_a_full_queue() -> None:
-    admission = an_admission(roster_of(), max_queue=2)
-    tickets = [enter(admission) for _ in range(3)]
+    queue = Queue(*workers_of(), max_queue=2)
+    tickets = [queue.enter() for _ in range(3)]
     with pytest.raises(QueueFull) as caught:
-        enter(admission, digest="b")
+        queue.enter(digest="b")
     assert 1 <= caught.value.retry_after <= 30
-    assert admission.waiting == 2
-    again = enter(admission, started=True)  # it has begun: never turned away, and first of its adapter
+    assert queue.waiting == 2
+    again = queue.enter(started=True, age=1.0)  # it has begun: never turned away, and older than the others
     (await tickets[0].wait(1)).release()
     await settle()
     assert served(tickets[1], again) == [False, True]
 
 
 async def test_leaving_the_queue_makes_room() -> None:
-    admission = an_admission(roster_of(), max_queue=1)
-    enter(admission)
-    waiting = enter(admission)
+    queue = Queue(*workers_of(), max_queue=1)
+    queue.enter()
+    waiting = queue.enter()
     waiting.cancel()
     waiting.cancel()
-    assert admission.waiting == 0
-    assert served(enter(admission)) == [False]
+    assert queue.waiting == 0
+    assert served(queue.enter()) == [False]
 
 
 async def test_a_deadline_in_the_queue() -> None:
-    admission = an_admission(roster_of())
-    enter(admission)
+    queue = Queue(*workers_of())
+    queue.enter()
     with pytest.raises(DeadlineExceeded):
-        await enter(admission).wait(0.01)
-    assert admission.waiting == 0
+        await queue.enter().wait(0.01)
+    assert queue.waiting == 0
 
 
 async def test_cancelled_in_the_instant_of_being_served() -> None:
-    admission = an_admission(roster_of())
-    running = await enter(admission).wait(1)
-    ticket = enter(admission)
+    queue = Queue(*workers_of())
+    running = await queue.enter().wait(1)
+    ticket = queue.enter()
     waiting = asyncio.create_task(ticket.wait(1))
     await settle()
     running.release()
     waiting.cancel()  # the queue is looked through before the task knows
     await asyncio.gather(waiting, return_exceptions=True)
     await settle()
-    assert admission._ledger.idle
+    assert queue.idle
 
-    running = await enter(admission).wait(1)
-    ticket = enter(admission)
+    running = await queue.enter().wait(1)
+    ticket = queue.enter()
     waiting = asyncio.create_task(ticket.wait(1))
     await settle()
     running.release()
     asyncio.get_running_loop().call_soon(waiting.cancel)  # served, but the task doesn't know yet
     await asyncio.gather(waiting, return_exceptions=True)
     await settle()
-    assert admission._ledger.idle
+    assert queue.idle
 
 
 async def test_a_lease_nobody_took_is_given_back() -> None:
-    admission = an_admission(roster_of())
-    enter(admission).cancel()
-    assert admission._ledger.idle
+    queue = Queue(*workers_of())
+    queue.enter().cancel()
+    assert queue.idle
 
 
 async def test_what_fits_nowhere_is_refused_at_once() -> None:
-    admission = an_admission(roster_of(decode=2))
+    queue = Queue(*workers_of(decode=2))
     with pytest.raises(InvalidRequest, match="176 tokens, no decode worker holds more than 160") as caught:
-        enter(admission, blocks=11)
+        queue.enter(blocks=11)
     assert caught.value.param == "max_tokens"
     with pytest.raises(InvalidRequest, match="3 choices") as caught:
-        admission.enter(Demand("a", 64, 64, choices=3), [0, 1, 2], since=0.0)
+        queue.ask(Demand("a", 64, 64, choices=3))
     assert caught.value.param == "n"
-    assert admission._ledger.idle
-    assert served(admission.enter(Demand("a", 9999, 9999, decodes=False), [0], since=0.0)) == [True]
+    assert queue.idle
+    assert served(queue.ask(Demand("a", 9999, 9999, decodes=False))) == [True]
 
 
 async def test_without_workers_new_requests_are_refused_and_begun_ones_wait() -> None:
-    admission = an_admission(None, grace=0.1)
+    queue = Queue(grace=0.1)
     with pytest.raises(Unavailable):
-        enter(admission)
-    admission.update(roster_of())
-    running = enter(admission)
-    waiting = enter(admission)
-    admission.update(Roster((), {}, {}))
-    begun = enter(admission, started=True)
+        queue.enter()
+    queue.become(*workers_of())
+    running = queue.enter()
+    waiting = queue.enter()
+    queue.become()
+    begun = queue.enter(started=True, age=1.0)
     assert served(waiting, begun) == [False, False]
     await asyncio.sleep(0.05)
     (await running.wait(1)).release()
-    admission.update(roster_of())
+    queue.become(*workers_of())
     await settle()
     assert served(waiting, begun) == [False, True]
     (await begun.wait(1)).release()
@@ -314,28 +371,28 @@ async def test_without_workers_new_requests_are_refused_and_begun_ones_wait() ->
 
 
 async def test_workers_that_dont_come_back_end_the_waiting() -> None:
-    admission = an_admission(roster_of(), grace=0.02)
-    enter(admission)
-    waiting = enter(admission)
-    admission.update(Roster((), {}, {}))
+    queue = Queue(*workers_of(), grace=0.02)
+    queue.enter()
+    waiting = queue.enter()
+    queue.become()
     await asyncio.sleep(0.05)
-    admission.update(Roster((), {}, {}))
+    queue.become()
     with pytest.raises(Unavailable):
         await waiting.wait(1)
-    assert admission.waiting == 0
+    assert queue.waiting == 0
 
 
 async def test_new_workers_are_used_at_once() -> None:
-    admission = an_admission(roster_of(decode=1))
-    tickets = [enter(admission) for _ in range(3)]
-    admission.update(roster_of(decode=3))
+    queue = Queue(*workers_of(decode=1))
+    tickets = [queue.enter() for _ in range(3)]
+    queue.become(*workers_of(decode=3))
     await settle()
     assert served(*tickets) == [True] * 3
 
 
 async def test_prefill_limits_hold_the_queue() -> None:
-    admission = an_admission(roster_of(blocks=1000), prefills=2)
-    tickets = [enter(admission, blocks=1, digest=f"a{i}") for i in range(4)]
+    queue = Queue(*workers_of(blocks=1000), prefills=2)
+    tickets = [queue.enter(blocks=1, digest=f"a{i}") for i in range(4)]
     assert served(*tickets) == [True, True, False, False]
     (await tickets[0].wait(1)).prefill_ended()
     await settle()
@@ -343,37 +400,54 @@ async def test_prefill_limits_hold_the_queue() -> None:
 
 
 async def test_closing_turns_everything_away() -> None:
-    admission = an_admission(roster_of())
-    enter(admission)
-    waiting = enter(admission)
-    admission.close(Unavailable("the server is shutting down"))
-    admission.update(roster_of())  # what is still heard of workers opens nothing again
+    queue = Queue(*workers_of())
+    queue.enter()
+    waiting = queue.enter()
+    queue.admission.close(Unavailable("the server is shutting down"))
+    queue.become(*workers_of())  # what is still heard of workers opens nothing again
     with pytest.raises(Unavailable, match="shutting down"):
         await waiting.wait(1)
     for started in (False, True):
         with pytest.raises(Unavailable, match="shutting down"):
-            enter(admission, started=started)
+            queue.enter(started=started)
 
 
 async def test_a_long_queue_is_looked_through_quickly() -> None:
     """A thousand adapters wait for one full cluster: each release costs one look, not a thousand choices."""
-    admission = an_admission(roster_of(decode=4), max_queue=2000)
-    running = [enter(admission, digest=f"r{i}") for i in range(4)]
-    waiting = [enter(admission, digest=f"w{i}") for i in range(1000)]
-    choices = 0
-    place = admission._policy.place
-
-    class Counting:
-        def place(self, *arguments: object) -> object:
-            nonlocal choices
-            choices += 1
-            return place(*arguments)  # type: ignore[arg-type]
-
-    admission._policy = Counting()  # type: ignore[assignment]
+    queue = Queue(*workers_of(decode=4), max_queue=2000)
+    running = [queue.enter(digest=f"r{i}") for i in range(4)]
+    waiting = [queue.enter(digest=f"w{i}") for i in range(1000)]
+    choices = counted_choices(queue.admission)
     (await running[0].wait(1)).release()
     await settle()
     assert served(waiting[0]) == [True]
-    assert choices == 2
+    assert len(choices) == 2
+
+
+async def test_all_that_fit_go_though_many_came_in_one_instant() -> None:
+    """A look at the queue ends after some tries; the next one goes on."""
+    queue = Queue(*workers_of(blocks=1000))
+    running = await queue.enter(blocks=1000, digest="x").wait(1)
+    first = queue.enter(blocks=1, digest="first")
+    running.release()
+    tickets = [queue.enter(blocks=1, digest=f"w{i}") for i in range(5 * TRIES)]
+    for _ in range(10):
+        await settle()
+    assert all(served(first, *tickets))
+
+
+async def test_a_lease_on_workers_that_were_replaced_ends_while_others_wait() -> None:
+    queue = Queue(*workers_of())
+    old = await queue.enter().wait(1)
+    queue.become(p("p0", pid=2), d("d0", blocks=10, pid=2))
+    new = await queue.enter().wait(1)
+    waiting = queue.enter()
+    old.release()
+    await settle()
+    assert served(waiting) == [False]
+    new.release()
+    await settle()
+    assert served(waiting) == [True]
 
 
 # Adapters that come in while their requests wait, and slots
@@ -384,60 +458,86 @@ class Cluster:
 
     def __init__(
         self,
-        held: dict[str, str],
+        held: dict[str, Iterable[str]],
         slots: int = 0,
         prefills: int = 100,
         max_queue: int = 100,
         decode_blocks: int = 10**6,
+        patience: float = 0.5,
+        staging: int = 0,
+        decoders: int = 1,
     ) -> None:
-        """`held`: worker id -> the adapters in its memory, a letter each."""
+        """`held`: worker id -> the adapters in its memory, by default a letter each."""
         self.held = {worker: set(digests) for worker, digests in held.items()}
-        self.slots, self.decode_blocks = slots, decode_blocks
+        self.slots, self.staging = slots, staging
+        self.decoders = [a_worker(f"d{i}", Role.DECODE, blocks=decode_blocks, staging=staging) for i in range(decoders)]
         self.up = set(self.held)
-        self.beats = 0.0
-        self.ledger = Ledger()
         self.asked: list[tuple[str, str]] = []  # (worker, digest) in the order of the calls
-        self.admission = Admission(AffinityPolicy(prefills), self.ledger, max_queue, 60.0, self.prefetch)
+        self.calls: dict[tuple[str, str], WorkerView] = {}  # under way
+        self.view = ClusterView(prefills, 0.25)
+        policy = AffinityPolicy(patience=patience)
+        self.admission = Admission(policy, self.view, max_queue, 60.0, FairShare({}), self.prefetch)
         self.beat()
 
-    def prefetch(self, worker: Worker, adapter: ReadableRef) -> None:
-        if not self.ledger.loading(worker.id, adapter.digest):
-            assert worker.id in self.up
-            self.ledger.load_begins(worker.id, adapter.digest)
-            self.asked.append((worker.id, adapter.digest))
+    def prefetch(self, worker: WorkerView, adapter: ReadableRef) -> None:
+        assert worker.is_ready
+        assert adapter.digest not in worker.loads
+        worker.load_begins(adapter.digest)
+        self.asked.append((worker.id, adapter.digest))
+        self.calls[self.asked[-1]] = worker
 
     @property
     def loading(self) -> list[tuple[str, str]]:
-        return [load for load in dict.fromkeys(self.asked) if self.ledger.loading(*load)]
+        return list(self.calls)
 
     def load_ends(self, worker: str, digest: str, error: PreftError | None = None, lost: bool = False) -> None:
         done = error is None and not lost
         if done:
             self.held[worker].add(digest)
-        self.ledger.load_ended(worker, digest, done=done)
-        self.admission.load_ended(digest, error)
+        one = self.calls.pop((worker, digest))
+        one.load_ended(digest, asyncio.get_running_loop().time(), done=done)
+        self.admission.load_ended(one, digest, error)
 
     def beat(self) -> None:
-        """Heartbeats of all workers that are up, polled."""
-        self.beats += 1
-        members = [
-            Worker(name, Role.PREFILL, WorkerState.READY, "h:1", "f", 1, heartbeat=self.beats,
-                   adapter_slots=self.slots, load=WorkerLoad(adapters=tuple(sorted(self.held[name]))))
-            for name in sorted(self.up)
-        ]  # fmt: skip
-        members.append(a_worker("d0", Role.DECODE, self.decode_blocks))
-        self.ledger.observe(members)
-        self.admission.update(Roster.of(ClusterSnapshot({worker.id: worker for worker in members})))
+        """The registry is read, and all workers that are up tell what they hold."""
+        members = [a_worker(name, Role.PREFILL, slots=self.slots, staging=self.staging) for name in sorted(self.up)]
+        self.view.register([*members, *self.decoders])
+        for one in self.view.workers.values():
+            one.told(a_message(self.held.get(one.id, ()), loading=one.loads - self.held.get(one.id, set())))
+            self.admission.wake(one)
+        self.admission.workers_changed()
 
-    def enter(self, digest: str, blocks: int = 1, age: float = 0.0, **options: Any) -> Ticket:
+    def enter(
+        self,
+        digest: str,
+        blocks: int = 1,
+        age: float = 0.0,
+        avoid: frozenset[str] = frozenset(),
+        started: bool = False,
+    ) -> Ticket:
         adapter = ReadableRef(digest, digest, "/") if digest else None
-        demand = Demand(digest, blocks * 16, blocks * 16, adapter=adapter)
-        return self.admission.enter(demand, [0], since=asyncio.get_running_loop().time() - age, **options)
+        order = self.admission.shares.order(asyncio.get_running_loop().time() - age, "", 0, 0)
+        prompt = blocks * 16 if self.staging else 0
+        demand = Demand(digest, blocks * 16, blocks * 16, prompt, adapter=adapter, order=order, avoid=avoid)
+        return self.admission.enter(demand, [0], started=started)
 
     @property
     def untouched(self) -> bool:
         """No room is reserved, no slot is taken."""
-        return self.ledger.idle and not self.ledger.distinct_adapters("p0")
+        return all(one.idle and not one.slots_used for one in self.view.workers.values())
+
+
+def counted_choices(admission: Admission) -> list[Placement]:
+    """The policy's answers from now on."""
+    answers, place = list[Placement](), admission._policy.place
+
+    class Counting(AffinityPolicy):
+        def place(self, demand: Demand, view: ClusterView, now: float) -> Placement:
+            answers.append(place(demand, view, now))
+            return answers[-1]
+
+    admission._policy = Counting()
+    return answers
 
 
 async def test_a_cold_adapters_requests_hold_nothing_while_it_loads() -> None:
@@ -527,8 +627,10 @@ async def test_a_refused_load_is_the_answer_to_all_who_wait_for_it(error: PreftE
     assert served(*others) == [False] * 3
     assert cluster.admission.waiting == 3
     again = [cluster.enter("a") for _ in range(3)]  # there is room in the queue for them
-    assert cluster.asked.count((where["a"], "a")) == 2
-    cluster.load_ends(where["a"], "a")
+    assert cluster.asked.count((where["a"], "a")) == 1
+    other = {"p0": "p1", "p1": "p0"}[where["a"]]
+    assert cluster.asked[-1] == (other, "a")
+    cluster.load_ends(other, "a")
     cluster.load_ends(where["c"], "c")
     await settle()
     assert served(*again, *others) == [True] * 6
@@ -631,17 +733,15 @@ async def test_a_resident_adapter_isnt_held_up_by_its_copys_load() -> None:
 
 
 async def test_an_adapter_that_is_evicted_at_once_or_never_listed_is_served() -> None:
-    """The load's end counts as presence for a few heartbeats: no endless asking."""
+    """The load's end counts as presence until the worker tells of the adapter: no endless asking."""
     cluster = Cluster({"p0": ""})
     for _ in range(3):
         ticket = cluster.enter("a")
         cluster.load_ends("p0", "a")
         cluster.held["p0"].clear()
-        cluster.beat()
         await settle()
         (await ticket.wait(1)).release()
-        for _ in range(4):
-            cluster.beat()
+        cluster.beat()
         await settle()
     assert cluster.asked == [("p0", "a")] * 3
 
@@ -675,10 +775,9 @@ async def test_base_requests_need_no_slot_and_an_adapters_requests_share_one() -
     assert served(*tickets) == [True] * 6
 
 
-async def test_busy_adapters_dont_starve_one_that_waits_for_their_slot(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`a` always has a prompt in the only slot of p0. After SLOT_PATIENCE it gets no more, and only there."""
-    monkeypatch.setattr(admission_module, "SLOT_PATIENCE", 0.1)
-    cluster = Cluster({"p0": "ab", "p1": "c"}, slots=1)
+async def test_busy_adapters_dont_starve_one_that_waits_for_their_slot() -> None:
+    """`a` always has a prompt in the only slot of p0. When `b` has waited long, `a` gets no more, and only there."""
+    cluster = Cluster({"p0": "ab", "p1": "c"}, slots=1, patience=0.1)
     loop = asyncio.get_running_loop()
     running = [await cluster.enter("a").wait(1)]
     begun, waiting = loop.time(), cluster.enter("b")
@@ -705,30 +804,36 @@ async def test_busy_adapters_dont_starve_one_that_waits_for_their_slot(monkeypat
     assert all(served(*late))
 
 
-@pytest.mark.parametrize("end", ["cancelled", "refused", "no workers"])
+@pytest.mark.parametrize("end", ["cancelled", "evicted", "lost", "no workers"])
 async def test_slots_that_were_kept_are_free_again(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However the request ends for which they were kept; without waiting for the next heartbeat."""
+    """However the request ends for which they were kept, or if it waits for something else now."""
     cluster = Cluster({"p0": "ab"}, slots=1)
     running = await cluster.enter("a").wait(1)
     old = cluster.enter("b", age=99.0)
     cluster.admission.wake()
     await settle()
-    assert cluster.ledger.slots_kept("p0")
+    one = cluster.view.workers["p0"]
+    assert one.slot_for == old.demand.order
     if end == "cancelled":
         old.cancel()
-    elif end == "refused":
+        assert one.slot_for is None  # at once
+    elif end == "evicted":
         cluster.held["p0"].remove("b")
-        cluster.admission._roster = Roster(cluster.admission.roster.prefill, cluster.admission.roster.decode, {})
-        cluster.load_ends("p0", "b", Unavailable("no room"))
-        with pytest.raises(Unavailable):
-            await old.wait(1)
+        cluster.beat()
+    elif end == "lost":
+        one.lost(0.0)
+        cluster.admission.workers_changed()
+        await settle()
+        cluster.held["p0"].remove("b")
         cluster.beat()
     else:
         monkeypatch.setattr(cluster.admission, "_restart_grace", -1.0)
-        cluster.admission.update(Roster((), {}, {}))
+        cluster.view.register([])
+        cluster.admission.workers_changed()
         with pytest.raises(Unavailable):
             await old.wait(1)
         cluster.beat()
+    await settle()
     assert served(cluster.enter("a")) == [True]
     running.release()
 
@@ -768,20 +873,11 @@ async def test_all_who_wait_for_the_same_slots_cost_one_look() -> None:
     waiting = [cluster.enter(digest) for digest in digests]
     cluster.admission.wake()
     await settle()
-    choices = 0
-    place = cluster.admission._policy.place
-
-    class Counting:
-        def place(self, *arguments: object) -> object:
-            nonlocal choices
-            choices += 1
-            return place(*arguments)  # type: ignore[arg-type]
-
-    cluster.admission._policy = Counting()  # type: ignore[assignment]
+    choices = counted_choices(cluster.admission)
     running.release()
     await settle()
     assert served(*waiting[:2]) == [True, False]
-    assert choices == 2
+    assert len(choices) == 2
 
 
 async def test_refusing_all_reaches_all_though_one_has_just_left() -> None:
@@ -818,6 +914,7 @@ class Storm:
         draw, cluster = self.draw, self.cluster
         match draw.choice("eeeeeeppprrlllfxcbbk"):
             case "e" if cluster.up:
+                self.harvest()
                 try:
                     ticket = cluster.enter(draw.choice(["", *"aabcdef"]), draw.randint(1, 3), draw.choice([0, 0, 1]))
                     self.waiting.setdefault(ticket.demand.digest, []).append(ticket)
@@ -847,6 +944,9 @@ class Storm:
                 if name in cluster.up:
                     cluster.up.remove(name)
                     cluster.held[name].clear()
+                    if draw.random() < 0.5:  # its stream breaks first
+                        cluster.view.workers[name].lost(0.0)
+                        cluster.admission.workers_changed()
                     cluster.beat()
                     for worker, digest in cluster.loading:
                         if worker == name:
@@ -855,11 +955,14 @@ class Storm:
                     cluster.up.add(name)
                     cluster.beat()
 
-    def check(self) -> None:
+    def harvest(self) -> None:
+        """Takes the tickets that are served or failed: of one adapter always the oldest ones."""
         for digest, queue in self.waiting.items():
             done = [ticket for ticket in queue if ticket.outcome.done()]
-            whole = [ticket.outcome for ticket in queue if not (ticket in done and ticket.outcome.exception())]
-            assert [outcome.done() for outcome in whole] == sorted((each.done() for each in whole), reverse=True)
+            whole = [ticket for ticket in queue if not (ticket in done and ticket.outcome.exception())]
+            whole.sort(key=lambda ticket: ticket.demand.order)
+            order = [ticket.outcome.done() for ticket in whole]
+            assert order == sorted(order, reverse=True)
             for ticket in done:
                 queue.remove(ticket)
                 if ticket.outcome.exception() is not None:
@@ -869,10 +972,23 @@ class Storm:
                 lease = ticket.outcome.result()
                 self.leases.append(lease)
                 self.ends["served"] += 1
+
+    def check(self) -> None:
+        self.harvest()
         cluster = self.cluster
         assert cluster.admission.waiting == sum(map(len, self.waiting.values()))
-        for worker in cluster.held:
-            assert not self.slots or cluster.ledger.distinct_adapters(worker) <= self.slots
+        for one in cluster.view.workers.values():
+            assert not self.slots or one.slots_used <= self.slots
+            assert one.queued == sum(len(line.tickets) for line in cluster.admission._lines if line.at is one)
+        check_indexes(cluster.view)
+        self.check_kept()
+
+    def check_kept(self) -> None:
+        """Slots and memory are kept for requests that wait, for none other."""
+        orders = {ticket.demand.order for queue in self.waiting.values() for ticket in queue}
+        for one in self.cluster.view.workers.values():
+            assert one.slot_for in {None, *orders}
+            assert one.memory_for in {None, *orders}
 
     async def run(self) -> None:
         for _ in range(300):
@@ -882,7 +998,7 @@ class Storm:
                 self.check()
         self.cluster.up = set(self.cluster.held)
         self.cluster.beat()
-        for _ in range(2000):  # no new ones: all that wait must be served, without heartbeats
+        for _ in range(2000):  # no new ones: all that wait must be served, without news of the workers
             await settle()
             self.check()
             if self.leases:
@@ -895,7 +1011,7 @@ class Storm:
                 raise AssertionError("requests wait for nothing")
         assert not any(self.waiting.values())
         assert self.cluster.untouched
-        assert self.cluster.admission._queues == {}
+        assert not self.cluster.admission._lines
 
 
 @given(st.integers(0, 10**6))
@@ -908,3 +1024,130 @@ def test_storms(seed: int) -> None:
 
     with asyncio.Runner() as runner:
         runner.run(storm())
+
+
+# Turns and age
+
+
+async def test_a_line_goes_together_in_one_turn() -> None:
+    """Up to TURN requests of one adapter share the slot, though older ones of another adapter wait for one."""
+    cluster = Cluster({"p0": "xab"}, slots=1, max_queue=200, patience=NEVER)
+    running = await cluster.enter("x").wait(1)
+    first, other = cluster.enter("a"), cluster.enter("b")
+    others = [cluster.enter("a") for _ in range(2 * TURN)]
+    running.release()
+    await settle()
+    tickets = [first, *others]
+    assert served(*tickets) == [True] * len(tickets)
+    assert served(other) == [False]
+    leases = [await ticket.wait(1) for ticket in tickets]
+    for lease in leases[:-1]:
+        lease.prompt_ended()
+        await settle()
+        assert served(other) == [False]
+    leases[-1].prompt_ended()
+    await settle()
+    assert served(other) == [True]
+
+
+async def test_a_turn_ends_where_another_request_has_waited_long() -> None:
+    cluster = Cluster({"p0": "xab"}, slots=1, max_queue=200, patience=0.05)
+    running = await cluster.enter("x").wait(1)
+    first, other = cluster.enter("a"), cluster.enter("b")
+    others = [cluster.enter("a") for _ in range(2 * TURN)]
+    await asyncio.sleep(0.1)
+    running.release()
+    await settle()
+    assert served(first, other) == [True, False]
+    assert sum(served(*others)) == TURN - 1
+    for ticket in [first, *others[: TURN - 1]]:
+        (await ticket.wait(1)).release()
+        await settle()
+    assert served(other) == [True]
+
+
+@pytest.mark.parametrize("cold", [False, True])
+async def test_adapters_that_are_not_there_hold_up_nobody(cold: bool) -> None:
+    """However many lines wait for their adapters' loads, one whose adapter is there gets the free slot."""
+    digests = [chr(0x4E00 + i) for i in range(3 * TRIES)]
+    cluster = Cluster({"p0": "xy"}, slots=1)
+    running = await cluster.enter("x").wait(1)
+    waiting = [cluster.enter(digest) for digest in (digests if cold else [])]
+    ready = cluster.enter("y")
+    running.release()
+    await settle()
+    assert served(ready) == [True]
+    assert not any(served(*waiting))
+    assert len(cluster.loading) <= 2  # not all at once
+
+
+class Crowd(Storm):
+    """A storm over several decode workers, with little staging memory, and no patience in most cases."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        draw = self.draw
+        self.cluster = Cluster(
+            {f"p{i}": draw.sample("abcdef", draw.randint(0, 6)) for i in range(draw.randint(1, 4))},
+            self.slots,
+            prefills=draw.randint(1, 8),
+            max_queue=draw.randint(5, 60),
+            decode_blocks=draw.choice([4, 8, 1000]),
+            patience=draw.choice([0.0, 0.0, 0.5]),
+            staging=draw.choice([0, 3, 6]),
+            decoders=draw.randint(1, 3),
+        )
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=60, deadline=None)
+def test_crowds(seed: int) -> None:
+    """As storms, with several decode workers and little staging memory."""
+
+    async def crowd() -> None:
+        await Crowd(seed).run()
+
+    with asyncio.Runner() as runner:
+        runner.run(crowd())
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=100, deadline=None)
+def test_a_request_waits_no_longer_than_what_ran_before_it(seed: int) -> None:
+    """Without patience: in a full cluster with a stream of younger requests, of any size and for any adapter."""
+
+    async def flood() -> None:
+        storm = Crowd(seed)
+        draw, cluster = storm.draw, storm.cluster
+        cluster.admission._policy = AffinityPolicy(patience=0.0)
+        leases, young, queued = list[Lease](), list[Ticket](), 3
+
+        def come() -> None:
+            while cluster.admission.waiting < queued:
+                young.append(cluster.enter(draw.choice(["", *"abcdef"]), draw.randint(1, 2)))
+
+        def go_on() -> None:
+            for ticket in [ticket for ticket in young if ticket.outcome.done()]:
+                young.remove(ticket)
+                leases.append(ticket.outcome.result())
+            if leases:
+                leases.pop(0).release()
+            for load in cluster.loading:
+                cluster.load_ends(*load)
+
+        for _ in range(20):
+            come()
+            go_on()
+            await settle()
+        oldest = cluster.enter(draw.choice(["", *"abcdef"]), 3, age=99.0, started=True)
+        running = sum(one.prefills + one.sequences for one in cluster.view.workers.values())
+        for _ in range(running + 10):
+            come()
+            go_on()
+            await settle()
+            if oldest.outcome.done():
+                break
+        assert oldest.outcome.done()
+
+    with asyncio.Runner() as runner:
+        runner.run(flood())

@@ -22,7 +22,7 @@ class Waiting:
 
 
 def a_ticket(digest: str, age: int, number: int = 0) -> Waiting:
-    return Waiting(Demand(digest, 1, 1, order=(float(age), number)))
+    return Waiting(Demand(digest, 1, 1, order=(float(age), number, float(age))))
 
 
 def add(lines: Lines, *tickets: Waiting) -> None:

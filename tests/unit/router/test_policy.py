@@ -214,8 +214,8 @@ def test_a_refusal_holds_for_younger_requests_that_ask_more(
     for demand in before:
         if isinstance(pair := POLICY.place(demand, view, NOW), Pair):
             Lease(pair, demand, range(demand.choices), lambda worker: None)
-    small = replace(small, order=(NOW + came, 0))
-    other = replace(other, order=(NOW + came + later, 1))
+    small = replace(small, order=(NOW + came, 0, NOW + came))
+    other = replace(other, order=(NOW + came + later, 1, NOW + came + later))
     refusal = POLICY.place(small, view, NOW)
     if refusal is Refusal.NO_PREFILL or (isinstance(refusal, Refusal) and other.covers(small)):
         assert isinstance(POLICY.place(other, view, NOW), Refusal)

@@ -260,6 +260,17 @@ async def test_many_watchers_of_many_adapters_cost_what_changes(rig: Rig) -> Non
     assert rig.adapters.looks == 8
 
 
+async def test_many_watchers_share_a_measurement(rig: Rig) -> None:
+    loop = asyncio.get_running_loop()
+    watchers = [await rig.watch(str(number), interval=0.02) for number in range(8)]
+    began, before = loop.time(), rig.measured
+    await asyncio.sleep(0.5)
+    assert rig.measured - before <= (loop.time() - began) / status_module.MEASURE_SECONDS + 1
+    rig.own = replace(rig.own, preemptions=1)
+    for watcher in watchers:
+        await watcher.until(lambda w=watcher: w.status.preemptions == 1)
+
+
 async def test_more_adapters_than_one_message_holds(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(status_module, "MOST_ADAPTERS", 100)
     for number in range(250):

@@ -1,0 +1,1 @@
+"""Measurements that need no running cluster, and the results of all measurements."""

@@ -1,0 +1,66 @@
+"""`make simulate`: compares the router's policy with others over simulated workers, and prints a table."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from bench.simulate.policies import POLICIES
+from bench.simulate.report import plot, table
+from bench.simulate.scenario import PRESETS, Engine, Scenario
+from bench.simulate.simulation import simulate
+from preft.core.settings import RouterSettings
+from preft_loadgen.results import RESULTS, save
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0 if every request of every run got its answer, else 1."""
+    arguments = _parser().parse_args(argv)
+    scenario = _scenario(arguments)
+    runs = []
+    for policy in arguments.policy or POLICIES:
+        print(f"{scenario.name}, {policy} ...", file=sys.stderr, flush=True)
+        runs.append(simulate(scenario, policy, arguments.patience))
+    print(table(runs))
+    bound = scenario.wait_bound(arguments.patience)
+    print(f"\nbound on waits: {bound:.2f} s; {len(runs[0].requests):,} requests a run, seed {scenario.seed}")
+    if arguments.out is not None:
+        figures = {"scenario": asdict(scenario), "bound": bound, "runs": {run.policy: run.figures() for run in runs}}
+        print(save(arguments.out, f"simulator-{scenario.name}", "bench.simulate", argv, figures))
+    if arguments.plot is not None:
+        plot(runs, arguments.plot)
+    return int(any(run.unfinished or run.in_flight for run in runs))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="simulate", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="small", help="the scenario (default: small)")
+    parser.add_argument("--policy", choices=list(POLICIES), action="append", help="run this alone; repeatable")
+    parser.add_argument("--load", type=float, help="share of the prefill workers' token rate")
+    parser.add_argument("--zipf", type=float, help="exponent of the adapters' popularity")
+    parser.add_argument("--seconds", type=float, help="that are measured, of the cluster's time")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--patience", type=float, default=RouterSettings().patience, help="the router's setting")
+    parser.add_argument("--engine", type=Path, metavar="FILE", help="JSON object with measured values of Engine")
+    parser.add_argument("--calm", action="store_true", help="without bursts and losses of workers")
+    parser.add_argument("--out", metavar="DIR", type=Path, nargs="?", const=RESULTS, help=f"save figures ({RESULTS})")
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="save a plot as SVG; needs the extra `train`")
+    return parser
+
+
+def _scenario(arguments: argparse.Namespace) -> Scenario:
+    scenario = PRESETS[arguments.preset]
+    given = {key: getattr(arguments, key) for key in ("load", "zipf", "seconds", "seed")}
+    scenario = replace(scenario, **{key: value for key, value in given.items() if value is not None})
+    if arguments.engine is not None:
+        scenario = replace(scenario, engine=Engine.read(arguments.engine))
+    if arguments.calm:
+        scenario = replace(scenario, bursts=(), losses=())
+    return scenario
+
+
+if __name__ == "__main__":
+    sys.exit(main())

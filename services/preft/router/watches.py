@@ -79,10 +79,11 @@ class Watches:
     async def _watch(self, view: WorkerView) -> None:
         least, most = RETRY_SECONDS
         pause = least
+        is_said = False
         while True:
             try:
                 async for update in self._channels.watch(view.worker, self._interval(), self._timeout):
-                    pause = least
+                    pause, is_said = least, False
                     was_ready = view.is_ready
                     view.told(update)
                     view.heard = asyncio.get_running_loop().time()
@@ -94,8 +95,10 @@ class Watches:
             except Exception:
                 logger.exception("the status stream of %s broke", view.id)
                 reason = EngineFailed("an internal error ended its status stream")
-            if view.status is not None:
+            if not is_said:
                 logger.warning("worker %s gets no requests: %s", view.id, reason)
+                is_said = True
+            if view.status is not None:
                 self._silent(view)
             self._first_of(view)
             await asyncio.sleep(pause)

@@ -39,7 +39,7 @@ def test_a_state_folder_that_can_not_be_written_is_one_sentence(tmp_path: Path) 
 def test_warnings_of_our_own_are_shown_and_tracebacks_are_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with logging_to(tmp_path):
+    with logging_to(tmp_path / "serve.log"):
         logging.getLogger("preft.x").info("quiet")
         logging.getLogger("other").warning("noise")
         try:

@@ -97,7 +97,9 @@ def work(settings: Settings, role: Role, host: str, worker_id: str | None = None
             cause = cause_in(log) or f"{type(error).__name__}: {error}"
             raise EngineFailed(f"the worker {worker_id} couldn't be started: {cause}; its log is {log}") from error
         if reason is not None:
-            raise EngineFailed(f"the worker {worker_id} ends: {reason}; its log is {log}")
+            raise EngineFailed(
+                f"the worker {worker_id} ends, its engine has died: {reason.rstrip('.')}; its log is {log}"
+            )
 
 
 async def _work(

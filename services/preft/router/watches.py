@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable
 
 from preft.core.background import Background
-from preft.core.cluster import Worker
+from preft.core.cluster import Worker, WorkerState
 from preft.core.errors import EngineFailed, PreftError, WorkerLost
 from preft.router.channels import WorkerChannels
 from preft.router.view import ClusterView, WorkerView
@@ -96,7 +96,8 @@ class Watches:
                 logger.exception("the status stream of %s broke", view.id)
                 reason = EngineFailed("an internal error ended its status stream")
             if not is_said:
-                logger.warning("worker %s gets no requests: %s", view.id, reason)
+                level = logging.INFO if view.state is WorkerState.DRAINING else logging.WARNING
+                logger.log(level, "worker %s gets no requests: %s", view.id, reason)
                 is_said = True
             if view.status is not None:
                 self._silent(view)

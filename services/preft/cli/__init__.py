@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 import preft
-from preft.cli import adapter, doctor, loadgen, serve, status
+from preft.cli import adapter, doctor, gateway, loadgen, serve, status, worker
 from preft.core.errors import PreftError
 
 
@@ -21,7 +21,7 @@ def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(prog="preft", description=preft.__doc__)
     root.add_argument("--version", action="version", version=f"preft {preft.__version__}")
     commands = root.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
-    for module in (serve, adapter, status, loadgen, doctor):
+    for module in (serve, gateway, worker, adapter, status, loadgen, doctor):
         module.add_parser(commands)
     return root
 

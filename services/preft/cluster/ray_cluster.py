@@ -25,11 +25,11 @@ import ray
 from pydantic import SecretStr
 
 from preft.cluster.logs import cause_in, output_to
+from preft.cluster.process import Stop
 from preft.cluster.ray_folder import new_ray_folder
 from preft.cluster.secret import read_secret
 from preft.cluster.sizing import check_gpus, gpus_per_worker, has_gpu_build
-from preft.cluster.stores import open_registrations
-from preft.cluster.worker import run_worker
+from preft.cluster.worker_process import run_worker
 from preft.core.cluster import Role
 from preft.core.errors import ConfigError
 from preft.core.settings import Settings
@@ -65,7 +65,6 @@ class WorkerActor:
         self._decided = threading.Event()  # set when the start has succeeded or failed
         self._failure: str | None = None
         host = host or ray.util.get_node_ip_address()
-        os.environ["VLLM_HOST_IP"] = host
         settings = Settings.model_validate_json(settings_json)
         secrets = {"cluster_secret": SecretStr(secret), "state": SecretStr(state) if state else None}
         settings = settings.model_copy(update=secrets)
@@ -75,12 +74,10 @@ class WorkerActor:
         thread.start()
 
     def _run(self, settings: Settings, role: Role, worker_id: str, host: str) -> None:
-        async def main() -> str:
-            store = open_registrations(settings)
-            return await run_worker(settings, role, worker_id, host, store, self._decided.set)
-
         try:
-            reason = asyncio.run(main())
+            reason = asyncio.run(
+                run_worker(settings, role, worker_id, host, Stop(), lambda worker: self._decided.set())
+            )
             logger.error("worker %s ends: %s", worker_id, reason)
         except BaseException as error:
             logger.exception("worker %s ends", worker_id)

@@ -1,4 +1,4 @@
-"""`preft serve`: a whole cluster from one Settings object, until a signal ends it. No process is left running.
+"""`preft serve`: a gateway and its workers from one Settings object, until a signal ends both. No process is left.
 
 The first signal lets running requests finish for `shutdown_timeout`; the second signal ends them at once.
 """
@@ -9,31 +9,24 @@ import asyncio
 import logging
 import os
 import secrets
-import signal
-import time
 import uuid
-from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any, TypeVar
 
-from preft.cluster.adapters import open_catalog
-from preft.cluster.console import Console, WorkerProgress, first_question
-from preft.cluster.gateway_process import RunningGateway, run_gateway
+from preft.cluster.console import Console, WorkerProgress
+from preft.cluster.gateway_process import RunningGateway
 from preft.cluster.logs import logging_to, new_log_folder
 from preft.cluster.model import with_model_length
+from preft.cluster.process import Stop, told_in_a_sentence
+from preft.cluster.serving import open_gateway, serve_until_stopped
 from preft.cluster.stores import open_registrations
-from preft.core.errors import ConfigError, EngineFailed, PreftError, Unavailable
+from preft.core.errors import Unavailable
 from preft.core.ports import StateStore
 from preft.core.settings import Settings
 
-T = TypeVar("T")
-
 logger = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-LOOK_SECONDS = 0.2
 REARM_SECONDS = 0.01
 
 
@@ -44,26 +37,8 @@ def serve(settings: Settings) -> None:
     uvloop.run(_serve(with_model_length(settings)))
 
 
-class _Stop:
-    """The stop requests from this process's signals: first stop, then stop at once."""
-
-    def __init__(self) -> None:
-        self.asked = asyncio.Event()
-        self.at_once = asyncio.Event()
-        self._signals = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-
-    def arm(self) -> None:
-        """Installs the signal handlers, also again after Ray has replaced them."""
-        loop = asyncio.get_running_loop()
-        for number in self._signals:
-            loop.add_signal_handler(number, self._signalled)
-
-    def _signalled(self) -> None:
-        (self.at_once if self.asked.is_set() else self.asked).set()
-
-
 async def _serve(settings: Settings) -> None:
-    stop = _Stop()
+    stop = Stop()
     stop.arm()
     console = Console()
     cluster_id = uuid.uuid4().hex[:8]
@@ -72,125 +47,63 @@ async def _serve(settings: Settings) -> None:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     logs = new_log_folder(settings.state_dir, cluster_id)
-    with logging_to(logs):
+    with logging_to(logs / "serve.log"), told_in_a_sentence("the server"):
         console.line(f"PreFT Serve starts; log files are in {logs}")
+        store = open_registrations(settings)
         try:
-            await _serve_logged(settings, cluster_id, logs, stop, console)
-        except PreftError:
-            raise
-        except Exception as error:
-            logger.info("the server ends", exc_info=error)
-            if isinstance(error, OSError) and error.filename is not None:
-                raise ConfigError(f"{error.filename}: {error.strerror}") from error
-            raise PreftError(f"an unexpected error ended the server: {type(error).__name__}: {error}") from error
+            async with AsyncExitStack() as stack:
+                gateway = await open_gateway(stack, settings, store, cluster_id, stop, console)
+                if gateway is not None:
+                    await _serve_with_workers(settings, gateway, store, cluster_id, logs, stop, console)
+        finally:
+            await store.close()
 
 
-async def _serve_logged(settings: Settings, cluster_id: str, logs: Path, stop: _Stop, console: Console) -> None:
+async def _serve_with_workers(
+    settings: Settings,
+    gateway: RunningGateway,
+    store: StateStore,
+    cluster_id: str,
+    logs: Path,
+    stop: Stop,
+    console: Console,
+) -> None:
     from preft.cluster.ray_cluster import RayCluster
 
     loop = asyncio.get_running_loop()
-    store = open_registrations(settings)
-    try:
-        async with AsyncExitStack() as stack:
-            catalog = await _unless(stop.asked, stack.enter_async_context(open_catalog(settings)))
-            if catalog is None:
-                return
-            gateway = await stack.enter_async_context(run_gateway(settings, store, catalog, cluster_id))
-            if stop.asked.is_set():
-                return
-            thread = stack.enter_context(
-                ThreadPoolExecutor(1, "ray")
-            )  # Ray's own, so that no other work delays the end
-            console.line(f"listening on http://{gateway.address}; requests get 503 until the workers are ready")
-            cluster = RayCluster(settings, cluster_id, logs)
-            try:
-                await _start_cluster(loop.run_in_executor(thread, cluster.start), stop)
-                await _until_stopped(settings, gateway, cluster, cluster_id, stop, console)
-            finally:
-                console.status("")
-                await loop.run_in_executor(thread, cluster.close)
-                await _remove_registrations(store, cluster_id)
-    finally:
-        await store.close()
+    names = [f"{role.value}-{number}" for role in settings.roles for number in range(settings.engine(role).replicas)]
+    cluster = RayCluster(settings, cluster_id, logs)
+    with ThreadPoolExecutor(1, "ray") as thread:  # Ray's own, so that no other work delays the end
+        try:
+            await _start_cluster(loop.run_in_executor(thread, cluster.start), stop)
+            progress = WorkerProgress(console, [f"{cluster_id}-{name}" for name in names], f"{cluster_id}-")
+            await serve_until_stopped(
+                settings,
+                gateway,
+                stop,
+                console,
+                cluster.wait_failed(console.line),
+                lambda: progress.observe(gateway.router.workers()),
+            )
+        finally:
+            console.status("")
+            await loop.run_in_executor(thread, cluster.close)
+            await _remove_registrations(store, cluster_id)
 
 
 async def _remove_registrations(store: StateStore, cluster_id: str) -> None:
     """Removes the registrations of killed workers. While the store can't be used, they are left to expire."""
     try:
         for worker in await store.workers():
-            if worker.id.startswith(cluster_id):
+            if worker.id.startswith(f"{cluster_id}-"):
                 await store.remove_worker(worker.id)
     except Unavailable as error:
         logger.warning("the workers' registrations are left to expire: %s", error)
 
 
-async def _start_cluster(starting: asyncio.Future[None], stop: _Stop) -> None:
+async def _start_cluster(starting: asyncio.Future[None], stop: Stop) -> None:
     """Waits for Ray's start. Ray's C++ core makes SIGTERM abort the process: the handlers are set repeatedly."""
     while not starting.done():
         await asyncio.wait({starting}, timeout=REARM_SECONDS)
         stop.arm()
     starting.result()
-
-
-async def _until_stopped(
-    settings: Settings, gateway: RunningGateway, cluster: Any, cluster_id: str, stop: _Stop, console: Console
-) -> None:
-    """Serves until a stop request or a worker's failed start, then drains. Raises EngineFailed."""
-    tasks = [
-        asyncio.create_task(stop.asked.wait(), name="stop"),
-        asyncio.create_task(cluster.wait_failed(console.line), name="workers"),
-        asyncio.create_task(_tell_progress(settings, gateway, cluster_id, console), name="progress"),
-    ]
-    stopped, failed, progress = tasks
-    try:
-        await asyncio.wait({stopped, failed, progress, gateway.task}, return_when=asyncio.FIRST_COMPLETED)
-        progress.cancel()
-        if failed.done():
-            stop.at_once.set()
-        elif stopped.done():
-            console.line(f"stopping: running requests have {settings.shutdown_timeout:g} s; a second signal ends them")
-        console.status("")
-        await gateway.drain(settings.shutdown_timeout, stop.at_once)
-        if failed.done():
-            raise EngineFailed(failed.result())
-        if progress.done() and not progress.cancelled():
-            progress.result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _tell_progress(settings: Settings, gateway: RunningGateway, cluster_id: str, console: Console) -> None:
-    """Reports the workers' stages and, once, an example request. Runs for ever."""
-    started = time.monotonic()
-    names = [f"{role.value}-{number}" for role in settings.roles for number in range(settings.engine(role).replicas)]
-    progress = WorkerProgress(console, [f"{cluster_id}-{name}" for name in names], f"{cluster_id}-")
-    is_said = False
-    while True:
-        progress.observe(gateway.router.workers())
-        if not is_said and gateway.router.ready():
-            is_said = True
-            adapters = gateway.catalog.list()
-            ask = first_question(
-                gateway.address,
-                adapters[0].name if adapters else settings.model_name,
-                is_chat=gateway.is_chat,
-                max_model_len=settings.max_model_len or 1,
-            )
-            seconds = time.monotonic() - started
-            console.line(f"PreFT Serve is ready on http://{gateway.address} after {seconds:.0f} s. Ask it:\n  {ask}")
-        await asyncio.sleep(LOOK_SECONDS)
-
-
-async def _unless(stop: asyncio.Event, start: Coroutine[Any, Any, T]) -> T | None:
-    """The result of `start`. If `stop` is set earlier, cancels `start` and returns None."""
-    starting = asyncio.create_task(start)
-    stopped = asyncio.create_task(stop.wait())
-    try:
-        await asyncio.wait({starting, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        return None if stop.is_set() else starting.result()
-    finally:
-        starting.cancel()
-        stopped.cancel()
-        await asyncio.gather(starting, stopped, return_exceptions=True)

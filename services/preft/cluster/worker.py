@@ -5,12 +5,12 @@ Owns the order of start and stop, and the registration's renewal. Ray, the comma
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import hashlib
 import logging
 import os
-from collections.abc import Callable
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -50,6 +50,8 @@ LIFETIME = 30.0  # seconds for which a serving worker is registered
 RENEWAL_SECONDS = 10.0
 RETRY_SECONDS = 1.0  # after a renewal that failed
 DRAIN_SECONDS = 0.5  # for the routers to hear that the worker ends
+LOOK_SECONDS = 0.1  # while the worker waits for the end of its requests
+QUIET_SECONDS = 1.0  # without requests, until a drained worker counts as idle: KV for it may be under way
 
 
 class WorkerServer:
@@ -182,6 +184,14 @@ class WorkerServer:
         """Tells the watching routers at once to send nothing more. The worker still serves what comes."""
         self._status.drain()
 
+    async def wait_idle(self) -> None:
+        """Returns once no request has been here for QUIET_SECONDS."""
+        quiet = 0.0
+        while quiet < QUIET_SECONDS:
+            await asyncio.sleep(LOOK_SECONDS)
+            status = self.status()
+            quiet = 0.0 if status.running or status.open_handles else quiet + LOOK_SECONDS
+
     def status(self, caller: str = "") -> WorkerStatus:
         """The worker's use at this moment, as the router `caller` is told it."""
         return self._status.status(caller)
@@ -271,15 +281,3 @@ class StartEngine:
         from preft.engine.vllm_engine import VllmEngine
 
         return await VllmEngine.start(settings, role, arena, adapter_arena)
-
-
-async def run_worker(
-    settings: Settings, role: Role, worker_id: str, host: str, store: StateStore, on_ready: Callable[[], None]
-) -> str:
-    """Runs a worker until its engine dies (returns the reason) or the task is cancelled."""
-    worker = await WorkerServer.start(settings, role, worker_id, host, store, StartEngine())
-    on_ready()
-    try:
-        return await worker.died()
-    finally:
-        await worker.close()

@@ -141,8 +141,13 @@ class Router:
         await self._read()
 
     async def _read(self) -> None:
-        """Takes over the registry's list. While the store can't be read, the last list stays."""
+        """Takes over the registry's list. While the store can't be read, the last list stays.
+
+        A worker that ends tells so before it leaves the list: the list of an emptied store lacks ready workers.
+        """
         workers = [worker for worker in await self._store.workers() if worker.id.startswith(self._prefix)]
+        listed = {worker.id for worker in workers}
+        workers += [view.worker for key, view in self.view.workers.items() if view.is_ready and key not in listed]
         self.view.register(workers, asyncio.get_running_loop().time())
         self._channels.retain({worker.address for worker in workers})
         self._watches.follow()

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import aclosing
 
 from preft.core.background import Background
-from preft.core.cluster import Worker
+from preft.core.cluster import Worker, WorkerState
 from preft.core.errors import EngineFailed, PreftError, WorkerLost
 from preft.router.channels import WorkerChannels
 from preft.router.view import ClusterView, WorkerView
@@ -80,11 +80,12 @@ class Watches:
     async def _watch(self, view: WorkerView) -> None:
         least, most = RETRY_SECONDS
         pause = least
+        is_said = False
         while True:
             try:
                 async with aclosing(self._channels.watch(view.worker, self._interval(), self._timeout)) as updates:
                     async for update in updates:
-                        pause = least
+                        pause, is_said = least, False
                         was_ready = view.is_ready
                         view.told(update)
                         view.heard = asyncio.get_running_loop().time()
@@ -96,8 +97,11 @@ class Watches:
             except Exception:
                 logger.exception("the status stream of %s broke", view.id)
                 reason = EngineFailed("an internal error ended its status stream")
+            if not is_said:
+                level = logging.INFO if view.state is WorkerState.DRAINING else logging.WARNING
+                logger.log(level, "worker %s gets no requests: %s", view.id, reason)
+                is_said = True
             if view.status is not None:
-                logger.warning("worker %s gets no requests: %s", view.id, reason)
                 self._silent(view)
             self._first_of(view)
             await asyncio.sleep(pause)

@@ -112,9 +112,7 @@ def equal_codes(one: str, other: str) -> bool:
 
 
 async def _refuse(_: Any, context: grpc.aio.ServicerContext) -> None:
-    await context.abort(
-        grpc.StatusCode.UNAUTHENTICATED, "the call doesn't come from this cluster: its secret is another one"
-    )
+    await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the caller has another cluster_secret than this worker")
 
 
 _REFUSAL = grpc.stream_stream_rpc_method_handler(_refuse)  # this kind of handler ends without reading a message

@@ -39,7 +39,7 @@ def test_a_state_folder_that_can_not_be_written_is_one_sentence(tmp_path: Path) 
 def test_warnings_of_our_own_are_shown_and_tracebacks_are_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with logging_to(tmp_path):
+    with logging_to(tmp_path / "serve.log"):
         logging.getLogger("preft.x").info("quiet")
         logging.getLogger("other").warning("noise")
         try:
@@ -71,3 +71,28 @@ def test_the_cause_of_a_failed_start(tmp_path: Path) -> None:
     assert cause_in(log) is None
     log.write_text(ENGINE)
     assert cause_in(log) == "ValueError: To serve one request, 2 GiB KV cache is needed."
+
+
+def test_the_logs_of_runs_that_go_on_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "KEPT_RUNS", 1)
+    first = new_log_folder(tmp_path, "a")
+    with logging_to(first / "a.log"):
+        others = [new_log_folder(tmp_path, name) for name in "bcd"]
+        assert sorted((tmp_path / "logs").iterdir()) == [first, others[-1]]
+    last = new_log_folder(tmp_path, "e")
+    assert list((tmp_path / "logs").iterdir()) == [last]
+
+
+def test_output_goes_to_a_file_for_a_while(tmp_path: Path) -> None:
+    program = (
+        "import logging, os, sys; from pathlib import Path; from preft.cluster.logs import output_in\n"
+        f"with output_in(Path({str(tmp_path / 'w.log')!r})) as out:\n"
+        "    print('printed'); os.system('echo child'); print('said', file=out)\n"
+        "    logging.getLogger('preft').warning('care'); logging.getLogger('x').warning('noise')\n"
+        "print('after'); print('last', file=sys.stderr)\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], cwd=SERVICES, capture_output=True, text=True, check=True)
+    assert (ran.stdout, ran.stderr) == ("said\nafter\n", "warning: care\nlast\n")
+    log = (tmp_path / "w.log").read_text()
+    assert all(text in log for text in ("printed", "child", "care", "noise"))
+    assert "said" not in log

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from preft.cli.serve import overrides_from
+from preft.cli.settings_flags import overrides_from
 from preft.cluster.secret import FILE, cluster_secret, read_secret
 from preft.core.errors import ConfigError
 from preft.core.settings import Settings, load_settings
@@ -78,7 +78,7 @@ def test_flags_can_not_carry_it() -> None:
     from argparse import Namespace
 
     with pytest.raises(ConfigError, match=r"^cluster_secret: .*--config"):
-        overrides_from(Namespace(set=[("cluster_secret", OWN)], colocated=None, decode=None, adapter=[]))
+        overrides_from(Namespace(set=[("cluster_secret", OWN)]))
 
 
 def test_codes_are_for_one_address_and_one_secret() -> None:

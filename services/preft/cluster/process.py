@@ -1,0 +1,66 @@
+"""What each server process of a cluster has: signals that stop it, a log folder, a console, one sentence per error.
+
+`preft serve`, `preft gateway` and `preft worker` run inside `server_process`. Owns no part of a server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from preft.core.errors import ConfigError, PreftError
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Stop:
+    """The stop requests to a process: first stop, then stop at once."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.at_once = asyncio.Event()
+        self._signals = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+
+    def arm(self) -> None:
+        """Lets this process's signals ask for the stop, also again after Ray has replaced the handlers."""
+        loop = asyncio.get_running_loop()
+        for number in self._signals:
+            loop.add_signal_handler(number, self._signalled)
+
+    def _signalled(self) -> None:
+        (self.at_once if self.asked.is_set() else self.asked).set()
+
+
+async def unless(stop: asyncio.Event, start: Coroutine[Any, Any, T]) -> T | None:
+    """The result of `start`. If `stop` is set earlier, cancels `start` and returns None."""
+    starting = asyncio.create_task(start)
+    stopped = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({starting, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        return None if stop.is_set() else starting.result()
+    finally:
+        starting.cancel()
+        stopped.cancel()
+        await asyncio.gather(starting, stopped, return_exceptions=True)
+
+
+@contextmanager
+def told_in_a_sentence(what: str) -> Iterator[None]:
+    """Every error that leaves the context is a PreftError; `what` ends by it. The traceback goes to the log."""
+    try:
+        yield
+    except PreftError:
+        raise
+    except Exception as error:
+        logger.info("%s ends", what, exc_info=error)
+        if isinstance(error, OSError) and error.filename is not None:
+            raise ConfigError(f"{error.filename}: {error.strerror}") from error
+        raise PreftError(f"an unexpected error ended {what}: {type(error).__name__}: {error}") from error

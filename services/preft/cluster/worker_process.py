@@ -1,0 +1,115 @@
+"""One worker from its start to its end, under Ray or as `preft worker`.
+
+The first stop request drains the worker: the routers send nothing more, and running requests have `shutdown_timeout`.
+The second request ends the worker at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import uuid
+from collections.abc import Callable
+
+from preft.cluster.console import Console
+from preft.cluster.logs import cause_in, new_log_folder, output_in
+from preft.cluster.model import with_model_length
+from preft.cluster.process import Stop, told_in_a_sentence, unless
+from preft.cluster.stores import open_registrations
+from preft.cluster.worker import StartEngine, WorkerServer
+from preft.core.cluster import Role, Worker
+from preft.core.errors import EngineFailed, PreftError
+from preft.core.settings import Settings
+
+
+async def run_worker(
+    settings: Settings,
+    role: Role,
+    worker_id: str,
+    host: str,
+    stop: Stop,
+    on_ready: Callable[[Worker], None],
+    start_engine: StartEngine | None = None,
+) -> str | None:
+    """Runs a worker until its engine dies (returns the reason), or until it has stopped (returns None).
+
+    A stop while the engine loads abandons the load, whose thread goes on. Raises the errors of `WorkerServer.start`.
+    """
+    os.environ["VLLM_HOST_IP"] = host
+    store = open_registrations(settings)
+    try:
+        starting = WorkerServer.start(settings, role, worker_id, host, store, start_engine or StartEngine())
+        worker = await unless(stop.asked, starting)
+        if worker is None:
+            return None
+        try:
+            on_ready(worker.record)
+            return await _until_stopped(worker, settings.shutdown_timeout, stop)
+        finally:
+            await worker.close()
+    finally:
+        await store.close()
+
+
+async def _until_stopped(worker: WorkerServer, seconds: float, stop: Stop) -> str | None:
+    """Returns the reason of the engine's death, or None once the worker has drained after a stop request."""
+    died = asyncio.create_task(worker.died())
+    stopped = asyncio.create_task(stop.asked.wait())
+    hurry = asyncio.create_task(stop.at_once.wait())
+    idle: asyncio.Task[None] | None = None
+    try:
+        await asyncio.wait({died, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if not died.done():
+            worker.drain()
+            idle = asyncio.create_task(worker.wait_idle())
+            await asyncio.wait({died, idle, hurry}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        return died.result() if died.done() else None
+    finally:
+        tasks = [task for task in (died, stopped, hurry, idle) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def work(settings: Settings, role: Role, host: str, worker_id: str | None = None) -> None:
+    """Runs a worker in this process until SIGINT, SIGTERM or SIGHUP; reports on stdout. `settings.state` must be set.
+
+    Raises EngineFailed if the engine can't be started or dies, and PreftError if the worker can't work.
+    """
+    settings = with_model_length(settings)
+    worker_id = worker_id or f"{role.value}-{uuid.uuid4().hex[:8]}"
+    logs = new_log_folder(settings.state_dir, worker_id)
+    log = logs / f"{worker_id}.log"
+    with output_in(log) as stdout, told_in_a_sentence(f"the worker {worker_id}"):
+        console = Console(stdout)
+        console.line(f"The worker {worker_id} starts; its log is {log}")
+        started: list[Worker] = []
+        try:
+            with asyncio.Runner() as runner:
+                reason = runner.run(_work(settings, role, host, worker_id, console, started))
+                if reason is None and not started:
+                    sys.stdout.flush()
+                    os._exit(0)  # the thread that loads the engine can't be stopped; the engine ends with this process
+        except Exception as error:
+            if started or isinstance(error, PreftError):
+                raise
+            cause = cause_in(log) or f"{type(error).__name__}: {error}"
+            raise EngineFailed(f"the worker {worker_id} couldn't be started: {cause}; its log is {log}") from error
+        if reason is not None:
+            raise EngineFailed(
+                f"the worker {worker_id} ends, its engine has died: {reason.rstrip('.')}; its log is {log}"
+            )
+
+
+async def _work(
+    settings: Settings, role: Role, host: str, worker_id: str, console: Console, started: list[Worker]
+) -> str | None:
+    stop = Stop()
+    stop.arm()
+
+    def say_ready(worker: Worker) -> None:
+        started.append(worker)
+        console.line(f"The worker {worker_id} is ready on {worker.address}")
+
+    return await run_worker(settings, role, worker_id, host, stop, say_ready)

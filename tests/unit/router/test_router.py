@@ -28,7 +28,7 @@ from preft.core.errors import (
     Unavailable,
     WorkerLost,
 )
-from preft.core.request import TokenDelta
+from preft.core.request import GenerateRequest, TokenDelta
 from preft.router import router as router_module
 from preft.router.router import Router
 from preft.router.view import WorkerView
@@ -1037,3 +1037,66 @@ async def test_a_closed_router_refuses(harness: Harness) -> None:
     with pytest.raises(Unavailable):
         async with router.generate(a_request()):
             pass
+
+
+# Several routers, and workers that fail
+
+
+async def test_two_routers_never_overrun_a_workers_slots(harness: Harness) -> None:
+    """The worker refuses one adapter too many, and that router places the request again: nobody fails."""
+    slots = await harness.cluster.add_prefill("p1", adapter_slots=2, delay=0.02)
+    harness.p.registered = False
+    await harness.known()
+    async with Router(harness.cluster, FAST, SECRET) as other:  # type: ignore[arg-type]
+        await harness.seen(lambda: set(other.view.workers) == {"p1", "d0"} and other.ready())
+        requests = [a_request(3, prompt=range(i + 1), adapter=f"a{i % 7}") for i in range(60)]
+
+        async def through(router: Router, request: GenerateRequest) -> list[int]:
+            async with router.generate(request) as generation:
+                return [token async for delta in generation for token in delta.token_ids]
+
+        routers = (harness.router, other)
+        results = await asyncio.gather(*(through(routers[i % 2], request) for i, request in enumerate(requests)))
+        assert results == [foretold(request)[0] for request in requests]
+        assert slots.most_adapters == 2
+        assert slots.cold == []
+        assert harness.router.stats().retries == other.stats().retries == 0
+        assert len(slots.callers) == 2
+    harness.p.registered = True
+
+
+async def test_what_other_routers_use_is_seen(harness: Harness) -> None:
+    harness.p.tell(others={digest_of("bob"): 1}, other_prefills=3)
+    harness.d.tell(other_sequences=5)
+    views = harness.router.view.workers
+    await harness.seen(lambda: views["p0"].slots_used == 1 and views["p0"].load == 3)
+    assert views["p0"].in_slot(digest_of("bob"))
+    await harness.seen(lambda: harness.router.view.fullness(views["d0"]) == 5 / 80)
+    harness.p.tell_truth()
+    await harness.seen(lambda: views["p0"].slots_used == 0)
+
+
+async def test_a_worker_that_fails_again_and_again_is_left_alone_for_a_while() -> None:
+    async with running(Harness(), retries=3) as harness:
+        p1, _ = await harness.second()
+        harness.p.faults = [Fault(EngineFailed("broken")) for _ in range(100)]
+        for i in range(30):
+            request = a_request(adapter=None, prompt=range(i + 1))
+            assert await harness.collect(request) == foretold(request)
+        assert harness.p.calls < 10
+        assert p1.calls == 30
+        harness.p.faults = []
+        view = harness.router.view.workers["p0"]
+        view.paused_until = 0.0  # the pause is over
+        for i in range(10):
+            await harness.collect(a_request(adapter=None, prompt=range(i + 100)))
+        assert view.failures == 0
+
+
+async def test_a_bad_request_says_nothing_against_its_worker(harness: Harness) -> None:
+    harness.p.faults = [Fault(NumbersNotFinite("overflow")) for _ in range(5)]
+    for _ in range(5):
+        with pytest.raises(NumbersNotFinite):
+            await harness.collect(a_request())
+    assert harness.router.view.workers["p0"].failures == 0
+    assert await harness.collect(a_request()) == foretold(a_request())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ from pathlib import Path
 PROGRAM = "redis-server"
 MISSING = f"{PROGRAM} is not installed, and tests of the state store need it (Debian, Ubuntu: apt install redis-server)"
 START_SECONDS = 20.0
+PR_SET_PDEATHSIG = 1
 
 
 class RedisServer:
@@ -43,7 +45,7 @@ class RedisServer:
         own = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self._folder)]
         own += ["--appendonly", "yes", "--save", "", "--logfile", "redis.log"]
         own += ["--requirepass", self._password] if self._password else []
-        self._process = subprocess.Popen([PROGRAM, *own, *self._arguments])
+        self._process = subprocess.Popen([PROGRAM, *own, *self._arguments], preexec_fn=_end_with_parent)
         self.wait_ready()
 
     def wait_ready(self) -> None:
@@ -130,6 +132,11 @@ def free_port() -> int:
 
 def is_installed() -> bool:
     return shutil.which(PROGRAM, path=os.environ.get("PATH")) is not None
+
+
+def _end_with_parent() -> None:
+    """In the child: a killed test run leaves no server behind."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _packed(*words: str) -> bytes:

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import logging
 import os
+from typing import TYPE_CHECKING
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -42,6 +43,9 @@ from preft.transfer.receive import KvReceiver
 from preft.transfer.staging import StagingArena
 from preft.worker.status import StatusService
 from preft.worker.usage import Usage
+
+if TYPE_CHECKING:
+    from preft.engine.vllm_engine import VllmEngine
 
 logger = logging.getLogger(__name__)
 
@@ -278,6 +282,11 @@ class StartEngine:
     """Starts a worker's engine: `VllmEngine.start`, or a fake in tests."""
 
     async def __call__(self, settings: Settings, role: Role, arena: str, adapter_arena: str) -> Engine:
-        from preft.engine.vllm_engine import VllmEngine
+        engine = await asyncio.to_thread(_vllm_engine)  # takes seconds, in which signals must be heard
+        return await engine.start(settings, role, arena, adapter_arena)
 
-        return await VllmEngine.start(settings, role, arena, adapter_arena)
+
+def _vllm_engine() -> type[VllmEngine]:
+    from preft.engine.vllm_engine import VllmEngine
+
+    return VllmEngine

@@ -7,10 +7,12 @@ The second request ends the worker at once.
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import sys
 import uuid
 from collections.abc import Callable
+from typing import NoReturn
 
 from preft.cluster.console import Console
 from preft.cluster.logs import cause_in, new_log_folder, output_in
@@ -89,8 +91,7 @@ def work(settings: Settings, role: Role, host: str, worker_id: str | None = None
             with asyncio.Runner() as runner:
                 reason = runner.run(_work(settings, role, host, worker_id, console, started))
                 if reason is None and not started:
-                    sys.stdout.flush()
-                    os._exit(0)  # the thread that loads the engine can't be stopped; the engine ends with this process
+                    _leave_the_load()
         except Exception as error:
             if started or isinstance(error, PreftError):
                 raise
@@ -100,6 +101,14 @@ def work(settings: Settings, role: Role, host: str, worker_id: str | None = None
             raise EngineFailed(
                 f"the worker {worker_id} ends, its engine has died: {reason.rstrip('.')}; its log is {log}"
             )
+
+
+def _leave_the_load() -> NoReturn:
+    """Ends this process and its engine while the engine loads. The thread that loads it can't be stopped."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    sys.stdout.flush()
+    os._exit(0)
 
 
 async def _work(

@@ -38,19 +38,19 @@ check: install ## ruff and mypy
 	$(BIN)/mypy
 
 bench: install ## measure and print the speed table
-	$(BIN)/python -m preft_loadgen.bench $(ARGS)
+	$(BIN)/python -m bench.speeds $(ARGS)
 
 bench-kernels: install ## measure the kernels' CPU implementations against vLLM's
-	$(BIN)/python -m preft.engine.bench_kernels $(ARGS)
+	$(BIN)/python -m bench.kernels $(ARGS)
 
 bench-store: install ## measure the time of adapter loads, and their effect on other requests
-	$(BIN)/python -m preft.engine.bench_tiers $(ARGS)
-	$(BIN)/python -m preft_loadgen.bench_store $(ARGS)
+	$(BIN)/python -m bench.tiers $(ARGS)
+	$(BIN)/python -m bench.store $(ARGS)
 
 bench-gpu: ## measure the kernels on this machine's GPU with PYTHON, against vLLM's if PYTHON has vLLM
-	PYTHONPATH=kernels:services:loadgen:$$PYTHONPATH $(PYTHON) -m preft.engine.bench_kernels $(ARGS)
+	PYTHONPATH=kernels:services:loadgen:$$PYTHONPATH $(PYTHON) -m bench.kernels $(ARGS)
 	@if $(PYTHON) -c 'import vllm' 2>/dev/null; then \
-		PYTHONPATH=kernels:services:loadgen:$$PYTHONPATH $(PYTHON) -m preft.engine.bench_adapted_prefill; \
+		PYTHONPATH=kernels:services:loadgen:$$PYTHONPATH $(PYTHON) -m bench.adapted_prefill; \
 		else echo "vLLM can't be imported: its side and the whole engine are left out"; fi
 
 tune-gpu: ## find the fastest block sizes on this machine's GPU with PYTHON, and save them
@@ -68,4 +68,4 @@ install: ## make .venv and install all packages
 
 clean: ## remove .venv, caches and build leftovers
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find services kernels loadgen client tests examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	find services kernels loadgen bench client tests examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from personal_memory import task
-from preft.core.errors import PreftError
+from preft_loadgen.errors import LoadgenError
 from preft_loadgen.http_stream import HttpClient
 from preft_loadgen.report import Progress, summary_table, table
 from preft_loadgen.served import served
@@ -140,7 +140,7 @@ def score_table(scores: Sequence[Score], base: Score) -> str:
 
 
 async def run(url: str, adapters: Sequence[str]) -> str | None:
-    """Asks and measures the server at `url`; returns `verdict`. Raises PreftError."""
+    """Asks and measures the server at `url`; returns `verdict`. Raises LoadgenError."""
     client = HttpClient(url, timeout=300.0)
     base, _ = await served_models(client)
     asked = questions(base, adapters)
@@ -173,7 +173,7 @@ def main() -> int:
             with served(arguments, state_dir=Path(folder) / "state", log=Path(folder) / "serve.log") as server:
                 print(f"ready after {server.start_seconds:.0f} s on {server.url}", flush=True)
                 problem = asyncio.run(run(server.url, list(adapters)))
-        except PreftError as error:
+        except LoadgenError as error:
             problem = str(error)
         except KeyboardInterrupt:
             return 130

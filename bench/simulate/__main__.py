@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from bench.saving import RESULTS, save
 from bench.simulate.policies import POLICIES
 from bench.simulate.report import plot, table
 from bench.simulate.scenario import PRESETS, Engine, Scenario
 from bench.simulate.simulation import simulate
 from preft.core.settings import RouterSettings
-from preft_loadgen.results import RESULTS, save
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -125,7 +125,8 @@ class Cluster:
         )
 
     def _begin(self, view: WorkerView, delay: float) -> None:
-        engine, node = self._scenario.engine, None
+        engine = self._scenario.engine
+        node: Node
         if view.worker.role is Role.PREFILL:
             node = self.prefill[view.id] = PrefillWorker(engine, self._loop, self._on_prompt)
         else:

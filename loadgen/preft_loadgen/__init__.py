@@ -1,1 +1,1 @@
-"""Load generator and benchmarks: workloads, drivers, reports. Measures servers from outside, without their code."""
+"""Load generator: workloads, drivers, reports. Measures servers from outside, without their code."""

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from preft.core.errors import PreftError
+from preft_loadgen.errors import LoadgenError
 from preft_loadgen.http_stream import HttpClient, Reply
 from preft_loadgen.workload import Request
 
@@ -101,7 +101,7 @@ async def open_loop(
 async def _one(send: Send, request: Request, begin: float, due: float) -> Record:
     try:
         reply = await send(request)
-    except PreftError as error:
+    except LoadgenError as error:
         return Record(request.model, due - begin, time.perf_counter() - due, error=str(error))
     if reply.tokens != request.output_tokens:
         error_text = f"{reply.tokens} tokens came where {request.output_tokens} were asked for"

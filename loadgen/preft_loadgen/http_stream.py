@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from preft.core.errors import ConfigError, PreftError
+from preft_loadgen.errors import InvalidArgument, LoadgenError
 
 MAX_HEAD_BYTES = 64 << 10
 
 
-class RequestFailed(PreftError):
+class RequestFailed(LoadgenError):
     """There is no complete answer. `status` is HTTP's if the server refused, None if the connection or stream broke."""
 
     def __init__(self, message: str, status: int | None = None) -> None:
@@ -47,14 +47,14 @@ class HttpClient:
     """Sends requests to one server. `timeout` in seconds bounds each request as a whole."""
 
     def __init__(self, url: str, *, timeout: float = 600.0) -> None:
-        """Raises ConfigError if `url` isn't a plain HTTP address."""
+        """Raises InvalidArgument if `url` isn't a plain HTTP address."""
         parts = urlsplit(url)
         try:
             port = parts.port
         except ValueError:
             port = -1
         if parts.scheme != "http" or not parts.hostname or port == -1:
-            raise ConfigError(f"the server's address must look like http://host:port, not {url!r}")
+            raise InvalidArgument(f"the server's address must look like http://host:port, not {url!r}")
         self._host, self._port = parts.hostname, port or 80
         self._base = parts.path.rstrip("/")
         self._timeout = timeout

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from preft.core.errors import PreftError
 from preft_loadgen.child import bound
+from preft_loadgen.errors import LoadgenError
 
 READY = re.compile(r"PreFT Serve is ready on (http://\S+)")
 STOP_SECONDS = 60.0
@@ -30,7 +30,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 TAIL_LINES = 40
 
 
-class ServeFailed(PreftError):
+class ServeFailed(LoadgenError):
     """The server didn't start, died, or left processes running. The message ends with the end of its log."""
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from preft.core.errors import ConfigError
 from preft_loadgen.driver import closed_loop, completions, open_loop
+from preft_loadgen.errors import InvalidArgument
 from preft_loadgen.http_stream import HttpClient, RequestFailed
 from preft_loadgen.report import Progress, Summary, summarize
 from preft_loadgen.workload import Lengths, Popularity, Workload, poisson_arrivals
@@ -42,11 +42,11 @@ async def run_sweep(
 ) -> list[Summary]:
     """One summary per adapter count (0: the base model), in order. Each run starts with every adapter loaded.
 
-    Raises ConfigError if the server has too few adapters, RequestFailed if it doesn't answer.
+    Raises InvalidArgument if the server has too few adapters, RequestFailed if it doesn't answer.
     """
     base, adapters = await served_models(client)
     if max(counts) > len(adapters):
-        raise ConfigError(f"{max(counts)} adapters were asked for, the server has {len(adapters)}")
+        raise InvalidArgument(f"{max(counts)} adapters were asked for, the server has {len(adapters)}")
     send = completions(client)
     summaries = []
     for number, count in enumerate(counts):

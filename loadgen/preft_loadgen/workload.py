@@ -10,7 +10,7 @@ import random
 from dataclasses import dataclass
 from enum import StrEnum
 
-from preft.core.errors import ConfigError
+from preft_loadgen.errors import InvalidArgument
 
 
 class Popularity(StrEnum):
@@ -29,16 +29,16 @@ class Lengths:
 
     def __post_init__(self) -> None:
         if not 1 <= self.low <= self.high:
-            raise ConfigError(f"lengths go from 1 up, the lower one first, not {self.low}-{self.high}")
+            raise InvalidArgument(f"lengths go from 1 up, the lower one first, not {self.low}-{self.high}")
 
     @classmethod
     def parse(cls, text: str) -> Lengths:
-        """From `128` or `64-256`. Raises ConfigError."""
+        """From `128` or `64-256`. Raises InvalidArgument."""
         low, dash, high = text.partition("-")
         try:
             return cls(int(low), int(high if dash else low))
         except ValueError:
-            raise ConfigError(f"a length looks like 128 or 64-256, not {text!r}") from None
+            raise InvalidArgument(f"a length looks like 128 or 64-256, not {text!r}") from None
 
     def draw(self, source: random.Random) -> int:
         return source.randint(self.low, self.high)
@@ -68,7 +68,7 @@ class Workload:
 
     def __post_init__(self) -> None:
         if not self.models or self.requests < 1 or not 0 <= self.first_id < self.vocabulary:
-            raise ConfigError("a workload needs a model, a request and a vocabulary to draw from")
+            raise InvalidArgument("a workload needs a model, a request and a vocabulary to draw from")
 
     def make(self) -> list[Request]:
         """The requests, in sending order."""
@@ -91,6 +91,6 @@ class Workload:
 def poisson_arrivals(rate: float, count: int, seed: int = 0) -> list[float]:
     """Arrival times of `count` independent requests in seconds after the start, with `rate` per second on average."""
     if not rate > 0:
-        raise ConfigError(f"the rate must be more than 0 requests per second, not {rate:g}")
+        raise InvalidArgument(f"the rate must be more than 0 requests per second, not {rate:g}")
     source = random.Random(f"arrivals {seed}")
     return list(itertools.accumulate(source.expovariate(rate) for _ in range(count)))

@@ -14,15 +14,15 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from preft.adapters.digest import adapter_digest
-from preft.adapters.packed import AdapterFiles
+from preft.adapters.formats.digest import adapter_digest
+from preft.adapters.store.packed import AdapterFiles
 from preft.core.cluster import Role
 from preft.core.errors import EngineFailed, InvalidAdapter, InvalidRequest, PreftError, WorkerLost
 from preft.core.request import AdapterRef, FinishReason, Sampling, TokenDelta
 from preft.core.settings import MiB, load_settings
 from preft.engine.port import Engine, EngineRequest, KvRegion
+from preft.memory.arena import Region, StagingArena
 from preft.transfer.seal import SEAL, clear_seal, read_seal
-from preft.transfer.staging import Region, StagingArena
 from support.fake_engine import FakeEngine, tokens_of
 from support.worker_services import write_adapter
 

@@ -10,6 +10,7 @@ import grpc.aio
 import pytest
 
 from preft.core.errors import TransferFailed
+from preft.memory.arena import StagingArena
 from preft.rpc.secret import ClusterSecret
 from preft.rpc.server_options import WORKER_SERVER_OPTIONS
 from preft.transfer.grpc_push import FRAME_BYTES, HEADER_KEY, METHOD, GrpcKvSender
@@ -18,7 +19,6 @@ from preft.transfer.handles import HandleTable
 from preft.transfer.loopback import LoopbackKvSender
 from preft.transfer.port import KvHeader, KvSender, PushRefused, Refusal, checksum_of, hash_prompt
 from preft.transfer.receive import KvReceiver
-from preft.transfer.staging import StagingArena
 
 CAPACITY = 8 << 20
 DIGEST = "d0" * 32

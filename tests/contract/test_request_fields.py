@@ -16,10 +16,10 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
 
 from preft.core.errors import InvalidRequest
-from preft.gateway.adapter_schemas import LoadAdapterBody, UnloadAdapterBody
-from preft.gateway.parameters import ACCEPTED, UNSUPPORTED
-from preft.gateway.parse import parse_body
-from preft.gateway.schemas import ChatBody, CompletionBody
+from preft.gateway.bodies.adapter_schemas import LoadAdapterBody, UnloadAdapterBody
+from preft.gateway.bodies.parameters import ACCEPTED, UNSUPPORTED
+from preft.gateway.bodies.parse import parse_body
+from preft.gateway.bodies.schemas import ChatBody, CompletionBody
 
 PROMPT: dict[type[BaseModel], dict[str, Any]] = {
     CompletionBody: {"model": "base", "prompt": "hi"},

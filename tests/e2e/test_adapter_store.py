@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-from preft.adapters.digest import adapter_digest
+from preft.adapters.formats.digest import adapter_digest
 from preft.cluster.adapters import uploads_folder
 from support.http import Ask, complete, complete_all, post
 from support.local_cluster import LocalCluster, local_cluster

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from preft.adapters.catalog import CatalogView
+from preft.adapters.catalog.adapter_catalog import CatalogView
 from preft.cluster.adapters import open_catalog
 from preft.core.settings import Settings, load_settings
 from preft.state import open_store

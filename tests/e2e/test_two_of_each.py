@@ -19,8 +19,8 @@ import httpx
 import pytest
 
 from e2e.conftest import ROOMY, Folders, Served, serve
-from preft.cluster.worker import WorkerServer
 from preft.core.cluster import Role
+from preft.worker.server import WorkerServer
 from support.http import Ask, complete_all
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]

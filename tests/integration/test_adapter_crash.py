@@ -19,18 +19,18 @@ from pathlib import Path
 
 import pytest
 
-from preft.adapters import disk_tier
-from preft.adapters.base_model import read_base_model
-from preft.adapters.catalog import Catalog, CatalogLimits
-from preft.adapters.digest import LORA_FILES, adapter_digest
-from preft.adapters.disk_tier import LOCK, UNFINISHED, DiskTier
-from preft.adapters.source_limits import SourceLimits
-from preft.adapters.sources import open_source
+from preft.adapters.catalog.adapter_catalog import Catalog, CatalogLimits
+from preft.adapters.formats.base_model import read_base_model
+from preft.adapters.formats.digest import LORA_FILES, adapter_digest
+from preft.adapters.sources.limits import SourceLimits
+from preft.adapters.sources.source import open_source
+from preft.adapters.store import disk_tier
+from preft.adapters.store.disk_tier import LOCK, UNFINISHED, DiskTier
 from preft.core.cluster import Adapter
 from preft.state import open_store
 from support.lora_folders import lora_config, write_base, write_lora
 
-SERVICES = Path(disk_tier.__file__).parents[2]
+SERVICES = Path(disk_tier.__file__).parents[3]
 ROUNDS = 15  # with two victims each
 ADAPTERS = 8
 LIMIT = 1_000_000  # bytes on disk: three adapters
@@ -39,11 +39,11 @@ LIMITS = CatalogLimits(max_rank=8, pinned_bytes=LIMIT, max_adapter_bytes=LIMIT, 
 FORKING = """
 import asyncio, os, random, signal, sys
 from pathlib import Path
-from preft.adapters.base_model import read_base_model
-from preft.adapters.catalog import Catalog, CatalogLimits
-from preft.adapters.disk_tier import DiskTier
-from preft.adapters.source_limits import SourceLimits
-from preft.adapters.sources import open_source
+from preft.adapters.formats.base_model import read_base_model
+from preft.adapters.catalog.adapter_catalog import Catalog, CatalogLimits
+from preft.adapters.store.disk_tier import DiskTier
+from preft.adapters.sources.limits import SourceLimits
+from preft.adapters.sources.source import open_source
 from preft.core.errors import ModelNotFound, Unavailable
 from preft.state import open_store
 

@@ -21,7 +21,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from preft.cluster.worker import WorkerServer
 from preft.core.cluster import Role
 from preft.core.errors import TransferFailed
 from preft.core.request import Sampling
@@ -30,6 +29,7 @@ from preft.rpc.convert import sampling_to_proto
 from preft.rpc.secret import CALL_KEY, ClusterChannel, ClusterSecret
 from preft.transfer.grpc_push import HEADER_KEY, METHOD, GrpcKvSender, status_of
 from preft.transfer.port import KvHeader, checksum_of, hash_prompt
+from preft.worker.server import WorkerServer
 from support.fakes import FakeStore
 from support.worker_servers import SECRET, StartFake, settings_for, start
 from support.worker_services import write_adapter

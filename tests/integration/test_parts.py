@@ -17,9 +17,9 @@ from preft.cluster.model import with_model_length
 from preft.cluster.process import Stop
 from preft.cluster.serving import open_gateway
 from preft.cluster.stores import open_registrations
-from preft.cluster.worker import WorkerServer
 from preft.core.cluster import Role
 from preft.core.settings import Settings
+from preft.worker.server import WorkerServer
 from support.lora_folders import write_lora
 from support.small_tokenizers import byte_level
 from support.worker_servers import StartFake, settings_for

@@ -10,11 +10,11 @@ from typing import Any
 import httpx
 import pytest
 
-from preft.cluster import worker
 from preft.cluster.stores import open_registrations
-from preft.cluster.worker import StartEngine
 from preft.core.cluster import Role
 from preft.core.settings import MiB, Settings
+from preft.worker import server as worker
+from preft.worker.server import StartEngine
 from support.fake_engine import FakeEngine
 from support.local_cluster import LocalCluster, local_cluster
 from support.models import make_model

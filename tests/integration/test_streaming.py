@@ -10,9 +10,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from preft.cluster.worker import StartEngine
 from preft.core.cluster import Role
 from preft.core.settings import MiB, Settings
+from preft.worker.server import StartEngine
 from support.fake_engine import FakeEngine
 from support.local_cluster import LocalCluster, local_cluster
 from support.models import make_model

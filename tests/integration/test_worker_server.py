@@ -17,7 +17,6 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from preft.cluster.worker import LIFETIME, STARTING_LIFETIME, WorkerServer
 from preft.core.cluster import AdapterState, AdapterStatus, Role, TierTotals, Worker
 from preft.core.errors import EngineFailed, TransferFailed, Unavailable, WorkerLost
 from preft.core.ports import StateStore
@@ -27,6 +26,7 @@ from preft.router.decode_stream import DecodeStream
 from preft.rpc import workers_pb2, workers_pb2_grpc
 from preft.rpc.convert import adapter_to_proto, sampling_to_proto
 from preft.rpc.secret import ClusterChannel
+from preft.worker.server import LIFETIME, STARTING_LIFETIME, WorkerServer
 from support.fake_engine import FakeEngine, tokens_of
 from support.fakes import FakeStore
 from support.lora_folders import write_base
@@ -170,8 +170,8 @@ async def test_registers_before_and_after_the_engine_starts(
 
 @pytest.fixture
 def quick_renewals(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("preft.cluster.worker.RENEWAL_SECONDS", 0.05)
-    monkeypatch.setattr("preft.cluster.worker.RETRY_SECONDS", 0.01)
+    monkeypatch.setattr("preft.worker.server.RENEWAL_SECONDS", 0.05)
+    monkeypatch.setattr("preft.worker.server.RETRY_SECONDS", 0.01)
 
 
 @pytest.mark.usefixtures("quick_renewals")
@@ -195,12 +195,12 @@ async def test_a_registration_that_the_store_has_lost_comes_back(
 async def test_a_renewal_that_fails_is_tried_again_soon(
     settings: Settings, store: FakeStore, start_engine: StartFake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("preft.cluster.worker.RENEWAL_SECONDS", 0.05)
-    monkeypatch.setattr("preft.cluster.worker.RETRY_SECONDS", 0.01)
+    monkeypatch.setattr("preft.worker.server.RENEWAL_SECONDS", 0.05)
+    monkeypatch.setattr("preft.worker.server.RETRY_SECONDS", 0.01)
     worker = await start(Role.DECODE, settings, store, start_engine)
     store.failing = Unavailable("the disk is full")
     await asyncio.sleep(0.2)
-    monkeypatch.setattr("preft.cluster.worker.RENEWAL_SECONDS", 3600.0)
+    monkeypatch.setattr("preft.worker.server.RENEWAL_SECONDS", 3600.0)
     store.lose_workers()
     store.failing = None
     await until(lambda: len(store.renewals) > 2)

@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from preft.adapters.disk_tier import DiskTier
-from preft.adapters.source_limits import SourceLimits
-from preft.adapters.store import AdapterEngine, AdapterStore
+from preft.adapters.sources.limits import SourceLimits
+from preft.adapters.store.adapter_store import AdapterEngine, AdapterStore
+from preft.adapters.store.disk_tier import DiskTier
 from preft.core.settings import MiB
-from preft.transfer.staging import StagingArena
+from preft.memory.arena import StagingArena
 
 
 @asynccontextmanager

@@ -12,14 +12,15 @@ import struct
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
-from preft.adapters.digest import add_file_header
-from preft.adapters.packed import unpack
+from preft.adapters.formats.digest import add_file_header
+from preft.adapters.store.packed import unpack
 from preft.core.cluster import Role
 from preft.core.errors import EngineFailed, InvalidAdapter, PreftError, WorkerLost
 from preft.core.request import AdapterRef, FinishReason, Sampling, TokenDelta, TokenLogprob
 from preft.engine.port import EngineInfo, EngineRequest, EngineStats, KvRegion, check_request
+from preft.memory.arena import Region, StagingView
+from preft.memory.errors import StaleRegion
 from preft.transfer.seal import SEAL, read_seal, write_seal
-from preft.transfer.staging import Region, StagingView, StaleRegion
 
 BLOCK_SIZE = 4
 BLOCK_BYTES = 96

@@ -13,11 +13,11 @@ from zlib import crc32
 from preft.core.cluster import AdapterPlace, Role, Tier
 from preft.core.errors import InvalidRequest, PreftError, TransferFailed
 from preft.core.request import FinishReason, TokenDelta
-from preft.decode.session import DecodeSession, Put, Serve
 from preft.rpc import common_pb2, workers_pb2, workers_pb2_grpc
 from preft.rpc.caller import caller_of
 from preft.rpc.convert import delta_to_proto, place_to_proto
 from preft.rpc.status import abort
+from preft.worker.decode.session import DecodeSession, Put, Serve
 
 if TYPE_CHECKING:
     from support.fake_workers import FakeDecode, FakePrefill, FakeWorker

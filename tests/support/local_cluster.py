@@ -22,10 +22,10 @@ from preft.cluster.gateway_process import RunningGateway, run_gateway
 from preft.cluster.model import with_model_length
 from preft.cluster.secret import cluster_secret
 from preft.cluster.stores import open_registrations
-from preft.cluster.worker import StartEngine, WorkerServer
 from preft.core.cluster import Role, WorkerStatus
 from preft.core.ports import StateStore
 from preft.core.settings import Settings, load_settings
+from preft.worker.server import StartEngine, WorkerServer
 from support.faulty_sender import FaultySender
 
 T = TypeVar("T")

@@ -26,8 +26,8 @@ from preft.core.cluster import Role
 from preft.core.settings import load_settings
 from preft.engine.port import EngineRequest
 from preft.engine.vllm_engine import engine_args, sampling_params
+from preft.memory.arena import StagingArena
 from preft.transfer.connector import KvMetadata, StagedKvConnector
-from preft.transfer.staging import StagingArena
 
 BLOCK = 32
 BLOCKS = 16

@@ -6,11 +6,11 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-from preft.cluster.worker import StartEngine, WorkerServer
 from preft.core.cluster import Role
 from preft.core.ports import StateStore
 from preft.core.settings import MiB, Settings, load_settings
 from preft.rpc.secret import ClusterSecret
+from preft.worker.server import StartEngine, WorkerServer
 from support.fake_engine import FakeEngine
 from support.lora_folders import write_base
 

@@ -13,13 +13,12 @@ from typing import Any
 
 import grpc.aio
 
-from preft.adapters.digest import LORA_FILES, adapter_digest
-from preft.adapters.store import AdapterStore
+from preft.adapters.formats.digest import LORA_FILES, adapter_digest
+from preft.adapters.store.adapter_store import AdapterStore
 from preft.core.cluster import Role
 from preft.core.errors import PreftError
 from preft.core.request import AdapterRef, Sampling, TokenDelta
-from preft.decode.service import DecodeService
-from preft.prefill.service import PrefillService
+from preft.memory.arena import StagingArena
 from preft.router.decode_stream import DecodeCall, DecodeStream
 from preft.rpc import workers_pb2, workers_pb2_grpc
 from preft.rpc.convert import adapter_to_proto, delta_from_proto, sampling_to_proto
@@ -30,7 +29,8 @@ from preft.transfer.loopback import LoopbackKvSender
 from preft.transfer.port import KvHeader, checksum_of, hash_prompt
 from preft.transfer.receive import KvReceiver
 from preft.transfer.seal import SEAL, write_seal
-from preft.transfer.staging import StagingArena
+from preft.worker.decode.service import DecodeService
+from preft.worker.prefill.service import PrefillService
 from preft.worker.usage import Usage
 from support.adapter_tiers import adapter_store
 from support.fake_engine import FakeEngine, kv_of

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from preft.transfer.staging import StagingArena
+from preft.memory.arena import StagingArena
 
 
 @pytest.fixture

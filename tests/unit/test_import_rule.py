@@ -1,10 +1,13 @@
 """Who may import whom: read from the source of every module, and seen in a fresh interpreter for what comes along.
 
 - core: the standard library and pydantic (settings reads YAML too, but only when asked to read a file).
-- vllm: only in preft.engine and preft.transfer.connector. ray: only in preft.cluster.
-- prefill and decode never import each other.
-- Whatever isn't a worker's (gateway, router, state, adapters, rpc, cli, load generator, ...) stays free of torch, vllm,
-  ray and transformers, in itself and through what it imports.
+- vllm: only in preft.engine, preft.transfer.connector and bench. ray: only in preft.cluster.
+- worker.prefill and worker.decode never import each other, and neither do gateway.http and gateway.grpc.
+- gateway.text and gateway.bodies know neither door. adapters.formats and adapters.sources know neither store nor
+  catalog. memory knows no KV transfer, and worker knows no gateway and no Ray.
+- The load generator imports nothing of preft, and nothing imports bench.
+- Everything but engine, transfer, cluster, training and convert stays free of torch, vllm, ray and transformers, in
+  itself and through what it imports.
 """
 
 from __future__ import annotations
@@ -19,9 +22,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCE_ROOTS = (ROOT / "services", ROOT / "loadgen", ROOT / "kernels")
+BENCH = ROOT / "bench"
 HEAVY = frozenset({"torch", "vllm", "ray", "transformers"})
-WORKER_PACKAGES = frozenset({"engine", "transfer", "prefill", "decode", "colocated", "convert", "training", "cluster"})
-LIGHT_AT_LEAST = frozenset({"core", "rpc", "state", "adapters", "router", "gateway", "cli"})
+HEAVY_PACKAGES = frozenset({"engine", "transfer", "convert", "training", "cluster"})
+LIGHT_AT_LEAST = frozenset({"core", "rpc", "state", "adapters", "router", "gateway", "cli", "memory", "worker"})
 CORE_ALLOWED = frozenset(sys.stdlib_module_names) | {"pydantic"}
 CORE_EXCEPTIONS = {"preft.core.settings": {"yaml"}, "preft.core.yaml_text": {"yaml"}}
 
@@ -33,6 +37,9 @@ def modules() -> dict[str, Path]:
         for path in sorted(root.rglob("*.py")):
             parts = path.relative_to(root).with_suffix("").parts
             found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    for path in sorted(BENCH.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
 
 
@@ -43,7 +50,7 @@ LIGHT_PACKAGES = sorted(
         for name in MODULES
         if name.split(".")[0] in ("preft", "preft_loadgen")
         and name != "preft"
-        and not (name.startswith("preft.") and name.split(".")[1] in WORKER_PACKAGES)
+        and not (name.startswith("preft.") and name.split(".")[1] in HEAVY_PACKAGES)
     }
 )
 
@@ -90,16 +97,40 @@ def test_core_needs_only_the_standard_library_and_pydantic(module: str) -> None:
 
 @pytest.mark.parametrize(
     ("package", "homes"),
-    [("vllm", ("preft.engine", "preft.transfer.connector")), ("ray", ("preft.cluster",))],
+    [("vllm", ("preft.engine", "preft.transfer.connector", "bench")), ("ray", ("preft.cluster",))],
 )
 def test_engine_and_control_plane_have_one_home(package: str, homes: tuple[str, ...]) -> None:
     users = {module for module in MODULES if any(within(name, package) for name in imported_by(module))}
     assert {module for module in users if not any(within(module, home) for home in homes)} == set()
 
 
-@pytest.mark.parametrize(("role", "other"), [("preft.prefill", "preft.decode"), ("preft.decode", "preft.prefill")])
-def test_prefill_and_decode_are_strangers(role: str, other: str) -> None:
-    own = [module for module in MODULES if within(module, role)]
+STRANGERS = [
+    ("preft.worker.prefill", "preft.worker.decode"),
+    ("preft.worker.decode", "preft.worker.prefill"),
+    ("preft.gateway.http", "preft.gateway.grpc"),
+    ("preft.gateway.grpc", "preft.gateway.http"),
+    ("preft.gateway.text", "preft.gateway.http"),
+    ("preft.gateway.text", "preft.gateway.grpc"),
+    ("preft.gateway.bodies", "preft.gateway.http"),
+    ("preft.gateway.bodies", "preft.gateway.grpc"),
+    ("preft.gateway.bodies", "preft.gateway.text"),
+    ("preft.adapters.sources", "preft.adapters.store"),
+    ("preft.adapters.sources", "preft.adapters.catalog"),
+    ("preft.adapters.formats", "preft.adapters.store"),
+    ("preft.adapters.formats", "preft.adapters.catalog"),
+    ("preft.memory", "preft.transfer"),
+    ("preft.worker", "preft.gateway"),
+    ("preft.worker", "preft.cluster.ray_cluster"),
+    ("preft_loadgen", "preft"),
+    ("preft", "bench"),
+    ("preft_loadgen", "bench"),
+    ("preft_kernels", "preft"),
+]
+
+
+@pytest.mark.parametrize(("package", "other"), STRANGERS)
+def test_packages_that_never_import_another(package: str, other: str) -> None:
+    own = [module for module in MODULES if within(module, package)]
     assert own
     assert [module for module in own if any(within(name, other) for name in imported_by(module))] == []
 

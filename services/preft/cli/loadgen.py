@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from preft.cli.server import add_url
-from preft.core.errors import ConfigError
+from preft.core.errors import ConfigError, PreftError
 
 
 def add_parser(commands: Any) -> None:
@@ -47,6 +47,15 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the table; returns 1 if a request failed. Raises PreftError if the server can't be measured."""
+    from preft_loadgen.errors import LoadgenError
+
+    try:
+        return _measure(args)
+    except LoadgenError as error:
+        raise PreftError(str(error)) from error
+
+
+def _measure(args: argparse.Namespace) -> int:
     from preft_loadgen.http_stream import HttpClient
     from preft_loadgen.report import summary_table
     from preft_loadgen.sweep import Sweep, run_sweep

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from preft.adapters.digest import adapter_files, file_size
-from preft.adapters.folder_texts import TEXT_BYTES, TEXT_FILES
-from preft.adapters.sources import open_source
+from preft.adapters.formats.digest import adapter_files, file_size
+from preft.adapters.formats.folder_texts import TEXT_BYTES, TEXT_FILES
+from preft.adapters.sources.source import open_source
 from preft.core.errors import InvalidAdapter
 
 CHUNK = 256 << 10

@@ -12,14 +12,14 @@ from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from preft.adapters.base_model import read_base_model
-from preft.adapters.catalog import PINNED_SHARE, Catalog, CatalogLimits
-from preft.adapters.catalog_view import CatalogView
-from preft.adapters.disk_tier import DiskTier
-from preft.adapters.folder_watch import FolderWatch
-from preft.adapters.source_limits import SourceLimits, SourceRules
-from preft.adapters.sources import open_source
-from preft.adapters.store import AdapterStore
+from preft.adapters.catalog.adapter_catalog import PINNED_SHARE, Catalog, CatalogLimits
+from preft.adapters.catalog.folder_watch import FolderWatch
+from preft.adapters.catalog.view import CatalogView
+from preft.adapters.formats.base_model import read_base_model
+from preft.adapters.sources.limits import SourceLimits, SourceRules
+from preft.adapters.sources.source import open_source
+from preft.adapters.store.adapter_store import AdapterStore
+from preft.adapters.store.disk_tier import DiskTier
 from preft.cluster.stores import model_folder, open_catalog_store
 from preft.core.background import Background
 from preft.core.cluster import Adapter

@@ -18,18 +18,18 @@ from http import HTTPStatus
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from preft.adapters.catalog import Catalog
+from preft.adapters.catalog.adapter_catalog import Catalog
 from preft.cluster.adapters import uploads_folder
 from preft.cluster.secret import cluster_secret
 from preft.core.errors import ConfigError
 from preft.core.ports import StateStore
 from preft.core.settings import Settings, host_and_port
-from preft.gateway.app import create_app
 from preft.gateway.deps import GatewayDeps
 from preft.gateway.drain import Drain
-from preft.gateway.http_errors import error_code, plain_error
-from preft.gateway.rpc_server import serve_grpc
-from preft.gateway.tokenizer import Tokenizer
+from preft.gateway.grpc.server import serve_grpc
+from preft.gateway.http.app import create_app
+from preft.gateway.http.errors import error_code, plain_error
+from preft.gateway.text.tokenizer import Tokenizer
 from preft.router.router import Router
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from preft.adapters.tensor_file import BrokenTensorFile, TensorEntry, read_entries
+from preft.adapters.formats.tensor_file import BrokenTensorFile, TensorEntry, read_entries
 from preft.core.errors import ConfigError
 from preft.core.settings import Settings
 

@@ -19,10 +19,10 @@ from preft.cluster.logs import cause_in, new_log_folder, output_in
 from preft.cluster.model import with_model_length
 from preft.cluster.process import Stop, told_in_a_sentence, unless
 from preft.cluster.stores import open_registrations
-from preft.cluster.worker import StartEngine, WorkerServer
 from preft.core.cluster import Role, Worker
 from preft.core.errors import EngineFailed, PreftError
 from preft.core.settings import Settings
+from preft.worker.server import StartEngine, WorkerServer
 
 
 async def run_worker(

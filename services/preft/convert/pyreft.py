@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from preft.adapters.digest import REFT_CONFIG_FILE, REFT_WEIGHTS_FILE
-from preft.adapters.reft_config import read_positions
-from preft.adapters.reft_format import BIAS, ROTATE, SOURCE
+from preft.adapters.formats.digest import REFT_CONFIG_FILE, REFT_WEIGHTS_FILE
+from preft.adapters.formats.reft_config import read_positions
+from preft.adapters.formats.reft_format import BIAS, ROTATE, SOURCE
 from preft.core.errors import InvalidAdapter
 
 METHODS = {"LoreftIntervention": "loreft", "DireftIntervention": "direft"}

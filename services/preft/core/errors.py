@@ -115,6 +115,7 @@ class ErrorMapping:
 
 
 MESSAGE_CHARS = 1000
+UNEXPECTED = "The server met an unexpected error."  # the text of an error that was not raised on purpose is not shown
 
 
 def short(text: str) -> str:

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from vllm.lora.utils import parse_fine_tuned_lora_name
 
-from preft.adapters.digest import CONFIG_FILE, REFT_CONFIG_FILE, REFT_WEIGHTS_FILE, WEIGHTS_FILE
-from preft.adapters.packed import unpack
-from preft.adapters.patterns import match_here
-from preft.adapters.peft_config import LoraConfig, parse_lora_config
-from preft.adapters.reft_config import ReftConfig, parse_reft_config
-from preft.adapters.reft_format import BIAS, ROTATE, SOURCE
-from preft.adapters.tensor_file import entries_in
-from preft.adapters.tensor_names import HEAD, read_base_name, read_lora_name
+from preft.adapters.formats.digest import CONFIG_FILE, REFT_CONFIG_FILE, REFT_WEIGHTS_FILE, WEIGHTS_FILE
+from preft.adapters.formats.patterns import match_here
+from preft.adapters.formats.peft_config import LoraConfig, parse_lora_config
+from preft.adapters.formats.reft_config import ReftConfig, parse_reft_config
+from preft.adapters.formats.reft_format import BIAS, ROTATE, SOURCE
+from preft.adapters.formats.tensor_file import entries_in
+from preft.adapters.formats.tensor_names import HEAD, read_base_name, read_lora_name
+from preft.adapters.store.packed import unpack
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

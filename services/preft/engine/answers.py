@@ -10,8 +10,8 @@ from typing import Any
 
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 
+from preft.memory.arena import Region
 from preft.transfer.connector import StagedKvConnector
-from preft.transfer.staging import Region
 
 
 class AnswersWorker:

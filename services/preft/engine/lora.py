@@ -23,12 +23,12 @@ from vllm.lora.model_manager import DEFAULT_LANGUAGE_WRAPPER_KEY, LRUCacheLoRAMo
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
-from preft.adapters.reft_config import EVERY, ReftConfig
-from preft.adapters.tensor_names import HEAD
+from preft.adapters.formats.reft_config import EVERY, ReftConfig
+from preft.adapters.formats.tensor_names import HEAD
 from preft.engine.adapter_weights import AdapterWeights, LoraPart, read_weights
 from preft.engine.head import wrap_head
 from preft.engine.reft import wrap_decoder_layers
-from preft.transfer.staging import Region, StagingView
+from preft.memory.arena import Region, StagingView
 from preft_kernels.low_rank_delta import low_rank_delta_
 from preft_kernels.residual_delta import residual_delta_
 from preft_kernels.token_groups import BASE, RANK_STEP, TokenGroups

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from preft.core.errors import InvalidRequest
 from preft.core.request import AdapterRef, Sampling, TokenDelta
-from preft.transfer.staging import Region
+from preft.memory.arena import Region
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from preft.adapters.base_model import TARGETS
+from preft.adapters.formats.base_model import TARGETS
 from preft.core.cluster import Role
 from preft.core.errors import ConfigError, EngineFailed, InvalidAdapter, InvalidRequest, NumbersNotFinite, WorkerLost
 from preft.core.request import AdapterRef, FinishReason, Sampling, TokenDelta, TokenLogprob
@@ -34,8 +34,8 @@ from preft.core.settings import GiB, PrefillSettings, Settings
 from preft.engine.numbers import ENVIRONMENT, NOT_FINITE
 from preft.engine.port import EngineInfo, EngineRequest, EngineStats, KvRegion, check_request
 from preft.engine.shared_memory import start_tracker
+from preft.memory.arena import Region
 from preft.transfer.connector import OUTPUT_SO_FAR
-from preft.transfer.staging import Region
 
 # Turns of a loop for which OpenMP's threads wait for work on CPU. By default the threads spin for milliseconds, which
 # delays other engines' steps on shared cores. Without spinning, the threads would sleep between the many short

@@ -16,9 +16,9 @@ from typing import Self
 from preft.core.errors import EngineFailed, NumbersNotFinite
 from preft.core.ports import Generator
 from preft.core.request import GenerateRequest, TokenLogprob
-from preft.gateway.choice import Choice, ChoiceDelta
 from preft.gateway.job import Job
-from preft.gateway.tokenizer import Tokenizer
+from preft.gateway.text.choice import Choice, ChoiceDelta
+from preft.gateway.text.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from preft.gateway.cluster_metrics import ClusterMetrics
 from preft.gateway.drain import Drain
 from preft.gateway.metrics import MeteredGenerator
 from preft.gateway.readiness import missing_workers
-from preft.gateway.tokenizer import Tokenizer
+from preft.gateway.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 from preft.core.errors import InvalidRequest, ModelNotFound, Unavailable
 from preft.core.request import MAX_CHOICES, AdapterRef, GenerateRequest, Sampling
-from preft.gateway.chat_prompt import ChatPrompt
-from preft.gateway.choice import TextOptions
+from preft.gateway.bodies.schemas import INT64_MAX, ChatBody, CompletionBody, GenerationBody
 from preft.gateway.deps import GatewayDeps
 from preft.gateway.listing import served_version
-from preft.gateway.schemas import INT64_MAX, ChatBody, CompletionBody, GenerationBody
-from preft.gateway.tokenizer import INLINE_CHARS, Tokenizer
+from preft.gateway.text.chat_prompt import ChatPrompt
+from preft.gateway.text.choice import TextOptions
+from preft.gateway.text.tokenizer import INLINE_CHARS, Tokenizer
 
 DEFAULT_COMPLETION_TOKENS = 16
 # About 2 ms; larger requests go to a thread.

@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
-from preft.core.cluster import Adapter, AdapterPlace
+from preft.core.cluster import Adapter
 from preft.core.errors import ModelNotFound
 from preft.core.ports import AdapterCatalog
-from preft.gateway.adapter_schemas import ListQuery
-from preft.gateway.reply_types import AdapterList, AdapterReply, PlaceReply
+from preft.gateway.bodies.adapter_schemas import ListQuery
 
 _DIGEST = re.compile(r"[0-9a-f]{12,64}")  # the whole digest or its beginning; tables show 12 digits
 
@@ -66,44 +65,3 @@ def page(entries: Sequence[Adapter], query: ListQuery) -> Page:
     start = bisect_right(entries, query.after, key=attrgetter("name")) if query.after else 0
     shown = entries[start : start + query.limit]
     return Page(shown, len(entries), start + len(shown) < len(entries))
-
-
-def page_json(found: Page) -> AdapterList:
-    """A page in the form of OpenAI's lists; an entry's id is its name."""
-    names = [adapter.name for adapter in found.entries]
-    return {
-        "object": "list",
-        "data": [adapter_json(adapter) for adapter in found.entries],
-        "first_id": names[0] if names else None,
-        "last_id": names[-1] if names else None,
-        "has_more": found.has_more,
-        "total": found.total,
-    }
-
-
-def adapter_json(adapter: Adapter) -> AdapterReply:
-    """One entry. `size` in bytes, `created` in seconds."""
-    return {
-        "name": adapter.name,
-        "object": "adapter",
-        "version": adapter.version,
-        "digest": adapter.digest,
-        "source": adapter.source,
-        "kind": adapter.kind,
-        "rank": adapter.rank,
-        "size": adapter.size,
-        "prefill_only": adapter.prefill_only,
-        "pinned": adapter.pinned,
-        "created": int(adapter.created),
-        "warnings": list(adapter.warnings),
-    }
-
-
-def place_json(place: AdapterPlace) -> PlaceReply:
-    """One worker's place of the adapter. `last_used` in seconds, 0 if never used there."""
-    return {
-        "worker": place.worker_id,
-        "tier": place.tier.value,
-        "last_used": place.last_used,
-        "users": place.users,
-    }

@@ -14,9 +14,9 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import load_file, save_file
 
-from preft.adapters.digest import PREFILL_ONLY, REFT_CONFIG_FILE, REFT_WEIGHTS_FILE
-from preft.adapters.reft_config import read_positions, read_reft_config
-from preft.adapters.reft_format import BIAS, ROTATE, SOURCE
+from preft.adapters.formats.digest import PREFILL_ONLY, REFT_CONFIG_FILE, REFT_WEIGHTS_FILE
+from preft.adapters.formats.reft_config import read_positions, read_reft_config
+from preft.adapters.formats.reft_format import BIAS, ROTATE, SOURCE
 
 Method = Literal["loreft", "direft"]
 

@@ -31,8 +31,9 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
+from preft.memory.arena import StagingView
+from preft.memory.errors import StaleRegion
 from preft.transfer.seal import SEAL, read_seal, write_seal
-from preft.transfer.staging import StagingView, StaleRegion
 from preft_kernels.kv_blocks import KvBlocks
 
 OUTPUT_SO_FAR = "preft_output_token_ids"  # in `extra_args` of a request's sampling parameters

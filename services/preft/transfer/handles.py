@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from preft.core.errors import TransferFailed
+from preft.memory.arena import Region, StagingArena
 from preft.transfer.port import KvHeader, PushRefused, Refusal
-from preft.transfer.staging import Region, StagingArena
 
 REMEMBERED = 4096  # ended handles whose reason is kept, for clear errors and to refuse late pushes
 

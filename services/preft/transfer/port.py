@@ -1,7 +1,7 @@
 """The interface of a KV transport: the header before the bytes, the sending side, and the reasons for a refusal.
 
-The module owns the vocabulary that all transports share. `staging` owns memory, `receive` the receiving side, and
-`handles` the handles.
+The module owns the vocabulary that all transports share. `preft.memory.arena` owns memory, `receive` the receiving
+side, and `handles` the handles.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Receives one push over any transport: reserves room, takes the bytes, verifies them, and makes the handle ready.
 
-`staging` owns the memory, `handles` the handles, and a transport the frames.
+`preft.memory.arena` owns the memory, `handles` the handles, and a transport the frames.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from collections.abc import AsyncIterable
 
 import xxhash
 
-from preft.core.errors import InvalidRequest, PreftError, TransferFailed
+from preft.core.errors import PreftError
+from preft.memory.arena import Region, StagingArena
+from preft.memory.errors import NoRoom, TooLarge
 from preft.transfer.handles import HandleTable
 from preft.transfer.port import KvHeader, PushRefused, Refusal
-from preft.transfer.staging import Region, StagingArena
 
 
 class KvReceiver:
@@ -84,5 +85,5 @@ class KvReceiver:
     async def _room(self, size: int) -> Region:
         try:
             return await self._arena.reserve(size, timeout=self._room_timeout)
-        except (InvalidRequest, TransferFailed) as error:
+        except (TooLarge, NoRoom) as error:
             raise PushRefused(str(error), Refusal.NO_ROOM) from error

@@ -1,1 +1,1 @@
-"""A worker's parts that are the same for all roles: the counts of its use, and the stream of its status."""
+"""A worker: its server, the services of each role (`prefill`, `decode`, `colocated`), its use and its status."""

@@ -15,7 +15,7 @@ from itertools import islice
 
 import grpc.aio
 
-from preft.adapters.store import AdapterStore
+from preft.adapters.store.adapter_store import AdapterStore
 from preft.core.cluster import AdapterStatus, StatusUpdate, WorkerStatus
 from preft.rpc import workers_pb2, workers_pb2_grpc
 from preft.rpc.caller import caller_of

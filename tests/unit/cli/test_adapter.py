@@ -20,9 +20,9 @@ from preft.cli import main
 from preft.cli.packing import Package
 from preft.core.cluster import Adapter, AdapterPlace, Tier
 from preft.core.errors import InvalidAdapter, Unavailable
-from preft.gateway.app import create_app
 from preft.gateway.deps import GatewayDeps
-from preft.gateway.tokenizer import Tokenizer
+from preft.gateway.http.app import create_app
+from preft.gateway.text.tokenizer import Tokenizer
 from support.fakes import FakeCatalog, FakeGenerator, FakePlaces, Script
 from support.served_app import served_in_thread
 

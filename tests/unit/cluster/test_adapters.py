@@ -14,17 +14,17 @@ from typing import ClassVar
 
 import pytest
 
-from preft.adapters.digest import adapter_digest
-from preft.adapters.source_limits import SourceLimits
-from preft.adapters.sources import open_source
+from preft.adapters.formats.digest import adapter_digest
+from preft.adapters.sources.limits import SourceLimits
+from preft.adapters.sources.source import open_source
 from preft.cluster.adapters import following_catalog, open_catalog, open_disk_tier, source_limits, uploads_folder
 from preft.core.cluster import AdapterState, Role, Tier
 from preft.core.errors import ConfigError, InvalidAdapter
 from preft.core.ports import AdapterChanges
 from preft.core.request import AdapterRef
 from preft.core.settings import MiB, Settings, load_settings
+from preft.memory.arena import StagingArena
 from preft.state.sqlite import SqliteStore
-from preft.transfer.staging import StagingArena
 from support.adapter_tiers import adapter_store
 from support.fake_engine import FakeEngine
 from support.faulty_http import serve_folder

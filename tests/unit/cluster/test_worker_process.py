@@ -42,7 +42,7 @@ class Running:
 @pytest.fixture
 async def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Running]:
     """A colocated worker named `w`."""
-    monkeypatch.setattr("preft.cluster.worker.QUIET_SECONDS", 0.2)
+    monkeypatch.setattr("preft.worker.server.QUIET_SECONDS", 0.2)
     monkeypatch.setenv("VLLM_HOST_IP", "")  # set back afterwards
     settings = settings_for(tmp_path, state=str(tmp_path / "shared.sqlite"), shutdown_timeout=30, max_model_len=128)
     stop, engines, ready = Stop(), StartFake(), list[Worker]()

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from preft.adapters.base_model import BaseModel
-from preft.adapters.folder import AdapterSummary, check_adapter
+from preft.adapters.formats.base_model import BaseModel
+from preft.adapters.formats.folder import AdapterSummary, check_adapter
 from preft.cli import main
 from preft.convert.pyreft import convert_pyreft
 from preft.core.errors import InvalidAdapter

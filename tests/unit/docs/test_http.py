@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from preft.gateway.parameters import ACCEPTED, UNSUPPORTED
+from preft.gateway.bodies.parameters import ACCEPTED, UNSUPPORTED
 
 PAGE = (Path(__file__).parents[3] / "docs" / "http.md").read_text()
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from preft.adapters.digest import adapter_digest
-from preft.adapters.packed import AdapterFiles
+from preft.adapters.formats.digest import adapter_digest
+from preft.adapters.store.packed import AdapterFiles
 from preft.core.errors import InvalidAdapter
 from preft.engine.adapter_weights import AdapterWeights, LoraPart, read_weights
 from preft.engine.lora import GroupedLoRAModelManager, _fill_module

@@ -56,6 +56,7 @@ from vllm.v1.worker.gpu_model_runner import AsyncGPUModelRunnerOutput, ExecuteMo
 from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
+from bench.plain_engine import plain_args
 from preft.core.cluster import Role
 from preft.core.settings import load_settings
 from preft.engine import plugin
@@ -63,7 +64,6 @@ from preft.engine.cpu_worker import HandoverCPUModelRunner, PreftCPUWorker
 from preft.engine.gpu_worker import HandoverGPUModelRunner, PreftGPUWorker
 from preft.engine.head import HeadLayer
 from preft.engine.lora import GroupedLoRAModelManager, GroupedPunicaWrapper, GroupedWorkerLoRAManager
-from preft.engine.plain_engine import plain_args
 from preft.engine.reft import DECODER_LAYERS, ReftLayer
 from preft.engine.runner import HandoverRunner, PromptRows
 from preft.engine.scheduler import AsyncPromptAdapterScheduler, PromptAdapterScheduler

@@ -11,7 +11,7 @@ from vllm.config.lora import LoRAConfig
 from vllm.lora.layers import LoRAMapping
 
 from kernels.test_token_groups import slots_of as grouped
-from preft.adapters.reft_config import EVERY, ReftConfig
+from preft.adapters.formats.reft_config import EVERY, ReftConfig
 from preft.engine.lora import GroupedPunicaWrapper
 from preft.engine.reft import ReftLayer
 from preft_kernels.low_rank_delta import low_rank_delta_reference

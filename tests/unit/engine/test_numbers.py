@@ -13,7 +13,7 @@ from preft.core.cluster import Role
 from preft.core.request import AdapterRef, Sampling
 from preft.engine.numbers import NOT_FINITE, BlockNumbers, bad_logits
 from preft.engine.port import EngineRequest
-from preft.transfer.staging import StagingArena
+from preft.memory.arena import StagingArena
 from preft_kernels.kv_blocks import KvBlocks
 from support.stepped_scheduler import BLOCK, Side, generate, tokens_of
 

@@ -11,7 +11,7 @@ from vllm.v1.request import RequestStatus
 from preft.core.cluster import Role
 from preft.core.request import AdapterRef, Sampling
 from preft.engine.port import EngineRequest
-from preft.transfer.staging import StagingArena
+from preft.memory.arena import StagingArena
 from support.readable_ref import ReadableRef
 from support.stepped_scheduler import BLOCK, Side, generate, tokens_of
 

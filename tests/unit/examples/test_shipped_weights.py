@@ -7,8 +7,8 @@ import pytest
 from tokenizers import Tokenizer
 
 import personal_memory.task as task
-from preft.adapters.base_model import read_base_model
-from preft.adapters.folder import check_adapter
+from preft.adapters.formats.base_model import read_base_model
+from preft.adapters.formats.folder import check_adapter
 from support.reference import Reference
 
 FOLDER = Path(task.__file__).parent

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from preft.gateway.tokenizer import Tokenizer
+from preft.gateway.text.tokenizer import Tokenizer
 from support import small_tokenizers
 
 

@@ -15,10 +15,10 @@ import pytest
 from preft.core.cluster import Role, Worker, WorkerSeen, WorkerState, WorkerStatus
 from preft.core.errors import ShuttingDown
 from preft.core.request import FinishReason
-from preft.gateway.app import create_app
 from preft.gateway.deps import GatewayDeps
 from preft.gateway.drain import Drain
-from preft.gateway.rpc_server import serve_grpc
+from preft.gateway.grpc.server import serve_grpc
+from preft.gateway.http.app import create_app
 from preft.rpc import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 from support.fakes import FakeCatalog, FakeGenerator, Script
 from support.served_app import served_app

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preft.core.errors import ConfigError
+from preft_loadgen.errors import InvalidArgument
 from preft_loadgen.http_stream import HttpClient, RequestFailed, _Exchange
 from unit.loadgen.sse_server import DONE, HEAD, Call, chunk, event, fake_server, json_reply, tokens, usage
 
@@ -142,7 +142,7 @@ async def test_json() -> None:
 
 @pytest.mark.parametrize("url", ["https://127.0.0.1:1", "127.0.0.1:8000", "http://", "http://h:port", "http://h:99999"])
 def test_addresses_that_are_none(url: str) -> None:
-    with pytest.raises(ConfigError, match="http://host:port"):
+    with pytest.raises(InvalidArgument, match="http://host:port"):
         HttpClient(url)
 
 

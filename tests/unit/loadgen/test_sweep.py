@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from preft.core.errors import ConfigError
+from preft_loadgen.errors import InvalidArgument
 from preft_loadgen.http_stream import HttpClient, RequestFailed
 from preft_loadgen.sweep import Sweep, run_sweep, served_models
 from preft_loadgen.workload import Lengths
@@ -48,7 +48,7 @@ async def test_an_open_loop_sweep() -> None:
 
 async def test_more_adapters_than_there_are() -> None:
     async with fake_server(serve) as url:
-        with pytest.raises(ConfigError, match="8 adapters were asked for, the server has 4"):
+        with pytest.raises(InvalidArgument, match="8 adapters were asked for, the server has 4"):
             await run_sweep(HttpClient(url), SWEEP, [1, 8])
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preft.core.errors import ConfigError
+from preft_loadgen.errors import InvalidArgument
 from preft_loadgen.workload import Lengths, Popularity, Workload, poisson_arrivals
 
 lengths = st.tuples(st.integers(1, 40), st.integers(0, 20)).map(lambda pair: Lengths(pair[0], pair[0] + pair[1]))
@@ -79,15 +79,15 @@ def test_lengths_are_read(text: str, expected: Lengths) -> None:
 
 @pytest.mark.parametrize("text", ["", "0", "-3", "5-", "9-3", "a", "1-2-3", "1.5"])
 def test_lengths_that_are_none(text: str) -> None:
-    with pytest.raises(ConfigError):
+    with pytest.raises(InvalidArgument):
         Lengths.parse(text)
 
 
 def test_impossible_workloads() -> None:
     one = Lengths(1, 1)
-    with pytest.raises(ConfigError):
+    with pytest.raises(InvalidArgument):
         Workload((), 1, one, one)
-    with pytest.raises(ConfigError):
+    with pytest.raises(InvalidArgument):
         Workload(("a",), 1, one, one, vocabulary=3)
-    with pytest.raises(ConfigError):
+    with pytest.raises(InvalidArgument):
         poisson_arrivals(0, 1)

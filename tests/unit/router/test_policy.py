@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preft.core.cluster import Role, Worker, WorkerState
+from preft.memory.arena import span_of
 from preft.router.lease import Lease
 from preft.router.policy import Absent, AffinityPolicy, Crowded, Demand, Pair, Refusal
 from preft.router.view import ClusterView, WorkerView
 from preft.transfer.seal import SEAL
-from preft.transfer.staging import span_of
 from support.invented_cluster import Member, a_member, a_message, d, gone, p, view_of
 from support.readable_ref import ReadableRef
 

@@ -11,8 +11,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from preft.adapters.base_model import read_base_model
-from preft.adapters.folder import check_adapter
+from preft.adapters.formats.base_model import read_base_model
+from preft.adapters.formats.folder import check_adapter
 from preft.training import ReftModel, collate, generate, preft_loss
 from support.models import make_lora, make_model
 from support.reference import Reference

@@ -16,9 +16,9 @@ from vllm.v1.request import RequestStatus
 from preft.core.cluster import Role
 from preft.core.request import Sampling
 from preft.engine.port import EngineRequest, KvRegion
+from preft.memory.arena import Region, StagingArena
 from preft.transfer.connector import KvMetadata, Load, Save, StagedKvConnector, output_so_far
 from preft.transfer.seal import SEAL, clear_seal, read_seal
-from preft.transfer.staging import Region, StagingArena
 from support.stepped_scheduler import BLOCK, BLOCKS, LAYERS, Side, generate, tokens_of
 
 

@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 
 from preft.core.errors import TransferFailed
+from preft.memory.arena import Region, StagingArena
+from preft.memory.errors import NoRoom
 from preft.transfer import handles
 from preft.transfer.handles import Claim, HandleTable
 from preft.transfer.port import KvHeader, PushRefused, Refusal, hash_prompt
-from preft.transfer.staging import Region, StagingArena
 
 PROMPT = hash_prompt([1, 2, 3])
 HEADER = KvHeader("h", "llama/f32", "d1", num_tokens=3, num_bytes=1000, checksum=0, uses=1, prompt_hash=PROMPT)
@@ -145,11 +146,11 @@ async def test_only_what_every_use_has_loaded_makes_room(table: HandleTable, are
     await arrive(table, arena, replace(HEADER, num_bytes=size, uses=2))
     first = await claim(table)
     first.loaded()
-    with pytest.raises(TransferFailed):
+    with pytest.raises(NoRoom):
         await arena.reserve(size, timeout=0.001)  # the second use hasn't come yet
     second = await claim(table)
     first.loaded()
-    with pytest.raises(TransferFailed):
+    with pytest.raises(NoRoom):
         await arena.reserve(size, timeout=0.001)  # the second hasn't loaded yet
     second.loaded()
     assert not first.evicted

@@ -3,10 +3,10 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from preft.memory.arena import StagingArena
 from preft.transfer.handles import HandleTable
 from preft.transfer.port import KvHeader, PushRefused, checksum_of, hash_prompt
 from preft.transfer.receive import KvReceiver
-from preft.transfer.staging import StagingArena
 
 
 async def test_a_handle_given_up_between_two_frames_is_not_kept_alive_by_the_second() -> None:

@@ -15,13 +15,13 @@ import grpc
 import grpc.aio
 import pytest
 
-from preft.adapters.store import AdapterStore
+from preft.adapters.store.adapter_store import AdapterStore
 from preft.core.cluster import AdapterState, AdapterStatus, Role, TierTotals, WorkerStatus
 from preft.core.errors import InvalidRequest
+from preft.memory.arena import StagingArena
 from preft.rpc import workers_pb2, workers_pb2_grpc
 from preft.rpc.secret import CALLER_KEY
 from preft.rpc.status import error_from_rpc
-from preft.transfer.staging import StagingArena
 from preft.worker import status as status_module
 from preft.worker.status import StatusService
 from preft.worker.usage import Usage

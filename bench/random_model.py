@@ -1,0 +1,175 @@
+"""Writes a random Llama model and random adapters for benchmarks: `python -m bench.random_model DIR`.
+
+DIR gets `model/` (88 million parameters, float32, with a tokenizer of made-up words), and in `adapters/` LoRAs `a00`,
+`a01`, ... on all linear layers and LoReFTs `r00`, `r01`, ... on all decoder layers. The weights are not trained: only
+the amount of work is realistic.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from preft.adapters.formats.digest import REFT_CONFIG_FILE, REFT_WEIGHTS_FILE
+from preft.adapters.formats.reft_format import BIAS, ROTATE, SOURCE
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The sizes of a Llama model."""
+
+    vocabulary: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    intermediate: int
+    positions: int
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Each layer's linear layers: outputs, inputs."""
+        hidden, kv = self.hidden, self.hidden // self.heads * self.kv_heads
+        return {
+            "self_attn.q_proj": (hidden, hidden),
+            "self_attn.k_proj": (kv, hidden),
+            "self_attn.v_proj": (kv, hidden),
+            "self_attn.o_proj": (hidden, hidden),
+            "mlp.gate_proj": (self.intermediate, hidden),
+            "mlp.up_proj": (self.intermediate, hidden),
+            "mlp.down_proj": (hidden, self.intermediate),
+        }
+
+    def write_config(self, folder: Path, dtype: str) -> None:
+        """Writes config.json to the folder, and creates a missing folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": self.vocabulary,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "max_position_embeddings": self.positions,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": False,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "torch_dtype": dtype,
+        }
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+SMALL = Shape(8192, 768, 12, 12, 4, 2048, 2048)
+LLAMA_8B = Shape(128256, 4096, 32, 32, 8, 14336, 131072)  # Llama 3.1 8B
+
+
+def write_model(folder: Path, seed: int = 0) -> int:
+    """Writes a model folder for vLLM and the gateway. Returns the number of parameters."""
+    SMALL.write_config(folder, "float32")
+    source = np.random.default_rng(seed)
+
+    def random(*shape: int) -> np.ndarray:
+        return source.standard_normal(shape, np.float32) / np.float32(shape[-1] ** 0.5)
+
+    size = SMALL.vocabulary, SMALL.hidden
+    tensors = {"model.embed_tokens.weight": random(*size), "lm_head.weight": random(*size)}
+    norms = ["model.norm"]
+    for layer in (f"model.layers.{number}" for number in range(SMALL.layers)):
+        tensors |= {f"{layer}.{name}.weight": random(*shape) for name, shape in SMALL.linears.items()}
+        norms += [f"{layer}.input_layernorm", f"{layer}.post_attention_layernorm"]
+    tensors |= {f"{name}.weight": np.ones(SMALL.hidden, np.float32) for name in norms}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    _write_tokenizer(folder)
+    return sum(tensor.size for tensor in tensors.values())
+
+
+def write_lora(folder: Path, rank: int, seed: int, model: Shape = SMALL) -> None:
+    """Writes a PEFT LoRA folder over all linear layers, float16."""
+    folder.mkdir(parents=True)
+    source = np.random.default_rng(seed)
+    tensors = {}
+    for layer in range(model.layers):
+        for name, (outputs, inputs) in model.linears.items():
+            prefix = f"base_model.model.model.layers.{layer}.{name}"
+            for part, shape in (("lora_A", (rank, inputs)), ("lora_B", (outputs, rank))):
+                tensor = source.standard_normal(shape, np.float32) / np.float32(shape[-1] ** 0.5)
+                tensors[f"{prefix}.{part}.weight"] = (tensor / 4).astype(np.float16)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": sorted(name.split(".")[1] for name in model.linears),
+        "bias": "none",
+        "prefill_only": True,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
+
+
+def write_reft(folder: Path, rank: int, seed: int, model: Shape = SMALL) -> None:
+    """Writes a LoReFT folder over all layers, float32."""
+    folder.mkdir(parents=True)
+    source = np.random.default_rng(seed)
+    tensors = {}
+    for layer in range(model.layers):
+        for part in (ROTATE, SOURCE):
+            tensor = source.standard_normal((rank, model.hidden), np.float32) / np.float32(model.hidden**0.5)
+            tensors[f"layers.{layer}.{part}"] = tensor
+        tensors[f"layers.{layer}.{BIAS}"] = np.zeros(rank, np.float32)
+    save_file(tensors, folder / REFT_WEIGHTS_FILE, metadata={"format": "pt"})
+    config = {"peft_type": "REFT", "method": "loreft", "r": rank, "positions": "all"}
+    config |= {"layers": [*range(model.layers)]}
+    config |= {"prefill_only": True}
+    (folder / REFT_CONFIG_FILE).write_text(json.dumps(config, indent=2))
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """Writes a byte-level BPE whose tokens are mostly whole made-up words, so that each adds text as in real models."""
+    vocabulary = ["<pad>", "<bos>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    syllables = [(consonant, vowel) for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
+    merges = [*syllables, *(("Ġ", consonant + vowel) for consonant, vowel in syllables)]
+    pieces = ["".join(pair) for pair in syllables]
+    merges += [(start + first, second) for start in ("Ġ", "") for first in pieces for second in pieces]
+    merges = merges[: SMALL.vocabulary - len(vocabulary)]
+    vocabulary += ["".join(pair) for pair in merges]
+    tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(vocabulary)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in vocabulary[:3]])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **special}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--loras", type=int, default=64)
+    parser.add_argument("--refts", type=int, default=32)
+    parser.add_argument("--lora-rank", type=int, default=16)
+    parser.add_argument("--reft-rank", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0, help="of the first adapter of each kind")
+    arguments = parser.parse_args()
+    parameters = write_model(arguments.folder / "model")
+    for number in range(arguments.loras):
+        write_lora(arguments.folder / "adapters" / f"a{number:02}", arguments.lora_rank, seed=arguments.seed + number)
+    for number in range(arguments.refts):
+        write_reft(arguments.folder / "adapters" / f"r{number:02}", arguments.reft_rank, seed=arguments.seed + number)
+    made = {name: value for name, value in vars(arguments).items() if name != "folder"} | {"parameters": parameters}
+    print(json.dumps(made))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,416 @@
+"""A prefill worker's adapters in all tiers: source, disk, host memory, engine.
+
+The store owns the adapters in host memory, and the count of their users. Concurrent requests for an adapter share one
+load, which checks the digest and runs beside the engine's steps. An adapter in use stays; unused ones are evicted,
+least recently used first. A pinned adapter is evicted only if another adapter fits nowhere beside the pinned ones, and
+is loaded again at once. The engine's slots are vLLM's. The engine copies an adapter from host memory, and the region
+there is kept while a request uses the adapter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from collections import Counter, OrderedDict
+from collections.abc import AsyncIterator, Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, closing, suppress
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from preft.adapters.sources.fetch_threads import FetchThreads
+from preft.adapters.sources.limits import SourceLimits
+from preft.adapters.sources.source import open_source
+from preft.adapters.store.disk_tier import DiskTier
+from preft.adapters.store.packed import AdapterFiles, DamagedCopy
+from preft.core.background import Background
+from preft.core.cluster import AdapterPlace, AdapterState, Tier, TierTotals
+from preft.core.errors import (
+    AdapterUnavailable,
+    InvalidAdapter,
+    InvalidRequest,
+    PreftError,
+    SourceNotFound,
+    Unavailable,
+)
+from preft.core.request import AdapterRef
+from preft.memory.arena import Region, StagingArena
+from preft.memory.errors import NoRoom, TooLarge
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+ATTEMPTS = 5  # fetches of an adapter whose copy is evicted or damaged before it is read
+READS = 2  # concurrent disk reads
+NICENESS = 10  # of the fetch and read threads: engine steps come first
+ROOM_SECONDS = 30.0  # a load's longest wait for host memory
+
+
+class AdapterEngine(Protocol):
+    """The store's view of an engine: see `preft.engine.port.Engine`."""
+
+    async def place_adapter(self, adapter: AdapterRef, region: Region) -> None: ...
+
+    async def aborted(self) -> None: ...
+
+    def forget_adapter(self, digest: str) -> None: ...
+
+
+class AdapterStore:
+    """The adapters of one worker. Use it inside one asyncio loop."""
+
+    def __init__(
+        self,
+        worker_id: str,
+        disk: DiskTier,
+        arena: StagingArena,
+        engine: AdapterEngine,
+        slots: int,
+        limits: SourceLimits,
+        *,
+        room_timeout: float = ROOM_SECONDS,
+    ) -> None:
+        """`engine` has `slots` slots and copies adapters from `arena`.
+
+        `room_timeout`: seconds that a load waits for host memory, and seconds between attempts to load an evicted
+        pinned adapter again.
+        """
+        self._worker_id = worker_id
+        self._disk = disk
+        self._arena = arena
+        self._engine = engine
+        self._limits = limits
+        self._stop = threading.Event()  # ends fetches
+        self._room_timeout = room_timeout
+        self._regions: OrderedDict[str, Region] = OrderedDict()  # by digest, least recently used first
+        self._adapters: dict[str, AdapterRef] = {}  # by digest, those in host memory
+        self._users: Counter[str] = Counter()
+        self._pinned: frozenset[str] = frozenset()
+        self._loading: dict[str, asyncio.Task[None]] = {}
+        self._background = Background()  # ends of aborted uses, and returns of pinned adapters
+        self._last_used: dict[str, float] = {}
+        self._slots: OrderedDict[str, None] = OrderedDict()  # adapters in the engine's slots, most recent last
+        self._slot_limit = slots
+        self._came_from: dict[str, Tier] = {}  # the origin of adapters that were loaded and not used yet
+        self._forgotten: set[str] = set()  # adapters in use to which no name points
+        self._hits: Counter[Tier] = Counter()
+        self._loads: Counter[Tier] = Counter()
+        self._load_seconds = dict.fromkeys((Tier.DISK, Tier.SOURCE), 0.0)
+        self._evictions = 0
+        self._on_change: Callable[[str], None] = lambda digest: None
+        self._fetching = FetchThreads("adapter-fetch", _give_way)
+        self._reading = ThreadPoolExecutor(READS, "adapter-read", _give_way)
+
+    def observe(self, on_change: Callable[[str], None]) -> None:
+        """From now on calls `on_change` with a digest after each change of its `state`. There is one observer."""
+        self._on_change = on_change
+
+    def state(self, digest: str) -> AdapterState | None:
+        """None: the worker neither holds nor loads it."""
+        if digest in self._regions:
+            return AdapterState.SLOT if digest in self._slots else AdapterState.HOST
+        return AdapterState.LOADING if digest in self._loading else None
+
+    def states(self) -> dict[str, AdapterState]:
+        """The states of all adapters in host memory, least recently used first, then of those that are loaded now."""
+        found = {digest: self.state(digest) for digest in (*self._regions, *self._loading)}
+        return {digest: state for digest, state in found.items() if state is not None}
+
+    async def prefetch(self, adapter: AdapterRef) -> None:
+        """Loads the adapter into host memory, unless it is there. Raises as `using`."""
+        if adapter.digest not in self._regions:
+            await self._loaded(adapter)
+
+    @asynccontextmanager
+    async def using(self, adapter: AdapterRef) -> AsyncIterator[None]:
+        """Inside this context the adapter is in host memory, where the engine finds it.
+
+        Raises AdapterUnavailable if the adapter's content can't be obtained, or if the engine refuses the adapter: the
+        request is not at fault. Raises Unavailable if host memory has no room.
+        """
+        digest = adapter.digest
+        self._users[digest] += 1
+        try:
+            while digest not in self._regions:  # repeats after an eviction
+                await self._loaded(adapter)
+            self._hits[self._found_in(digest)] += 1
+            self._touch(digest)
+            yield
+        except BaseException:
+            self._background.start(
+                self._leave_aborted(digest), f"the end of a request's use of adapter {adapter.name!r}"
+            )
+            raise
+        self._left(digest)
+
+    async def _leave_aborted(self, digest: str) -> None:
+        """Ends the use after the engine has dropped the aborted request, which may still be in the next step."""
+        with suppress(PreftError):
+            await self._engine.aborted()
+        self._left(digest)
+
+    def _left(self, digest: str) -> None:
+        self._users[digest] -= 1
+        self._last_used[digest] = time.time()
+        if not self._users[digest]:
+            del self._users[digest]
+            if digest in self._forgotten:
+                self.forget([digest])
+        self._settle(digest)
+
+    def _found_in(self, digest: str) -> Tier:
+        """The tier where a request found its adapter. The first request after a load counts for the load's origin."""
+        now = Tier.SLOT if digest in self._slots else Tier.HOST
+        return self._came_from.pop(digest, now)
+
+    def pin(self, digests: Collection[str]) -> None:
+        """Pins exactly these digests: they stay on disk, and in host memory once they are there.
+
+        A pinned adapter that is evicted, because another fits nowhere beside the pinned ones, is loaded again.
+        """
+        before, self._pinned = self._pinned, frozenset(digests)
+        self._disk.pinned = self._pinned
+        self._forgotten -= self._pinned  # a pinned digest has a name
+        for digest in before ^ self._pinned:
+            self._settle(digest)
+
+    def forget(self, digests: Collection[str]) -> None:
+        """Drops adapters that have lost their last name from host memory, once no request uses them."""
+        for digest in digests:
+            if self._users[digest]:
+                self._forgotten.add(digest)
+                continue
+            self._forgotten.discard(digest)
+            self._last_used.pop(digest, None)
+            if digest in self._regions:
+                self._arena.release(self._regions[digest])
+                self._gone(digest)
+
+    def where(self, digest: str) -> AdapterPlace:
+        """The nearest tier with this content, and the content's uses."""
+        if digest in self._regions:
+            tier = Tier.SLOT if digest in self._slots else Tier.HOST
+        else:
+            tier = Tier.DISK if self._disk.has(digest) else Tier.SOURCE
+        return AdapterPlace(self._worker_id, tier, self._last_used.get(digest, 0.0), self._users[digest])
+
+    def totals(self) -> TierTotals:
+        """The tiers' contents and counters. Cheap, however many adapters there are."""
+        return TierTotals(
+            slots_used=len(self._slots),
+            host_adapters=len(self._regions),
+            host_bytes=self._arena.used,
+            host_bytes_total=self._arena.capacity,
+            disk_bytes=self._disk.bytes_seen,
+            host_evictions=self._evictions,
+            disk_evictions=self._disk.evictions,
+            hits=dict(self._hits),
+            loads=dict(self._loads),
+            load_seconds=dict(self._load_seconds),
+        )
+
+    async def close(self) -> None:
+        """Cancels loads under way. Threads that read a source end soon, by themselves."""
+        self._stop.set()
+        while loading := list(self._loading.values()):
+            for task in loading:
+                task.cancel()
+            await asyncio.gather(*loading, return_exceptions=True)
+            await self._background.close()  # a return of a pinned adapter may have begun another load
+        await self._background.close()
+        self._fetching.close()
+        self._reading.shutdown(wait=False, cancel_futures=True)
+
+    async def _loaded(self, adapter: AdapterRef) -> None:
+        """Waits for the adapter's one load. A cancelled waiter doesn't cancel the load."""
+        digest = adapter.digest
+        task = self._loading.get(digest)
+        if task is None or task.done():  # a done task stays until its callback; its adapter may be evicted already
+            task = asyncio.create_task(self._load(adapter), name=f"load-{digest[:12]}")
+            self._loading[digest] = task
+            task.add_done_callback(lambda task: self._load_ended(digest, task))
+            self._on_change(digest)
+        await asyncio.shield(task)
+
+    def _load_ended(self, digest: str, task: asyncio.Task[None]) -> None:
+        if self._loading[digest] is task:
+            del self._loading[digest]
+            self._on_change(digest)
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, PreftError):  # all waiters may have left
+            logger.error("the load of adapter %s broke", digest, exc_info=error)
+
+    async def _load(self, adapter: AdapterRef) -> None:
+        started = time.perf_counter()
+        region, tier = await self._bring_in(adapter)
+        try:
+            await self._engine.place_adapter(adapter, region)
+        except InvalidRequest as error:
+            self._arena.release(region)
+            raise _unavailable(adapter, "the engine refuses it", error) from error
+        except BaseException:
+            self._arena.release(region)
+            raise
+        self._came_from[adapter.digest] = tier
+        self._loads[tier] += 1
+        self._load_seconds[tier] += time.perf_counter() - started
+        self._regions[adapter.digest] = region
+        self._adapters[adapter.digest] = adapter
+        self._on_change(adapter.digest)
+        self._settle(adapter.digest)
+
+    async def _bring_in(self, adapter: AdapterRef) -> tuple[Region, Tier]:
+        """Loads the content into host memory, from disk or source. While it waits, it keeps no file open."""
+        for fetches in range(1 + ATTEMPTS):
+            if fetches:
+                sizes = await self._fetch(adapter)
+            else:
+                sizes = await self._in(self._reading, self._sizes, adapter.digest)
+            try:
+                region = None if sizes is None else await self._read(adapter, *sizes)
+            except DamagedCopy as error:
+                await self._in(self._reading, self._disk.discard, adapter.digest)
+                if fetches:
+                    raise Unavailable(
+                        f"the copy of adapter {adapter.name!r} came out different, {error}: the disk is failing"
+                    ) from error
+                continue
+            if region is not None:
+                return region, Tier.SOURCE if fetches else Tier.DISK
+        raise Unavailable(f"the copy of adapter {adapter.name!r} is evicted as soon as it is there: try again later")
+
+    def _open(self, digest: str) -> AdapterFiles | None:
+        folder = self._disk.find(digest)
+        if folder is None:
+            return None
+        try:
+            return AdapterFiles(folder)
+        except FileNotFoundError:
+            return None  # evicted just now
+        except DamagedCopy:
+            self._disk.discard(digest)
+            return None
+
+    def _sizes(self, digest: str) -> tuple[int, int] | None:
+        """Bytes of the copy on disk, and of its packed form in memory; None if there is no copy."""
+        files = self._open(digest)
+        if files is None:
+            return None
+        files.close()
+        return files.size, files.packed_size
+
+    async def _fetch(self, adapter: AdapterRef) -> tuple[int, int] | None:
+        """Fetches a copy and returns its `_sizes`; None if the copy was evicted at once."""
+        try:
+            source = open_source(adapter.source, self._limits, stop=self._stop)
+
+            def fetch() -> tuple[int, int] | None:
+                self._disk.fetch(source, _nothing_more, digest=adapter.digest)
+                return self._sizes(adapter.digest)
+
+            return await self._fetching.run(source.place, fetch)
+        except SourceNotFound as error:
+            raise _unavailable(adapter, "its source is gone", error) from error
+        except InvalidAdapter as error:
+            why = "its source no longer holds the version that was added: add the adapter again"
+            raise _unavailable(adapter, why, error) from error
+        except PreftError as error:
+            raise _unavailable(adapter, "it can't be fetched from its source", error) from error
+
+    async def _read(self, adapter: AdapterRef, size: int, packed_size: int) -> Region | None:
+        """Packs the copy into a new region; None if the copy is gone. Raises DamagedCopy, or Unavailable if full."""
+        digest = adapter.digest
+        try:
+            region = await self._arena.reserve(packed_size, timeout=self._room_timeout, pinned=digest in self._pinned)
+        except TooLarge as error:
+            why = f"it has {size} bytes, more than store.host_bytes can hold"
+            raise _unavailable(adapter, why, error) from error
+        except NoRoom as error:
+            raise Unavailable("the host memory for adapters is taken by others that are in use") from error
+        try:
+            if await self._in(self._reading, self._pack, digest, self._arena.view(region)):
+                return region
+        except asyncio.CancelledError:
+            raise  # the store closes; its thread may still write to the region, so the region isn't released
+        except BaseException:
+            self._arena.release(region)
+            raise
+        self._arena.release(region)
+        return None
+
+    def _pack(self, digest: str, memory: memoryview) -> bool:
+        """Fills `memory` from the copy on disk; False if the copy is gone. Raises DamagedCopy."""
+        files = self._open(digest)
+        if files is None:
+            return False
+        with closing(files):
+            files.pack(memory, digest)
+        return True
+
+    def _touch(self, digest: str) -> None:
+        self._regions.move_to_end(digest)
+        if digest in self._slots:
+            self._slots.move_to_end(digest)
+        else:
+            self._slots[digest] = None
+            self._on_change(digest)
+        if len(self._slots) > self._slot_limit:
+            left, _ = self._slots.popitem(last=False)
+            self._on_change(left)
+        self._settle(digest)
+
+    def _settle(self, digest: str) -> None:
+        """Applies pins and users to the adapter's region: kept or evictable."""
+        region = self._regions.get(digest)
+        if region is None:
+            return
+        self._arena.pin(region, digest in self._pinned)
+        if self._users[digest]:
+            self._arena.keep(region)
+        else:
+            self._arena.mark_evictable(region, lambda: self._evicted(digest))
+
+    def _evicted(self, digest: str) -> None:
+        self._evictions += 1
+        adapter = self._adapters[digest]
+        self._gone(digest)
+        if digest in self._pinned:
+            self._background.start(self._bring_back(adapter), f"the return of the pinned adapter {adapter.name!r}")
+
+    async def _bring_back(self, adapter: AdapterRef) -> None:
+        """Loads an evicted pinned adapter again, and retries until it succeeds or the pin ends."""
+        while adapter.digest in self._pinned:
+            try:
+                return await self.prefetch(adapter)
+            except PreftError as error:
+                logger.warning("the pinned adapter %r isn't in memory: %s", adapter.name, error)
+            await asyncio.sleep(self._room_timeout)
+
+    def _gone(self, digest: str) -> None:
+        del self._regions[digest], self._adapters[digest]
+        self._engine.forget_adapter(digest)
+        self._slots.pop(digest, None)
+        self._came_from.pop(digest, None)
+        self._on_change(digest)
+
+    async def _in(self, threads: ThreadPoolExecutor, work: Callable[..., T], *arguments: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(threads, work, *arguments)
+
+
+def _nothing_more(copy: Path) -> None:
+    """Checks nothing: the digest shows that the catalog has checked this content."""
+
+
+def _unavailable(adapter: AdapterRef, why: str, error: PreftError) -> AdapterUnavailable:
+    """The error for requests that use an added adapter. Details about files and hosts go to the log alone."""
+    logger.warning("adapter %r, from %s, can't be used: %s", adapter.name, adapter.source, error)
+    return AdapterUnavailable(f"adapter {adapter.name!r} can't be used now: {why}")
+
+
+def _give_way() -> None:
+    """Lowers this thread's priority; on Linux each thread has a niceness of its own."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

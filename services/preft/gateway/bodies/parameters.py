@@ -1,0 +1,100 @@
+"""Request parameters without a field of their own: parameters accepted without effect, and parameters refused by name.
+
+The rule: a parameter that would change the answer is either served or refused, never ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from preft.core.errors import InvalidRequest
+from preft.gateway.bodies.values import overflow_in
+
+# Long lists of numbers, whose readers check every number.
+_NUMBERS = frozenset({"prompt", "stop_token_ids"})
+
+# No effect on the tokens here, whatever the value: the caller's own bookkeeping, ...
+ACCEPTED = frozenset(
+    {
+        "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+        "prompt_cache_options", "session_id",
+        # ... the size of stream chunks, ...
+        "stream_interval",
+        # ... parameters that only count beside a refused parameter, ...
+        "length_penalty", "truncation_side", "parallel_tool_calls",
+        # ... and parameters for images, expert models or vLLM's render endpoints.
+        "media_io_kwargs", "mm_payload", "mm_processor_kwargs", "return_mm_kwargs", "return_token_offsets",
+        "routed_experts_prompt_start",
+    }
+)  # fmt: skip
+
+# OpenAI or vLLM knows these parameters; this server doesn't serve them. The listed values change nothing: accepted.
+UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    "allowed_token_ids": (),
+    "audio": (),
+    "bad_words": ([],),
+    "cache_salt": (),
+    "chat_template": (),
+    "detokenize": (True,),
+    "ec_transfer_params": (),
+    "echo": (False,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "guided_choice": (),
+    "guided_decoding_backend": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_whitespace_pattern": (),
+    "include_reasoning": (True,),
+    "kv_transfer_params": (),
+    "logit_processors": ([],),
+    "logits_processors": ([],),
+    "logprob_token_ids": ([],),
+    "modalities": (["text"],),
+    "moderation": (),
+    "prediction": (),
+    "prompt_embeds": (),
+    "prompt_logprobs": (),
+    "repetition_detection": (),
+    "response_format": ({"type": "text"},),
+    "return_prompt_text": (False,),
+    "spaces_between_special_tokens": (True,),
+    "structured_outputs": (),
+    "suffix": ("",),
+    "thinking_token_budget": (-1,),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "verbosity": ("medium",),
+    "vllm_xargs": ({},),
+    "watermarking": (False,),
+    "web_search_options": (),
+}
+
+
+def known_parameters(given: Mapping[str, Any], fields: Iterable[str]) -> dict[str, Any]:
+    """The parameters among `fields` that have a value; null means absent.
+
+    Raises InvalidRequest for an unknown parameter, for one that is known elsewhere but not served, and for a number
+    that overflows, also inside objects that nothing else checks.
+    """
+    fields = frozenset(fields)
+    kept: dict[str, Any] = {}
+    for name, value in given.items():
+        if value is None:
+            continue
+        if name in fields:
+            kept[name] = value
+        elif name in UNSUPPORTED:
+            if not any(_same(value, neutral) for neutral in UNSUPPORTED[name]):
+                raise InvalidRequest(f"Parameter {name!r} isn't supported with this value.", name)
+        elif name not in ACCEPTED:
+            raise InvalidRequest(f"Unknown parameter: {name!r}.", name)
+        if name not in _NUMBERS and (path := overflow_in(value)) is not None:
+            raise InvalidRequest(f"{name}{path}: the number is too large.", name + path)
+    return kept
+
+
+def _same(value: object, neutral: object) -> bool:
+    return isinstance(value, bool) == isinstance(neutral, bool) and value == neutral

@@ -1,0 +1,179 @@
+"""The bodies of generation requests, strictly checked: InvalidRequest names a wrong type, range or parameter.
+
+Owns the checks that need no model. `job` checks lengths, token ids and model names.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    WithJsonSchema,
+    model_validator,
+)
+
+from preft.core.errors import InvalidRequest
+from preft.gateway.bodies.messages import MAX_DOCUMENTS, MAX_MESSAGES, MAX_TOOLS, Message, Tool
+from preft.gateway.bodies.values import (
+    MAX_TOKEN_IDS,
+    Prompt,
+    at_most,
+    read_logit_bias,
+    read_prompts,
+    read_seed,
+    read_stops,
+    whole,
+)
+
+INT64_MAX = 2**63 - 1
+INT32_MAX = 2**31 - 1
+
+
+WHOLE = BeforeValidator(whole)
+Integer = Annotated[int, WHOLE]
+NonEmpty = Annotated[str, Field(min_length=1)]
+
+
+class Strict(BaseModel):
+    """A JSON body. Fields aren't converted, and unknown fields are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class StreamOptions(Strict):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None  # OpenAI's padding against traffic analysis
+
+
+MAX_USER = 256  # characters
+
+
+class GenerationBody(Strict):
+    """The fields of both APIs, with vLLM's additions. None means absent."""
+
+    id_prefix: ClassVar[str]
+    prompt_param: ClassVar[str]  # the field that holds the prompt
+
+    model: Annotated[str, Field(min_length=1)]
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=INT32_MAX), WHOLE] | None = None  # -1 and 0: all tokens
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None  # beyond these, logits aren't finite
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    seed: Annotated[int, Field(ge=-INT64_MAX - 1, le=INT64_MAX), WHOLE, AfterValidator(read_seed)] | None = None
+    n: Annotated[int, Field(ge=1, le=128), WHOLE] = 1
+    max_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
+    min_tokens: Annotated[int, Field(ge=0), WHOLE] = 0
+    ignore_eos: bool = False
+    stop: Annotated[tuple[str, ...], PlainValidator(read_stops, json_schema_input_type=NonEmpty | list[NonEmpty])] = ()
+    stop_token_ids: Annotated[list[Integer], BeforeValidator(at_most(MAX_TOKEN_IDS))] = Field(default_factory=list)
+    logit_bias: Annotated[
+        dict[int, float], PlainValidator(read_logit_bias, json_schema_input_type=dict[str, float])
+    ] = Field(default_factory=dict)
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
+    priority: Annotated[int, Field(ge=-100, le=100), WHOLE] = 0  # lower goes first
+    user: Annotated[str, Field(max_length=MAX_USER)] | None = None
+    request_id: Annotated[str, Field(pattern=r"^[!-~]{1,128}$")] | None = None  # a part of the reply's id
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="after")
+    def _options_need_a_stream(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest("stream_options can only be given with stream=true.", "stream_options")
+        return self
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """The number of reported alternatives per token; None: no log probabilities."""
+        raise NotImplementedError
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Usage in every chunk; as in vLLM only together with `include_usage`."""
+        options = self.stream_options
+        return options is not None and bool(options.include_usage and options.continuous_usage_stats)
+
+
+class CompletionBody(GenerationBody):
+    """POST /v1/completions."""
+
+    id_prefix = "cmpl"
+    prompt_param = "prompt"
+
+    prompt: Annotated[
+        tuple[Prompt, ...],
+        PlainValidator(read_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+    ]
+    logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
+    best_of: Annotated[int, Field(ge=1), WHOLE] | None = None
+    add_special_tokens: bool = True
+
+    @model_validator(mode="after")
+    def _best_of_is_n(self) -> Self:
+        if self.best_of is not None and self.best_of != self.n:
+            raise InvalidRequest("best_of isn't supported unless it equals n.", "best_of")
+        return self
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        return self.logprobs
+
+
+class ChatBody(GenerationBody):
+    """POST /v1/chat/completions."""
+
+    id_prefix = "chatcmpl"
+    prompt_param = "messages"
+
+    messages: Annotated[list[Message], Field(min_length=1), BeforeValidator(at_most(MAX_MESSAGES))]
+    max_completion_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None  # wins over max_tokens
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    add_special_tokens: bool = False
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    documents: Annotated[list[dict[str, Any]], BeforeValidator(at_most(MAX_DOCUMENTS))] = Field(default_factory=list)
+    tools: Annotated[list[Tool], BeforeValidator(at_most(MAX_TOOLS))] = Field(default_factory=list)
+    tool_choice: Annotated[Any, WithJsonSchema({"enum": ["none", "auto", None]})] = None
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidRequest("top_logprobs needs logprobs=true.", "top_logprobs")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise InvalidRequest("continue_final_message needs add_generation_prompt=false.", "continue_final_message")
+        if self.tool_choice not in (("none",) if self.tools else (None, "none", "auto")):
+            param = "tools" if self.tool_choice in (None, "auto") else "tool_choice"
+            raise InvalidRequest("Tool calls aren't supported; tools need tool_choice='none'.", param)
+        return self
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None

@@ -1,0 +1,1 @@
+"""The gRPC door: the public services Inference and Adapters, and their server."""

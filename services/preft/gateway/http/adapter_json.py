@@ -1,0 +1,48 @@
+"""The adapter catalog in JSON: one entry, one page of entries, and one worker's copy of an adapter."""
+
+from __future__ import annotations
+
+from preft.core.cluster import Adapter, AdapterPlace
+from preft.gateway.http.reply_types import AdapterList, AdapterReply, PlaceReply
+from preft.gateway.listing import Page
+
+
+def page_json(found: Page) -> AdapterList:
+    """A page in the form of OpenAI's lists; an entry's id is its name."""
+    names = [adapter.name for adapter in found.entries]
+    return {
+        "object": "list",
+        "data": [adapter_json(adapter) for adapter in found.entries],
+        "first_id": names[0] if names else None,
+        "last_id": names[-1] if names else None,
+        "has_more": found.has_more,
+        "total": found.total,
+    }
+
+
+def adapter_json(adapter: Adapter) -> AdapterReply:
+    """One entry. `size` in bytes, `created` in seconds."""
+    return {
+        "name": adapter.name,
+        "object": "adapter",
+        "version": adapter.version,
+        "digest": adapter.digest,
+        "source": adapter.source,
+        "kind": adapter.kind,
+        "rank": adapter.rank,
+        "size": adapter.size,
+        "prefill_only": adapter.prefill_only,
+        "pinned": adapter.pinned,
+        "created": int(adapter.created),
+        "warnings": list(adapter.warnings),
+    }
+
+
+def place_json(place: AdapterPlace) -> PlaceReply:
+    """One worker's place of the adapter. `last_used` in seconds, 0 if never used there."""
+    return {
+        "worker": place.worker_id,
+        "tier": place.tier.value,
+        "last_used": place.last_used,
+        "users": place.users,
+    }

@@ -1,0 +1,119 @@
+"""/openapi.json: schemas made from the models and tables that check requests.
+
+Routes read their bodies themselves, so FastAPI can't see the schemas. `json_body` and its siblings declare them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel, TypeAdapter
+from pydantic.json_schema import models_json_schema
+
+from preft.gateway.bodies.adapter_schemas import AddAdapterBody, LoadAdapterBody, PinAdapterBody, UnloadAdapterBody
+from preft.gateway.bodies.parameters import ACCEPTED, UNSUPPORTED
+from preft.gateway.bodies.schemas import ChatBody, CompletionBody, GenerationBody
+from preft.gateway.http.content import ARCHIVE_TYPES
+from preft.gateway.http.reply_types import ErrorReply
+
+BODIES: tuple[type[BaseModel], ...] = (
+    CompletionBody, ChatBody, AddAdapterBody, PinAdapterBody, LoadAdapterBody, UnloadAdapterBody,
+)  # fmt: skip
+_COMPONENTS = "#/components/schemas/"
+_NULL = {"type": "null"}
+_EVENT = {
+    "type": "object",
+    "properties": {"data": {"type": "string", "description": "JSON; after the last event of a reply [DONE]."}},
+    "required": ["data"],
+}
+
+Schema = dict[str, Any]
+
+ERRORS: dict[int | str, Schema] = {
+    "default": {
+        "description": "Error",
+        "content": {"application/json": {"schema": {"$ref": f"{_COMPONENTS}{ErrorReply.__name__}"}}},
+    }
+}
+"""The `responses` of every route for statuses other than 200."""
+
+
+class DescribedApp(FastAPI):
+    """A FastAPI app whose /openapi.json includes the bodies that routes read themselves."""
+
+    def openapi(self) -> Schema:
+        if self.openapi_schema is None:
+            schema = get_openapi(title=self.title, version=self.version, routes=self.routes)
+            schema["components"]["schemas"] |= _schemas()
+            self.openapi_schema = schema
+        return self.openapi_schema
+
+
+def json_body(kind: type[BaseModel]) -> Schema:
+    """The description of a route that reads a JSON body of `kind`."""
+    schema = {"$ref": f"{_COMPONENTS}{kind.__name__}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def archive_body() -> Schema:
+    """The description of a route that takes an archive."""
+    return {"requestBody": {"required": True, "content": {kind: {} for kind in sorted(ARCHIVE_TYPES)}}}
+
+
+def query(kind: type[BaseModel]) -> Schema:
+    """The description of a route that reads a query string of `kind`."""
+    fields = kind.model_json_schema()["properties"]
+    parameters = [
+        {"name": name, "in": "query", "required": False, "schema": _without_null(field)}
+        for name, field in fields.items()
+    ]
+    return {"parameters": parameters}
+
+
+def answers(reply: Any, *, stream: bool = False) -> dict[int | str, Schema]:
+    """The `responses` of a route: `reply` with 200, events too if `stream`, and an error with any other status."""
+    success: Schema = {"model": reply, "description": "Success"}
+    if stream:
+        success["content"] = {"text/event-stream": {"schema": _EVENT}}
+    return {200: success, **ERRORS}
+
+
+def _schemas() -> dict[str, Schema]:
+    """The schemas of all bodies, their parts, and errors, by name."""
+    _, schema = models_json_schema([(kind, "validation") for kind in BODIES], ref_template=f"{_COMPONENTS}{{model}}")
+    schemas: dict[str, Schema] = schema["$defs"]
+    error = TypeAdapter(ErrorReply).json_schema(ref_template=f"{_COMPONENTS}{{model}}")
+    schemas |= {**error.pop("$defs"), ErrorReply.__name__: error}
+    for kind in BODIES:
+        body = schemas[kind.__name__]
+        required = body.get("required", [])
+        properties = {
+            name: field if name in required else _or_null(field) for name, field in body["properties"].items()
+        }
+        if issubclass(kind, GenerationBody):
+            properties |= {name: {"description": "Accepted without effect."} for name in sorted(ACCEPTED)}
+            properties |= {name: _only(values) for name, values in UNSUPPORTED.items()}
+        body["properties"] = properties
+    return schemas
+
+
+def _only(values: tuple[Any, ...]) -> Schema:
+    return {"description": "Not supported with other values.", "enum": [*values, None]}
+
+
+def _or_null(field: Schema) -> Schema:
+    """Allows null, which means absent for every field."""
+    forms = field.get("anyOf", [])
+    if _NULL in forms:
+        return field
+    apart = {name: value for name, value in field.items() if name in ("default", "title", "description")}
+    return {**apart, "anyOf": [{name: value for name, value in field.items() if name not in apart}, _NULL]}
+
+
+def _without_null(field: Schema) -> Schema:
+    """Removes null: a query string can't contain it, and an optional value is left out."""
+    forms = [form for form in field.get("anyOf", []) if form != _NULL]
+    rest = {name: value for name, value in field.items() if name not in ("anyOf", "default") or not forms}
+    return {**rest, **forms[0]} if len(forms) == 1 else field

@@ -1,0 +1,251 @@
+"""Reply bodies: the JSON of completions and chat completions, whole and in stream chunks.
+
+Formats only; `respond` transports. Field names and their order follow OpenAI with vLLM's additions.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from json import JSONEncoder
+from json.encoder import encode_basestring_ascii as quote
+from typing import Any, Protocol
+
+from preft.core.request import FinishReason, TokenLogprob
+from preft.gateway.http.logprobs import LogprobFormat
+from preft.gateway.job import Job
+from preft.gateway.text.choice import ChoiceDelta
+from preft.gateway.text.tokenizer import Tokenizer
+
+_dumps = JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyOptions:
+    """The parts of a reply that a caller chooses. `top_logprobs` None: no log probabilities."""
+
+    top_logprobs: int | None = None
+    tokens_as_ids: bool = False
+    token_ids: bool = False
+    usage: bool = False
+    continuous_usage: bool = False
+
+
+@dataclass(slots=True)
+class WholeChoice:
+    """One choice, joined from its deltas."""
+
+    texts: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+    def add(self, delta: ChoiceDelta) -> None:
+        self.texts.append(delta.text)
+        self.token_ids.extend(delta.token_ids)
+        self.logprobs.extend(delta.logprobs)
+        self.finish_reason = delta.finish_reason
+        self.stop_reason = delta.stop_reason
+
+
+class Shape(Protocol):
+    """One API's format of deltas and choices. One object serves one reply, and counts its tokens and text offsets."""
+
+    def whole(self, choices: list[WholeChoice], cached_tokens: int) -> dict[str, Any]:
+        """The body of a reply that isn't streamed."""
+
+    def chunk(self, delta: ChoiceDelta) -> str:
+        """The server-sent events for `delta`; empty if `delta` shows nothing new."""
+
+    def end(self, cached_tokens: int) -> str:
+        """The events after the last delta: usage, if the request asks for it."""
+
+
+class _Base:
+    """The common part of both shapes. Subclasses name the `object` types and write one choice."""
+
+    whole_object: str
+    chunk_object: str
+    plain_head: str  # a choice up to its text, without the index
+    plain_tail: str  # the rest of the choice, without the end of the event
+
+    def __init__(self, job: Job, tokenizer: Tokenizer, options: ReplyOptions) -> None:
+        self._job = job
+        self._options = options
+        adapter = job.requests[0].adapter  # the version that answers, of all versions of the name
+        self._envelope = {
+            "id": job.id,
+            "object": "",
+            "created": int(time.time()),
+            "model": job.model,
+            "system_fingerprint": adapter.digest[:16] if adapter is not None else None,
+        }
+        self._logprobs: LogprobFormat | None = None
+        if options.top_logprobs is not None:
+            self._logprobs = LogprobFormat(tokenizer, top=options.top_logprobs, as_ids=options.tokens_as_ids)
+        choices = len(job.requests) * job.n
+        self._generated = [0] * choices
+        self._started = [False] * choices
+        self._detailed = self._logprobs is not None or options.token_ids or options.continuous_usage
+        head = _dumps({**self._envelope, "object": self.chunk_object})[:-1]
+        self._heads = [f'data: {head},"choices":[{{"index":{i},{self.plain_head}' for i in range(choices)]
+        self._tail = self.plain_tail + (',"usage":null}\n\n' if options.usage else "}\n\n")
+
+    def chunk(self, delta: ChoiceDelta) -> str:
+        index = delta.index
+        opening = "" if self._started[index] else self._open(index)
+        self._generated[index] += len(delta.token_ids)
+        if self._detailed or delta.finish_reason is not None:
+            return opening + self._event([self._chunk_choice(delta)], **self._usage_so_far(index))
+        if not delta.text:
+            return opening
+        # The hot path, once per token: one JSON string between two prepared pieces.
+        return f"{opening}{self._heads[index]}{quote(delta.text)}{self._tail}"
+
+    def end(self, cached_tokens: int) -> str:
+        if not self._options.usage:
+            return ""
+        return self._event([], usage=self._usage(self._job.prompt_tokens, sum(self._generated), cached_tokens))
+
+    def whole(self, choices: list[WholeChoice], cached_tokens: int) -> dict[str, Any]:
+        generated = sum(len(choice.token_ids) for choice in choices)
+        return {
+            **self._envelope,
+            "object": self.whole_object,
+            "choices": [self._whole_choice(index, choice) for index, choice in enumerate(choices)],
+            "service_tier": None,
+            "usage": self._usage(self._job.prompt_tokens, generated, cached_tokens),
+        }
+
+    def _open(self, index: int) -> str:
+        self._started[index] = True
+        return ""
+
+    def _chunk_choice(self, delta: ChoiceDelta) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _whole_choice(self, index: int, choice: WholeChoice) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _event(self, choices: list[dict[str, Any]], **more: Any) -> str:
+        body = {**self._envelope, "object": self.chunk_object, "choices": choices, **more}
+        return f"data: {_dumps(body)}\n\n"
+
+    def _usage_so_far(self, index: int) -> dict[str, Any]:
+        """The usage field of a chunk. In OpenAI's streams with usage it is null until the last chunk."""
+        if self._options.continuous_usage:
+            return {"usage": self._usage(len(self._prompt(index)), self._generated[index])}
+        return {"usage": None} if self._options.usage else {}
+
+    def _prompt(self, index: int) -> tuple[int, ...]:
+        return self._job.requests[index // self._job.n].prompt_token_ids
+
+    @staticmethod
+    def _usage(prompt: int, generated: int, cached: int | None = None) -> dict[str, Any]:
+        usage: dict[str, Any] = {
+            "prompt_tokens": prompt,
+            "total_tokens": prompt + generated,
+            "completion_tokens": generated,
+        }
+        if cached is not None:
+            usage["prompt_tokens_details"] = {"cached_tokens": cached}
+        return usage
+
+
+class CompletionShape(_Base):
+    """/v1/completions."""
+
+    whole_object = "text_completion"
+    chunk_object = "text_completion"
+    plain_head = '"text":'
+    plain_tail = ',"logprobs":null,"finish_reason":null,"stop_reason":null}]'
+
+    def __init__(self, job: Job, tokenizer: Tokenizer, options: ReplyOptions) -> None:
+        super().__init__(job, tokenizer, options)
+        self._offsets = [0] * len(self._generated)
+        self._prompt_shown = [not options.token_ids] * len(self._generated)
+
+    def _chunk_choice(self, delta: ChoiceDelta) -> dict[str, Any]:
+        return self._choice(
+            delta.index, delta.text, delta.token_ids, delta.logprobs, delta.finish_reason, delta.stop_reason
+        )
+
+    def _whole_choice(self, index: int, choice: WholeChoice) -> dict[str, Any]:
+        return self._choice(
+            index, "".join(choice.texts), choice.token_ids, choice.logprobs, choice.finish_reason, choice.stop_reason
+        )
+
+    def _choice(
+        self,
+        index: int,
+        text: str,
+        token_ids: tuple[int, ...] | list[int],
+        entries: tuple[TokenLogprob, ...] | list[TokenLogprob],
+        finish_reason: FinishReason | None,
+        stop_reason: str | int | None,
+    ) -> dict[str, Any]:
+        logprobs = None
+        if self._logprobs is not None:
+            logprobs, self._offsets[index] = self._logprobs.completion(entries, self._offsets[index])
+        choice = {
+            "index": index,
+            "text": text,
+            "logprobs": logprobs,
+            "finish_reason": finish_reason,
+            "stop_reason": stop_reason,
+        }
+        if self._options.token_ids:
+            choice["token_ids"] = token_ids
+        if not self._prompt_shown[index]:
+            self._prompt_shown[index] = True
+            choice["prompt_token_ids"] = self._prompt(index)
+        return choice
+
+
+class ChatShape(_Base):
+    """/v1/chat/completions."""
+
+    whole_object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+    plain_head = '"delta":{"content":'
+    plain_tail = '},"logprobs":null,"finish_reason":null}]'
+
+    def _open(self, index: int) -> str:
+        """Begins a choice with its role."""
+        self._started[index] = True
+        delta = {"role": "assistant", "content": ""}
+        more: dict[str, Any] = {"prompt_token_ids": self._prompt(index)} if self._options.token_ids else {}
+        more |= self._usage_so_far(index)
+        return self._event([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}], **more)
+
+    def whole(self, choices: list[WholeChoice], cached_tokens: int) -> dict[str, Any]:
+        body = super().whole(choices, cached_tokens)
+        if self._options.token_ids:
+            body["prompt_token_ids"] = self._prompt(0)
+        return body
+
+    def _chunk_choice(self, delta: ChoiceDelta) -> dict[str, Any]:
+        choice: dict[str, Any] = {
+            "index": delta.index,
+            "delta": {"content": delta.text},
+            "logprobs": None if self._logprobs is None else self._logprobs.chat(delta.logprobs),
+            "finish_reason": delta.finish_reason,
+        }
+        if delta.finish_reason is not None:
+            choice["stop_reason"] = delta.stop_reason
+        if self._options.token_ids:
+            choice["token_ids"] = delta.token_ids
+        return choice
+
+    def _whole_choice(self, index: int, choice: WholeChoice) -> dict[str, Any]:
+        body: dict[str, Any] = {
+            "index": index,
+            "message": {"role": "assistant", "content": "".join(choice.texts), "refusal": None},
+            "logprobs": None if self._logprobs is None else self._logprobs.chat(choice.logprobs),
+            "finish_reason": choice.finish_reason,
+            "stop_reason": choice.stop_reason,
+        }
+        if self._options.token_ids:
+            body["token_ids"] = choice.token_ids
+        return body

@@ -1,0 +1,105 @@
+"""Carries a running completion over HTTP, as server-sent events or as one JSON body, until its end or a disconnect.
+
+A reply starts with its first tokens, so an earlier failure is a plain HTTP error. A later failure is an event
+`data: {"error": {...}}` followed by `data: [DONE]`, as in vLLM: no choice gets a false finish_reason.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from preft.core.errors import PreftError
+from preft.gateway.completion import Completion
+from preft.gateway.http.errors import error_body
+from preft.gateway.http.reply import Shape, WholeChoice
+
+_log = logging.getLogger(__name__)
+_DONE = "data: [DONE]\n\n"
+
+
+class _ClientGone(Exception):
+    """The client closed the connection."""
+
+
+class _Reply(Response):
+    """A response that runs the completion itself: a disconnect cancels the completion at once."""
+
+    def __init__(self, completion: Completion, shape: Shape) -> None:
+        super().__init__()
+        self._completion = completion
+        self._shape = shape
+        self._id = completion.job.id
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with self._completion as completion, _watching_client(receive, completion):
+                await self._write(completion, scope, receive, send)
+        except _ClientGone:
+            pass
+
+    async def _write(self, completion: Completion, scope: Scope, receive: Receive, send: Send) -> None:
+        raise NotImplementedError
+
+
+class WholeReply(_Reply):
+    """The whole answer as one JSON body."""
+
+    async def _write(self, completion: Completion, scope: Scope, receive: Receive, send: Send) -> None:
+        choices = [WholeChoice() for _ in range(len(completion.job.requests) * completion.job.n)]
+        while deltas := await completion.take():
+            for delta in deltas:
+                choices[delta.index].add(delta)
+        body = self._shape.whole(choices, completion.cached_tokens)
+        await JSONResponse(body, headers={"x-request-id": self._id})(scope, receive, send)
+
+
+class EventStream(_Reply):
+    """The answer as server-sent events. One write carries all deltas that are ready."""
+
+    async def _write(self, completion: Completion, scope: Scope, receive: Receive, send: Send) -> None:
+        deltas = await completion.take()
+        headers = [
+            (b"content-type", b"text/event-stream; charset=utf-8"),
+            (b"cache-control", b"no-cache"),
+            (b"x-accel-buffering", b"no"),
+            (b"x-request-id", self._id.encode()),
+        ]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        chunk = self._shape.chunk
+        try:
+            while deltas:
+                if events := "".join(map(chunk, deltas)):
+                    await send({"type": "http.response.body", "body": events.encode(), "more_body": True})
+                deltas = await completion.take()
+            last = self._shape.end(completion.cached_tokens) + _DONE
+        except _ClientGone:
+            raise
+        except Exception as error:  # the status is sent: the error must go into the stream
+            if not isinstance(error, PreftError):
+                _log.exception("request %s failed in its stream", self._id)
+            last = f"data: {json.dumps(error_body(error))}\n\n{_DONE}"
+        await send({"type": "http.response.body", "body": last.encode(), "more_body": False})
+
+
+@asynccontextmanager
+async def _watching_client(receive: Receive, completion: Completion) -> AsyncIterator[None]:
+    """Within the context, a disconnect makes the completion's reader raise _ClientGone."""
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        completion.abandon(_ClientGone())
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        watcher.cancel()
+        await asyncio.gather(watcher, return_exceptions=True)

@@ -1,0 +1,111 @@
+"""The adapter endpoints, in this server's form and in vLLM's. The catalog judges the adapters."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+from preft.core.errors import InvalidRequest
+from preft.core.request import AdapterRef
+from preft.gateway.bodies.adapter_schemas import (
+    AddAdapterBody,
+    ListQuery,
+    LoadAdapterBody,
+    PinAdapterBody,
+    UnloadAdapterBody,
+    UploadQuery,
+)
+from preft.gateway.deps import GatewayDeps
+from preft.gateway.http.adapter_json import adapter_json, page_json, place_json
+from preft.gateway.http.add_stream import AddStream, added
+from preft.gateway.http.openapi import ERRORS, answers, archive_body, json_body, query
+from preft.gateway.http.parse import parse_query, read_body
+from preft.gateway.http.reply_types import AdapterList, AdapterReply, RemovedAdapter, ShownAdapter
+from preft.gateway.http.upload import received
+from preft.gateway.listing import entry, page
+
+_VLLM_PARAMS = {"name": "lora_name", "source": "lora_path"}  # the catalog's parameter -> vLLM's
+
+
+def adapter_routes(deps: GatewayDeps) -> APIRouter:
+    """/v1/adapters. Names may hold slashes."""
+    router = APIRouter(tags=["Adapters"])
+    catalog = deps.catalog
+
+    @router.get("/v1/adapters", responses=answers(AdapterList), openapi_extra=query(ListQuery))
+    async def list_adapters(request: Request) -> Response:
+        return JSONResponse(page_json(page(catalog.list(), parse_query(ListQuery, request))))
+
+    @router.post("/v1/adapters", responses=answers(AdapterReply, stream=True), openapi_extra=json_body(AddAdapterBody))
+    async def add_adapter(request: Request) -> Response:
+        body = await read_body(request, AddAdapterBody, deps.max_body_bytes)
+        if body.stream:
+            return AddStream(lambda told: catalog.add(body.name, body.origin, replace=body.replace, progress=told))
+        adapter = await added(request, catalog.add(body.name, body.origin, replace=body.replace))
+        return JSONResponse(adapter_json(adapter))
+
+    @router.get("/v1/adapters/{name:path}", responses=answers(ShownAdapter))
+    async def show_adapter(name: str) -> Response:
+        adapter = entry(catalog, name)
+        wanted = AdapterRef(adapter.name, adapter.digest, adapter.source)
+        places = [] if deps.places is None else await deps.places.places(wanted)
+        return JSONResponse({**adapter_json(adapter), "workers": [place_json(place) for place in places]})
+
+    @router.put(
+        "/v1/adapters/{name:path}",
+        responses=answers(AdapterReply),
+        openapi_extra={**query(UploadQuery), **archive_body()},
+    )
+    async def upload_adapter(name: str, request: Request) -> Response:
+        query = parse_query(UploadQuery, request)
+        async with received(request, deps.max_adapter_bytes, deps.upload_folder) as archive:
+            return JSONResponse(adapter_json(await catalog.add_archive(name, archive, replace=query.replace)))
+
+    @router.patch("/v1/adapters/{name:path}", responses=answers(AdapterReply), openapi_extra=json_body(PinAdapterBody))
+    async def pin_adapter(name: str, request: Request) -> Response:
+        body = await read_body(request, PinAdapterBody, deps.max_body_bytes)
+        return JSONResponse(adapter_json(await catalog.pin(name, body.pinned)))
+
+    @router.delete("/v1/adapters/{name:path}", responses=answers(RemovedAdapter))
+    async def remove_adapter(name: str) -> Response:
+        return JSONResponse({**adapter_json(await catalog.remove(name)), "deleted": True})
+
+    return router
+
+
+def vllm_adapter_routes(deps: GatewayDeps) -> APIRouter:
+    """/v1/load_lora_adapter and /v1/unload_lora_adapter, with vLLM's parameters and replies."""
+    router = APIRouter(tags=["Adapters"])
+
+    @router.post(
+        "/v1/load_lora_adapter",
+        response_class=PlainTextResponse,
+        responses=ERRORS,
+        openapi_extra=json_body(LoadAdapterBody),
+    )
+    async def load_lora_adapter(request: Request) -> Response:
+        body = await read_body(request, LoadAdapterBody, deps.max_body_bytes)
+        if not body.load_inplace and deps.catalog.get(body.lora_name) is not None:
+            raise InvalidRequest(
+                f"The lora adapter {body.lora_name!r} has already been loaded. Set load_inplace to replace it.",
+                "lora_name",
+            )
+        try:
+            await added(request, deps.catalog.add(body.lora_name, body.lora_path, replace=body.load_inplace))
+        except InvalidRequest as error:
+            error.param = _VLLM_PARAMS.get(error.param or "", error.param)
+            raise
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+    @router.post(
+        "/v1/unload_lora_adapter",
+        response_class=PlainTextResponse,
+        responses=ERRORS,
+        openapi_extra=json_body(UnloadAdapterBody),
+    )
+    async def unload_lora_adapter(request: Request) -> Response:
+        body = await read_body(request, UnloadAdapterBody, deps.max_body_bytes)
+        await deps.catalog.remove(body.lora_name)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+    return router

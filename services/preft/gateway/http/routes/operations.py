@@ -1,0 +1,40 @@
+"""/health, /ready, /metrics and /v1/workers, for load balancers, Prometheus and `preft status`."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+from preft.gateway.deps import GatewayDeps
+from preft.gateway.http.openapi import answers
+from preft.gateway.http.reply_types import HealthReply, NotReadyReply, WorkersReply
+from preft.gateway.readiness import worker_json
+
+
+def operations_routes(deps: GatewayDeps) -> APIRouter:
+    router = APIRouter(tags=["Operations"])
+
+    @router.get("/health", responses=answers(HealthReply))
+    async def health() -> Response:
+        """200 while this process answers."""
+        return JSONResponse({"status": "alive"})
+
+    @router.get("/ready", responses={**answers(HealthReply), 503: {"model": NotReadyReply, "description": "Not ready"}})
+    async def ready() -> Response:
+        """200 if a request would be served now, else 503."""
+        if not (reason := deps.unready()):
+            return JSONResponse({"status": "ready"})
+        workers = [worker_json(seen) for seen in deps.workers()]
+        return JSONResponse({"status": "not ready", "reason": reason, "workers": workers}, 503)
+
+    @router.get("/v1/workers", responses=answers(WorkersReply))
+    async def workers() -> Response:
+        """The workers as the router sees them, each with the state that it told last."""
+        return JSONResponse({"workers": [seen.as_json() for seen in deps.workers()]})
+
+    @router.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        return Response(generate_latest(deps.registry), media_type=CONTENT_TYPE_LATEST)
+
+    return router

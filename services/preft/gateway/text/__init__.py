@@ -1,0 +1,1 @@
+"""Text and tokens: prompts to token ids, token ids to text, stop strings."""

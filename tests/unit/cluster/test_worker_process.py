@@ -58,7 +58,10 @@ async def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
 async def asked(worker: Worker) -> list[int]:
     """The tokens of one request."""
     request = workers_pb2.DecodeRequest(
-        request_id="r", handle="h", prompt_token_ids=[5, 6], sampling=sampling_to_proto(Sampling(max_tokens=4, temperature=0.0)),
+        request_id="r",
+        handle="h",
+        prompt_token_ids=[5, 6],
+        sampling=sampling_to_proto(Sampling(max_tokens=4, temperature=0.0)),
         choices=[workers_pb2.DecodeChoice(index=0)],
     )  # fmt: skip
     async with ClusterChannel(worker.address, SECRET) as channel:

@@ -341,7 +341,7 @@ class Admission:
         if at is None or not at.is_ready or at.id in line.head.demand.avoid:
             return False
         here, there = ((one.holds(digest), one.is_loading(digest)) for one in (at, worker))
-        return here > there or (here == there and at.load - len(line.tickets) <= worker.load)
+        return here > there or (here == there and at.load - line.work <= worker.load)
 
     def _move(self, line: Line, at: WorkerView | None) -> None:
         before = line.at

@@ -139,7 +139,7 @@ async def _start(settings: Settings) -> float:
     async with open_catalog(settings.model_copy(update={"adapter_dir": None})) as catalog:
         catalog.list()
         [path] = (settings.state_dir / "models").glob("*/catalog.sqlite")
-        store = open_store(path)
+        store = open_store(path, path.parent.name)
         await CatalogView(store).refresh()
         await store.close()
         return time.monotonic() - started

@@ -329,7 +329,7 @@ async def test_two_workers_are_as_good_as_one_engine(cluster: Cluster, tmp_path:
 
 async def test_many_at_once(cluster: Cluster, tmp_path: Path) -> None:
     """Several choices of several users, whose KV all travels at the same time."""
-    users = [write_adapter(tmp_path / f"user-{number}", str(number)) for number in range(12)]
+    users = [write_adapter(tmp_path / f"user-{number}", str(number)) for number in range(8)]
     sampling = Sampling(max_tokens=9, temperature=1.0, seed=3)
     got = await asyncio.gather(*(cluster.generate(sampling, user, n=3) for user in users))
     for user, choices in zip(users, got, strict=True):

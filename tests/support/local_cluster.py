@@ -21,11 +21,11 @@ from preft.cluster.adapters import open_catalog
 from preft.cluster.gateway_process import RunningGateway, run_gateway
 from preft.cluster.model import with_model_length
 from preft.cluster.secret import cluster_secret
+from preft.cluster.stores import open_registrations
 from preft.cluster.worker import StartEngine, WorkerServer
 from preft.core.cluster import Role, WorkerStatus
 from preft.core.ports import StateStore
 from preft.core.settings import Settings, load_settings
-from preft.state import open_store
 from support.faulty_sender import FaultySender
 
 T = TypeVar("T")
@@ -139,7 +139,7 @@ def local_cluster(
 @contextlib.asynccontextmanager
 async def _cluster(settings: Settings, start_engine: StartEngine) -> AsyncIterator[LocalCluster]:
     settings.state_dir.mkdir(parents=True, exist_ok=True)
-    store = open_store(settings.state_dir / "state.sqlite")
+    store = open_registrations(settings)
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(store.close)
         catalog = await stack.enter_async_context(open_catalog(settings))

@@ -118,6 +118,11 @@ class Admission:
     def closed(self) -> bool:
         return self._closed is not None
 
+    @property
+    def has_choice(self) -> bool:
+        """Whether several workers compute prompts."""
+        return self._view.several
+
     def enter(self, demand: Demand, choices: Sequence[int], *, started: bool = False) -> Ticket:
         """Queues `demand`, or gives its ticket a lease at once if there is room.
 
@@ -303,6 +308,7 @@ class Admission:
         placed = self._policy.place(ticket.demand, self._view, now)
         if isinstance(placed, Pair):
             ticket.outcome.set_result(Lease(placed, ticket.demand, ticket.choices, self.wake))
+            self._view.prefixes.add(ticket.demand.beginnings, placed.prefill.id)
             self._grants.append(now)
             self.shares.leased(now, ticket.demand.kv_tokens, waiting=self.waiting)
         return placed

@@ -22,6 +22,7 @@ from preft.router.attempt import FINAL, Attempt, Choice, Job
 from preft.router.channels import WorkerChannels
 from preft.router.decode_stream import CallCancelled
 from preft.router.policy import Demand
+from preft.router.prefixes import beginnings
 from preft.rpc.convert import sampling_to_proto
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ class RoutedGeneration:
         self._job = Job(request, sampling_to_proto(request.sampling), since, since + limit)
         cost = len(request.prompt_token_ids) + min(request.sampling.max_tokens, KV_ALLOWANCE)
         self._order = admission.shares.order(since, request.tenant, request.priority, cost)
+        self._beginnings = beginnings(self._job.digest, request.prompt_token_ids) if admission.has_choice else ()
         self._admission = admission
         self._channels = channels
         self._settings = settings
@@ -144,6 +146,7 @@ class RoutedGeneration:
             decodes=most > 1,
             adapter=request.adapter,
             order=self._order,
+            beginnings=self._beginnings,
             avoid=self._avoid,
         )
         indexes = [choice.index for choice in choices]

@@ -11,7 +11,7 @@ from enum import Enum, auto
 from itertools import islice
 from typing import Protocol
 
-from preft.core.cluster import Worker
+from preft.core.cluster import Role, Worker
 from preft.core.request import AdapterRef
 from preft.router.view import ClusterView, Order, WorkerView
 
@@ -38,6 +38,7 @@ class Demand:
     decodes: bool = True
     adapter: AdapterRef | None = None  # names the adapter to a worker that has to load it
     order: Order = FIRST
+    beginnings: tuple[bytes, ...] = ()  # see `prefixes`
     avoid: frozenset[str] = frozenset()  # ids of workers that have just failed this request
 
     def blocks(self, worker: Worker) -> int:
@@ -162,7 +163,8 @@ class _Choice:
         least = self._least()
         if isinstance(least, Refusal):
             return least
-        prefill = self._nearest(least) if self._demand.digest else least
+        self._limit = least.load * self._policy.busier_factor
+        prefill = self._nearest(least) if self._demand.digest else self._known_prefix(self._view.workers) or least
         if self._demand.adapter is not None and not prefill.holds(self._demand.digest):
             return Absent(prefill)
         if self._demand.digest and not (self._takes(prefill) and self._has_slot(prefill)):
@@ -186,8 +188,9 @@ class _Choice:
     def _nearest(self, least: WorkerView) -> WorkerView:
         """The worker that should compute the prompt, now or once it has room, a slot or the adapter."""
         digest = self._demand.digest
-        self._limit = least.load * self._policy.busier_factor
         holders, loaders = self._view.holders.get(digest, {}), self._view.loaders.get(digest, {})
+        if known := self._known_prefix(holders):
+            return known
         for near in (holders, loaders):  # a request never waits for a load where a holder can serve it
             if able := self._first_able(near):
                 return able
@@ -203,6 +206,22 @@ class _Choice:
             further = least  # the adapter is on all its next places already
         return further or nearest
 
+    def _known_prefix(self, near: Mapping[str, WorkerView]) -> WorkerView | None:
+        """The one of `near` that has computed most of the prompt's beginning, takes the prompt and isn't too busy."""
+        depths = self._view.prefixes.known(self._demand.beginnings)
+        known = [worker for key in depths if (worker := near.get(key)) is not None and self._can_take(worker)]
+        return max(known, key=lambda worker: (depths[worker.id], -worker.load), default=None)
+
+    def _can_take(self, worker: WorkerView) -> bool:
+        """Whether the worker takes the prompt now and isn't too busy."""
+        return (
+            worker.load <= self._limit + self._policy.busier_slack
+            and worker.worker.role is not Role.DECODE
+            and self._is_usable(worker)
+            and self._takes(worker)
+            and (not self._demand.digest or self._has_slot(worker))
+        )
+
     def _first_able(self, near: Mapping[str, WorkerView]) -> WorkerView | None:
         """The least loaded of `near` that takes the prompt now and isn't too busy."""
         if MANY * len(near) < len(self._view.prefill):
@@ -212,7 +231,7 @@ class _Choice:
         for worker in by_load:
             if worker.load > self._limit + self._policy.busier_slack:
                 return None
-            if self._is_usable(worker) and self._takes(worker) and self._has_slot(worker):
+            if self._can_take(worker):
                 return worker
         return None
 

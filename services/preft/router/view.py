@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from preft.core.cluster import AdapterState, Role, StatusUpdate, Worker, WorkerSeen, WorkerState, WorkerStatus
 from preft.router.load_index import HashRing, LoadIndex
+from preft.router.prefixes import PrefixIndex
 
 FULLNESS_LEVELS = 64  # of decode workers
 REFUSED_SECONDS = 3.0  # until a worker that failed to load an adapter is asked again
@@ -140,7 +141,7 @@ class WorkerView:
     def load_ended(self, digest: str, now: float, *, done: bool) -> None:
         """Records the worker's answer: loaded (`done`) or refused."""
         self.loads.discard(digest)
-        self._refused.pop(digest, None)
+        self._refused = {key: until for key, until in self._refused.items() if key != digest and until > now}
         if done:
             self._loaded.add(digest)
         else:
@@ -293,6 +294,7 @@ class ClusterView:
         self.prefill: LoadIndex[WorkerView] = LoadIndex()
         self.decode: dict[str, LoadIndex[WorkerView]] = {}
         self.ring = HashRing()  # of ready workers that compute prompts, whatever their load
+        self.prefixes = PrefixIndex()
         self.holders: dict[str, dict[str, WorkerView]] = {}
         self.loaders: dict[str, dict[str, WorkerView]] = {}
         self._prompting: Counter[str] = Counter()  # ready workers that compute prompts, by fingerprint
@@ -313,6 +315,11 @@ class ClusterView:
     def serving(self) -> bool:
         """Whether a prefill worker and a decode worker with equal fingerprints are ready."""
         return any(fingerprint in self.decode for fingerprint in self._prompting)
+
+    @property
+    def several(self) -> bool:
+        """Whether several ready workers compute prompts."""
+        return len(self._members) > 1
 
     def ready(self, *roles: Role) -> list[WorkerView]:
         """READY workers of these roles, ordered by id."""

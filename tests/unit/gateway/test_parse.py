@@ -127,8 +127,6 @@ def test_an_unknown_parameter_is_named(parse):
         (chat, "functions", [{"name": "f"}]),
         (chat, "modalities", ["text", "audio"]),
         (chat, "audio", {"voice": "x"}),
-        (chat, "priority", 1),
-        (chat, "priority", False),
         (chat, "echo", True),
         (completion, "cache_salt", "secret"),
         (chat, "cache_salt", ""),
@@ -142,11 +140,11 @@ def test_what_is_not_supported_says_so(parse, name, value):
 
 
 def test_neutral_values_and_metadata_are_accepted():
-    metadata = {"user": "u", "store": True, "metadata": {"a": "b"}, "service_tier": "auto", "safety_identifier": "x"}
+    metadata = {"store": True, "metadata": {"a": "b"}, "service_tier": "auto", "safety_identifier": "x"}
     assert completion(echo=False, suffix="", use_beam_search=False, **metadata) == completion()
     assert completion(n=2, best_of=2).n == 2
     neutral = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "parallel_tool_calls": True}
-    assert chat(**neutral, **metadata, priority=0).model_copy(update={"tool_choice": None}) == chat()
+    assert chat(**neutral, **metadata).model_copy(update={"tool_choice": None}) == chat()
 
 
 WHOLE = ("max_tokens", "min_tokens", "n", "top_k", "seed")

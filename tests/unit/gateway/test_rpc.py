@@ -128,6 +128,8 @@ async def test_no_value_in_a_public_call_is_our_fault(served):
                         setattr(message, field.name, True)
                     case FieldDescriptor.CPPTYPE_UINT32, True:
                         getattr(message, field.name).extend(draw.choices(NUMBERS, k=draw.randrange(2000)))
+                    case FieldDescriptor.CPPTYPE_INT32, _:
+                        setattr(message, field.name, draw.choice([0, 101, -(2**31), 2**31 - 1]))
                     case _:
                         setattr(message, field.name, draw.choice(NUMBERS))
                 assert await status_of(call(message)) in FINE, (field.name, message)

@@ -21,7 +21,7 @@ from preft.core.errors import (
     SourceNotFound,
     Unavailable,
 )
-from preft.router.admission import TRIES, Admission, Ticket
+from preft.router.admission import TRIES, TURN, Admission, Ticket
 from preft.router.fair_share import FairShare
 from preft.router.lease import Lease
 from preft.router.policy import AffinityPolicy, Demand, Placement
@@ -464,10 +464,13 @@ class Cluster:
         max_queue: int = 100,
         decode_blocks: int = 10**6,
         patience: float = 0.5,
+        staging: int = 0,
+        decoders: int = 1,
     ) -> None:
         """`held`: worker id -> the adapters in its memory, by default a letter each."""
         self.held = {worker: set(digests) for worker, digests in held.items()}
-        self.slots, self.decode_blocks = slots, decode_blocks
+        self.slots, self.staging = slots, staging
+        self.decoders = [a_worker(f"d{i}", Role.DECODE, blocks=decode_blocks, staging=staging) for i in range(decoders)]
         self.up = set(self.held)
         self.asked: list[tuple[str, str]] = []  # (worker, digest) in the order of the calls
         self.calls: dict[tuple[str, str], WorkerView] = {}  # under way
@@ -497,8 +500,8 @@ class Cluster:
 
     def beat(self) -> None:
         """The registry is read, and all workers that are up tell what they hold."""
-        members = [a_worker(name, Role.PREFILL, slots=self.slots) for name in sorted(self.up)]
-        self.view.register([*members, a_worker("d0", Role.DECODE, blocks=self.decode_blocks)])
+        members = [a_worker(name, Role.PREFILL, slots=self.slots, staging=self.staging) for name in sorted(self.up)]
+        self.view.register([*members, *self.decoders])
         for one in self.view.workers.values():
             one.told(a_message(self.held.get(one.id, ()), loading=one.loads - self.held.get(one.id, set())))
             self.admission.wake(one)
@@ -514,7 +517,8 @@ class Cluster:
     ) -> Ticket:
         adapter = ReadableRef(digest, digest, "/") if digest else None
         order = self.admission.shares.order(asyncio.get_running_loop().time() - age, "", 0, 0)
-        demand = Demand(digest, blocks * 16, blocks * 16, adapter=adapter, order=order, avoid=avoid)
+        prompt = blocks * 16 if self.staging else 0
+        demand = Demand(digest, blocks * 16, blocks * 16, prompt, adapter=adapter, order=order, avoid=avoid)
         return self.admission.enter(demand, [0], started=started)
 
     @property
@@ -1020,3 +1024,130 @@ def test_storms(seed: int) -> None:
 
     with asyncio.Runner() as runner:
         runner.run(storm())
+
+
+# Turns and age
+
+
+async def test_a_line_goes_together_in_one_turn() -> None:
+    """Up to TURN requests of one adapter share the slot, though older ones of another adapter wait for one."""
+    cluster = Cluster({"p0": "xab"}, slots=1, max_queue=200, patience=NEVER)
+    running = await cluster.enter("x").wait(1)
+    first, other = cluster.enter("a"), cluster.enter("b")
+    others = [cluster.enter("a") for _ in range(2 * TURN)]
+    running.release()
+    await settle()
+    tickets = [first, *others]
+    assert served(*tickets) == [True] * len(tickets)
+    assert served(other) == [False]
+    leases = [await ticket.wait(1) for ticket in tickets]
+    for lease in leases[:-1]:
+        lease.prompt_ended()
+        await settle()
+        assert served(other) == [False]
+    leases[-1].prompt_ended()
+    await settle()
+    assert served(other) == [True]
+
+
+async def test_a_turn_ends_where_another_request_has_waited_long() -> None:
+    cluster = Cluster({"p0": "xab"}, slots=1, max_queue=200, patience=0.05)
+    running = await cluster.enter("x").wait(1)
+    first, other = cluster.enter("a"), cluster.enter("b")
+    others = [cluster.enter("a") for _ in range(2 * TURN)]
+    await asyncio.sleep(0.1)
+    running.release()
+    await settle()
+    assert served(first, other) == [True, False]
+    assert sum(served(*others)) == TURN - 1
+    for ticket in [first, *others[: TURN - 1]]:
+        (await ticket.wait(1)).release()
+        await settle()
+    assert served(other) == [True]
+
+
+@pytest.mark.parametrize("cold", [False, True])
+async def test_adapters_that_are_not_there_hold_up_nobody(cold: bool) -> None:
+    """However many lines wait for their adapters' loads, one whose adapter is there gets the free slot."""
+    digests = [chr(0x4E00 + i) for i in range(3 * TRIES)]
+    cluster = Cluster({"p0": "xy"}, slots=1)
+    running = await cluster.enter("x").wait(1)
+    waiting = [cluster.enter(digest) for digest in (digests if cold else [])]
+    ready = cluster.enter("y")
+    running.release()
+    await settle()
+    assert served(ready) == [True]
+    assert not any(served(*waiting))
+    assert len(cluster.loading) <= 2  # not all at once
+
+
+class Crowd(Storm):
+    """A storm over several decode workers, with little staging memory, and no patience in most cases."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        draw = self.draw
+        self.cluster = Cluster(
+            {f"p{i}": draw.sample("abcdef", draw.randint(0, 6)) for i in range(draw.randint(1, 4))},
+            self.slots,
+            prefills=draw.randint(1, 8),
+            max_queue=draw.randint(5, 60),
+            decode_blocks=draw.choice([4, 8, 1000]),
+            patience=draw.choice([0.0, 0.0, 0.5]),
+            staging=draw.choice([0, 3, 6]),
+            decoders=draw.randint(1, 3),
+        )
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=60, deadline=None)
+def test_crowds(seed: int) -> None:
+    """As storms, with several decode workers and little staging memory."""
+
+    async def crowd() -> None:
+        await Crowd(seed).run()
+
+    with asyncio.Runner() as runner:
+        runner.run(crowd())
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=100, deadline=None)
+def test_a_request_waits_no_longer_than_what_ran_before_it(seed: int) -> None:
+    """Without patience: in a full cluster with a stream of younger requests, of any size and for any adapter."""
+
+    async def flood() -> None:
+        storm = Crowd(seed)
+        draw, cluster = storm.draw, storm.cluster
+        cluster.admission._policy = AffinityPolicy(patience=0.0)
+        leases, young, queued = list[Lease](), list[Ticket](), 3
+
+        def come() -> None:
+            while cluster.admission.waiting < queued:
+                young.append(cluster.enter(draw.choice(["", *"abcdef"]), draw.randint(1, 2)))
+
+        def go_on() -> None:
+            for ticket in [ticket for ticket in young if ticket.outcome.done()]:
+                young.remove(ticket)
+                leases.append(ticket.outcome.result())
+            if leases:
+                leases.pop(0).release()
+            for load in cluster.loading:
+                cluster.load_ends(*load)
+
+        for _ in range(20):
+            come()
+            go_on()
+            await settle()
+        oldest = cluster.enter(draw.choice(["", *"abcdef"]), 3, age=99.0, started=True)
+        running = sum(one.prefills + one.sequences for one in cluster.view.workers.values())
+        for _ in range(running + 10):
+            come()
+            go_on()
+            await settle()
+            if oldest.outcome.done():
+                break
+        assert oldest.outcome.done()
+
+    with asyncio.Runner() as runner:
+        runner.run(flood())

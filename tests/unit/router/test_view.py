@@ -100,6 +100,13 @@ def test_a_load_that_failed_is_remembered_for_a_while_or_until_the_next() -> Non
     assert not one.refused("a", 20.0)
 
 
+def test_old_refusals_are_forgotten() -> None:
+    one = alone()
+    for number in range(100):
+        one.load_ended(f"digest-{number}", float(number), done=False)
+    assert len(one._refused) <= REFUSED_SECONDS + 1
+
+
 def test_an_ended_load_counts_until_the_worker_tells_of_the_adapter() -> None:
     one = alone()
     one.load_ended("a", 0.0, done=True)

@@ -17,6 +17,7 @@ from preft.core.cluster import Adapter, Role, Worker
 from preft.core.errors import ConfigError, PreftError, Unavailable
 from preft.state import open_store
 from preft.state.redis_store import RedisStore
+from support.certificates import write_certificate
 from support.redis_server import PROGRAM, RedisServer, free_port, running_redis
 
 WORKER = Worker("w", Role.PREFILL, "127.0.0.1:4000", "f", 1)
@@ -275,6 +276,24 @@ async def test_a_socket_of_the_machine(tmp_path: Path) -> None:
         await store.wait_changed(5)
         assert await store.workers() == [WORKER]
         await store.close()
+
+
+async def test_an_encrypted_connection(tmp_path: Path) -> None:
+    certificate, key = write_certificate(tmp_path)
+    port = free_port()
+    tls = ["--tls-port", str(port), "--tls-cert-file", str(certificate), "--tls-key-file", str(key)]
+    with running_redis(tmp_path / "data", *tls, "--tls-auth-clients", "no", password=PASSWORD):
+        url = f"rediss://:{PASSWORD}@127.0.0.1:{port}/0"
+        store = open_store(f"{url}?ssl_ca_certs={certificate}", "test")
+        await store.put_worker(WORKER, 60)
+        await store.wait_changed(5)
+        assert await store.workers() == [WORKER]
+        await store.close()
+        unknown = open_store(url, "test")  # nobody vouches for the certificate
+        with pytest.raises(Unavailable, match="certificate") as caught:
+            await unknown.workers()
+        assert "\n" not in str(caught.value)
+        await unknown.close()
 
 
 async def test_sentinels_name_the_next_server(tmp_path: Path) -> None:

@@ -272,8 +272,12 @@ class Admission:
         if worker.id in self._view.prefill and not self._lines.number_at(worker):
             self._share(worker)
             for line in self._lines.elsewhere(worker, HELPED):
-                if line.tickets and not self._is_hopeless(line):
+                if line.tickets and self._can_help(worker, line) and not self._is_hopeless(line):
                     self._try(line)
+
+    def _can_help(self, worker: WorkerView, line: Line) -> bool:
+        """Whether the worker has the adapter, or the line waits for more than its adapter's load."""
+        return worker.holds(line.digest) or line.at is None or not line.at.is_loading(line.digest)
 
     def _try(self, line: Line | None) -> None:
         """Lets a line's requests go out of turn."""

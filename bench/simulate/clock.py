@@ -1,7 +1,7 @@
 """An event loop with virtual time, and the measurement of the router's real time.
 
-The loop never sleeps: as soon as no callback is ready, its time jumps to the next timer. So minutes of a cluster take as
-long as the callbacks need, and equal seeds give equal runs.
+The loop never sleeps: as soon as no callback is ready, its time jumps to the next timer. So minutes of a cluster take
+as long as the callbacks need, and equal seeds give equal runs.
 """
 
 from __future__ import annotations

@@ -58,9 +58,7 @@ class _Simulation:
         self._view = ClusterView(MAX_PREFILLS, QUEUED_SHARE)
         self._policy = TimedPolicy(POLICIES[policy](patience))
         self._cluster = Cluster(scenario, loop, self._view, self._watch, self._prompted, self._finished)
-        self._queue = TimedAdmission(
-            self._policy, self._view, scenario.max_queue, self._cluster.prefetch, self._watch
-        )
+        self._queue = TimedAdmission(self._policy, self._view, scenario.max_queue, self._cluster.prefetch, self._watch)
         self._cluster.queue = self._queue
         self._attempts: dict[SimAttempt, None] = {}
         self._running = 0  # requests that aren't finished

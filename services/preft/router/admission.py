@@ -276,8 +276,8 @@ class Admission:
                     self._try(line)
 
     def _can_help(self, worker: WorkerView, line: Line) -> bool:
-        """Whether the worker has the adapter, or the line waits for more than its adapter's load."""
-        return worker.holds(line.digest) or line.at is None or not line.at.is_loading(line.digest)
+        """Whether the worker has the adapter, or the line waits for more than a load that this router has asked for."""
+        return worker.holds(line.digest) or line.at is None or line.digest not in line.at.loads
 
     def _try(self, line: Line | None) -> None:
         """Lets a line's requests go out of turn."""

@@ -60,8 +60,8 @@ class Memory:
 class WorkerView:
     """One worker. Times are in loop time.
 
-    `queued` is the work of the waiting requests that the queue has assigned to the worker. `slot_for` is the oldest request
-    that waits for one of its adapter slots, and `memory_for` the one for which its memory is kept.
+    `queued` is the work of the waiting requests that the queue has assigned to the worker. `slot_for` is the oldest
+    request that waits for one of its adapter slots, and `memory_for` the one for which its memory is kept.
     """
 
     worker: Worker

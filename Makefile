@@ -1,7 +1,7 @@
 # Every target installs its own needs. `make install` makes .venv once; later runs end at once.
 #   PYTHON=python3.11   the interpreter of .venv (default: the newest of 3.11 to 3.14 that has venv)
 #   EXTRA=cpu|gpu       the build of vLLM (default: gpu if nvidia-smi answers, else cpu)
-#   ARGS="..."          further arguments for serve, test, bench and demo
+#   ARGS="..."          further arguments for serve, test, bench, simulate and demo
 
 PROBE := import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))
 PYTHON ?= $(shell for p in python3.14 python3.13 python3.12 python3.11 python3 python; do \
@@ -12,7 +12,7 @@ EXAMPLE_ADAPTERS = $(patsubst %/,%,$(wildcard $(EXAMPLE)/adapters/*/))
 EXAMPLE_ARGS = --model $(EXAMPLE)/model --served-model-name personal-memory $(foreach dir,$(EXAMPLE_ADAPTERS),--adapter $(notdir $(dir))=$(dir))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-fast test-gpu check bench bench-kernels bench-store bench-gpu tune-gpu proto install clean
+.PHONY: help demo serve test test-fast test-gpu check bench bench-kernels bench-store bench-gpu simulate tune-gpu proto install clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -46,6 +46,9 @@ bench-kernels: install ## measure the kernels' CPU implementations against vLLM'
 bench-store: install ## measure the time of adapter loads, and their effect on other requests
 	$(BIN)/python -m bench.tiers $(ARGS)
 	$(BIN)/python -m bench.store $(ARGS)
+
+simulate: install ## compare the router's policy with others over simulated workers
+	$(BIN)/python -m bench.simulate $(ARGS)
 
 bench-gpu: ## measure the kernels on this machine's GPU with PYTHON, against vLLM's if PYTHON has vLLM
 	PYTHONPATH=kernels:services:loadgen:$$PYTHONPATH $(PYTHON) -m bench.kernels $(ARGS)

@@ -125,12 +125,11 @@ class Cluster:
         )
 
     def _begin(self, view: WorkerView, delay: float) -> None:
-        engine = self._scenario.engine
         node: Node
         if view.worker.role is Role.PREFILL:
-            node = self.prefill[view.id] = PrefillWorker(engine, self._loop, self._on_prompt)
+            node = self.prefill[view.id] = PrefillWorker(self._scenario.engine, self._loop, self._on_prompt)
         else:
-            node = self.decode[view.id] = DecodeWorker(engine, self._loop, self._on_end)
+            node = self.decode[view.id] = DecodeWorker(self._scenario.engine, self._loop, self._on_end)
         with self._watch:
             view.told(node.status(whole=True))
         self._loop.call_later(self._interval + delay, self._tell, view, node)

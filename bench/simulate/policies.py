@@ -95,10 +95,10 @@ class Dynamo(LeastLoaded):
     """A model of NVIDIA Dynamo's LoRA routing: as many replicas as the adapter's load asks for, by rendezvous hashing.
 
     Source: ai-dynamo/dynamo, lib/llm/src/lora/{controller,filter,config}.rs. A controller counts the requests of each
-    adapter in a sliding window, and every 3 s gives each active adapter a share of all slots in proportion, at least
+    adapter in a sliding window. Every 3 s it gives each active adapter a share of all slots in proportion, and at least
     one worker: the first ones by hash of adapter and worker. A request goes to the replica with the least load, of
-    those that hold the adapter if any does. An adapter without recent requests is pinned to its first worker. Left out:
-    the slots that other adapters take, the slower scaling down, and KV prefixes.
+    those that hold the adapter if any does. An adapter without recent requests is pinned to its first worker. The
+    model leaves out the slots that other adapters take, the slower scaling down, and KV prefixes.
     """
 
     TICK = 3.0
@@ -150,10 +150,11 @@ class Dynamo(LeastLoaded):
 class LlmD(Direct):
     """A model of llm-d's scheduler: the worker with the highest weighted sum of a residency and a load score.
 
-    Source: kubernetes-sigs/gateway-api-inference-extension, pkg/epp/scheduling/framework/plugins/scorer,
+    Source: kubernetes-sigs/gateway-api-inference-extension, pkg/epp/scheduling/framework/plugins/scorer:
     lora_affinity.go (1 where the adapter is active, 0.8 where a slot is free, 0.6 where it waits to be loaded, else 0)
-    and queue.go (1 for the shortest queue, 0 for the longest). The weights 4 and 2 are those of KServe's preset for
-    LoRA. Where the original knows only the adapters of running requests, the model counts all in the worker's memory.
+    and queue.go (1 for the shortest queue, 0 for the longest). The weight 4 is that of KServe's preset for LoRA, 2 that
+    of queues in Red Hat's documentation of llm-d. Where the original knows only the adapters of running requests, the model counts
+    all that the worker has in memory.
     """
 
     RESIDENCY, QUEUE = 4.0, 2.0

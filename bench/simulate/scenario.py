@@ -133,12 +133,12 @@ LARGE = Scenario(
     prefill=1000,
     decode=1000,
     adapters=100_000,
-    warmup=15.0,
-    seconds=30.0,
+    warmup=5.0,
+    seconds=10.0,
     prompts=Lengths(3000, 1.2, 16, 100_000),
     outputs=Lengths(150, 0.8, 2, 2_000),
-    bursts=(Burst(25, 10, 100),),
-    losses=(Loss(30, 10, 3), Loss(32, 10, 5, decode=True)),
+    bursts=(Burst(7, 5, 100),),
+    losses=(Loss(9, 4, 3), Loss(10, 4, 5, decode=True)),
 )
 TINY = replace(
     SMALL,

@@ -272,8 +272,12 @@ class Admission:
         if worker.id in self._view.prefill and not self._lines.number_at(worker):
             self._share(worker)
             for line in self._lines.elsewhere(worker, HELPED):
-                if line.tickets and not self._is_hopeless(line):
+                if line.tickets and self._can_help(worker, line) and not self._is_hopeless(line):
                     self._try(line)
+
+    def _can_help(self, worker: WorkerView, line: Line) -> bool:
+        """Whether the worker has the adapter, or the line waits for more than a load that this router has asked for."""
+        return worker.holds(line.digest) or line.at is None or line.digest not in line.at.loads
 
     def _try(self, line: Line | None) -> None:
         """Lets a line's requests go out of turn."""
@@ -347,7 +351,7 @@ class Admission:
         if at is None or not at.is_ready or at.id in line.head.demand.avoid:
             return False
         here, there = ((one.holds(digest), one.is_loading(digest)) for one in (at, worker))
-        return here > there or (here == there and at.load - len(line.tickets) <= worker.load)
+        return here > there or (here == there and at.load - line.work <= worker.load)
 
     def _move(self, line: Line, at: WorkerView | None) -> None:
         before = line.at

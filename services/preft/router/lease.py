@@ -24,6 +24,7 @@ class Lease:
         self.prefill = pair.prefill
         self.decode = pair.decode
         self._digest = demand.digest
+        self._work = demand.work
         self._on_free = on_free
         self._prompting = self._prefilling = True
         self._blocks = {index: demand.blocks(self.decode.worker) for index in choices} if self.decode else {}
@@ -31,7 +32,7 @@ class Lease:
         self._arriving = demand.staging(self.decode.worker) if self.decode else 0
         self._loading = set(self._blocks)  # choices whose prompt's KV the decode engine hasn't loaded yet
         self.prefill.staging.add(self._staged)
-        self.prefill.add_prefill(self._digest)
+        self.prefill.add_prefill(self._digest, self._work)
         if self.decode:
             self.decode.staging.add(self._arriving)
             self.decode.add_sequences(len(self._blocks), sum(self._blocks.values()))
@@ -51,7 +52,7 @@ class Lease:
         """Frees the adapter slot: the prompt is computed."""
         if self._prompting:
             self._prompting = False
-            self.prefill.drop_prompt(self._digest)
+            self.prefill.drop_prompt(self._digest, self._work)
             self._on_free(self.prefill)
 
     def prefill_ended(self) -> None:

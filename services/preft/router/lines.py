@@ -29,6 +29,10 @@ class Line:
         self.at: WorkerView | None = None
 
     @property
+    def work(self) -> int:
+        return sum(ticket.demand.work for ticket in self.tickets)
+
+    @property
     def head(self) -> Ticket:
         return self.tickets[0]
 
@@ -66,7 +70,7 @@ class Lines:
         insort(line.tickets, ticket, key=lambda one: one.demand.order)
         self.waiting += 1
         if line.at is not None:
-            line.at.queue(1)
+            line.at.queue(ticket.demand.work)
         self._file(line)
         return line
 
@@ -79,7 +83,7 @@ class Lines:
         line.tickets.remove(ticket)
         self.waiting -= 1
         if line.at is not None:
-            line.at.queue(-1)
+            line.at.queue(-ticket.demand.work)
         if line.tickets:
             self._file(line)
         else:
@@ -91,9 +95,10 @@ class Lines:
         if line.at is at:
             return
         self._unfile(line)
-        for worker, number in ((line.at, -len(line.tickets)), (at, len(line.tickets))):
+        work = line.work
+        for worker, change in ((line.at, -work), (at, work)):
             if worker is not None:
-                worker.queue(number)
+                worker.queue(change)
         line.at = at
         self._file(line)
 
@@ -105,7 +110,7 @@ class Lines:
         self._unfile(line)
         self.waiting -= len(line.tickets)
         if line.at is not None:
-            line.at.queue(-len(line.tickets))
+            line.at.queue(-line.work)
         return line.tickets
 
     def oldest(self, worker: WorkerView | None, skip: int) -> Line | None:

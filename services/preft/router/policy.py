@@ -16,6 +16,7 @@ from preft.core.request import AdapterRef
 from preft.router.view import ClusterView, Order, WorkerView
 
 RING_STEPS = 8  # places on the ring that one choice looks at
+WORK_TOKENS = 512  # of a prompt: as much work as the prompt as such
 MANY = 8  # an adapter has many holders if one in so many workers holds it
 FIRST: Order = (float("-inf"), 0, float("inf"))
 
@@ -47,6 +48,11 @@ class Demand:
     def staging(self, worker: Worker) -> int:
         """Bytes of staging memory to reserve on `worker`, once for all choices."""
         return worker.kv_bytes(self.prompt_tokens) if self.decodes else 0
+
+    @property
+    def work(self) -> int:
+        """The prompt's share of a prefill worker's load: 1, and 1 more for each WORK_TOKENS tokens."""
+        return 1 + self.prompt_tokens // WORK_TOKENS
 
     def covers(self, other: Demand) -> bool:
         """Whether this demand needs at least as much room for its KV as `other`."""
@@ -112,14 +118,14 @@ class Policy(Protocol):
 class AffinityPolicy:
     """Prefill goes to a holder of the adapter, unless the holder is clearly busier than another worker.
 
-    Decode goes to the emptiest worker, whatever the adapter. An adapter that no worker holds goes to its place on a
-    hash ring, or on from there to the next worker that isn't too busy (consistent hashing with bounded loads, Mirrokni
-    et al., 2018): so adapters spread over the workers, a hot adapter spreads over several, and all routers of a
-    cluster agree on the places.
+    Decode goes to the emptiest worker, whatever the adapter. An adapter that no worker holds, or only workers that are
+    too busy, goes to the least loaded of its first places on a hash ring. So adapters spread over the workers, a hot
+    adapter spreads over several, and all routers of a cluster agree on the places, as in consistent hashing with
+    bounded loads (Mirrokni et al., 2018). The loss of one worker moves its own adapters alone.
     """
 
     busier_factor: float = 2.0  # a worker is too busy above this many times the least load ...
-    busier_slack: int = 4  # ... plus this many prompts
+    busier_slack: int = 16  # ... plus this much work
     patience: float = 0.5  # seconds; a request that has waited longer has its slot or memory kept from younger ones
 
     def place(self, demand: Demand, view: ClusterView, now: float) -> Placement:
@@ -192,10 +198,10 @@ class _Choice:
             if nearest := self._first_usable(near):
                 break
         else:
-            return self._first_on_ring({}, need_slot=True) or self._first_on_ring({}, need_slot=False) or least
+            return self._best_on_ring({}, need_slot=True) or self._best_on_ring({}, need_slot=False) or least
         if self._bearable(nearest):
             return nearest
-        further = self._first_on_ring(near, need_slot=True)
+        further = self._best_on_ring(near, need_slot=True)
         if further is None and least.id not in near and self._has_slot(least) and not least.refused(digest, self._now):
             further = least  # the adapter is on all its next places already
         return further or nearest
@@ -239,15 +245,21 @@ class _Choice:
                     return worker
         return first
 
-    def _first_on_ring(self, known: Mapping[str, WorkerView], *, need_slot: bool) -> WorkerView | None:
-        """The adapter's place on the ring, or the next one from there on that may load it and isn't too busy."""
+    def _best_on_ring(self, known: Mapping[str, WorkerView], *, need_slot: bool) -> WorkerView | None:
+        """The least loaded of the adapter's first places on the ring that may load it and aren't too busy.
+
+        The load costs as much at one place as at another.
+        """
+        best = None
         for key in islice(self._view.ring.walk(self._demand.digest), RING_STEPS):
             worker = self._view.workers[key]
+            if best is not None and worker.load >= best.load:
+                continue
             if key in known or worker.refused(self._demand.digest, self._now) or not self._is_usable(worker):
                 continue
             if self._bearable(worker) and (not need_slot or (self._takes(worker) and self._has_slot(worker))):
-                return worker
-        return None
+                best = worker
+        return best
 
     def _is_usable(self, worker: WorkerView) -> bool:
         """Whether the worker could compute the prompt, now or later."""

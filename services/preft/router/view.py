@@ -60,8 +60,8 @@ class Memory:
 class WorkerView:
     """One worker. Times are in loop time.
 
-    `queued` counts the waiting requests that the queue has assigned to the worker. `slot_for` is the oldest request
-    that waits for one of its adapter slots, and `memory_for` the one for which its memory is kept.
+    `queued` is the work of the waiting requests that the queue has assigned to the worker. `slot_for` is the oldest
+    request that waits for one of its adapter slots, and `memory_for` the one for which its memory is kept.
     """
 
     worker: Worker
@@ -71,6 +71,7 @@ class WorkerView:
     adapters: dict[str, AdapterState] = field(default_factory=dict)  # as told
     # Own reservations:
     prefills: int = 0
+    work: int = 0  # of prompts that aren't computed
     sequences: int = 0
     blocks: Memory = field(default_factory=Memory)
     staging: Memory = field(default_factory=Memory)
@@ -115,8 +116,8 @@ class WorkerView:
 
     @property
     def load(self) -> int:
-        """Prompts that the worker computes, of all routers, and those that wait for it."""
-        return self.prefills + self.queued + (self.status.other_prefills if self.status else 0)
+        """The work of prompts that the worker computes, and of those that wait for it. Others' prompts count 1 each."""
+        return self.work + self.queued + (self.status.other_prefills if self.status else 0)
 
     # Adapters
 
@@ -172,14 +173,15 @@ class WorkerView:
         in_pieces = status is not None and status.staging_bytes_fit < size <= total - status.staging_bytes_used
         return self.staging.taken + size <= total and not in_pieces
 
-    def add_prefill(self, digest: str) -> None:
+    def add_prefill(self, digest: str, work: int = 1) -> None:
         self.prefills += 1
+        self.work += work
         self._own_prompts[digest] += 1
         if self._own_prompts[digest] == 1:
             self._place(digest)
         self._moved()
 
-    def drop_prompt(self, digest: str) -> None:
+    def drop_prompt(self, digest: str, work: int = 1) -> None:
         """The prompt of one prefill is computed, and no longer needs its adapter."""
         if self._own_prompts[digest] < 1:
             raise ValueError(f"{self.id} has no prompt of adapter {digest!r} that could end")
@@ -187,6 +189,8 @@ class WorkerView:
         if not self._own_prompts[digest]:
             del self._own_prompts[digest]
             self._place(digest)
+        self.work -= work
+        self._moved()
 
     def drop_prefill(self) -> None:
         """One prefill has ended, after its prompt."""
@@ -203,9 +207,9 @@ class WorkerView:
             raise ValueError(f"{self.id} has no choice that could end")
         self._moved()
 
-    def queue(self, number: int) -> None:
-        """Counts requests that begin (or, negative, cease) to wait for this worker."""
-        self.queued += number
+    def queue(self, work: int) -> None:
+        """Counts the work of requests that begin (or, negative, cease) to wait for this worker."""
+        self.queued += work
         self._moved()
 
     # News

@@ -48,7 +48,7 @@ class Queue:
         patience: float = NEVER,
     ) -> None:
         self.view = view_of(*members, max_prefills=prefills)
-        policy = AffinityPolicy(patience=patience)
+        policy = AffinityPolicy(patience=patience, busier_slack=4)
         self.admission = Admission(policy, self.view, max_queue, grace, FairShare({}), lambda worker, adapter: None)
         self.admission.workers_changed()
 
@@ -475,7 +475,7 @@ class Cluster:
         self.asked: list[tuple[str, str]] = []  # (worker, digest) in the order of the calls
         self.calls: dict[tuple[str, str], WorkerView] = {}  # under way
         self.view = ClusterView(prefills, 0.25)
-        policy = AffinityPolicy(patience=patience)
+        policy = AffinityPolicy(patience=patience, busier_slack=4)
         self.admission = Admission(policy, self.view, max_queue, 60.0, FairShare({}), self.prefetch)
         self.beat()
 

@@ -152,9 +152,9 @@ class LlmD(Direct):
 
     Source: kubernetes-sigs/gateway-api-inference-extension, pkg/epp/scheduling/framework/plugins/scorer:
     lora_affinity.go (1 where the adapter is active, 0.8 where a slot is free, 0.6 where it waits to be loaded, else 0)
-    and queue.go (1 for the shortest queue, 0 for the longest). The weight 4 is that of KServe's preset for LoRA, 2 that of queues in
-    Red Hat's documentation of llm-d. Where the original knows only the adapters of running requests, the model counts
-    all that the worker has in memory.
+    and queue.go (1 for the shortest queue, 0 for the longest). The weight 4 is that of KServe's preset for LoRA, 2 that
+    of queues in Red Hat's documentation of llm-d. Where the original knows only the adapters of running requests, the
+    model counts all that the worker has in memory.
     """
 
     RESIDENCY, QUEUE = 4.0, 2.0

@@ -21,7 +21,7 @@ class AdapterMemory:
         self._held: OrderedDict[str, None] = OrderedDict()  # most recently used last
         self._loading: dict[str, list[Callable[[], None]]] = {}
         self._waiting: deque[str] = deque()
-        self._changed: set[str] = set()
+        self._changed: dict[str, None] = {}
         self._running = 0
         self._gone = False
 
@@ -54,15 +54,15 @@ class AdapterMemory:
         else:
             self.loads += 1
             self._loading[digest] = [on_end]
-            self._changed.add(digest)
+            self._changed[digest] = None
             self._waiting.append(digest)
             self._begin()
 
     def changes(self, *, whole: bool = False) -> dict[str, AdapterStatus]:
         """What to tell the router: changes since the last call, or everything."""
-        changed = {*self._held, *self._loading} if whole else self._changed
+        changed = {**self._held, **dict.fromkeys(self._loading)} if whole else self._changed
         told = {digest: AdapterStatus(self._state(digest)) for digest in changed}
-        self._changed = set()
+        self._changed = {}
         return told
 
     def close(self) -> None:
@@ -90,9 +90,9 @@ class AdapterMemory:
 
     def _put(self, digest: str) -> None:
         self._held[digest] = None
-        self._changed.add(digest)
+        self._changed[digest] = None
         if len(self._held) > self._engine.host_adapters:
             out = next((one for one in self._held if one not in self.users and one != digest), None)
             if out is not None:
                 del self._held[out]
-                self._changed.add(out)
+                self._changed[out] = None

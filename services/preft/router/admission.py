@@ -103,8 +103,8 @@ class Admission:
         self._lines = Lines()
         self._kept: dict[Refusal, WorkerView] = {}  # workers whose memory is kept for a request
         self._grants: deque[float] = deque(maxlen=64)  # times of the last leases
-        self._awake: set[WorkerView] = set()  # workers that may have room
-        self._ready: set[str] = set()  # digests whose loads have ended
+        self._awake: dict[WorkerView, None] = {}  # workers that may have room
+        self._ready: dict[str, None] = {}  # digests whose loads have ended
         self._blocked: Demand | None = None  # refused in this look: whatever covers it needn't be tried
         self._pump_due = False
         self._serving_until = -math.inf
@@ -172,13 +172,13 @@ class Admission:
                 self._lines.remove(ticket)
                 self._unkeep(ticket, at)
                 ticket.fail(error)
-        self._ready.add(digest)
+        self._ready[digest] = None
         self.wake(worker)
 
     def wake(self, worker: WorkerView | None = None) -> None:
         """Schedules one look at the queue, as `worker` may have room; several calls before it share the look."""
         if worker is not None and self._lines:
-            self._awake.add(worker)
+            self._awake[worker] = None
         if self._lines and not self._pump_due and self._closed is None:
             self._pump_due = True
             asyncio.get_running_loop().call_soon(self._pump)
@@ -207,7 +207,7 @@ class Admission:
     def _pump(self) -> None:
         self._pump_due = False
         awake = [worker for worker in self._awake if self._view.workers.get(worker.id) is worker]
-        ready, self._ready = self._ready, set()
+        ready, self._ready = self._ready, {}
         self._awake.clear()
         self._blocked = None
         for worker in awake:
@@ -276,8 +276,9 @@ class Admission:
                     self._try(line)
 
     def _can_help(self, worker: WorkerView, line: Line) -> bool:
-        """Whether the worker has the adapter, or the line waits for more than a load that this router has asked for."""
-        return worker.holds(line.digest) or line.at is None or line.digest not in line.at.loads
+        """Whether the worker has the adapter, or no load is under way whose end lets the line go."""
+        loaders = self._view.loaders.get(line.digest, {}).values()
+        return worker.holds(line.digest) or not any(line.digest in one.loads for one in loaders)
 
     def _try(self, line: Line | None) -> None:
         """Lets a line's requests go out of turn."""

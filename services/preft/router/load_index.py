@@ -5,7 +5,7 @@ Both structures cost little per change, so that a choice never sorts or hashes a
 
 from __future__ import annotations
 
-from bisect import bisect, insort
+from bisect import bisect, bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Iterator
 from hashlib import blake2b
@@ -75,8 +75,8 @@ class HashRing:
     def remove(self, member: str) -> None:
         if member in self._members:
             self._members.remove(member)
-            gone = set(_points_of(member))
-            self._points = [point for point in self._points if point not in gone]
+            for point in _points_of(member):
+                del self._points[bisect_left(self._points, point)]
 
     def walk(self, key: str) -> Iterator[str]:
         """All members, each once, in the order in which the ring meets them from `key` on."""

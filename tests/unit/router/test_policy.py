@@ -666,6 +666,7 @@ def test_a_full_holder_is_waited_for_unless_others_have_much_room() -> None:
     assert look(view) == ("Crowded", "p0")
     assert place(view, a_demand(""))
     for _ in range(4):
+        view.workers["p1"].drop_prompt("x")
         view.workers["p1"].drop_prefill()
     assert look(view) == ("Absent", "p1")
 

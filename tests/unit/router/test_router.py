@@ -482,8 +482,8 @@ def watch_slots(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     most = dict[str, int]()
     add = WorkerView.add_prefill
 
-    def added(view: WorkerView, digest: str) -> None:
-        add(view, digest)
+    def added(view: WorkerView, digest: str, work: int = 1) -> None:
+        add(view, digest, work)
         most[view.id] = max(most.get(view.id, 0), view.slots_used)
 
     monkeypatch.setattr(WorkerView, "add_prefill", added)
@@ -663,7 +663,7 @@ async def test_a_busy_holder_is_joined_by_another(harness: Harness) -> None:
     harness.p.adapters = (digest_of("ada"),)
     await harness.seen(lambda: harness.router.view.workers["p0"].holds(digest_of("ada")))
     harness.p.delay = p1.delay = 0.1
-    await asyncio.gather(*(harness.collect(a_request()) for _ in range(20)))
+    await asyncio.gather(*(harness.collect(a_request()) for _ in range(40)))
     assert (harness.p.prefetched, p1.prefetched) == ([], [digest_of("ada")])
     assert p1.calls > 4
     assert p1.cold == []
@@ -909,7 +909,7 @@ async def test_a_resident_adapter_attracts(harness: Harness) -> None:
 async def test_a_busy_home_is_left(harness: Harness) -> None:
     p1, _ = await harness.second()
     harness.p.delay = p1.delay = 0.1
-    await asyncio.gather(*(harness.collect(a_request()) for _ in range(20)))
+    await asyncio.gather(*(harness.collect(a_request()) for _ in range(40)))
     assert harness.p.calls > 4
     assert p1.calls > 4
 

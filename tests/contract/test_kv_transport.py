@@ -291,7 +291,7 @@ async def test_bytes_that_are_not_what_was_sent_never_become_ready(wire: Wire, t
         ({"fingerprint": "other"}, Refusal.MISMATCH, "KV layouts differ: 'other' was sent, 'fp' is served here"),
         ({"uses": 0}, Refusal.MALFORMED, "malformed"),
         ({"prompt_hash": b""}, Refusal.MALFORMED, "malformed"),
-        ({"num_bytes": CAPACITY + 1}, Refusal.NO_ROOM, f"don't fit into {CAPACITY} bytes"),
+        ({"num_bytes": CAPACITY + 1}, Refusal.NO_ROOM, f"don't fit into an arena of {CAPACITY} bytes"),
     ],
 )
 async def test_refuses_before_any_byte(wire: Wire, header: dict[str, object], refusal: Refusal, says: str) -> None:

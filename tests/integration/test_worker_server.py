@@ -22,6 +22,7 @@ from preft.core.errors import EngineFailed, TransferFailed, Unavailable, WorkerL
 from preft.core.ports import StateStore
 from preft.core.request import AdapterRef, Sampling
 from preft.core.settings import MiB, Settings
+from preft.memory.errors import NoRoom
 from preft.router.decode_stream import DecodeStream
 from preft.rpc import workers_pb2, workers_pb2_grpc
 from preft.rpc.convert import adapter_to_proto, sampling_to_proto
@@ -395,7 +396,7 @@ async def test_closing_ends_what_runs_and_frees_everything(
         assert engine.stats.running == 0, role
     for arena in (prefill._arena, decode._arena):
         assert arena.used == 0
-        with pytest.raises(TransferFailed, match="closed"):
+        with pytest.raises(NoRoom, match="closed"):
             await arena.reserve(1, timeout=1)
     await until(lambda: not [task for task in asyncio.all_tasks() - before if "registration" in task.get_name()])
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import io
 import math
+import os
 import random
 import shutil
 import tarfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,11 +96,10 @@ def prompt_of(length: int, seed: int) -> list[int]:
 def folder_bytes(folder: Path) -> int:
     """What lies in `folder`, of which parts may vanish meanwhile."""
     total = 0
-    for file in folder.rglob("*"):
-        try:
-            total += file.stat().st_size if file.is_file() else 0
-        except FileNotFoundError:
-            continue
+    for place, _, names in os.walk(folder):  # unlike rglob, passes by folders that vanish during the walk
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += (Path(place) / name).stat().st_size
     return total
 
 

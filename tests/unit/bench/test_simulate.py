@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from bench.simulate.__main__ import main
 from bench.simulate.policies import POLICIES
 from bench.simulate.scenario import TINY, Engine

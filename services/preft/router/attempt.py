@@ -249,16 +249,21 @@ class Attempt:
         except WorkerFull:
             raise
         except TransferFailed:
-            self._blame(*worker_ids, *([self._lease.decode.id] if self._lease.decode else []))
+            self.blamed = frozenset((*worker_ids, self._lease.decode.id if self._lease.decode else ""))
             raise
         except PreftError as error:
-            self._blame(*worker_ids, counts=not isinstance(error, FINAL))
+            self.blamed = frozenset(worker_ids)
+            if isinstance(error, EngineFailed) and not isinstance(error, FINAL):
+                self._count_failure()
             raise
 
-    def _blame(self, *worker_ids: str, counts: bool = True) -> None:
-        self.blamed = frozenset(worker_ids)
+    def _count_failure(self) -> None:
+        """Counts an engine's failure against its worker, for all requests.
+
+        Other errors say nothing against the worker: an adapter that can't be read, or a peer that didn't take the KV.
+        """
         for view in (self._lease.prefill, self._lease.decode):
-            if counts and view is not None and view.id in self.blamed:
+            if view is not None and view.id in self.blamed:
                 view.failed(asyncio.get_running_loop().time())
 
     def _decode_worker(self) -> Worker:

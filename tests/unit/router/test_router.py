@@ -15,6 +15,7 @@ import pytest
 
 from preft.core.cluster import Tier, WorkerState
 from preft.core.errors import (
+    AdapterUnavailable,
     DeadlineExceeded,
     EngineFailed,
     InvalidAdapter,
@@ -1093,10 +1094,12 @@ async def test_a_worker_that_fails_again_and_again_is_left_alone_for_a_while() -
         assert view.failures == 0
 
 
-async def test_a_bad_request_says_nothing_against_its_worker(harness: Harness) -> None:
-    harness.p.faults = [Fault(NumbersNotFinite("overflow")) for _ in range(5)]
-    for _ in range(5):
-        with pytest.raises(NumbersNotFinite):
-            await harness.collect(a_request())
+@pytest.mark.parametrize("error", [NumbersNotFinite("overflow"), AdapterUnavailable("gone"), TransferFailed("peer")])
+async def test_a_bad_request_says_nothing_against_its_worker(harness: Harness, error: PreftError) -> None:
+    """Nor an adapter that can't be read, nor a peer: one user's adapter must not pause a worker for all others."""
+    harness.p.faults = [Fault(error) for _ in range(3)]
+    with pytest.raises(type(error)):
+        await harness.collect(a_request())
+    harness.p.faults = []
     assert harness.router.view.workers["p0"].failures == 0
     assert await harness.collect(a_request()) == foretold(a_request())

@@ -212,7 +212,7 @@ def server(tmp_path: Path) -> Iterator[FaultyServer]:
 
 
 def test_an_adapter_comes_from_a_web_server(server: FaultyServer) -> None:
-    source = open_source(f"{server.url}/ada/", SourceLimits(5))
+    source = open_source(f"{server.url}/ada/", SourceLimits(30))
     assert source.files() == {CONFIG: 2, WEIGHTS: len(CONTENT)}
     chunks = list(source.read(WEIGHTS))
     assert b"".join(chunks) == CONTENT
@@ -227,7 +227,7 @@ def test_an_adapter_comes_from_a_web_server(server: FaultyServer) -> None:
 def test_plain_web_servers_will_do(tmp_path: Path, faults: Faults) -> None:
     write_files(tmp_path / "ada", CONFIG, WEIGHTS)
     with serve_folder(tmp_path, faults) as server:
-        source = open_source(f"{server.url}/ada", SourceLimits(5))
+        source = open_source(f"{server.url}/ada", SourceLimits(30))
         expected = {CONFIG: None, WEIGHTS: None} if faults.lengthless else {CONFIG: 2, WEIGHTS: len(CONTENT)}
         assert source.files() == expected
         assert whole(source, WEIGHTS) == CONTENT
@@ -235,7 +235,7 @@ def test_plain_web_servers_will_do(tmp_path: Path, faults: Faults) -> None:
 
 
 def test_the_stamp_of_a_web_folder_changes_when_a_file_does(server: FaultyServer, tmp_path: Path) -> None:
-    source = open_source(f"{server.url}/ada", SourceLimits(5))
+    source = open_source(f"{server.url}/ada", SourceLimits(30))
     stamp = source.stamp()
     assert stamp
     assert source.stamp() == stamp
@@ -245,8 +245,8 @@ def test_the_stamp_of_a_web_folder_changes_when_a_file_does(server: FaultyServer
 
 def test_what_a_web_server_does_not_have_is_not_found(server: FaultyServer, tmp_path: Path) -> None:
     with pytest.raises(SourceNotFound, match="there is no adapter in http"):
-        open_source(f"{server.url}/bob", SourceLimits(5)).files()
-    source = open_source(f"{server.url}/ada", SourceLimits(5))
+        open_source(f"{server.url}/bob", SourceLimits(30)).files()
+    source = open_source(f"{server.url}/ada", SourceLimits(30))
     (tmp_path / "ada" / WEIGHTS).unlink()
     with pytest.raises(InvalidAdapter, match=r"adapter_model\.safetensors is missing in http"):
         source.files()
@@ -260,7 +260,7 @@ def test_what_a_web_server_does_not_have_is_not_found(server: FaultyServer, tmp_
 @pytest.mark.parametrize("status", [403, 500, 503])
 def test_a_web_server_that_refuses_is_unavailable(server: FaultyServer, status: int) -> None:
     server.faults.status[WEIGHTS] = status
-    source = open_source(f"{server.url}/ada", SourceLimits(5))
+    source = open_source(f"{server.url}/ada", SourceLimits(30))
     for ask in (source.files, source.stamp, lambda: whole(source, WEIGHTS)):
         with pytest.raises(Unavailable, match=f"{server.url}/ada can't be read: the server answered {status}"):
             ask()
@@ -271,7 +271,7 @@ def test_a_web_server_that_refuses_is_unavailable(server: FaultyServer, status: 
 def test_a_file_cut_short_on_the_way_is_noticed(server: FaultyServer, fault: str, after: int) -> None:
     setattr(server.faults, fault, after)
     with pytest.raises(Unavailable, match="can't be read"):
-        whole(open_source(f"{server.url}/ada", SourceLimits(5)), WEIGHTS)
+        whole(open_source(f"{server.url}/ada", SourceLimits(30)), WEIGHTS)
 
 
 @pytest.mark.parametrize("after", [0, 100, 2_000_000])
@@ -280,7 +280,7 @@ def test_a_silent_web_server_is_given_up_in_time(server: FaultyServer, after: in
     started = time.monotonic()
     with pytest.raises(Unavailable, match=r"nothing came for 0\.3 seconds"):
         whole(open_source(f"{server.url}/ada", SourceLimits(0.3)), WEIGHTS)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 10
 
 
 def test_a_web_server_that_does_not_answer_is_given_up_in_time(server: FaultyServer) -> None:
@@ -290,7 +290,7 @@ def test_a_web_server_that_does_not_answer_is_given_up_in_time(server: FaultySer
         started = time.monotonic()
         with pytest.raises(Unavailable, match="nothing came"):
             ask()
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 10
 
 
 @pytest.mark.parametrize(
@@ -325,7 +325,7 @@ def test_a_folder_is_read_no_further_once_stopped(tmp_path: Path) -> None:
 def test_a_server_that_is_gone_is_unavailable(server: FaultyServer, tmp_path: Path) -> None:
     with serve_folder(tmp_path) as gone:
         url = gone.url
-    source = open_source(f"{url}/ada", SourceLimits(5))
+    source = open_source(f"{url}/ada", SourceLimits(30))
     for ask in (source.files, lambda: whole(source, WEIGHTS)):
         with pytest.raises(Unavailable, match="can't be read"):
             ask()
@@ -333,14 +333,14 @@ def test_a_server_that_is_gone_is_unavailable(server: FaultyServer, tmp_path: Pa
 
 def test_a_slow_consumer_is_not_a_silent_server(server: FaultyServer) -> None:
     parts = []
-    for chunk in open_source(f"{server.url}/ada", SourceLimits(0.3)).read(WEIGHTS):
+    for chunk in open_source(f"{server.url}/ada", SourceLimits(1.0)).read(WEIGHTS):
         parts.append(chunk)
-        time.sleep(0.2)
+        time.sleep(0.6)
     assert b"".join(parts) == CONTENT
 
 
 def test_a_reading_that_is_given_up_ends_its_connection(server: FaultyServer) -> None:
-    source = open_source(f"{server.url}/ada", SourceLimits(5))
+    source = open_source(f"{server.url}/ada", SourceLimits(30))
     for _ in range(3):
         chunks = source.read(WEIGHTS)
         next(chunks)
@@ -352,7 +352,7 @@ def test_several_threads_read_at_once(server: FaultyServer) -> None:
     start = threading.Barrier(8)
 
     def read() -> bytes:
-        source = open_source(f"{server.url}/ada", SourceLimits(5))
+        source = open_source(f"{server.url}/ada", SourceLimits(30))
         start.wait()
         source.files()
         return whole(source, WEIGHTS)
@@ -384,7 +384,7 @@ def test_an_adapter_comes_from_s3(bucket: str) -> None:
     put(bucket, f"users/ada/{CONFIG}", b"{}")
     put(bucket, f"users/ada/{WEIGHTS}", CONTENT)
     put(bucket, f"users/ada/checkpoint-1/{REFT_CONFIG}", b"{}")
-    source = open_source(f"s3://{bucket}/users/ada/", SourceLimits(10))
+    source = open_source(f"s3://{bucket}/users/ada/", SourceLimits(30))
     assert source.files() == {CONFIG: 2, WEIGHTS: len(CONTENT)}
     chunks = list(source.read(WEIGHTS))
     assert b"".join(chunks) == CONTENT
@@ -395,7 +395,7 @@ def test_an_adapter_comes_from_s3(bucket: str) -> None:
 def test_the_stamp_of_an_object_changes_when_it_does(bucket: str) -> None:
     put(bucket, f"bob/{CONFIG}", b"{}")
     put(bucket, f"bob/{WEIGHTS}", b"one")
-    source = open_source(f"s3://{bucket}/bob", SourceLimits(10))
+    source = open_source(f"s3://{bucket}/bob", SourceLimits(30))
     stamp = source.stamp()
     assert stamp
     assert source.stamp() == stamp
@@ -411,7 +411,7 @@ def test_the_stamp_of_an_object_changes_when_it_does(bucket: str) -> None:
 @pytest.mark.parametrize("place", ["adapters/none", "no-such-bucket/ada"])
 def test_what_is_not_in_s3_is_not_found(bucket: str, place: str) -> None:
     with pytest.raises(SourceNotFound, match=f"s3://{place}"):
-        open_source(f"s3://{place}", SourceLimits(10)).files()
+        open_source(f"s3://{place}", SourceLimits(30)).files()
 
 
 def test_what_is_in_s3_instead_of_an_adapter_is_told(bucket: str) -> None:
@@ -419,7 +419,7 @@ def test_what_is_in_s3_instead_of_an_adapter_is_told(bucket: str) -> None:
         put(bucket, f"run/checkpoint-{step}/{CONFIG}", b"{}")
     put(bucket, "run/README.md", b"x")
     with pytest.raises(InvalidAdapter, match=r"in its subfolders \(checkpoint-5, checkpoint-10\): give one of these"):
-        open_source(f"s3://{bucket}/run", SourceLimits(10)).files()
+        open_source(f"s3://{bucket}/run", SourceLimits(30)).files()
 
 
 def test_texts_beside_an_adapter(bucket: str, server: FaultyServer, tmp_path: Path) -> None:
@@ -430,14 +430,14 @@ def test_texts_beside_an_adapter(bucket: str, server: FaultyServer, tmp_path: Pa
         put(bucket, f"cat/{name}", content)
     expected = texts | {"tokenizer.json": b"x" * TEXT_BYTES}
     for uri in (str(tmp_path / "ada"), f"{server.url}/ada", f"s3://{bucket}/cat"):
-        assert open_source(uri, SourceLimits(10)).text_files() == expected
-    assert open_source("http://127.0.0.1:9/ada", SourceLimits(5)).text_files() == {}
+        assert open_source(uri, SourceLimits(30)).text_files() == expected
+    assert open_source("http://127.0.0.1:9/ada", SourceLimits(30)).text_files() == {}
 
 
 def test_several_threads_read_from_s3_at_once(bucket: str) -> None:
     put(bucket, f"eve/{CONFIG}", b"{}")
     put(bucket, f"eve/{WEIGHTS}", CONTENT)
-    limits = SourceLimits(9)
+    limits = SourceLimits(30)
     with ThreadPoolExecutor(4) as pool:
         reads = [pool.submit(lambda: whole(open_source(f"s3://{bucket}/eve", limits), WEIGHTS)) for _ in range(4)]
         assert all(read.result() == CONTENT for read in reads)
@@ -454,7 +454,7 @@ def test_an_s3_that_fails_is_unavailable_in_time(
             started = time.monotonic()
             with pytest.raises(Unavailable, match="can't be read"):
                 ask()
-            assert time.monotonic() - started < 3
+            assert time.monotonic() - started < 10
 
 
 def test_an_object_cut_short_on_the_way_is_noticed(
@@ -463,8 +463,9 @@ def test_an_object_cut_short_on_the_way_is_noticed(
     write_files(tmp_path / bucket / "ada", CONFIG, WEIGHTS)
     with serve_folder(tmp_path) as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
-        source = open_source(f"s3://{bucket}/ada", SourceLimits(1.5))
+        source = open_source(f"s3://{bucket}/ada", SourceLimits(30))
         assert whole(source, WEIGHTS) == CONTENT
+        source = open_source(f"s3://{bucket}/ada", SourceLimits(1.5))
         server.faults.cut_after = 2_000_000
         with pytest.raises(Unavailable, match="can't be read"):
             whole(source, WEIGHTS)

@@ -12,7 +12,7 @@ EXAMPLE_ADAPTERS = $(patsubst %/,%,$(wildcard $(EXAMPLE)/adapters/*/))
 EXAMPLE_ARGS = --model $(EXAMPLE)/model --served-model-name personal-memory $(foreach dir,$(EXAMPLE_ADAPTERS),--adapter $(notdir $(dir))=$(dir))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-fast test-gpu check bench bench-kernels bench-store bench-gpu simulate tune-gpu proto install clean
+.PHONY: help demo serve test test-long test-fast test-gpu check bench bench-kernels bench-store bench-gpu simulate tune-gpu proto install clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -23,11 +23,14 @@ demo: install ## serve the example model with its adapters, ask every user's que
 serve: install ## serve the example model and its adapters on 127.0.0.1:8000 (ARGS replaces them)
 	$(BIN)/preft serve $(or $(ARGS),$(EXAMPLE_ARGS))
 
-test: install ## run all tests
-	$(BIN)/python -m pytest $(ARGS)
+test: install ## run the tests, but for the slowest
+	$(BIN)/python -m pytest -m "not long" $(ARGS)
+
+test-long: install ## run the slowest tests: killed processes, more models, thousands of adapters
+	$(BIN)/python -m pytest -m long $(ARGS)
 
 test-fast: install ## run the tests that start no engine
-	$(BIN)/python -m pytest -m "not vllm" $(ARGS)
+	$(BIN)/python -m pytest -m "not vllm and not long" $(ARGS)
 
 test-gpu: ## run the kernels' tests on this machine's GPU with PYTHON, which needs only torch and pytest
 	PYTHONPATH=kernels:tests $(PYTHON) -m pytest -c /dev/null --rootdir=. --import-mode=importlib -q tests/kernels $(ARGS)

@@ -24,7 +24,7 @@ from support.http import Ask, complete_all
 from support.models import make_lora, make_model
 from support.reference import Reference
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.vllm, pytest.mark.long, pytest.mark.timeout(900)]
 
 SETTINGS = """
 prefill: {kv_cache_bytes: 67108864, staging_bytes: 67108864, max_lora_rank: 16}

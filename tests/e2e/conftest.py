@@ -136,19 +136,23 @@ def qwen2_colocated(folders: Callable[[str], Folders], tmp_path_factory: pytest.
     yield from serve(folders("qwen2"), tmp_path_factory.mktemp("state"), {**ROOMY, "colocated": True})
 
 
-@pytest.fixture(params=["llama", "qwen2", "llama_colocated", "qwen2_colocated"])
+BOTH = ["llama", "llama_colocated"]
+ALL = [*BOTH, *(pytest.param(name, marks=pytest.mark.long) for name in ("qwen2", "qwen2_colocated"))]
+
+
+@pytest.fixture(params=ALL)
 def roomy(request: pytest.FixtureRequest) -> Served:
     """Both architectures, both ways to serve, where everything fits."""
     return request.getfixturevalue(request.param)  # type: ignore[no-any-return]
 
 
-@pytest.fixture(params=["llama", "llama_colocated"])
+@pytest.fixture(params=BOTH)
 def either(request: pytest.FixtureRequest) -> Served:
     """Both ways to serve."""
     return request.getfixturevalue(request.param)  # type: ignore[no-any-return]
 
 
-@pytest.fixture(scope="session", params=["llama", "qwen2", "llama_colocated", "qwen2_colocated"])
+@pytest.fixture(scope="session", params=ALL)
 def tight(
     request: pytest.FixtureRequest, folders: Callable[[str], Folders], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:

@@ -150,6 +150,7 @@ def test_every_adapter_answers_as_itself_although_few_fit(store: Store) -> None:
     assert store.cluster.idle()
 
 
+@pytest.mark.long
 def test_a_reload_under_load_switches_whole_requests(store: Store, tmp_path: Path) -> None:
     """200 requests while a name is switched 50 times: one version answers each, the one it was admitted under."""
     versions = [make_lora(tmp_path / f"v{seed}", store.folders.model, rank=4, seed=seed) for seed in (301, 302)]

@@ -11,7 +11,7 @@ from e2e.conftest import ROOMY, Folders, Served, serve
 from e2e.test_parity import check, mixed
 from support.http import complete_all
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.vllm, pytest.mark.long, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module", params=[("llama", True), ("qwen2", False)], ids=["llama_colocated", "qwen2"])

@@ -24,7 +24,7 @@ from support.models import make_lora
 
 from .conftest import ROOMY, Folders
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.vllm, pytest.mark.long, pytest.mark.timeout(1200)]
 
 MiB = 1 << 20
 KNOWN, ASKED, SAMPLE, SLOTS = 10_000, 1_000, 100, 16

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from bench.comparison import Comparison, Side, steady_rate, take_turns
-from bench.rig import VOCABULARY, Rig
+from bench.rig import SLOTS, VOCABULARY, Rig
 from preft.core.request import AdapterRef, Sampling
 from preft.router.decode_stream import DecodeStream
 from preft.rpc import common_pb2, workers_pb2, workers_pb2_grpc
@@ -65,9 +65,13 @@ async def compare_decode(rig: Rig, rounds: int, step: Callable[[], None]) -> lis
 
         async def ours(count: int, number: int) -> float:
             requests = _requests(tuple(sorted(adapters)[:count]), number)
-            ready = await asyncio.gather(
-                *(prefill_once(prefill, request, adapters[request.model], rig.decode) for request in requests)
-            )
+            slots = asyncio.Semaphore(SLOTS)  # the worker refuses a prompt under one more adapter
+
+            async def prefilled(request: Request) -> Prefilled:
+                async with slots:
+                    return await _prefill(prefill, request, adapters[request.model], rig.decode)
+
+            ready = await asyncio.gather(*map(prefilled, requests))
             return steady_rate(await asyncio.gather(*(_decode(decode, one) for one in ready)))
 
         sides: list[Side] = [plain, *(partial(ours, count) for count in ADAPTER_COUNTS)]
@@ -84,22 +88,19 @@ def _requests(models: Sequence[str], seed: int) -> list[Request]:
     return Workload(tuple(models), REQUESTS, *lengths, seed=seed, vocabulary=VOCABULARY).make()
 
 
-async def prefill_once(
-    stub: workers_pb2_grpc.PrefillWorkerStub,
-    request: Request,
-    adapter: AdapterRef | None = None,
-    target: str | None = None,
+async def _prefill(
+    stub: workers_pb2_grpc.PrefillWorkerStub, request: Request, adapter: AdapterRef, target: str
 ) -> Prefilled:
-    """Sends one prompt through a prefill worker; if there is a `target`, the KV goes to that decode worker."""
+    """Sends one prompt through a prefill worker; its KV goes to the decode worker at `target`."""
     handle = uuid.uuid4().hex
     call = stub.Prefill(
         workers_pb2.PrefillRequest(
             request_id=handle,
             prompt_token_ids=request.prompt,
             sampling=_sampling(request),
-            adapter=adapter_to_proto(adapter) if adapter else None,
+            adapter=adapter_to_proto(adapter),
             n=1,
-            target=workers_pb2.KvTarget(address=target, handle=handle) if target else None,
+            target=workers_pb2.KvTarget(address=target, handle=handle),
         ),
         timeout=TIMEOUT,
     )
@@ -108,7 +109,7 @@ async def prefill_once(
         if event.HasField("first_tokens"):
             first_token = event.first_tokens.choices[0].token_ids[0]
     assert first_token is not None
-    return Prefilled(request, adapter.digest if adapter else "", handle, first_token)
+    return Prefilled(request, adapter.digest, handle, first_token)
 
 
 async def _decode(stream: DecodeStream, ready: Prefilled) -> list[float]:

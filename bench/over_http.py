@@ -13,7 +13,7 @@ from bench.comparison import Comparison, take_turns
 from bench.plain import PlainEngine
 from bench.rig import MODEL_NAME, VOCABULARY, Rig
 from preft.core.errors import PreftError
-from preft_loadgen.driver import closed_loop, completions
+from preft_loadgen.driver import Run, Send, closed_loop, completions
 from preft_loadgen.workload import Lengths, Request, Workload
 
 REQUESTS, CONCURRENCY = 64, 32
@@ -45,9 +45,7 @@ async def compare_http(rig: Rig, rounds: int, step: Callable[[], None]) -> list[
         return run.tokens / run.seconds
 
     async def ours(models: Sequence[str], number: int) -> float:
-        run = await closed_loop(send, _requests(models, number), CONCURRENCY)
-        if errors := [record.error for record in run.records if record.error is not None]:
-            raise PreftError(f"{len(errors)} requests failed, the first with: {errors[0]}")
+        run = await run_all(send, _requests(models, number), CONCURRENCY)
         return sum(record.tokens for record in run.records) / run.seconds
 
     base, ours_base, lora, ours_lora = await take_turns(
@@ -71,6 +69,14 @@ async def compare_http(rig: Rig, rounds: int, step: Callable[[], None]) -> list[
             f"{HOW}the same adapters by its multi-LoRA (prompt and output)",
         ),
     ]
+
+
+async def run_all(send: Send, requests: Sequence[Request], concurrency: int) -> Run:
+    """`closed_loop`, but raises PreftError if any request fails."""
+    run = await closed_loop(send, requests, concurrency)
+    if errors := [record.error for record in run.records if record.error is not None]:
+        raise PreftError(f"{len(errors)} requests failed, the first with: {errors[0]}")
+    return run
 
 
 def _requests(models: Sequence[str], seed: int) -> list[Request]:

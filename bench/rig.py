@@ -26,6 +26,7 @@ from preft_loadgen.served import ServeFailed, served
 
 LORAS, REFTS = 64, 32
 LORA_RANK, REFT_RANK = 16, 8
+SLOTS = 8  # of the prefill worker, for adapters
 VOCABULARY = 8192
 MODEL_NAME = "base"
 READY_SECONDS = 600.0
@@ -54,7 +55,7 @@ def cluster_settings(folder: Path) -> dict[str, Any]:
         "served_model_name": MODEL_NAME,
         "max_model_len": 512,
         "adapters": {path.name: str(path) for path in sorted((folder / "adapters").iterdir())},
-        "prefill": {**engine, "max_loras": 8, "max_lora_rank": LORA_RANK},
+        "prefill": {**engine, "max_loras": SLOTS, "max_lora_rank": LORA_RANK},
         "decode": engine,
         "router": {"transfer_timeout": 120.0},  # decoding starts once all prompts have arrived: the first ones wait
     }

@@ -48,10 +48,11 @@ async def serve_until_stopped(
     console: Console,
     failed: Coroutine[Any, Any, str] | None = None,
     observe: Callable[[], None] = lambda: None,
+    on_stop: Callable[[], None] = lambda: None,
 ) -> None:
     """Serves until a stop request or the end of `failed`, then drains. Raises EngineFailed with the text of `failed`.
 
-    Calls `observe` every LOOK_SECONDS.
+    Calls `observe` every LOOK_SECONDS, and `on_stop` after a stop request, before the drain.
     """
     failing = asyncio.create_task(failed or asyncio.Event().wait(), name="workers")
     stopped = asyncio.create_task(stop.asked.wait(), name="stop")
@@ -63,6 +64,7 @@ async def serve_until_stopped(
             stop.at_once.set()
         elif stopped.done():
             console.line(f"stopping: running requests have {settings.shutdown_timeout:g} s; a second signal ends them")
+            on_stop()
         console.status("")
         await gateway.drain(settings.shutdown_timeout, stop.at_once)
         if failing.done():

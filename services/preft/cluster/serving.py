@@ -14,7 +14,7 @@ from typing import Any
 from preft.cluster.adapters import open_catalog
 from preft.cluster.console import Console, first_question
 from preft.cluster.gateway_process import RunningGateway, run_gateway
-from preft.cluster.process import Stop, unless
+from preft.cluster.process import Stop, raise_file_limit, unless
 from preft.core.errors import EngineFailed
 from preft.core.ports import StateStore
 from preft.core.settings import Settings
@@ -30,6 +30,7 @@ async def open_gateway(
     With the setting `state`, the workers are all workers in the store. Without it, they are those of `cluster_id`:
     several clusters on one machine then have one file of registrations.
     """
+    raise_file_limit()
     catalog = await unless(stop.asked, stack.enter_async_context(open_catalog(settings)))
     if catalog is None:
         return None

@@ -29,7 +29,7 @@ from preft_loadgen.child import bound
 from preft_loadgen.driver import closed_loop, completions
 from preft_loadgen.errors import LoadgenError
 from preft_loadgen.http_stream import HttpClient, Reply
-from preft_loadgen.report import Progress
+from preft_loadgen.report import progress
 from preft_loadgen.served import served
 from preft_loadgen.workload import Lengths, Request
 
@@ -114,8 +114,8 @@ async def _measure(folder: Path, requests: int, rounds: int) -> tuple[list[Compa
                 loads[side].append(disk_loads(await _tiers(clients[0])) - before)
             return sum(record.tokens for record in run.records) / run.seconds
 
-        with Progress("gateways", turns(2, rounds)) as progress:
-            two, one = await take_turns([partial(speed, 0), partial(speed, 1)], rounds, progress.step)
+        with progress("gateways", turns(2, rounds)) as bar:
+            two, one = await take_turns([partial(speed, 0), partial(speed, 1)], rounds, bar.update)
         looking.cancel()
         if (await asyncio.gather(looking, return_exceptions=True))[0].__class__ is not asyncio.CancelledError:
             raise PreftError("the workers' slots could not be watched")

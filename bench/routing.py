@@ -35,7 +35,7 @@ from preft.state import open_store
 from preft_loadgen.driver import closed_loop
 from preft_loadgen.errors import LoadgenError
 from preft_loadgen.http_stream import HttpClient, Reply
-from preft_loadgen.report import Progress
+from preft_loadgen.report import progress
 from preft_loadgen.served import served
 from preft_loadgen.workload import Lengths, Request
 
@@ -83,8 +83,8 @@ async def _measure(folder: Path, requests: int, rounds: int) -> tuple[Comparison
                 await side("ours", AffinityPolicy(patience=own.patience)),
                 await side("least-loaded", LeastLoadedSlot()),
             ]
-            with Progress("routing", turns(len(sides), rounds)) as progress:
-                ours, reference = await take_turns(sides, rounds, progress.step)
+            with progress("routing", turns(len(sides), rounds)) as bar:
+                ours, reference = await take_turns(sides, rounds, bar.update)
     how = (
         f"prompt tokens per second from the first request to the end of the last; {HOW}, 32-96 prompt and "
         f"{OUTPUT.low}-{OUTPUT.high} output tokens; reference: each request goes at once to the prefill worker with "

@@ -30,8 +30,9 @@ from preft_loadgen.child import bound
 from preft_loadgen.driver import completions, open_loop
 from preft_loadgen.errors import LoadgenError
 from preft_loadgen.http_stream import HttpClient, RequestFailed
-from preft_loadgen.report import percentile, table
+from preft_loadgen.report import percentile
 from preft_loadgen.served import Served, served
+from preft_loadgen.table import table
 from preft_loadgen.workload import Request
 
 FEW, MANY = 100, 2000  # streams
@@ -207,7 +208,7 @@ def figures_table(runs: Sequence[Figures]) -> str:
         ]
         for run in runs
     ]
-    return table([head, *rows], left={0})
+    return table([head, *rows], right=range(1, len(head)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

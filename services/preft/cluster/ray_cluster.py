@@ -42,7 +42,7 @@ LOCAL_NODE_IP = "127.0.0.2"  # Ray replaces 127.0.0.1 by the machine's outside a
 START_ATTEMPTS = 3
 REPLY_SECONDS = 1.0  # for an actor to report a failed start before its process ends
 CHECK_SECONDS = 5.0
-CLOSE_SECONDS = 10.0  # for a worker to close after its requests, until Ray kills it
+CLOSE_SECONDS = 5.0  # for a worker to close after its requests, until Ray kills it
 RAY_WAITS = {"RAY_gcs_server_port_wait_time_s": "120", "RAY_raylet_start_wait_time_s": "120"}  # on a busy machine
 OBJECT_STORE_BYTES = 80 << 20  # Ray's minimum: no tensor goes through the object store
 
@@ -240,7 +240,7 @@ class RayCluster:
         left = max(0.0, self._drain_ends - time.monotonic())
         hurry = asyncio.create_task(at_once.wait())
         ends = asyncio.create_task(self._end_all(left))
-        await asyncio.wait({ends, hurry}, timeout=left + 2 * CLOSE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({ends, hurry}, timeout=left + CLOSE_SECONDS + REPLY_SECONDS, return_when=asyncio.FIRST_COMPLETED)
         for task in (ends, hurry):
             task.cancel()
         await asyncio.gather(ends, hurry, return_exceptions=True)

@@ -240,7 +240,9 @@ class RayCluster:
         left = max(0.0, self._drain_ends - time.monotonic())
         hurry = asyncio.create_task(at_once.wait())
         ends = asyncio.create_task(self._end_all(left))
-        await asyncio.wait({ends, hurry}, timeout=left + CLOSE_SECONDS + REPLY_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(
+            {ends, hurry}, timeout=left + CLOSE_SECONDS + REPLY_SECONDS, return_when=asyncio.FIRST_COMPLETED
+        )
         for task in (ends, hurry):
             task.cancel()
         await asyncio.gather(ends, hurry, return_exceptions=True)

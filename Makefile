@@ -12,7 +12,8 @@ EXAMPLE_ADAPTERS = $(patsubst %/,%,$(wildcard $(EXAMPLE)/adapters/*/))
 EXAMPLE_ARGS = --model $(EXAMPLE)/model --served-model-name personal-memory $(foreach dir,$(EXAMPLE_ADAPTERS),--adapter $(notdir $(dir))=$(dir))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-long test-fast test-gpu check bench bench-kernels bench-store bench-gpu simulate tune-gpu proto install clean
+.PHONY: help demo serve test test-long test-fast test-gpu check bench bench-kernels bench-store bench-cluster bench-gpu \
+	simulate tune-gpu proto install clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -49,6 +50,11 @@ bench-kernels: install ## measure the kernels' CPU implementations against vLLM'
 bench-store: install ## measure the time of adapter loads, and their effect on other requests
 	$(BIN)/python -m bench.tiers $(ARGS)
 	$(BIN)/python -m bench.store $(ARGS)
+
+bench-cluster: install ## measure the router's policy, two gateways, and thousands of streams (needs redis-server)
+	$(BIN)/python -m bench.streams $(ARGS)
+	$(BIN)/python -m bench.routing $(ARGS)
+	$(BIN)/python -m bench.gateways $(ARGS)
 
 simulate: install ## compare the router's policy with others over simulated workers
 	$(BIN)/python -m bench.simulate $(ARGS)

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from preft_loadgen.report import table
+from preft_loadgen.table import table
 
 Side = Callable[[int], Awaitable[float]]
 """Measures one side once: from the round number to a speed. Equal rounds have equal work."""
@@ -81,7 +81,7 @@ def comparison_table(comparisons: Sequence[Comparison]) -> str:
         ]
         for one in comparisons
     ]
-    return table([head, *rows], left={0, 3})
+    return table([head, *rows], right={1, 2, 4, 5, 6})
 
 
 def steady_rate(arrivals: Sequence[Sequence[float]]) -> float:

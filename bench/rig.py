@@ -65,7 +65,7 @@ def cluster_settings(folder: Path) -> dict[str, Any]:
 async def bench_rig(folder: Path, say: Callable[[str], None], *, multi_lora: bool) -> AsyncIterator[Rig]:
     """Makes and starts everything in `folder`, and ends it with the context. Raises PreftError or LoadgenError."""
     say(f"making a random model and {LORAS + REFTS} adapters")
-    model = _make_model(folder)
+    model = make_model(folder, loras=LORAS, lora_rank=LORA_RANK, refts=REFTS, reft_rank=REFT_RANK)
     settings = cluster_settings(folder)
     config = folder / "settings.json"
     config.write_text(json.dumps(settings))  # JSON is YAML
@@ -83,31 +83,23 @@ async def bench_rig(folder: Path, say: Callable[[str], None], *, multi_lora: boo
                 lora = await stack.enter_async_context(plain_engine(config, folder / "lora.log", lora=True))
             http = HttpClient(server.url)
             addresses = {worker["role"]: worker["address"] for worker in server.workers()}
-            adapters = await _adapters(http, settings["adapters"])
+            adapters = await served_adapters(http, settings["adapters"])
             secret = ClusterSecret(stored_secret(server.state_dir))
             yield Rig(http, addresses["prefill"], addresses["decode"], secret, adapters, plain, lora, model)
 
 
-def _make_model(folder: Path) -> dict[str, Any]:
+def make_model(folder: Path, **counts: int) -> dict[str, Any]:
+    """Runs `bench.random_model`, whose numbers `counts` are, in a process of its own; returns facts about the model."""
     command = [sys.executable, "-m", "bench.random_model", str(folder)]
-    ran = subprocess.run(
-        bound(
-            [
-                *(*command, "--loras", str(LORAS), "--lora-rank", str(LORA_RANK)),
-                *("--refts", str(REFTS), "--reft-rank", str(REFT_RANK)),
-            ]
-        ),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    options = [text for name, value in counts.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    ran = subprocess.run(bound([*command, *options]), capture_output=True, text=True, check=False)
     if ran.returncode != 0:
         raise PreftError(f"the random model could not be made: {ran.stderr.strip()}")
     made: dict[str, Any] = json.loads(ran.stdout)
     return made
 
 
-async def _adapters(http: HttpClient, folders: dict[str, str]) -> tuple[AdapterRef, ...]:
+async def served_adapters(http: HttpClient, folders: dict[str, str]) -> tuple[AdapterRef, ...]:
     """The catalog's adapters, with their folders as sources: the folders hold the content of the digests."""
     entries = (await http.get_json("/v1/adapters?limit=1000"))["data"]
     if len(entries) != len(folders):

@@ -19,9 +19,10 @@ from pathlib import Path
 from personal_memory import task
 from preft_loadgen.errors import LoadgenError
 from preft_loadgen.http_stream import HttpClient
-from preft_loadgen.report import Progress, summary_table, table
+from preft_loadgen.report import progress, summary_table
 from preft_loadgen.served import served
 from preft_loadgen.sweep import Sweep, run_sweep, served_models
+from preft_loadgen.table import table
 from preft_loadgen.workload import Lengths
 
 FOLDER = Path(__file__).parent / "personal_memory"
@@ -97,10 +98,10 @@ async def ask_all(client: HttpClient, asked: Sequence[Question]) -> list[str]:
         }
         async with room:
             reply = await client.stream("/v1/chat/completions", body)
-        progress.step()
+        bar.update()
         return reply.text.strip()
 
-    with Progress("asking", len(asked)) as progress:
+    with progress("asking", len(asked)) as bar:
         return await asyncio.gather(*map(ask, asked))
 
 
@@ -136,7 +137,7 @@ def score_table(scores: Sequence[Score], base: Score) -> str:
         (one.model, f"{one.right}/{one.facts}", f"{one.share:.1%}", str(one.strangers), one.example) for one in scores
     ]
     rows.append(("no adapter", f"{base.right}/{base.facts}", f"{base.share:.1%}", "-", base.example))
-    return table([("adapter", "facts right", "", "others' facts", "for example"), *rows], left={0, 4})
+    return table([("adapter", "facts right", "", "others' facts", "for example"), *rows], right={1, 2, 3})
 
 
 async def run(url: str, adapters: Sequence[str]) -> str | None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self, TextIO
+from typing import NoReturn
+
+from tqdm import tqdm
 
 from preft_loadgen.driver import Run
-
-BAR_CELLS = 24
+from preft_loadgen.table import table
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,52 +80,9 @@ def summary_table(summaries: Sequence[Summary]) -> str:
         ]
         for summary in summaries
     ]
-    return table([head, *rows])
+    return table([head, *rows], right=range(len(head)))
 
 
-def table(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> str:
-    """`rows`, all of one length, as aligned columns: columns in `left` (numbers) are flush left, all others right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if number in left else cell.rjust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
-
-
-class Progress:
-    """A bar on `stream`, shown within a `with` block. Silent unless `stream` is a terminal, or with `force`."""
-
-    def __init__(self, label: str, total: int, *, force: bool = False, stream: TextIO | None = None) -> None:
-        self._label = label
-        self._total = total
-        self._stream = sys.stderr if stream is None else stream
-        self._shown = force or self._stream.isatty()
-        self._done = 0
-        self._drawn = 0.0
-
-    def step(self) -> None:
-        """Counts one more measurement."""
-        self._done += 1
-        now = time.monotonic()
-        if self._shown and (now - self._drawn > 0.1 or self._done == self._total):
-            self._drawn = now
-            self._draw()
-
-    def __enter__(self) -> Self:
-        if self._shown:
-            self._draw()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._shown:
-            self._stream.write("\r\x1b[K")
-            self._stream.flush()
-
-    def _draw(self) -> None:
-        cells = BAR_CELLS * self._done // max(1, self._total)
-        bar = "#" * cells + "." * (BAR_CELLS - cells)
-        self._stream.write(f"\r{self._label} [{bar}] {self._done}/{self._total}")
-        self._stream.flush()
+def progress(label: str, total: int, *, force: bool = False) -> tqdm[NoReturn]:
+    """A bar on stderr, to be used in a `with` block. Silent unless stderr is a terminal, or with `force`."""
+    return tqdm(desc=label, total=total, leave=False, disable=False if force else None)

@@ -39,6 +39,7 @@ class Served:
     """A server that is ready. `start_seconds` is the duration of its start."""
 
     url: str
+    pid: int
     state_dir: Path
     start_seconds: float
 
@@ -84,7 +85,7 @@ def served(
             )
         try:
             url = _wait_until_ready(process, log, started + ready_seconds)
-            yield Served(url, state_dir, time.monotonic() - started)
+            yield Served(url, process.pid, state_dir, time.monotonic() - started)
         except BaseException:
             signalled.set()
             with contextlib.suppress(ServeFailed):

@@ -17,6 +17,7 @@ from preft.cluster.model import with_model_length
 from preft.cluster.process import Stop
 from preft.cluster.serving import open_gateway
 from preft.cluster.stores import open_registrations
+from preft.cluster.worker_process import worker_setup
 from preft.core.cluster import Role
 from preft.core.settings import Settings
 from preft.worker.server import WorkerServer
@@ -51,7 +52,7 @@ async def gateway(settings: Settings, cluster_id: str = "own") -> AsyncIterator[
 @asynccontextmanager
 async def worker(settings: Settings, role: Role, name: str) -> AsyncIterator[WorkerServer]:
     store = open_registrations(settings)
-    started = await WorkerServer.start(settings, role, name, "127.0.0.1", store, StartFake())
+    started = await WorkerServer.start(worker_setup(settings, role), name, "127.0.0.1", store, StartFake())
     try:
         yield started
     finally:

@@ -22,6 +22,7 @@ from preft.cluster.gateway_process import RunningGateway, run_gateway
 from preft.cluster.model import with_model_length
 from preft.cluster.secret import cluster_secret
 from preft.cluster.stores import open_registrations
+from preft.cluster.worker_process import worker_setup
 from preft.core.cluster import Role, WorkerStatus
 from preft.core.ports import StateStore
 from preft.core.settings import Settings, load_settings
@@ -152,7 +153,7 @@ async def _cluster(settings: Settings, start_engine: StartEngine) -> AsyncIterat
         senders = {name: FaultySender(cluster_secret(settings)) for name, _ in names}
         started = await asyncio.gather(
             *(
-                WorkerServer.start(settings, role, name, "127.0.0.1", store, start_engine, senders[name])
+                WorkerServer.start(worker_setup(settings, role), name, "127.0.0.1", store, start_engine, senders[name])
                 for name, role in names
             )
         )

@@ -17,18 +17,22 @@ END_SECONDS = 60.0
 
 
 class ServerProcess:
-    """`preft ARGUMENTS` with its output in the file `log`."""
+    """`preft ARGUMENTS`, or another module with them, with its output in the file `log`."""
 
-    def __init__(self, arguments: list[str], log: Path) -> None:
+    def __init__(self, arguments: list[str], log: Path, module: str = "preft.cli") -> None:
         self._log = log
         with log.open("wb") as output:
             self._process = subprocess.Popen(
-                bound([sys.executable, "-m", "preft.cli", *arguments]),
+                bound([sys.executable, "-m", module, *arguments]),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     @property
     def output(self) -> str:
@@ -62,10 +66,18 @@ class ServerProcess:
                     continue
 
 
+def alive(pid: int) -> bool:
+    """Whether the process runs; a zombie doesn't."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 @contextmanager
-def running(arguments: list[str], log: Path) -> Iterator[ServerProcess]:
+def running(arguments: list[str], log: Path, module: str = "preft.cli") -> Iterator[ServerProcess]:
     """The process, until the end of the context."""
-    process = ServerProcess(arguments, log)
+    process = ServerProcess(arguments, log, module)
     try:
         yield process
     finally:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
+from preft.cluster.worker_process import worker_setup
 from preft.core.cluster import Role
 from preft.core.ports import StateStore
+from preft.core.request import TokenDelta
 from preft.core.settings import MiB, Settings, load_settings
+from preft.engine.port import EngineRequest
 from preft.rpc.secret import ClusterSecret
 from preft.worker.server import StartEngine, WorkerServer
 from support.fake_engine import FakeEngine
 from support.lora_folders import write_base
 
+TOKEN_SECONDS = 0.03
 SECRET = ClusterSecret("of these tests alone")
 
 
@@ -36,6 +42,21 @@ class StartFake(StartEngine):
         return self.engines[role]
 
 
+class PacedEngine(FakeEngine):
+    """A FakeEngine that takes TOKEN_SECONDS for each token of a request."""
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
+        async with aclosing(super().generate(request)) as deltas:
+            async for delta in deltas:
+                await asyncio.sleep(TOKEN_SECONDS)
+                yield delta
+
+
+class StartPaced(StartEngine):
+    async def __call__(self, settings: Settings, role: Role, arena: str, adapter_arena: str) -> PacedEngine:
+        return PacedEngine(role, arena, adapter_arena, kv_blocks=4096)
+
+
 def settings_for(folder: Path, **overrides: Any) -> Settings:
     """Settings of workers whose model, state and secret are in `folder`."""
     own = {"staging_bytes": MiB, "max_num_seqs": 17}
@@ -53,4 +74,4 @@ def settings_for(folder: Path, **overrides: Any) -> Settings:
 async def start(
     role: Role, settings: Settings, store: StateStore, start_engine: StartEngine, name: str | None = None
 ) -> WorkerServer:
-    return await WorkerServer.start(settings, role, name or role.value, "127.0.0.1", store, start_engine)
+    return await WorkerServer.start(worker_setup(settings, role), name or role.value, "127.0.0.1", store, start_engine)

@@ -52,9 +52,9 @@ def write_adapter(folder: Path, content: str) -> AdapterRef:
 SOON = 20.0  # seconds within which awaited events happen, also on a busy machine
 
 
-async def until(condition: Callable[[], bool]) -> None:
+async def until(condition: Callable[[], bool], seconds: float = SOON) -> None:
     """Returns once `condition` holds; raises TimeoutError if that takes too long."""
-    async with asyncio.timeout(SOON):
+    async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.001)
 

@@ -4,7 +4,7 @@
 - vllm: only in preft.engine, preft.transfer.connector and bench. ray: only in preft.cluster.
 - worker.prefill and worker.decode never import each other, and neither do gateway.http and gateway.grpc.
 - gateway.text and gateway.bodies know neither door. adapters.formats and adapters.sources know neither store nor
-  catalog. memory knows no KV transfer, and worker knows no gateway and no Ray.
+  catalog. memory knows no KV transfer, and worker knows neither gateway nor cluster.
 - The load generator imports nothing of preft, and nothing imports bench.
 - Everything but engine, transfer, cluster, training and convert stays free of torch, vllm, ray and transformers, in
   itself and through what it imports.
@@ -120,7 +120,7 @@ STRANGERS = [
     ("preft.adapters.formats", "preft.adapters.catalog"),
     ("preft.memory", "preft.transfer"),
     ("preft.worker", "preft.gateway"),
-    ("preft.worker", "preft.cluster.ray_cluster"),
+    ("preft.worker", "preft.cluster"),
     ("preft_loadgen", "preft"),
     ("preft", "bench"),
     ("preft_loadgen", "bench"),

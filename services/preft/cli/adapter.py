@@ -12,7 +12,7 @@ from urllib.parse import quote, urlencode
 
 from preft.cli.adapter_add import Entry, add_arguments
 from preft.cli.server import Server, add_url
-from preft.cli.table import table
+from preft_loadgen.table import table
 
 COLUMNS = ("name", "kind", "rank", "size", "version", "pinned", "digest", "source")
 PAGE = 1000  # the server's maximum

@@ -13,7 +13,7 @@ from enum import StrEnum
 from typing import Any
 
 from preft.cli.machine import Machine, look
-from preft.cli.table import table
+from preft_loadgen.table import table
 
 GiB = 1 << 30
 PYTHONS = ((3, 11), (3, 14))

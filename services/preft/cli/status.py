@@ -7,8 +7,8 @@ import json
 from typing import Any
 
 from preft.cli.server import Server, add_url
-from preft.cli.table import table
 from preft.core.errors import PreftError
+from preft_loadgen.table import table
 
 COLUMNS = ("id", "role", "state", "pid", "engine pids", "address", "running", "free KV blocks", "heard")
 

@@ -26,6 +26,8 @@ from preft.core.cluster import Adapter
 from preft.core.errors import ConfigError, PreftError, SourceNotFound, Unavailable
 from preft.core.request import AdapterRef
 from preft.core.settings import SCHEMES, Settings, is_loopback
+from preft.engine.port import Engine
+from preft.memory.arena import StagingArena
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +83,19 @@ async def open_catalog(settings: Settings) -> AsyncIterator[Catalog]:
             await background.close()
     finally:
         await store.close()
+
+
+@asynccontextmanager
+async def open_adapter_store(
+    settings: Settings, worker_id: str, memory: StagingArena, engine: Engine, slots: int
+) -> AsyncIterator[AdapterStore]:
+    """The adapter store of one worker, which follows the catalog within the context. Raises as `open_disk_tier`."""
+    adapters = AdapterStore(worker_id, open_disk_tier(settings), memory, engine, slots, source_limits(settings))
+    try:
+        async with following_catalog(settings, adapters):
+            yield adapters
+    finally:
+        await adapters.close()
 
 
 @asynccontextmanager

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import signal
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
@@ -50,6 +51,12 @@ async def unless(stop: asyncio.Event, start: Coroutine[Any, Any, T]) -> T | None
         starting.cancel()
         stopped.cancel()
         await asyncio.gather(starting, stopped, return_exceptions=True)
+
+
+def raise_file_limit() -> None:
+    """Lets this process have as many open files and connections as its hard limit allows: each stream needs one."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 @contextmanager

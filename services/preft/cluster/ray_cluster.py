@@ -3,7 +3,8 @@
 The only module that imports ray.
 
 An actor is a process that runs one `WorkerServer` in a thread with its own event loop. If the engine dies, the actor's
-process ends, and Ray starts both again. Output of Ray and the workers goes to files.
+process ends, and Ray starts both again. A worker that is told to end drains first, and Ray kills what is left. Output
+of Ray and the workers goes to files.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from preft.cluster.worker_process import run_worker
 from preft.core.cluster import Role
 from preft.core.errors import ConfigError
 from preft.core.settings import Settings
+from preft.worker.server import StartEngine, WorkerServer
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +42,15 @@ LOCAL_NODE_IP = "127.0.0.2"  # Ray replaces 127.0.0.1 by the machine's outside a
 START_ATTEMPTS = 3
 REPLY_SECONDS = 1.0  # for an actor to report a failed start before its process ends
 CHECK_SECONDS = 5.0
+CLOSE_SECONDS = 5.0  # for a worker to close after its requests, until Ray kills it
 RAY_WAITS = {"RAY_gcs_server_port_wait_time_s": "120", "RAY_raylet_start_wait_time_s": "120"}  # on a busy machine
 OBJECT_STORE_BYTES = 80 << 20  # Ray's minimum: no tensor goes through the object store
 
 
 class WorkerActor:
     """One worker under Ray. The constructor starts the worker, so a restarted actor is a restarted worker."""
+
+    start_engine: type[StartEngine] = StartEngine
 
     def __init__(
         self,
@@ -64,6 +69,10 @@ class WorkerActor:
         self._log = Path(log)
         self._decided = threading.Event()  # set when the start has succeeded or failed
         self._failure: str | None = None
+        self._stop = Stop()
+        self._ended = threading.Event()  # set when the worker has drained and closed
+        self._loop: asyncio.AbstractEventLoop | None = None  # set before `_decided`
+        self._worker: WorkerServer | None = None
         host = host or ray.util.get_node_ip_address()
         settings = Settings.model_validate_json(settings_json)
         secrets = {"cluster_secret": SecretStr(secret), "state": SecretStr(state) if state else None}
@@ -75,9 +84,13 @@ class WorkerActor:
 
     def _run(self, settings: Settings, role: Role, worker_id: str, host: str) -> None:
         try:
-            reason = asyncio.run(
-                run_worker(settings, role, worker_id, host, Stop(), lambda worker: self._decided.set())
-            )
+            with asyncio.Runner() as runner:
+                self._loop = runner.get_loop()
+                engine = self.start_engine()
+                reason = runner.run(run_worker(settings, role, worker_id, host, self._stop, self._started, engine))
+                if reason is None:
+                    self._ended.set()
+                    threading.Event().wait()  # Ray would start a process that ends by itself again
             logger.error("worker %s ends: %s", worker_id, reason)
         except BaseException as error:
             logger.exception("worker %s ends", worker_id)
@@ -86,6 +99,22 @@ class WorkerActor:
                 self._decided.set()
                 time.sleep(REPLY_SECONDS)
         os._exit(1)
+
+    def _started(self, worker: WorkerServer) -> None:
+        self._worker = worker
+        self._decided.set()
+
+    def drain(self, but: str) -> None:
+        """Tells all routers but `but` to send nothing more. See `WorkerServer.drain`."""
+        if self._worker is not None and self._loop is not None:
+            self._loop.call_soon_threadsafe(self._worker.drain, but)
+
+    def end(self, seconds: float) -> None:
+        """Returns once the worker has ended: after its running requests, which have `seconds`."""
+        for stop, wait in ((self._stop.asked, seconds), (self._stop.at_once, CLOSE_SECONDS)):
+            if self._loop is not None and not self._ended.is_set():
+                self._loop.call_soon_threadsafe(stop.set)
+                self._ended.wait(wait)
 
     def wait_started(self) -> str | None:
         """Returns None once the worker serves, or the reason why it can't."""
@@ -109,6 +138,7 @@ class RayCluster:
         self._logs = logs
         self._folder: Path | None = None
         self._actors: dict[str, Any] = {}  # by worker id
+        self._drain_ends: float | None = None  # monotonic; None: no drain has begun
 
     def start(self) -> None:
         """Starts or joins Ray and starts all workers; returns while their engines load.
@@ -147,7 +177,7 @@ class RayCluster:
             own = self._settings.engine(role)
             gpus = gpus_per_worker(self._settings, role, gpu_build)
             actor = ray.remote(WorkerActor).options(
-                num_cpus=own.num_cpus, num_gpus=gpus, max_restarts=-1, max_concurrency=2
+                num_cpus=own.num_cpus, num_gpus=gpus, max_restarts=-1, max_concurrency=4
             )
             for number in range(own.replicas):
                 name = f"{role.value}-{number}"
@@ -197,8 +227,31 @@ class RayCluster:
                 )
             await asyncio.sleep(2 * REPLY_SECONDS if failure else CHECK_SECONDS)  # until Ray has noticed the end
 
+    def drain(self, but: str) -> None:
+        """Begins the workers' `shutdown_timeout`. All routers but `but`, this process's own, send nothing more."""
+        self._drain_ends = time.monotonic() + self._settings.shutdown_timeout
+        for actor in self._actors.values():
+            actor.drain.remote(but)
+
+    async def end(self, at_once: asyncio.Event) -> None:
+        """Waits until the drained workers have finished and closed, for the rest of the time, or until `at_once`."""
+        if self._drain_ends is None or at_once.is_set():
+            return
+        left = max(0.0, self._drain_ends - time.monotonic())
+        hurry = asyncio.create_task(at_once.wait())
+        ends = asyncio.create_task(self._end_all(left))
+        await asyncio.wait(
+            {ends, hurry}, timeout=left + CLOSE_SECONDS + REPLY_SECONDS, return_when=asyncio.FIRST_COMPLETED
+        )
+        for task in (ends, hurry):
+            task.cancel()
+        await asyncio.gather(ends, hurry, return_exceptions=True)
+
+    async def _end_all(self, seconds: float) -> None:
+        await asyncio.gather(*(actor.end.remote(seconds) for actor in self._actors.values()), return_exceptions=True)
+
     def close(self) -> None:
-        """Ends every worker, and Ray if this process started it."""
+        """Kills what is left of the workers, and ends Ray if this process started it."""
         for actor in self._actors.values():
             with contextlib.suppress(ray.exceptions.RayError):
                 ray.kill(actor)

@@ -1,6 +1,7 @@
 """`preft serve`: a gateway and its workers from one Settings object, until a signal ends both. No process is left.
 
-The first signal lets running requests finish for `shutdown_timeout`; the second signal ends them at once.
+The first signal lets running requests finish for `shutdown_timeout`: this gateway's own, then those that other gateways
+have at its workers. The second signal ends them at once.
 """
 
 from __future__ import annotations
@@ -84,7 +85,9 @@ async def _serve_with_workers(
                 console,
                 cluster.wait_failed(console.line),
                 lambda: progress.observe(gateway.router.workers()),
+                lambda: cluster.drain(gateway.router.name),
             )
+            await cluster.end(stop.at_once)
         finally:
             console.status("")
             await loop.run_in_executor(thread, cluster.close)

@@ -14,7 +14,7 @@ from typing import Any
 from preft.cluster.adapters import open_catalog
 from preft.cluster.console import Console, first_question
 from preft.cluster.gateway_process import RunningGateway, run_gateway
-from preft.cluster.process import Stop, unless
+from preft.cluster.process import Stop, raise_file_limit, unless
 from preft.core.errors import EngineFailed
 from preft.core.ports import StateStore
 from preft.core.settings import Settings
@@ -30,6 +30,7 @@ async def open_gateway(
     With the setting `state`, the workers are all workers in the store. Without it, they are those of `cluster_id`:
     several clusters on one machine then have one file of registrations.
     """
+    raise_file_limit()
     catalog = await unless(stop.asked, stack.enter_async_context(open_catalog(settings)))
     if catalog is None:
         return None
@@ -48,10 +49,11 @@ async def serve_until_stopped(
     console: Console,
     failed: Coroutine[Any, Any, str] | None = None,
     observe: Callable[[], None] = lambda: None,
+    on_stop: Callable[[], None] = lambda: None,
 ) -> None:
     """Serves until a stop request or the end of `failed`, then drains. Raises EngineFailed with the text of `failed`.
 
-    Calls `observe` every LOOK_SECONDS.
+    Calls `observe` every LOOK_SECONDS, and `on_stop` after a stop request, before the drain.
     """
     failing = asyncio.create_task(failed or asyncio.Event().wait(), name="workers")
     stopped = asyncio.create_task(stop.asked.wait(), name="stop")
@@ -63,6 +65,7 @@ async def serve_until_stopped(
             stop.at_once.set()
         elif stopped.done():
             console.line(f"stopping: running requests have {settings.shutdown_timeout:g} s; a second signal ends them")
+            on_stop()
         console.status("")
         await gateway.drain(settings.shutdown_timeout, stop.at_once)
         if failing.done():

@@ -12,17 +12,34 @@ import os
 import sys
 import uuid
 from collections.abc import Callable
+from functools import partial
 from typing import NoReturn
 
+from preft.cluster.adapters import open_adapter_store
 from preft.cluster.console import Console
 from preft.cluster.logs import cause_in, new_log_folder, output_in
-from preft.cluster.model import with_model_length
+from preft.cluster.model import model_identity, with_model_length
 from preft.cluster.process import Stop, told_in_a_sentence, unless
+from preft.cluster.secret import cluster_secret
+from preft.cluster.sizing import staging_bytes
 from preft.cluster.stores import open_registrations
 from preft.core.cluster import Role, Worker
 from preft.core.errors import EngineFailed, PreftError
 from preft.core.settings import Settings
 from preft.worker.server import StartEngine, WorkerServer
+from preft.worker.setup import WorkerSetup
+
+
+def worker_setup(settings: Settings, role: Role) -> WorkerSetup:
+    """The set-up of a worker on this machine. Raises ConfigError if the model or the secret can't be read."""
+    return WorkerSetup(
+        settings,
+        role,
+        cluster_secret(settings),
+        model_identity(settings.model),
+        staging_bytes(settings, role),
+        partial(open_adapter_store, settings),
+    )
 
 
 async def run_worker(
@@ -31,7 +48,7 @@ async def run_worker(
     worker_id: str,
     host: str,
     stop: Stop,
-    on_ready: Callable[[Worker], None],
+    on_ready: Callable[[WorkerServer], None],
     start_engine: StartEngine | None = None,
 ) -> str | None:
     """Runs a worker until its engine dies (returns the reason), or until it has stopped (returns None).
@@ -41,12 +58,13 @@ async def run_worker(
     os.environ["VLLM_HOST_IP"] = host
     store = open_registrations(settings)
     try:
-        starting = WorkerServer.start(settings, role, worker_id, host, store, start_engine or StartEngine())
+        setup = worker_setup(settings, role)
+        starting = WorkerServer.start(setup, worker_id, host, store, start_engine or StartEngine())
         worker = await unless(stop.asked, starting)
         if worker is None:
             return None
         try:
-            on_ready(worker.record)
+            on_ready(worker)
             return await _until_stopped(worker, settings.shutdown_timeout, stop)
         finally:
             await worker.close()
@@ -117,8 +135,8 @@ async def _work(
     stop = Stop()
     stop.arm()
 
-    def say_ready(worker: Worker) -> None:
-        started.append(worker)
-        console.line(f"The worker {worker_id} is ready on {worker.address}")
+    def say_ready(worker: WorkerServer) -> None:
+        started.append(worker.record)
+        console.line(f"The worker {worker_id} is ready on {worker.record.address}")
 
     return await run_worker(settings, role, worker_id, host, stop, say_ready)

@@ -31,6 +31,7 @@ from preft.core.cluster import Role
 from preft.core.errors import ConfigError, EngineFailed, InvalidAdapter, InvalidRequest, NumbersNotFinite, WorkerLost
 from preft.core.request import AdapterRef, FinishReason, Sampling, TokenDelta, TokenLogprob
 from preft.core.settings import GiB, PrefillSettings, Settings
+from preft.engine.bound import BoundToParent, forks_bound
 from preft.engine.numbers import ENVIRONMENT, NOT_FINITE
 from preft.engine.port import EngineInfo, EngineRequest, EngineStats, KvRegion, check_request
 from preft.engine.shared_memory import start_tracker
@@ -67,7 +68,7 @@ def engine_args(settings: Settings, role: Role, arena: str) -> AsyncEngineArgs:
         # vLLM's CPU default puts the model in a second process, and each process waits for the other in a busy loop.
         "distributed_executor_backend": UniProcExecutor if on_cpu else None,
         "worker_cls": "preft.engine.cpu_worker.PreftCPUWorker" if on_cpu else "preft.engine.gpu_worker.PreftGPUWorker",
-        "additional_config": {"preft": CODE_VERSION, "role": role.value},
+        "additional_config": {"preft": CODE_VERSION, "role": role.value, "process": BoundToParent("bound")},
     }
     scheduler = "PromptAdapterScheduler" if role is Role.COLOCATED else "PreftScheduler"
     args["scheduler_cls"] = f"preft.engine.scheduler.{'' if on_cpu else 'Async'}{scheduler}"
@@ -304,7 +305,8 @@ def _start(args: AsyncEngineArgs, stats: EngineStats) -> AsyncLLM:
     config = args.create_engine_config()
     if current_platform.is_cpu():
         os.environ.update(_thread_settings(config))
-    return AsyncLLM.from_vllm_config(config, stat_loggers=[lambda *_: _Stats(stats)], disable_log_stats=True)
+    with forks_bound():
+        return AsyncLLM.from_vllm_config(config, stat_loggers=[lambda *_: _Stats(stats)], disable_log_stats=True)
 
 
 _settings_are_read = threading.Lock()  # vLLM changes the environment and restores it

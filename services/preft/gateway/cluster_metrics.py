@@ -1,4 +1,7 @@
-"""Prometheus metrics of the router and the workers, as the router sees them at the moment. Keeps no state."""
+"""Prometheus metrics of the router and the workers, as the router sees them at the moment. Keeps no state.
+
+A worker that is silent has no figures of its own: zeros would look like a restart to a reader of the counters.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Summa
 from prometheus_client.registry import Collector
 
 from preft.core.cluster import RouterStats, Tier, TierTotals, WorkerSeen, WorkerState
+
+TELLING = (WorkerState.READY, WorkerState.DRAINING)
 
 
 class ClusterMetrics(Collector):
@@ -34,7 +39,7 @@ class ClusterMetrics(Collector):
         ):
             yield CounterMetricFamily(name, help_, value=total)
         yield from _worker_metrics(workers, stats)
-        runs_adapters = [seen for seen in workers if seen.worker.adapter_slots]
+        runs_adapters = [seen for seen in workers if seen.worker.adapter_slots and seen.state in TELLING]
         yield from _adapter_metrics(
             [(seen.worker.id, seen.worker.adapter_slots, seen.status.tiers) for seen in runs_adapters]
         )
@@ -55,8 +60,10 @@ def _worker_metrics(workers: Sequence[WorkerSeen], stats: RouterStats) -> Iterat
         key, status = [seen.worker.id], seen.status
         ready.add_metric(key, seen.state is WorkerState.READY)
         draining.add_metric(key, seen.state is WorkerState.DRAINING)
-        running.add_metric(key, status.running)
         own.add_metric(key, stats.in_flight.get(seen.worker.id, 0))
+        if seen.state not in TELLING:
+            continue
+        running.add_metric(key, status.running)
         free.add_metric(key, seen.worker.kv_blocks - status.kv_blocks_used)
         total.add_metric(key, seen.worker.kv_blocks)
         staging.add_metric(key, seen.worker.staging_bytes)

@@ -60,7 +60,8 @@ class Router:
             FairShare(settings.shares),
             lambda worker, adapter: self._prefetcher.want(worker, adapter),
         )
-        self._channels = WorkerChannels(secret, uuid.uuid4().hex, self._lost)
+        self.name = uuid.uuid4().hex  # under which the workers know this router
+        self._channels = WorkerChannels(secret, self.name, self._lost)
         self._watches = Watches(self._channels, self.view, settings.worker_timeout, self._heard)
         self._prefetcher = Prefetcher(self._channels, settings.request_timeout, self._admission.load_ended)
         self._counters = Counters()

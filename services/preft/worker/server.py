@@ -18,10 +18,6 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from preft.adapters.store.adapter_store import AdapterStore
-from preft.cluster.adapters import following_catalog, open_disk_tier, source_limits
-from preft.cluster.model import model_identity
-from preft.cluster.secret import cluster_secret
-from preft.cluster.sizing import staging_bytes
 from preft.core.background import Background
 from preft.core.cluster import Role, TierTotals, Worker, WorkerStatus
 from preft.core.errors import PreftError
@@ -41,6 +37,7 @@ from preft.worker.colocated import wiring as colocated
 from preft.worker.decode import wiring as decode
 from preft.worker.prefill import wiring as prefill
 from preft.worker.role import AddServices, Parts
+from preft.worker.setup import WorkerSetup
 from preft.worker.status import StatusService
 from preft.worker.usage import Usage
 
@@ -94,8 +91,7 @@ class WorkerServer:
     @classmethod
     async def start(
         cls,
-        settings: Settings,
-        role: Role,
+        setup: WorkerSetup,
         worker_id: str,
         host: str,
         store: StateStore,
@@ -106,7 +102,8 @@ class WorkerServer:
 
         Raises the errors of `start_engine`; then nothing is left running.
         """
-        own, secret = settings.engine(role), cluster_secret(settings)
+        settings, role, secret = setup.settings, setup.role, setup.secret
+        own = settings.engine(role)
         record = Worker(
             id=worker_id,
             role=role,
@@ -117,7 +114,7 @@ class WorkerServer:
         async with contextlib.AsyncExitStack() as opened:
             opened.push_async_callback(store.remove_worker, worker_id)
             await store.put_worker(record, STARTING_LIFETIME)
-            arena = StagingArena.create(staging_bytes(settings, role))
+            arena = StagingArena.create(setup.staging_bytes)
             opened.callback(arena.close)
             memory = StagingArena.create(settings.store.host_bytes) if record.adapter_slots else None
             if memory is not None:
@@ -125,7 +122,7 @@ class WorkerServer:
             engine = await start_engine(settings, role, arena.path, memory.path if memory else "")
             opened.push_async_callback(engine.close)
             info = engine.info
-            identity = f"{model_identity(settings.model)}:{info.kv_layout}:{info.max_model_len}"
+            identity = f"{setup.model}:{info.kv_layout}:{info.max_model_len}"
             if role is Role.COLOCATED:
                 identity += f":{worker_id}"
             else:
@@ -141,16 +138,9 @@ class WorkerServer:
             )
             adapters = None
             if memory is not None:
-                adapters = AdapterStore(
-                    worker_id,
-                    open_disk_tier(settings),
-                    memory,
-                    engine,
-                    record.adapter_slots,
-                    source_limits(settings),
+                adapters = await opened.enter_async_context(
+                    setup.open_adapters(worker_id, memory, engine, record.adapter_slots)
                 )
-                opened.push_async_callback(adapters.close)
-                await opened.enter_async_context(following_catalog(settings, adapters))
             sender = sender or GrpcKvSender(secret)
             opened.push_async_callback(sender.close)
             guard = OnlyTheCluster(secret)
@@ -190,9 +180,12 @@ class WorkerServer:
         with contextlib.suppress(PreftError):
             await self._opened.aclose()
 
-    def drain(self) -> None:
-        """Tells the watching routers at once to send nothing more. The worker still serves what comes."""
-        self._status.drain()
+    def drain(self, but: str | None = None) -> None:
+        """Tells the watching routers, but not the router `but`, at once to send nothing more.
+
+        The worker still serves what comes.
+        """
+        self._status.drain(but)
 
     async def wait_idle(self) -> None:
         """Returns once no request has been here for QUIET_SECONDS."""

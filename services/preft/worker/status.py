@@ -55,6 +55,7 @@ class StatusService(workers_pb2_grpc.WorkerStatusServicer):
         self._adapters = adapters
         self._watchers: set[_Watcher] = set()
         self._draining = asyncio.Event()
+        self._spared: str | None = None  # the caller that isn't told of the drain
         self._told = asyncio.Event()  # a stream's reader has taken a message
         usage.observe(self._changed)
         if adapters is not None:
@@ -75,8 +76,12 @@ class StatusService(workers_pb2_grpc.WorkerStatusServicer):
                 self._watchers.discard(watcher)
                 self._told.set()
 
-    def drain(self) -> None:
-        """Tells all streams at once, without waiting for their intervals, that the worker takes no more requests."""
+    def drain(self, but: str | None = None) -> None:
+        """Tells all streams at once, without waiting for their intervals, that the worker takes no more requests.
+
+        The streams of the caller `but` aren't told until the next call.
+        """
+        self._spared = but
         self._draining.set()
 
     async def drained(self, timeout: float) -> None:
@@ -94,7 +99,7 @@ class StatusService(workers_pb2_grpc.WorkerStatusServicer):
     def _told_to(self, caller: str, measured: WorkerStatus) -> WorkerStatus:
         return replace(
             measured,
-            draining=self._draining.is_set(),
+            draining=self._draining.is_set() and caller != self._spared,
             other_prefills=self._usage.other_prefills(caller),
             other_sequences=self._usage.other_sequences(caller),
         )
@@ -120,7 +125,7 @@ class StatusService(workers_pb2_grpc.WorkerStatusServicer):
         return self._measured
 
     async def _pause(self, seconds: float, watcher: _Watcher) -> None:
-        if watcher.knows_draining:
+        if watcher.knows_draining or watcher.caller == self._spared:
             return await asyncio.sleep(seconds)
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):

@@ -39,6 +39,12 @@ class FakeRay:
     def start(self) -> None:
         self.done.append("start")
 
+    def drain(self, but: str) -> None:
+        self.done.append("drain")
+
+    async def end(self, at_once: asyncio.Event) -> None:
+        self.done.append("end")
+
     def close(self) -> None:
         self.done.append("close")
 
@@ -126,7 +132,7 @@ async def test_the_cluster_is_closed_while_other_threads_are_busy(cluster: FakeR
         busy = loop.run_in_executor(None, over.wait)
         os.kill(os.getpid(), signal.SIGTERM)
         await asyncio.wait_for(serving, 5)
-        assert cluster.done == ["start", "close"]
+        assert cluster.done == ["start", "drain", "end", "close"]
     finally:
         over.set()
     await busy
@@ -144,7 +150,7 @@ async def test_a_cluster_uses_the_store_that_the_settings_name(
     redis_server.kill()
     os.kill(os.getpid(), signal.SIGTERM)
     await asyncio.wait_for(serving, 15)  # although the store is away
-    assert cluster.done == ["start", "close"]
+    assert cluster.done == ["start", "drain", "end", "close"]
     assert not list((tmp_path / "state").rglob("*.sqlite"))
 
 
@@ -177,7 +183,7 @@ async def test_signals_refuse_what_comes_and_then_end_what_runs(
         reply = await adding
         assert (reply.status_code, reply.json()["error"]["code"]) == (503, "shutting_down")
         await asyncio.wait_for(serving, 10)
-    assert cluster.done == ["start", "close"]
+    assert cluster.done == ["start", "drain", "end", "close"]
 
 
 async def test_workers_that_can_not_be_started_end_the_server(

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from preft.engine import plugin
+from support.processes import alive
 
 SERVICES = Path(plugin.__file__).parents[2]
 PROGRAM = """
@@ -42,13 +43,6 @@ def parent(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     with subprocess.Popen([sys.executable, program], stdout=subprocess.PIPE, text=True, env=environment) as process:
         yield process
         process.kill()
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def test_the_child_ends_with_its_parent(parent: subprocess.Popen[str]) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 from prometheus_client import CollectorRegistry
 
 from preft.core.cluster import Role, RouterStats, Tier, TierTotals, Worker, WorkerSeen, WorkerState, WorkerStatus
 from preft.gateway.cluster_metrics import ClusterMetrics
+
+DOCS = Path(__file__).parents[3] / "docs"
 
 
 def test_every_figure_of_every_worker() -> None:
@@ -69,3 +74,24 @@ def test_every_figure_of_every_worker() -> None:
     assert registry.get_sample_value("preft_adapter_slots", {"worker": "d"}) is None
     workers.clear()
     assert registry.get_sample_value("preft_kv_blocks", {"worker": "d"}) is None
+
+
+@pytest.mark.parametrize("state", [WorkerState.DEAD, WorkerState.STARTING])
+def test_a_silent_worker_has_no_figures(state: WorkerState) -> None:
+    """A counter that fell to zero and rose again would count everything twice."""
+    worker = WorkerSeen(Worker("p", Role.PREFILL, kv_blocks=9, adapter_slots=8), state, WorkerStatus(), 9.0)
+    registry = CollectorRegistry()
+    ClusterMetrics(lambda: [worker], lambda: RouterStats(0, {"p": 2}, 0, 0, 0), registry)
+    samples = [sample for family in registry.collect() for sample in family.samples if sample.labels]
+    values = {sample.name: sample.value for sample in samples}
+    assert values == {"preft_worker_ready": 0, "preft_worker_draining": 0, "preft_worker_in_flight": 2}
+
+
+def test_every_metric_is_documented() -> None:
+    registry = CollectorRegistry()
+    ClusterMetrics(list, lambda: RouterStats(0, {}, 0, 0, 0), registry)
+    text = (DOCS / "http.md").read_text() + (DOCS / "adapter-store.md").read_text()
+    kinds = {"counter": "_total"}
+    names = [family.name + kinds.get(family.type, "") for family in registry.collect()]
+    assert len(names) == 20
+    assert [name for name in names if f"`{name}" not in text] == []

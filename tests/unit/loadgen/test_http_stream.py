@@ -84,7 +84,7 @@ async def test_a_body_that_ends_with_the_connection() -> None:
         (sends(), "connection broke", None),
         (sends(HEAD, b"xyz\r\n"), "not what an OpenAI-style server sends", None),
         (sends(HEAD, chunk(b"data: {}\n\n")), "not what an OpenAI-style server sends", None),
-        (sends(b"SSH-2.0-OpenSSH\r\n\r\n"), "not an HTTP/1.1 server", None),
+        (sends(b"SSH-2.0-OpenSSH\r\n\r\n"), "not what an OpenAI-style server sends", None),
         (sends(b"HTTP/1.1 200 OK\r\n" + b"x" * 70_000), "has no end", None),
     ],
 )

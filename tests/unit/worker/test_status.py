@@ -209,6 +209,20 @@ async def test_draining_is_told_at_once(rig: Rig) -> None:
     assert (await rig.watch("late")).status.draining
 
 
+async def test_one_watcher_may_be_told_of_the_drain_later(rig: Rig) -> None:
+    own, other = await rig.watch("own"), await rig.watch("other")
+    rig.service.drain(but="own")
+    await other.until(lambda: other.status.draining)
+    count = len(own.updates)
+    await asyncio.sleep(0.3)
+    assert not own.status.draining
+    assert len(own.updates) <= count + 1  # it doesn't spin
+    rig.service.drain()
+    async with asyncio.timeout(5):
+        await rig.service.drained(60.0)
+    await own.until(lambda: own.status.draining)
+
+
 async def test_a_worker_does_not_wait_for_ever_for_a_watcher_that_does_not_read(rig: Rig) -> None:
     rig.service._watchers.add(stuck := status_module._Watcher("stuck"))
     rig.service.drain()

@@ -1,0 +1,238 @@
+"""Part of `make bench-cluster`: many open streams on one gateway, and request bodies of 30 MB beside them.
+
+Gateway, router and gRPC are real; `paced_workers` stand in for engines, which two cores couldn't run so many of.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from bench.paced_workers import FIRST_WORD, MAX_LENGTH, PACES
+from bench.rig import MODEL_NAME, make_model
+from bench.saving import RESULTS, save
+from preft.cluster.process import raise_file_limit
+from preft.core.errors import PreftError
+from preft.core.settings import MiB
+from preft_loadgen.child import bound
+from preft_loadgen.driver import completions, open_loop
+from preft_loadgen.errors import LoadgenError
+from preft_loadgen.http_stream import HttpClient, RequestFailed
+from preft_loadgen.report import percentile
+from preft_loadgen.served import Served, served
+from preft_loadgen.table import table
+from preft_loadgen.workload import Request
+
+FEW, MANY = 100, 2000  # streams
+RATE = 200.0  # streams opened per second
+SECONDS = 30.0  # of each stream
+PROBE_SECONDS = 0.05  # between requests that measure how long the event loop is blocked
+BODY_BYTES = 30 * 10**6
+SLOW_SECONDS = 10.0  # for one body
+GAP_BOUND = 0.5  # seconds by which a 30 MB body may delay a token
+PACE, FAST_PACE = PACES[FIRST_WORD], PACES[FIRST_WORD + 1]
+Beside = Callable[[], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """One run, in seconds. `late` is by how much a gap between tokens was longer than the pace of the engine."""
+
+    what: str
+    streams: int
+    ttft_p50: float
+    ttft_p99: float
+    late_p50: float
+    late_p99: float
+    late_max: float
+    health_p99: float
+    health_max: float
+    memory: int  # most resident bytes of the gateway
+
+
+class Watch:
+    """Asks /health and reads the gateway's memory until it is cancelled."""
+
+    def __init__(self, client: HttpClient, pid: int) -> None:
+        self._client, self._pid = client, pid
+        self.seconds: list[float] = []
+        self.memory = 0
+
+    async def look(self) -> None:
+        while True:
+            started = time.perf_counter()
+            await self._client.get_json("/health")
+            self.seconds.append(time.perf_counter() - started)
+            self.memory = max(self.memory, resident_bytes(self._pid))
+            await asyncio.sleep(PROBE_SECONDS)
+
+
+def resident_bytes(pid: int) -> int:
+    """Memory of the process that is in RAM."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+async def _run(server: Served, what: str, streams: int, token: int, beside: Beside | None = None) -> Figures:
+    """Opens the streams one after the other, then runs `beside` while all are open."""
+    client, pace = HttpClient(server.url), PACES[token]
+    requests = [
+        Request(MODEL_NAME, (token, FIRST_WORD + number % 1000), round(SECONDS / pace)) for number in range(streams)
+    ]
+    watch = Watch(client, server.pid)
+    looking = asyncio.create_task(watch.look())
+    arrivals = [number / RATE for number in range(streams)]
+    running = asyncio.create_task(open_loop(completions(client), requests, arrivals))
+    if beside is not None:
+        await asyncio.sleep(arrivals[-1] + 1)
+        await beside()
+    run = await running
+    looking.cancel()
+    await asyncio.gather(looking, return_exceptions=True)
+    if errors := [record.error for record in run.records if record.error is not None]:
+        raise PreftError(f"{len(errors)} of {streams} streams failed, the first with: {errors[0]}")
+    ttfts = [record.ttft for record in run.records]
+    late = [gap - pace for record in run.records for gap in record.gaps[1:]]  # the first gap is the hand-over's
+    return Figures(
+        what,
+        streams,
+        ttft_p50=percentile(ttfts, 50),
+        ttft_p99=percentile(ttfts, 99),
+        late_p50=percentile(late, 50),
+        late_p99=percentile(late, 99),
+        late_max=max(late),
+        health_p99=percentile(watch.seconds, 99),
+        health_max=max(watch.seconds),
+        memory=watch.memory,
+    )
+
+
+def _bodies() -> dict[str, bytes]:
+    """Bodies of 30 MB: a prompt of text, and a prompt of token ids. Both are too long for the model."""
+    text = json.dumps({"model": MODEL_NAME, "prompt": "word " * (BODY_BYTES // 5)})
+    ids = json.dumps({"model": MODEL_NAME, "prompt": [4321] * (BODY_BYTES // 6)})
+    return {"text": text.encode(), "token ids": ids.encode()}
+
+
+async def _post(server: Served, body: bytes, seconds: float) -> None:
+    """Sends the body within `seconds` (0: at once). Raises PreftError unless the gateway refuses the long prompt."""
+    address = urlsplit(server.url)
+    reader, writer = await asyncio.open_connection(address.hostname, address.port)
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: {address.netloc}\r\ncontent-type: application/json\r\n"
+    writer.write(f"{head}content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode())
+    pieces = 100 if seconds else 1
+    size = -(-len(body) // pieces)
+    for start in range(0, len(body), size):
+        writer.write(body[start : start + size])
+        await writer.drain()
+        await asyncio.sleep(seconds / pieces)
+    answer = await reader.read()
+    writer.close()
+    if not answer.startswith(b"HTTP/1.1 400 "):
+        raise RequestFailed(f"a prompt of 30 MB was answered with {answer[:60]!r}")
+
+
+@contextmanager
+def _gateway(folder: Path) -> Iterator[Served]:
+    make_model(folder, loras=0, refts=0)
+    engine = {"max_num_seqs": 2 * MANY, "staging_bytes": 64 * MiB}
+    settings = {
+        "model": str(folder / "model"),
+        "served_model_name": MODEL_NAME,
+        "max_model_len": MAX_LENGTH,
+        "state": str(folder / "state.sqlite"),
+        "state_dir": str(folder / "state"),
+        "prefill": {**engine, "max_loras": 1},
+        "decode": engine,
+        "store": {"host_bytes": MiB},
+    }
+    config = folder / "settings.json"
+    config.write_text(json.dumps(settings))  # JSON is YAML
+    with (folder / "workers.log").open("wb") as log:
+        workers = subprocess.Popen(bound([sys.executable, "-m", "bench.paced_workers", str(config)]), stderr=log)
+    try:
+        command = (sys.executable, "-m", "preft.cli", "gateway")
+        options = {"state_dir": folder / "state", "log": folder / "gateway.log"}
+        with served(["--config", str(config)], **options, command=command) as server:  # type: ignore[arg-type]
+            yield server
+    finally:
+        workers.terminate()
+        workers.wait()
+
+
+async def _measure(server: Served, few: int, many: int) -> list[Figures]:
+    runs = [await _run(server, "streams", streams, FIRST_WORD) for streams in (few, few, many)][1:]
+    fast = FIRST_WORD + 1
+    runs.append(await _run(server, "10 tokens/s each", few, fast))
+    for name, body in _bodies().items():
+
+        async def at_once(body: bytes = body) -> None:
+            for _ in range(5):
+                await _post(server, body, 0)
+
+        async def slowly(body: bytes = body) -> None:
+            await _post(server, body, SLOW_SECONDS)
+
+        runs.append(await _run(server, f"beside 5 bodies of {name}", few, fast, at_once))
+        runs.append(await _run(server, f"beside a slow body of {name}", few, fast, slowly))
+    return runs
+
+
+def figures_table(runs: Sequence[Figures]) -> str:
+    """One line per run, times in milliseconds."""
+    head = ["", "streams", "TTFT p50 ms", "p99", "late p50 ms", "p99", "max", "/health p99 ms", "max", "memory MiB"]
+    rows = [
+        [
+            run.what,
+            str(run.streams),
+            *(
+                f"{1000 * value:.1f}"
+                for value in (
+                    *(run.ttft_p50, run.ttft_p99, run.late_p50, run.late_p99, run.late_max),
+                    *(run.health_p99, run.health_max),
+                )
+            ),
+            str(run.memory >> 20),
+        ]
+        for run in runs
+    ]
+    return table([head, *rows], right=range(1, len(head)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0 if no stream failed and no 30 MB body delayed a token beyond the bound; 1 otherwise."""
+    parser = argparse.ArgumentParser(prog="bench-streams", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--few", type=int, default=FEW, help=f"streams that many are compared with (default: {FEW})")
+    parser.add_argument("--many", type=int, default=MANY, help=f"default: {MANY}")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args(argv)
+    raise_file_limit()
+    try:
+        with tempfile.TemporaryDirectory(prefix="preft-bench-") as folder, _gateway(Path(folder)) as server:
+            runs = asyncio.run(_measure(server, arguments.few, arguments.many))
+    except (PreftError, LoadgenError) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
+    print(figures_table(runs))
+    facts: dict[str, Any] = {"pace": PACE, "fast_pace": FAST_PACE, "gap_bound": GAP_BOUND}
+    path = save(arguments.out, "streams", "bench.streams", argv, {**facts, "runs": [asdict(run) for run in runs]})
+    print(f"late: by how much a token came later than the engine's pace; all figures are in {path}")
+    worst = max(run.late_max for run in runs if "bod" in run.what)
+    print(f"longest delay of a token beside 30 MB bodies: {worst:.3f} s, the bound is {GAP_BOUND} s")
+    return 0 if worst <= GAP_BOUND else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,26 @@
+"""`preft serve` with Ray and its real workers, over fake engines: `python -m support.fake_serve ARGUMENTS`."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+
+from preft.cli import main
+from support.worker_servers import StartPaced
+
+
+def serve(arguments: list[str]) -> int:
+    os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(32)  # read at Ray's import
+
+    from preft.cluster import ray_cluster
+
+    class PacedActor(ray_cluster.WorkerActor):
+        start_engine = StartPaced
+
+    ray_cluster.WorkerActor = PacedActor  # type: ignore[misc]
+    return main(["serve", *arguments])
+
+
+if __name__ == "__main__":
+    sys.exit(serve(sys.argv[1:]))

@@ -29,7 +29,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from preft.adapters.formats.base_model import TARGETS
 from preft.core.cluster import Role
 from preft.core.errors import ConfigError, EngineFailed, InvalidAdapter, InvalidRequest, NumbersNotFinite, WorkerLost
-from preft.core.request import AdapterRef, FinishReason, Sampling, TokenDelta, TokenLogprob
+from preft.core.request import PARAMETERS, AdapterRef, FinishReason, Sampling, TokenDelta, TokenLogprob
 from preft.core.settings import GiB, PrefillSettings, Settings
 from preft.engine.numbers import ENVIRONMENT, NOT_FINITE
 from preft.engine.port import EngineInfo, EngineRequest, EngineStats, KvRegion, check_request
@@ -119,21 +119,12 @@ def sampling_params(request: EngineRequest, role: Role) -> SamplingParams:
         extra["kv_transfer_params"] = _transfer_params(region, request)
     if request.output_token_ids:
         extra[OUTPUT_SO_FAR] = list(request.output_token_ids)
+    params = {name: getattr(sampling, name) for name in PARAMETERS if name != "eos_token_ids"}
+    params |= {"ignore_eos": True, "stop_token_ids": list(stop), "logit_bias": dict(sampling.logit_bias) or None}
+    if role is Role.PREFILL:
+        params |= {"max_tokens": 1, "min_tokens": min(sampling.min_tokens, 1)}
     return SamplingParams(
-        max_tokens=1 if role is Role.PREFILL else sampling.max_tokens,
-        min_tokens=min(sampling.min_tokens, 1) if role is Role.PREFILL else sampling.min_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        presence_penalty=sampling.presence_penalty,
-        frequency_penalty=sampling.frequency_penalty,
-        repetition_penalty=sampling.repetition_penalty,
-        seed=sampling.seed,
-        ignore_eos=True,
-        stop_token_ids=list(stop),
-        logit_bias=dict(sampling.logit_bias) or None,
-        logprobs=sampling.logprobs,
+        **params,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
         extra_args=extra or None,

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from preft.core.errors import InvalidRequest, ModelNotFound, Unavailable
-from preft.core.request import MAX_CHOICES, AdapterRef, GenerateRequest, Sampling
+from preft.core.request import MAX_CHOICES, PARAMETERS, AdapterRef, GenerateRequest, Sampling
 from preft.gateway.bodies.schemas import INT64_MAX, ChatBody, CompletionBody, GenerationBody
 from preft.gateway.deps import GatewayDeps
 from preft.gateway.listing import served_version
@@ -63,7 +63,7 @@ async def chat_job(body: ChatBody, deps: GatewayDeps) -> Job:
     prompts = await deps.tokenizer.encode([text], add_special_tokens=body.add_special_tokens)
     if not prompts[0]:
         raise InvalidRequest("The messages make an empty prompt.", "messages")
-    return _job(body, deps, adapter, prompts, deps.tokenizer.defaults.max_tokens)
+    return _job(body, deps, adapter, prompts, deps.tokenizer.defaults.get("max_tokens"))
 
 
 def resolve_model(model: str, deps: GatewayDeps) -> AdapterRef | None:
@@ -198,25 +198,16 @@ def _max_tokens(body: GenerationBody, prompt_len: int, default: int | None, limi
 
 def _sampling(body: GenerationBody, tokenizer: Tokenizer, max_tokens: int) -> Sampling:
     """Sampling values from the request, else from the model's generation_config.json, else vLLM's defaults."""
-    defaults = tokenizer.defaults
-    top_k = defaults.top_k if body.top_k is None else body.top_k
-    return Sampling(
-        max_tokens=max_tokens,
-        min_tokens=body.min_tokens,
-        temperature=defaults.temperature if body.temperature is None else body.temperature,
-        top_p=defaults.top_p if body.top_p is None else body.top_p,
-        top_k=max(0, top_k),
-        min_p=defaults.min_p if body.min_p is None else body.min_p,
-        presence_penalty=body.presence_penalty,
-        frequency_penalty=body.frequency_penalty,
-        repetition_penalty=defaults.repetition_penalty if body.repetition_penalty is None else body.repetition_penalty,
-        seed=_seed(body),
-        ignore_eos=body.ignore_eos,
-        eos_token_ids=tokenizer.eos_token_ids,
-        stop_token_ids=tuple(dict.fromkeys(body.stop_token_ids)),
-        logit_bias=body.logit_bias,
-        logprobs=body.wanted_logprobs,
-    )
+    values = {**tokenizer.defaults, **body.model_dump(include=set(PARAMETERS), exclude_none=True)}
+    values |= {
+        "max_tokens": max_tokens,
+        "top_k": max(0, values.get("top_k", 0)),
+        "seed": _seed(body),
+        "eos_token_ids": tokenizer.eos_token_ids,
+        "stop_token_ids": tuple(dict.fromkeys(body.stop_token_ids)),
+        "logprobs": body.wanted_logprobs,
+    }
+    return Sampling(**values)
 
 
 def _seed(body: GenerationBody) -> int | None:

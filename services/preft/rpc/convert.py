@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from preft.core.cluster import (
     AdapterPlace,
@@ -20,8 +22,8 @@ from preft.core.cluster import (
     TierTotals,
     WorkerStatus,
 )
-from preft.core.errors import EngineFailed
-from preft.core.request import MAX_CHOICES, NO_BIAS, AdapterRef, FinishReason, Sampling, TokenDelta, TokenLogprob
+from preft.core.errors import EngineFailed, InvalidRequest
+from preft.core.request import MAX_CHOICES, PARAMETERS, AdapterRef, FinishReason, Sampling, TokenDelta, TokenLogprob
 from preft.rpc import common_pb2, workers_pb2
 from preft.rpc.checked import (
     MAX_TEXT,
@@ -29,14 +31,9 @@ from preft.rpc.checked import (
     count_of,
     digest_of,
     handle_of,
-    ids_of,
-    number_of,
     seconds_of,
     text_of,
 )
-
-INT32_MAX = 2**31 - 1
-MAX_LOGPROBS = 20  # vLLM's limit
 
 _FINISH_TO_PROTO = {
     None: common_pb2.FINISH_REASON_UNSPECIFIED,
@@ -60,48 +57,36 @@ _STATE_FROM_PROTO = {value: state for state, value in _STATE_TO_PROTO.items()}
 N = TypeVar("N", int, float)
 
 
+_SAMPLING = TypeAdapter(Sampling)
+
+
 def sampling_to_proto(sampling: Sampling) -> common_pb2.Sampling:
-    return common_pb2.Sampling(
-        max_tokens=sampling.max_tokens,
-        min_tokens=sampling.min_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        presence_penalty=sampling.presence_penalty,
-        frequency_penalty=sampling.frequency_penalty,
-        repetition_penalty=sampling.repetition_penalty,
-        seed=sampling.seed,
-        ignore_eos=sampling.ignore_eos,
-        eos_token_ids=sampling.eos_token_ids,
-        stop_token_ids=sampling.stop_token_ids,
-        logit_bias=sampling.logit_bias,
-        logprobs=sampling.logprobs,
-    )
+    return common_pb2.Sampling(**{name: getattr(sampling, name) for name in PARAMETERS})
 
 
 def sampling_from_proto(message: common_pb2.Sampling) -> Sampling:
     """Inverse of `sampling_to_proto`, within vLLM's ranges. Raises InvalidRequest."""
-    bias = {token_id: number_of(message.logit_bias[token_id], "logit_bias") for token_id in message.logit_bias}
-    ids_of(bias, "logit_bias")
-    max_tokens = count_of(message.max_tokens, "max_tokens", 1, INT32_MAX)
-    return Sampling(
-        max_tokens=max_tokens,
-        min_tokens=count_of(message.min_tokens, "min_tokens", 0, max_tokens),
-        temperature=number_of(message.temperature, "temperature", 0),
-        top_p=number_of(message.top_p, "top_p", 0, 1),
-        top_k=count_of(message.top_k, "top_k", 0, INT32_MAX),
-        min_p=number_of(message.min_p, "min_p", 0, 1),
-        presence_penalty=number_of(message.presence_penalty, "presence_penalty", -2, 2),
-        frequency_penalty=number_of(message.frequency_penalty, "frequency_penalty", -2, 2),
-        repetition_penalty=number_of(message.repetition_penalty, "repetition_penalty", 0),
-        seed=message.seed if message.HasField("seed") else None,
-        ignore_eos=message.ignore_eos,
-        eos_token_ids=ids_of(message.eos_token_ids, "eos_token_ids"),
-        stop_token_ids=ids_of(message.stop_token_ids, "stop_token_ids"),
-        logit_bias=bias or NO_BIAS,
-        logprobs=count_of(message.logprobs, "logprobs", 0, MAX_LOGPROBS) if message.HasField("logprobs") else None,
-    )
+    try:
+        sampling = _SAMPLING.validate_python(given_parameters(message))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        param = str(first["loc"][0])
+        raise InvalidRequest(f"{param}: {first['msg']}", param=param) from None
+    if sampling.min_tokens > sampling.max_tokens:
+        raise InvalidRequest("min_tokens is more than max_tokens", param="min_tokens")
+    return sampling
+
+
+def given_parameters(message: common_pb2.Sampling) -> dict[str, Any]:
+    """The parameters that `message` has, unchecked. An empty list or map counts as absent."""
+    given: dict[str, Any] = {}
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            value = dict(value)
+        elif field.is_repeated:
+            value = list(value)
+        given[field.name] = value
+    return given
 
 
 def check_prefill(message: workers_pb2.PrefillRequest) -> None:

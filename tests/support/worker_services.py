@@ -17,7 +17,7 @@ from preft.adapters.formats.digest import LORA_FILES, adapter_digest
 from preft.adapters.store.adapter_store import AdapterStore
 from preft.core.cluster import Role
 from preft.core.errors import PreftError
-from preft.core.request import AdapterRef, Sampling, TokenDelta
+from preft.core.request import AdapterRef, KvHeader, Sampling, TokenDelta
 from preft.memory.arena import StagingArena
 from preft.router.decode_stream import DecodeCall, DecodeStream
 from preft.rpc import workers_pb2, workers_pb2_grpc
@@ -26,7 +26,7 @@ from preft.rpc.secret import CALLER_KEY
 from preft.rpc.status import CODE_KEY
 from preft.transfer.handles import HandleTable
 from preft.transfer.loopback import LoopbackKvSender
-from preft.transfer.port import KvHeader, checksum_of, hash_prompt
+from preft.transfer.port import checksum_of, hash_prompt
 from preft.transfer.receive import KvReceiver
 from preft.transfer.seal import SEAL, write_seal
 from preft.worker.decode.service import DecodeService

@@ -124,3 +124,22 @@ class TokenDelta:
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class KvHeader:
+    """Identifies a prompt's KV bytes. The receiver checks all fields before a byte is used.
+
+    `handle` is unique per attempt; `fingerprint` names model, dtype, KV layout, block size and attention backend;
+    `adapter_digest` is "" for the base model; `checksum` is xxh3-64 over all `num_bytes` bytes; `uses` Decode calls
+    may claim the handle; `prompt_hash` is sha256 over the `num_tokens` prompt tokens.
+    """
+
+    handle: str
+    fingerprint: str
+    adapter_digest: str
+    num_tokens: int
+    num_bytes: int
+    checksum: int
+    uses: int
+    prompt_hash: bytes

@@ -11,9 +11,11 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+from google.protobuf.message import Message
 from pydantic import TypeAdapter, ValidationError
 
 from preft.core.cluster import (
+    Adapter,
     AdapterPlace,
     AdapterState,
     AdapterStatus,
@@ -23,8 +25,17 @@ from preft.core.cluster import (
     WorkerStatus,
 )
 from preft.core.errors import EngineFailed, InvalidRequest
-from preft.core.request import MAX_CHOICES, PARAMETERS, AdapterRef, FinishReason, Sampling, TokenDelta, TokenLogprob
-from preft.rpc import common_pb2, workers_pb2
+from preft.core.request import (
+    MAX_CHOICES,
+    PARAMETERS,
+    AdapterRef,
+    FinishReason,
+    KvHeader,
+    Sampling,
+    TokenDelta,
+    TokenLogprob,
+)
+from preft.rpc import adapters_pb2, common_pb2, kv_transfer_pb2, workers_pb2
 from preft.rpc.checked import (
     MAX_TEXT,
     address_of,
@@ -109,12 +120,35 @@ def check_decode(message: workers_pb2.DecodeRequest) -> None:
 
 
 def adapter_to_proto(adapter: AdapterRef) -> common_pb2.AdapterRef:
-    return common_pb2.AdapterRef(name=adapter.name, digest=adapter.digest, source=adapter.source)
+    return common_pb2.AdapterRef(**_named(adapter, common_pb2.AdapterRef))
 
 
 def adapter_from_proto(message: common_pb2.AdapterRef) -> AdapterRef:
     """Inverse of `adapter_to_proto`. Raises InvalidRequest."""
     return AdapterRef(text_of(message.name, "name"), message.digest, text_of(message.source, "source", MAX_TEXT))
+
+
+def header_to_proto(header: KvHeader) -> kv_transfer_pb2.KvHeader:
+    return kv_transfer_pb2.KvHeader(**_named(header, kv_transfer_pb2.KvHeader))
+
+
+def header_from_proto(message: kv_transfer_pb2.KvHeader) -> KvHeader:
+    """Inverse of `header_to_proto`. Raises InvalidRequest. `HandleTable.open` checks sizes and fingerprint."""
+    handle_of(message.handle)
+    text_of(message.fingerprint, "fingerprint")
+    digest_of(message.adapter_digest)
+    count_of(message.uses, "uses", 1, MAX_CHOICES)
+    return KvHeader(**_named(message, kv_transfer_pb2.KvHeader))
+
+
+def entry_to_proto(entry: Adapter) -> adapters_pb2.Adapter:
+    """A catalog entry as the public API shows it."""
+    return adapters_pb2.Adapter(**_named(entry, adapters_pb2.Adapter))
+
+
+def _named(values: object, kind: type[Message]) -> dict[str, Any]:
+    """The attributes of `values` that have the names of the message's fields."""
+    return {name: getattr(values, name) for name in kind.DESCRIPTOR.fields_by_name}
 
 
 def delta_to_proto(delta: TokenDelta) -> common_pb2.TokenDelta:

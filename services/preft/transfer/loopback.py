@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 
 from preft.core.errors import TransferFailed
-from preft.transfer.port import KvHeader
+from preft.core.request import KvHeader
 from preft.transfer.receive import KvReceiver
 
 FRAME_BYTES = 1 << 20

@@ -16,11 +16,11 @@ from preft.gateway.bodies.parse import INLINE_BYTES, parse_body
 from preft.gateway.bodies.schemas import CompletionBody
 from preft.gateway.completion import Completion
 from preft.gateway.deps import GatewayDeps
-from preft.gateway.grpc.errors import errors_reported
 from preft.gateway.job import completion_job
 from preft.gateway.text.choice import ChoiceDelta
 from preft.rpc import inference_pb2, inference_pb2_grpc
 from preft.rpc.convert import delta_to_proto, given_parameters
+from preft.rpc.status import errors_reported
 
 
 class InferenceService(inference_pb2_grpc.InferenceServicer):

@@ -15,7 +15,7 @@ import grpc.aio
 
 from preft.adapters.store.adapter_store import AdapterStore
 from preft.core.errors import EngineFailed, InvalidRequest, TransferFailed
-from preft.core.request import AdapterRef, FinishReason, Sampling, TokenDelta
+from preft.core.request import AdapterRef, FinishReason, KvHeader, Sampling, TokenDelta
 from preft.engine.port import Engine, EngineRequest, KvRegion
 from preft.memory.arena import Region, StagingArena
 from preft.memory.errors import NoRoom, TooLarge
@@ -23,7 +23,7 @@ from preft.rpc import workers_pb2, workers_pb2_grpc
 from preft.rpc.caller import caller_of
 from preft.rpc.convert import adapter_from_proto, check_prefill, delta_to_proto, sampling_from_proto
 from preft.rpc.status import errors_reported
-from preft.transfer.port import KvHeader, KvSender, checksum_of, hash_prompt
+from preft.transfer.port import KvSender, checksum_of, hash_prompt
 from preft.transfer.seal import SEAL, clear_seal, read_seal
 from preft.worker.usage import Usage
 

@@ -35,7 +35,6 @@ class Completion:
         self._generating: set[asyncio.Task[None]] = set()
         self._deltas: list[ChoiceDelta] = []
         self._error: Exception | None = None
-        self._abandoned: Exception | None = None
         self._reader: asyncio.Future[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -53,22 +52,17 @@ class Completion:
     async def take(self) -> list[ChoiceDelta]:
         """Returns all deltas that are ready and waits for at least one; an empty list follows the last delta.
 
-        Raises the generator's error after the deltas before it. Raises the error given to `abandon` at once.
+        Raises the generator's error after the deltas before it.
         """
-        while not self._deltas or self._abandoned:
-            if error := self._abandoned or self._error:
-                raise error
+        while not self._deltas:
+            if self._error is not None:
+                raise self._error
             if not self._generating:
                 return []
             self._reader = asyncio.get_running_loop().create_future()
             await self._reader
         deltas, self._deltas = self._deltas, []
         return deltas
-
-    def abandon(self, reason: Exception) -> None:
-        """Makes the reader raise `reason` at once, even if deltas are still unread."""
-        self._abandoned = reason
-        self._wake()
 
     async def _run(self, number: int, request: GenerateRequest) -> None:
         first = number * request.n

@@ -6,26 +6,22 @@ A reply starts with its first tokens, so an earlier failure is a plain HTTP erro
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import suppress
 
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from preft.core.errors import PreftError
 from preft.gateway.completion import Completion
+from preft.gateway.http.disconnect import while_connected
 from preft.gateway.http.errors import error_body
 from preft.gateway.http.reply import Shape, WholeChoice
 
 _log = logging.getLogger(__name__)
 _DONE = "data: [DONE]\n\n"
-
-
-class _ClientGone(Exception):
-    """The client closed the connection."""
 
 
 class _Reply(Response):
@@ -38,11 +34,12 @@ class _Reply(Response):
         self._id = completion.job.id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            async with self._completion as completion, _watching_client(receive, completion):
-                await self._write(completion, scope, receive, send)
-        except _ClientGone:
-            pass
+        with suppress(ClientDisconnect):
+            await while_connected(receive, self._run(scope, receive, send))
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._completion as completion:
+            await self._write(completion, scope, receive, send)
 
     async def _write(self, completion: Completion, scope: Scope, receive: Receive, send: Send) -> None:
         raise NotImplementedError
@@ -79,27 +76,8 @@ class EventStream(_Reply):
                     await send({"type": "http.response.body", "body": events.encode(), "more_body": True})
                 deltas = await completion.take()
             last = self._shape.end(completion.cached_tokens) + _DONE
-        except _ClientGone:
-            raise
         except Exception as error:  # the status is sent: the error must go into the stream
             if not isinstance(error, PreftError):
                 _log.exception("request %s failed in its stream", self._id)
             last = f"data: {json.dumps(error_body(error))}\n\n{_DONE}"
         await send({"type": "http.response.body", "body": last.encode(), "more_body": False})
-
-
-@asynccontextmanager
-async def _watching_client(receive: Receive, completion: Completion) -> AsyncIterator[None]:
-    """Within the context, a disconnect makes the completion's reader raise _ClientGone."""
-
-    async def watch() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        completion.abandon(_ClientGone())
-
-    watcher = asyncio.create_task(watch())
-    try:
-        yield
-    finally:
-        watcher.cancel()
-        await asyncio.gather(watcher, return_exceptions=True)

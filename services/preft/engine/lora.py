@@ -308,7 +308,7 @@ class GroupedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
             self._memory = StagingView(path)
             if self.device.type == "cuda":
                 _pin(self._memory.memory)
-        with self._memory.hold(region.offset, region.size, region.nonce) as memory:
+        with self._memory.hold(region) as memory:
             weights = self._read(lora_id, memory)
             self._adapter_manager.check(weights)
             config = weights.reft_config
@@ -329,7 +329,7 @@ class GroupedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
             return True
         region = self._regions[lora_id]
         assert self._memory is not None
-        with self._memory.hold(region.offset, region.size, region.nonce) as memory:
+        with self._memory.hold(region) as memory:
             weights = self._read(lora_id, memory)
             if len(manager) >= manager.capacity:
                 manager.remove_oldest_adapter()

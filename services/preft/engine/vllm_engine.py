@@ -32,7 +32,7 @@ from preft.core.errors import ConfigError, EngineFailed, InvalidAdapter, Invalid
 from preft.core.request import PARAMETERS, AdapterRef, FinishReason, Sampling, TokenDelta, TokenLogprob
 from preft.core.settings import GiB, PrefillSettings, Settings
 from preft.engine.numbers import ENVIRONMENT, NOT_FINITE
-from preft.engine.port import EngineInfo, EngineRequest, EngineStats, KvRegion, check_request
+from preft.engine.port import EngineInfo, EngineRequest, EngineStats, check_request
 from preft.engine.shared_memory import start_tracker
 from preft.memory.arena import Region
 from preft.transfer.connector import OUTPUT_SO_FAR
@@ -116,7 +116,7 @@ def sampling_params(request: EngineRequest, role: Role) -> SamplingParams:
     region = request.save or request.load
     extra: dict[str, Any] = {}
     if region is not None:
-        extra["kv_transfer_params"] = _transfer_params(region, request)
+        extra["kv_transfer_params"] = dataclasses.asdict(region)
     if request.output_token_ids:
         extra[OUTPUT_SO_FAR] = list(request.output_token_ids)
     params = {name: getattr(sampling, name) for name in PARAMETERS if name != "eos_token_ids"}
@@ -129,15 +129,6 @@ def sampling_params(request: EngineRequest, role: Role) -> SamplingParams:
         output_kind=RequestOutputKind.DELTA,
         extra_args=extra or None,
     )
-
-
-def _transfer_params(region: KvRegion, request: EngineRequest) -> dict[str, Any]:
-    return {
-        "num_tokens": len(request.prompt_token_ids),
-        "offset": region.offset,
-        "size": region.size,
-        "nonce": region.nonce.hex(),
-    }
 
 
 class _Stats(StatLoggerBase):

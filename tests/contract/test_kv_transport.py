@@ -17,9 +17,9 @@ from preft.rpc.server_options import WORKER_SERVER_OPTIONS
 from preft.transfer.grpc_push import FRAME_BYTES, HEADER_KEY, METHOD, GrpcKvSender
 from preft.transfer.grpc_receive import kv_transfer_handler
 from preft.transfer.handles import HandleTable
-from preft.transfer.loopback import LoopbackKvSender
 from preft.transfer.port import KvSender, checksum_of, hash_prompt
 from preft.transfer.receive import KvReceiver
+from support.loopback_sender import LoopbackKvSender
 
 CAPACITY = 8 << 20
 DIGEST = "d0" * 32

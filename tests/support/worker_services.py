@@ -25,7 +25,6 @@ from preft.rpc.convert import adapter_to_proto, delta_from_proto, sampling_to_pr
 from preft.rpc.secret import CALLER_KEY
 from preft.rpc.status import CODE_KEY
 from preft.transfer.handles import HandleTable
-from preft.transfer.loopback import LoopbackKvSender
 from preft.transfer.port import checksum_of, hash_prompt
 from preft.transfer.receive import KvReceiver
 from preft.transfer.seal import SEAL, write_seal
@@ -34,6 +33,7 @@ from preft.worker.prefill.service import PrefillService
 from preft.worker.usage import Usage
 from support.adapter_tiers import adapter_store
 from support.fake_engine import FakeEngine, kv_of
+from support.loopback_sender import LoopbackKvSender
 
 ARENA_BYTES = 8192
 FINGERPRINT = "fp"

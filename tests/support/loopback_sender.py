@@ -1,4 +1,4 @@
-"""A transport within one process, for tests: passes the bytes to the receiver without a network."""
+"""A KV transport within one process: passes the bytes to the receiver without a network."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from preft_loadgen.http_stream import HttpClient, Reply
 from preft_loadgen.workload import Request
 
 Send = Callable[[Request], Awaitable[Reply]]
-OnDone = Callable[[], None]
+OnDone = Callable[[], object]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Translates between the core dataclasses and protobuf messages, both directions, field by field.
+"""Translates between the core dataclasses and protobuf messages, both directions. Equal fields go by name.
 
 `preft.core.request` and `preft.core.cluster` define the values' meaning. Messages of other processes are checked here
 and nowhere later: an invalid message raises InvalidRequest if a caller sent it, EngineFailed if a worker did. A
@@ -8,10 +8,10 @@ value that its protobuf field can't hold (a negative count) raises ValueError in
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Any
 
-from google.protobuf.message import Message
 from pydantic import TypeAdapter, ValidationError
 
 from preft.core.cluster import (
@@ -65,14 +65,15 @@ _STATE_TO_PROTO = {
 }
 _STATE_FROM_PROTO = {value: state for state, value in _STATE_TO_PROTO.items()}
 
-N = TypeVar("N", int, float)
-
-
 _SAMPLING = TypeAdapter(Sampling)
+_ADAPTER_REF, _KV_HEADER, _TIER_TOTALS = (
+    tuple(field.name for field in fields(kind)) for kind in (AdapterRef, KvHeader, TierTotals)
+)
+_USE = tuple(field.name for field in fields(WorkerStatus) if field.name != "tiers")
 
 
 def sampling_to_proto(sampling: Sampling) -> common_pb2.Sampling:
-    return common_pb2.Sampling(**{name: getattr(sampling, name) for name in PARAMETERS})
+    return common_pb2.Sampling(**_named(sampling, PARAMETERS))
 
 
 def sampling_from_proto(message: common_pb2.Sampling) -> Sampling:
@@ -120,7 +121,7 @@ def check_decode(message: workers_pb2.DecodeRequest) -> None:
 
 
 def adapter_to_proto(adapter: AdapterRef) -> common_pb2.AdapterRef:
-    return common_pb2.AdapterRef(**_named(adapter, common_pb2.AdapterRef))
+    return common_pb2.AdapterRef(**_named(adapter, _ADAPTER_REF))
 
 
 def adapter_from_proto(message: common_pb2.AdapterRef) -> AdapterRef:
@@ -129,7 +130,7 @@ def adapter_from_proto(message: common_pb2.AdapterRef) -> AdapterRef:
 
 
 def header_to_proto(header: KvHeader) -> kv_transfer_pb2.KvHeader:
-    return kv_transfer_pb2.KvHeader(**_named(header, kv_transfer_pb2.KvHeader))
+    return kv_transfer_pb2.KvHeader(**_named(header, _KV_HEADER))
 
 
 def header_from_proto(message: kv_transfer_pb2.KvHeader) -> KvHeader:
@@ -138,17 +139,17 @@ def header_from_proto(message: kv_transfer_pb2.KvHeader) -> KvHeader:
     text_of(message.fingerprint, "fingerprint")
     digest_of(message.adapter_digest)
     count_of(message.uses, "uses", 1, MAX_CHOICES)
-    return KvHeader(**_named(message, kv_transfer_pb2.KvHeader))
+    return KvHeader(**_named(message, _KV_HEADER))
 
 
 def entry_to_proto(entry: Adapter) -> adapters_pb2.Adapter:
     """A catalog entry as the public API shows it."""
-    return adapters_pb2.Adapter(**_named(entry, adapters_pb2.Adapter))
+    return adapters_pb2.Adapter(**_named(entry, adapters_pb2.Adapter.DESCRIPTOR.fields_by_name))
 
 
-def _named(values: object, kind: type[Message]) -> dict[str, Any]:
-    """The attributes of `values` that have the names of the message's fields."""
-    return {name: getattr(values, name) for name in kind.DESCRIPTOR.fields_by_name}
+def _named(values: object, names: Iterable[str]) -> dict[str, Any]:
+    """These attributes of a dataclass or message, for the constructor of the other: both have equal names."""
+    return {name: getattr(values, name) for name in names}
 
 
 def delta_to_proto(delta: TokenDelta) -> common_pb2.TokenDelta:
@@ -194,26 +195,17 @@ def place_from_proto(worker_id: str, message: workers_pb2.WhereReply) -> Adapter
 
 def status_to_proto(update: StatusUpdate, previous: WorkerStatus | None = None) -> workers_pb2.StatusUpdate:
     """One message of a worker's status stream. It holds the tiers only if they differ from the last, `previous`."""
-    status, tiers = update.status, update.status.tiers
-    known = previous.tiers if previous is not None else NO_TIERS
+    tiers, known = update.status.tiers, previous.tiers if previous is not None else NO_TIERS
     return workers_pb2.StatusUpdate(
         whole=update.is_whole,
-        draining=status.draining,
-        running=status.running,
-        kv_blocks_used=status.kv_blocks_used,
-        staging_bytes_used=status.staging_bytes_used,
-        staging_bytes_fit=status.staging_bytes_fit,
-        open_handles=status.open_handles,
-        preemptions=status.preemptions,
-        other_prefills=status.other_prefills,
-        other_sequences=status.other_sequences,
         adapters=[
             workers_pb2.AdapterStatus(
                 digest=bytes.fromhex(digest), state=_STATE_TO_PROTO[adapter.state], other_prompts=adapter.other_prompts
             )
             for digest, adapter in update.adapters.items()
         ],
-        tiers=None if tiers == known else _tiers_to_proto(tiers),
+        tiers=None if tiers == known else workers_pb2.TierTotals(**_named(tiers, _TIER_TOTALS)),
+        **_named(update.status, _USE),
     )
 
 
@@ -223,18 +215,9 @@ def status_from_proto(message: workers_pb2.StatusUpdate, previous: WorkerStatus 
     Raises EngineFailed for a digest of another length, an unknown state or tier, or a time that isn't a number.
     """
     tiers = previous.tiers if previous is not None else NO_TIERS
-    status = WorkerStatus(
-        draining=message.draining,
-        running=message.running,
-        kv_blocks_used=message.kv_blocks_used,
-        staging_bytes_used=message.staging_bytes_used,
-        staging_bytes_fit=message.staging_bytes_fit,
-        open_handles=message.open_handles,
-        preemptions=message.preemptions,
-        other_prefills=message.other_prefills,
-        other_sequences=message.other_sequences,
-        tiers=_tiers_from_proto(message.tiers) if message.HasField("tiers") else tiers,
-    )
+    if message.HasField("tiers"):
+        tiers = _tiers_from_proto(message.tiers)
+    status = WorkerStatus(**_named(message, _USE), tiers=tiers)
     return StatusUpdate(status, dict(map(_adapter_status, message.adapters)), message.whole)
 
 
@@ -246,47 +229,20 @@ def _adapter_status(message: workers_pb2.AdapterStatus) -> tuple[str, AdapterSta
     return message.digest.hex(), AdapterStatus(_STATE_FROM_PROTO[message.state], message.other_prompts)
 
 
-def _tiers_to_proto(tiers: TierTotals) -> workers_pb2.TierTotals:
-    return workers_pb2.TierTotals(
-        slots_used=tiers.slots_used,
-        host_adapters=tiers.host_adapters,
-        host_bytes=tiers.host_bytes,
-        host_bytes_total=tiers.host_bytes_total,
-        disk_bytes=tiers.disk_bytes,
-        host_evictions=tiers.host_evictions,
-        disk_evictions=tiers.disk_evictions,
-        hits={tier.value: number for tier, number in tiers.hits.items()},
-        loads={tier.value: number for tier, number in tiers.loads.items()},
-        load_seconds={tier.value: number for tier, number in tiers.load_seconds.items()},
-    )
-
-
 def _tiers_from_proto(message: workers_pb2.TierTotals) -> TierTotals:
-    return TierTotals(
-        slots_used=message.slots_used,
-        host_adapters=message.host_adapters,
-        host_bytes=message.host_bytes,
-        host_bytes_total=message.host_bytes_total,
-        disk_bytes=message.disk_bytes,
-        host_evictions=message.host_evictions,
-        disk_evictions=message.disk_evictions,
-        hits=_by_tier(message.hits),
-        loads=_by_tier(message.loads),
-        load_seconds=_by_tier(message.load_seconds, _seconds),
-    )
+    totals = _named(message, _TIER_TOTALS)
+    for name in ("hits", "loads", "load_seconds"):
+        totals[name] = _by_tier(totals[name])
+    if not all(math.isfinite(seconds) and seconds >= 0 for seconds in totals["load_seconds"].values()):
+        raise EngineFailed("a worker's time for loads isn't a number of seconds")
+    return TierTotals(**totals)
 
 
-def _by_tier(numbers: Mapping[str, N], check: Callable[[N], N] = lambda number: number) -> dict[Tier, N]:
+def _by_tier(numbers: Mapping[str, float]) -> dict[Tier, float]:
     for name in numbers:
         if name not in _TIERS:
             raise EngineFailed(f"a worker names the unknown tier {name[:40]!r}")
-    return {Tier(name): check(number) for name, number in numbers.items()}
-
-
-def _seconds(number: float) -> float:
-    if not (math.isfinite(number) and number >= 0):
-        raise EngineFailed("a worker's time for loads isn't a number of seconds")
-    return number
+    return {Tier(name): number for name, number in numbers.items()}
 
 
 def _logprob_to_proto(logprob: TokenLogprob) -> common_pb2.TokenLogprob:

@@ -1,4 +1,4 @@
-"""Runs one job: one task per prompt feeds its choices' deltas, as text, to the reader that writes the reply.
+"""Runs one API call: one task per prompt feeds its choices' deltas, as text, to the reader that writes the reply.
 
 Owns these tasks: they end with the context. Leaving the context early cancels the work on every worker. Formats
 nothing.
@@ -16,18 +16,18 @@ from typing import Self
 from preft.core.errors import EngineFailed, NumbersNotFinite
 from preft.core.ports import Generator
 from preft.core.request import GenerateRequest, TokenLogprob
-from preft.gateway.job import Job
-from preft.gateway.text.choice import Choice, ChoiceDelta
+from preft.gateway.api_call import ApiCall
+from preft.gateway.text.choice import ChoiceDelta, ChoiceText
 from preft.gateway.text.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
 
 
 class Completion:
-    """The running job. `cached_tokens` counts the prompt tokens found in prefix caches so far."""
+    """The running API call. `cached_tokens` counts the prompt tokens found in prefix caches so far."""
 
-    def __init__(self, generator: Generator, tokenizer: Tokenizer, job: Job) -> None:
-        self.job = job
+    def __init__(self, generator: Generator, tokenizer: Tokenizer, call: ApiCall) -> None:
+        self.call = call
         self.cached_tokens = 0
         self._generator = generator
         self._tokenizer = tokenizer
@@ -38,7 +38,7 @@ class Completion:
         self._reader: asyncio.Future[None] | None = None
 
     async def __aenter__(self) -> Self:
-        self._tasks = [asyncio.create_task(self._run(p, request)) for p, request in enumerate(self.job.requests)]
+        self._tasks = [asyncio.create_task(self._run(p, request)) for p, request in enumerate(self.call.requests)]
         self._generating.update(self._tasks)
         return self
 
@@ -67,7 +67,7 @@ class Completion:
     async def _run(self, number: int, request: GenerateRequest) -> None:
         first = number * request.n
         prompt = request.prompt_token_ids
-        choices = [Choice(first + i, self._tokenizer, prompt, self.job.options) for i in range(request.n)]
+        choices = [ChoiceText(first + i, self._tokenizer, prompt, self.call.options) for i in range(request.n)]
         try:
             async with self._generator.generate(request) as generation:
                 async for delta in generation:

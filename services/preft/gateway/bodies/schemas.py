@@ -1,6 +1,6 @@
 """The bodies of generation requests, strictly checked: InvalidRequest names a wrong type, range or parameter.
 
-Owns the checks that need no model. `job` checks lengths, token ids and model names.
+Owns the checks that need no model. `api_call` checks lengths, token ids and model names.
 """
 
 from __future__ import annotations

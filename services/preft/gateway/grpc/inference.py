@@ -12,11 +12,11 @@ from typing import Any
 
 from preft.core.errors import InvalidRequest
 from preft.core.request import TokenDelta
+from preft.gateway.api_call import completion_call
 from preft.gateway.bodies.parse import INLINE_BYTES, parse_body
 from preft.gateway.bodies.schemas import CompletionBody
 from preft.gateway.completion import Completion
 from preft.gateway.deps import GatewayDeps
-from preft.gateway.job import completion_job
 from preft.gateway.text.choice import ChoiceDelta
 from preft.rpc import inference_pb2, inference_pb2_grpc
 from preft.rpc.convert import delta_to_proto, given_parameters
@@ -33,8 +33,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         async with errors_reported(context), self._deps.drain.running():
             large = request.ByteSize() > INLINE_BYTES
             body = await asyncio.to_thread(_checked, request) if large else _checked(request)
-            job = await completion_job(body, self._deps, deadline=_deadline(request, context))
-            async with Completion(self._deps.generator, self._deps.tokenizer, job) as completion:
+            call = await completion_call(body, self._deps, deadline=_deadline(request, context))
+            async with Completion(self._deps.generator, self._deps.tokenizer, call) as completion:
                 while deltas := await completion.take():
                     for delta in deltas:
                         await context.write(_reply(delta, completion))
@@ -73,13 +73,13 @@ def _deadline(request: inference_pb2.GenerateRequest, context: Any) -> float | N
 
 
 def _reply(delta: ChoiceDelta, completion: Completion) -> inference_pb2.GenerateReply:
-    adapter = completion.job.requests[0].adapter
+    adapter = completion.call.requests[0].adapter
     stop_token_id = delta.stop_reason if isinstance(delta.stop_reason, int) else None
     tokens = TokenDelta(delta.index, delta.token_ids, delta.logprobs, delta.finish_reason, stop_token_id)
     return inference_pb2.GenerateReply(
         text=delta.text,
         delta=delta_to_proto(tokens),
-        prompt_tokens=completion.job.prompt_tokens,
+        prompt_tokens=completion.call.prompt_tokens,
         cached_tokens=completion.cached_tokens,
         adapter_digest=adapter.digest if adapter is not None else "",
     )

@@ -12,8 +12,8 @@ from json.encoder import encode_basestring_ascii as quote
 from typing import Any, Protocol
 
 from preft.core.request import FinishReason, TokenLogprob
+from preft.gateway.api_call import ApiCall
 from preft.gateway.http.logprobs import LogprobFormat
-from preft.gateway.job import Job
 from preft.gateway.text.choice import ChoiceDelta
 from preft.gateway.text.tokenizer import Tokenizer
 
@@ -70,21 +70,21 @@ class _Base:
     plain_head: str  # a choice up to its text, without the index
     plain_tail: str  # the rest of the choice, without the end of the event
 
-    def __init__(self, job: Job, tokenizer: Tokenizer, options: ReplyOptions) -> None:
-        self._job = job
+    def __init__(self, call: ApiCall, tokenizer: Tokenizer, options: ReplyOptions) -> None:
+        self._call = call
         self._options = options
-        adapter = job.requests[0].adapter  # the version that answers, of all versions of the name
+        adapter = call.requests[0].adapter  # the version that answers, of all versions of the name
         self._envelope = {
-            "id": job.id,
+            "id": call.id,
             "object": "",
             "created": int(time.time()),
-            "model": job.model,
+            "model": call.model,
             "system_fingerprint": adapter.digest[:16] if adapter is not None else None,
         }
         self._logprobs: LogprobFormat | None = None
         if options.top_logprobs is not None:
             self._logprobs = LogprobFormat(tokenizer, top=options.top_logprobs, as_ids=options.tokens_as_ids)
-        choices = len(job.requests) * job.n
+        choices = len(call.requests) * call.n
         self._generated = [0] * choices
         self._started = [False] * choices
         self._detailed = self._logprobs is not None or options.token_ids or options.continuous_usage
@@ -106,7 +106,7 @@ class _Base:
     def end(self, cached_tokens: int) -> str:
         if not self._options.usage:
             return ""
-        return self._event([], usage=self._usage(self._job.prompt_tokens, sum(self._generated), cached_tokens))
+        return self._event([], usage=self._usage(self._call.prompt_tokens, sum(self._generated), cached_tokens))
 
     def whole(self, choices: list[WholeChoice], cached_tokens: int) -> dict[str, Any]:
         generated = sum(len(choice.token_ids) for choice in choices)
@@ -115,7 +115,7 @@ class _Base:
             "object": self.whole_object,
             "choices": [self._whole_choice(index, choice) for index, choice in enumerate(choices)],
             "service_tier": None,
-            "usage": self._usage(self._job.prompt_tokens, generated, cached_tokens),
+            "usage": self._usage(self._call.prompt_tokens, generated, cached_tokens),
         }
 
     def _open(self, index: int) -> str:
@@ -139,7 +139,7 @@ class _Base:
         return {"usage": None} if self._options.usage else {}
 
     def _prompt(self, index: int) -> tuple[int, ...]:
-        return self._job.requests[index // self._job.n].prompt_token_ids
+        return self._call.requests[index // self._call.n].prompt_token_ids
 
     @staticmethod
     def _usage(prompt: int, generated: int, cached: int | None = None) -> dict[str, Any]:
@@ -161,8 +161,8 @@ class CompletionShape(_Base):
     plain_head = '"text":'
     plain_tail = ',"logprobs":null,"finish_reason":null,"stop_reason":null}]'
 
-    def __init__(self, job: Job, tokenizer: Tokenizer, options: ReplyOptions) -> None:
-        super().__init__(job, tokenizer, options)
+    def __init__(self, call: ApiCall, tokenizer: Tokenizer, options: ReplyOptions) -> None:
+        super().__init__(call, tokenizer, options)
         self._offsets = [0] * len(self._generated)
         self._prompt_shown = [not options.token_ids] * len(self._generated)
 

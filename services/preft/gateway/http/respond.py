@@ -31,7 +31,7 @@ class _Reply(Response):
         super().__init__()
         self._completion = completion
         self._shape = shape
-        self._id = completion.job.id
+        self._id = completion.call.id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with suppress(ClientDisconnect):
@@ -49,7 +49,7 @@ class WholeReply(_Reply):
     """The whole answer as one JSON body."""
 
     async def _write(self, completion: Completion, scope: Scope, receive: Receive, send: Send) -> None:
-        choices = [WholeChoice() for _ in range(len(completion.job.requests) * completion.job.n)]
+        choices = [WholeChoice() for _ in range(len(completion.call.requests) * completion.call.n)]
         while deltas := await completion.take():
             for delta in deltas:
                 choices[delta.index].add(delta)

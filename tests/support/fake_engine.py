@@ -94,6 +94,7 @@ class FakeEngine:
     ) -> None:
         self.info = EngineInfo("fake", BLOCK_SIZE, BLOCK_BYTES, kv_blocks, max_model_len, VOCABULARY, (1,))
         self.stats = EngineStats()
+        self.prompt_tokens_computed = 0
         self.going = asyncio.Event()  # tokens come only while it is set
         self.going.set()
         self.one_by_one: asyncio.Semaphore | None = None  # if set, each token acquires it once
@@ -209,7 +210,7 @@ class FakeEngine:
         if request.adapter is not None:
             self._find_adapter(request.adapter.digest)
         kv = kv_of(request.adapter.digest if request.adapter else "", request.prompt_token_ids)
-        self.stats.prompt_tokens_computed += len(request.prompt_token_ids)
+        self.prompt_tokens_computed += len(request.prompt_token_ids)
         if request.save is not None:
             try:
                 with self._view.hold(request.save) as payload:

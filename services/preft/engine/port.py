@@ -65,7 +65,6 @@ class EngineStats:
     running: int = 0
     waiting: int = 0
     preemptions: int = 0
-    prompt_tokens_computed: int = 0
 
 
 class Engine(Protocol):

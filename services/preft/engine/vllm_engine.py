@@ -146,7 +146,6 @@ class _Stats(StatLoggerBase):
             self._stats.waiting = scheduler_stats.num_waiting_reqs
         if iteration_stats is not None:
             self._stats.preemptions += iteration_stats.num_preempted_reqs
-            self._stats.prompt_tokens_computed += iteration_stats.prompt_token_stats.computed
 
     def log_engine_initialized(self) -> None:
         return

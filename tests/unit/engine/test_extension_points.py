@@ -427,7 +427,7 @@ def test_what_we_read_after_each_step() -> None:
         field.name for field in dataclasses.fields(SchedulerStats)
     }
     stats = IterationStats()
-    assert (stats.num_preempted_reqs, stats.prompt_token_stats.computed) == (0, 0)
+    assert stats.num_preempted_reqs == 0
 
 
 def test_our_plugin_is_called_in_every_process() -> None:

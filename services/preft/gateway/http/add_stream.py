@@ -6,7 +6,6 @@ The HTTP status is sent before the download begins, so that no proxy gives up on
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -23,16 +22,12 @@ from preft.core.ports import Progress
 from preft.gateway.http.adapter_json import adapter_json
 from preft.gateway.http.disconnect import while_connected
 from preft.gateway.http.errors import error_body
+from preft.gateway.http.events import DONE, event, send_events, start_events
 
 _log = logging.getLogger(__name__)
 
 EVENT_SECONDS = 0.1  # the shortest time between two progress events
 QUIET_SECONDS = 15.0  # after this silence, a comment shows that the connection lives
-_HEADERS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),
-]
 
 
 class AddStream(Response):
@@ -44,7 +39,7 @@ class AddStream(Response):
         self._latest: tuple[int, int | None] | None = None  # replaced as a whole, from any thread
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+        await start_events(send)
         with suppress(ClientDisconnect):
             await while_connected(receive, self._write(send))
 
@@ -52,8 +47,7 @@ class AddStream(Response):
         adding = asyncio.create_task(self._result())
         try:
             await self._tell_progress(adding, send)
-            last = _event(adding.result()) + "data: [DONE]\n\n"
-            await send({"type": "http.response.body", "body": last.encode(), "more_body": False})
+            await send_events(send, event(adding.result()) + DONE, last=True)
         finally:
             adding.cancel()
             await asyncio.gather(adding, return_exceptions=True)
@@ -77,14 +71,10 @@ class AddStream(Response):
             latest = self._latest
             quiet = time.monotonic() - told_at > QUIET_SECONDS
             if latest != told and latest is not None:
-                event = _event({"bytes": latest[0], "total": latest[1]})
+                news = event({"bytes": latest[0], "total": latest[1]})
             else:
-                event = ": still adding\n\n" if quiet else ""
-            if event:
-                await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
+                news = ": still adding\n\n" if quiet else ""
+            if news:
+                await send_events(send, news)
                 told, told_at = latest, time.monotonic()
             await asyncio.wait({adding}, timeout=EVENT_SECONDS)
-
-
-def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data)}\n\n"

@@ -6,7 +6,6 @@ A reply starts with its first tokens, so an earlier failure is a plain HTTP erro
 
 from __future__ import annotations
 
-import json
 import logging
 from contextlib import suppress
 
@@ -18,10 +17,10 @@ from preft.core.errors import PreftError
 from preft.gateway.completion import Completion
 from preft.gateway.http.disconnect import while_connected
 from preft.gateway.http.errors import error_body
+from preft.gateway.http.events import DONE, event, send_events, start_events
 from preft.gateway.http.reply import Shape, WholeChoice
 
 _log = logging.getLogger(__name__)
-_DONE = "data: [DONE]\n\n"
 
 
 class _Reply(Response):
@@ -62,22 +61,16 @@ class EventStream(_Reply):
 
     async def _write(self, completion: Completion, scope: Scope, receive: Receive, send: Send) -> None:
         deltas = await completion.take()
-        headers = [
-            (b"content-type", b"text/event-stream; charset=utf-8"),
-            (b"cache-control", b"no-cache"),
-            (b"x-accel-buffering", b"no"),
-            (b"x-request-id", self._id.encode()),
-        ]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await start_events(send, (b"x-request-id", self._id.encode()))
         chunk = self._shape.chunk
         try:
             while deltas:
                 if events := "".join(map(chunk, deltas)):
-                    await send({"type": "http.response.body", "body": events.encode(), "more_body": True})
+                    await send_events(send, events)
                 deltas = await completion.take()
-            last = self._shape.end(completion.cached_tokens) + _DONE
+            last = self._shape.end(completion.cached_tokens) + DONE
         except Exception as error:  # the status is sent: the error must go into the stream
             if not isinstance(error, PreftError):
                 _log.exception("request %s failed in its stream", self._id)
-            last = f"data: {json.dumps(error_body(error))}\n\n{_DONE}"
-        await send({"type": "http.response.body", "body": last.encode(), "more_body": False})
+            last = event(error_body(error)) + DONE
+        await send_events(send, last, last=True)

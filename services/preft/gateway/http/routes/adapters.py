@@ -22,7 +22,7 @@ from preft.gateway.http.disconnect import while_connected
 from preft.gateway.http.openapi import ERRORS, answers, archive_body, json_body, query
 from preft.gateway.http.parse import parse_query, read_body
 from preft.gateway.http.reply_types import AdapterList, AdapterReply, RemovedAdapter, ShownAdapter
-from preft.gateway.http.upload import received
+from preft.gateway.http.upload import receive_archive
 from preft.gateway.listing import entry, page
 
 _VLLM_PARAMS = {"name": "lora_name", "source": "lora_path"}  # the catalog's parameter -> vLLM's
@@ -59,7 +59,7 @@ def adapter_routes(deps: GatewayDeps) -> APIRouter:
     )
     async def upload_adapter(name: str, request: Request) -> Response:
         query = parse_query(UploadQuery, request)
-        async with received(request, deps.max_adapter_bytes, deps.upload_folder) as archive:
+        async with receive_archive(request, deps.max_adapter_bytes, deps.upload_folder) as archive:
             return JSONResponse(adapter_json(await catalog.add_archive(name, archive, replace=query.replace)))
 
     @router.patch("/v1/adapters/{name:path}", responses=answers(AdapterReply), openapi_extra=json_body(PinAdapterBody))

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass, field
 from json import JSONEncoder
 from json.encoder import encode_basestring_ascii as quote
-from typing import Any, Protocol
+from typing import Any
 
 from preft.core.request import FinishReason, TokenLogprob
 from preft.gateway.api_call import ApiCall
@@ -33,8 +33,9 @@ class ReplyOptions:
 
 @dataclass(slots=True)
 class WholeChoice:
-    """One choice, joined from its deltas."""
+    """Joins the deltas of one choice."""
 
+    index: int
     texts: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -48,22 +49,22 @@ class WholeChoice:
         self.finish_reason = delta.finish_reason
         self.stop_reason = delta.stop_reason
 
-
-class Shape(Protocol):
-    """One API's format of deltas and choices. One object serves one reply, and counts its tokens and text offsets."""
-
-    def whole(self, choices: list[WholeChoice], cached_tokens: int) -> dict[str, Any]:
-        """The body of a reply that isn't streamed."""
-
-    def chunk(self, delta: ChoiceDelta) -> str:
-        """The server-sent events for `delta`; empty if `delta` shows nothing new."""
-
-    def end(self, cached_tokens: int) -> str:
-        """The events after the last delta: usage, if the request asks for it."""
+    def joined(self) -> ChoiceDelta:
+        return ChoiceDelta(
+            self.index,
+            "".join(self.texts),
+            tuple(self.token_ids),
+            tuple(self.logprobs),
+            self.finish_reason,
+            self.stop_reason,
+        )
 
 
-class _Base:
-    """The common part of both shapes. Subclasses name the `object` types and write one choice."""
+class Shape:
+    """One API's format of deltas and choices. One object serves one reply, and counts its tokens and text offsets.
+
+    Subclasses name the `object` types and write one choice.
+    """
 
     whole_object: str
     chunk_object: str
@@ -93,6 +94,7 @@ class _Base:
         self._tail = self.plain_tail + (',"usage":null}\n\n' if options.usage else "}\n\n")
 
     def chunk(self, delta: ChoiceDelta) -> str:
+        """The server-sent events for `delta`; empty if `delta` shows nothing new."""
         index = delta.index
         opening = "" if self._started[index] else self._open(index)
         self._generated[index] += len(delta.token_ids)
@@ -104,16 +106,18 @@ class _Base:
         return f"{opening}{self._heads[index]}{quote(delta.text)}{self._tail}"
 
     def end(self, cached_tokens: int) -> str:
+        """The events after the last delta: usage, if the request asks for it."""
         if not self._options.usage:
             return ""
         return self._event([], usage=self._usage(self._call.prompt_tokens, sum(self._generated), cached_tokens))
 
-    def whole(self, choices: list[WholeChoice], cached_tokens: int) -> dict[str, Any]:
+    def whole(self, choices: list[ChoiceDelta], cached_tokens: int) -> dict[str, Any]:
+        """The body of a reply that isn't streamed."""
         generated = sum(len(choice.token_ids) for choice in choices)
         return {
             **self._envelope,
             "object": self.whole_object,
-            "choices": [self._whole_choice(index, choice) for index, choice in enumerate(choices)],
+            "choices": [self._whole_choice(choice) for choice in choices],
             "service_tier": None,
             "usage": self._usage(self._call.prompt_tokens, generated, cached_tokens),
         }
@@ -125,8 +129,8 @@ class _Base:
     def _chunk_choice(self, delta: ChoiceDelta) -> dict[str, Any]:
         raise NotImplementedError
 
-    def _whole_choice(self, index: int, choice: WholeChoice) -> dict[str, Any]:
-        raise NotImplementedError
+    def _whole_choice(self, choice: ChoiceDelta) -> dict[str, Any]:
+        return self._chunk_choice(choice)
 
     def _event(self, choices: list[dict[str, Any]], **more: Any) -> str:
         body = {**self._envelope, "object": self.chunk_object, "choices": choices, **more}
@@ -153,7 +157,7 @@ class _Base:
         return usage
 
 
-class CompletionShape(_Base):
+class CompletionShape(Shape):
     """/v1/completions."""
 
     whole_object = "text_completion"
@@ -167,43 +171,25 @@ class CompletionShape(_Base):
         self._prompt_shown = [not options.token_ids] * len(self._generated)
 
     def _chunk_choice(self, delta: ChoiceDelta) -> dict[str, Any]:
-        return self._choice(
-            delta.index, delta.text, delta.token_ids, delta.logprobs, delta.finish_reason, delta.stop_reason
-        )
-
-    def _whole_choice(self, index: int, choice: WholeChoice) -> dict[str, Any]:
-        return self._choice(
-            index, "".join(choice.texts), choice.token_ids, choice.logprobs, choice.finish_reason, choice.stop_reason
-        )
-
-    def _choice(
-        self,
-        index: int,
-        text: str,
-        token_ids: tuple[int, ...] | list[int],
-        entries: tuple[TokenLogprob, ...] | list[TokenLogprob],
-        finish_reason: FinishReason | None,
-        stop_reason: str | int | None,
-    ) -> dict[str, Any]:
-        logprobs = None
+        index, logprobs = delta.index, None
         if self._logprobs is not None:
-            logprobs, self._offsets[index] = self._logprobs.completion(entries, self._offsets[index])
+            logprobs, self._offsets[index] = self._logprobs.completion(delta.logprobs, self._offsets[index])
         choice = {
             "index": index,
-            "text": text,
+            "text": delta.text,
             "logprobs": logprobs,
-            "finish_reason": finish_reason,
-            "stop_reason": stop_reason,
+            "finish_reason": delta.finish_reason,
+            "stop_reason": delta.stop_reason,
         }
         if self._options.token_ids:
-            choice["token_ids"] = token_ids
+            choice["token_ids"] = delta.token_ids
         if not self._prompt_shown[index]:
             self._prompt_shown[index] = True
             choice["prompt_token_ids"] = self._prompt(index)
         return choice
 
 
-class ChatShape(_Base):
+class ChatShape(Shape):
     """/v1/chat/completions."""
 
     whole_object = "chat.completion"
@@ -219,7 +205,7 @@ class ChatShape(_Base):
         more |= self._usage_so_far(index)
         return self._event([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}], **more)
 
-    def whole(self, choices: list[WholeChoice], cached_tokens: int) -> dict[str, Any]:
+    def whole(self, choices: list[ChoiceDelta], cached_tokens: int) -> dict[str, Any]:
         body = super().whole(choices, cached_tokens)
         if self._options.token_ids:
             body["prompt_token_ids"] = self._prompt(0)
@@ -238,10 +224,10 @@ class ChatShape(_Base):
             choice["token_ids"] = delta.token_ids
         return choice
 
-    def _whole_choice(self, index: int, choice: WholeChoice) -> dict[str, Any]:
+    def _whole_choice(self, choice: ChoiceDelta) -> dict[str, Any]:
         body: dict[str, Any] = {
-            "index": index,
-            "message": {"role": "assistant", "content": "".join(choice.texts), "refusal": None},
+            "index": choice.index,
+            "message": {"role": "assistant", "content": choice.text, "refusal": None},
             "logprobs": None if self._logprobs is None else self._logprobs.chat(choice.logprobs),
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,

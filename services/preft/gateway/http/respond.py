@@ -48,11 +48,11 @@ class WholeReply(_Reply):
     """The whole answer as one JSON body."""
 
     async def _write(self, completion: Completion, scope: Scope, receive: Receive, send: Send) -> None:
-        choices = [WholeChoice() for _ in range(len(completion.call.requests) * completion.call.n)]
+        choices = [WholeChoice(index) for index in range(len(completion.call.requests) * completion.call.n)]
         while deltas := await completion.take():
             for delta in deltas:
                 choices[delta.index].add(delta)
-        body = self._shape.whole(choices, completion.cached_tokens)
+        body = self._shape.whole([choice.joined() for choice in choices], completion.cached_tokens)
         await JSONResponse(body, headers={"x-request-id": self._id})(scope, receive, send)
 
 

@@ -20,7 +20,7 @@ from bench.rig import bench_rig
 from bench.saving import RESULTS, save
 from preft.core.errors import PreftError
 from preft_loadgen.errors import LoadgenError
-from preft_loadgen.report import progress_bar
+from preft_loadgen.report import Progress
 
 PARTS = ("transfer", "prefill", "decode", "http")
 OFTEN = 3  # runs per round of prefill and decode: the runs are short and their bars narrow
@@ -74,14 +74,14 @@ async def _measure(parts: Sequence[str], rounds: int) -> tuple[list[Comparison],
             async with bench_rig(Path(folder), _say, multi_lora="http" in parts) as rig:
                 model = rig.model
                 if "prefill" in parts:
-                    with progress_bar("prefill", turns(prefill.SIDES, OFTEN * rounds)) as progress:
-                        comparisons += await prefill.compare_prefill(rig, OFTEN * rounds, progress.update)
+                    with Progress("prefill", turns(prefill.SIDES, OFTEN * rounds)) as progress:
+                        comparisons += await prefill.compare_prefill(rig, OFTEN * rounds, progress.step)
                 if "decode" in parts:
-                    with progress_bar("decode", turns(decode.SIDES, OFTEN * rounds)) as progress:
-                        comparisons += await decode.compare_decode(rig, OFTEN * rounds, progress.update)
+                    with Progress("decode", turns(decode.SIDES, OFTEN * rounds)) as progress:
+                        comparisons += await decode.compare_decode(rig, OFTEN * rounds, progress.step)
                 if "http" in parts:
-                    with progress_bar("HTTP", turns(over_http.SIDES, rounds)) as progress:
-                        comparisons += await over_http.compare_http(rig, rounds, progress.update)
+                    with Progress("HTTP", turns(over_http.SIDES, rounds)) as progress:
+                        comparisons += await over_http.compare_http(rig, rounds, progress.step)
     return comparisons, model
 
 

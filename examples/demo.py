@@ -19,7 +19,7 @@ from pathlib import Path
 from personal_memory import task
 from preft_loadgen.errors import LoadgenError
 from preft_loadgen.http_stream import HttpClient
-from preft_loadgen.report import progress_bar, summary_table, table
+from preft_loadgen.report import Progress, summary_table, table
 from preft_loadgen.served import served
 from preft_loadgen.sweep import Sweep, run_sweep, served_models
 from preft_loadgen.workload import Lengths
@@ -97,10 +97,10 @@ async def ask_all(client: HttpClient, asked: Sequence[Question]) -> list[str]:
         }
         async with room:
             reply = await client.stream("/v1/chat/completions", body)
-        progress.update()
+        progress.step()
         return reply.text.strip()
 
-    with progress_bar("asking", len(asked)) as progress:
+    with Progress("asking", len(asked)) as progress:
         return await asyncio.gather(*map(ask, asked))
 
 

@@ -16,7 +16,7 @@ from preft_loadgen.http_stream import HttpClient, Reply
 from preft_loadgen.workload import Request
 
 Send = Callable[[Request], Awaitable[Reply]]
-OnDone = Callable[[], object]
+OnDone = Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)

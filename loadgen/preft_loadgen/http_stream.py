@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-import httptools
-
 from preft_loadgen.errors import InvalidArgument, LoadgenError
 
 MAX_HEAD_BYTES = 64 << 10
@@ -117,13 +115,13 @@ class _Exchange(asyncio.Protocol):
     def __init__(self, request: bytes, on_body: Callable[[bytes], object], done: asyncio.Future[None]) -> None:
         self.done = done
         self._request = request
-        self._sink = on_body
+        self._on_body = on_body
         self._transport: asyncio.WriteTransport | None = None
-        self._parser = httptools.HttpResponseParser(self)
         self._status = 0  # 0: the head isn't complete
-        self._head_bytes = 0
         self._refusal = bytearray()
-        self._until_close = True  # the head tells no length
+        self._rest = b""  # bytes of an incomplete head or chunk
+        self._chunked = False
+        self._left: int | None = None  # remaining body bytes, if the head gives a length
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.WriteTransport)
@@ -134,16 +132,18 @@ class _Exchange(asyncio.Protocol):
         if self.done.done():
             return
         try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserError as error:
-            wrong = "the answer is not what an OpenAI-style server sends" if self._status else "not an HTTP/1.1 server"
-            self._end(RequestFailed(f"{wrong}: {error}"))
-        self._head_bytes += len(data)
-        if not self._status and self._head_bytes > MAX_HEAD_BYTES:
-            self._end(RequestFailed("the head of the answer has no end"))
+            if self._status == 0:
+                data = self._read_head(self._rest + data)
+            if self._status:
+                self._read_body(data)
+        except RequestFailed as error:
+            self._end(error)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            self._end(RequestFailed(f"the answer is not what an OpenAI-style server sends: {error!r}"))
 
     def connection_lost(self, error: Exception | None) -> None:
-        if error is None and self._status and self._until_close:
+        until_close = bool(self._status) and not self._chunked and self._left is None
+        if error is None and until_close:
             self._end(None)
         else:
             self._end(
@@ -157,28 +157,49 @@ class _Exchange(asyncio.Protocol):
         if not self.done.cancel() and not self.done.cancelled():
             self.done.exception()  # reads the error, which no caller may want any more
 
-    # Called by the parser
+    def _read_head(self, data: bytes) -> bytes:
+        """Removes a complete head; returns the bytes behind it."""
+        head, found, body = data.partition(b"\r\n\r\n")
+        if not found:
+            if len(data) > MAX_HEAD_BYTES:
+                raise RequestFailed("the head of the answer has no end")
+            self._rest = data
+            return b""
+        lines = head.decode("latin-1").split("\r\n")
+        if not lines[0].startswith("HTTP/1."):
+            raise RequestFailed(f"not an HTTP/1.1 server: {lines[0][:80]!r}")
+        headers = {
+            name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])
+        }
+        self._chunked = headers.get("transfer-encoding", "").lower() == "chunked"
+        if not self._chunked and "content-length" in headers:
+            self._left = int(headers["content-length"])
+        self._status = int(lines[0].split(" ")[1])
+        self._rest = b""
+        return body
 
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if name.lower() in (b"content-length", b"transfer-encoding"):
-            self._until_close = False
-
-    def on_headers_complete(self) -> None:
-        self._status = self._parser.get_status_code()
-
-    def on_body(self, data: bytes) -> None:
-        if self._status != 200:
-            self._refusal.extend(data)
+    def _read_body(self, data: bytes) -> None:
+        sink = self._on_body if self._status == 200 else self._refusal.extend
+        if not self._chunked:
+            sink(data)
+            if self._left is not None:
+                self._left -= len(data)
+                if self._left <= 0:
+                    self._end(None)
             return
-        try:
-            self._sink(data)
-        except RequestFailed as error:
-            self._end(error)
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            self._end(RequestFailed(f"the answer is not what an OpenAI-style server sends: {error!r}"))
-
-    def on_message_complete(self) -> None:
-        self._end(None)
+        data = self._rest + data
+        position = 0
+        while (line := data.find(b"\r\n", position)) >= 0:
+            size = int(data[position:line].partition(b";")[0], 16)
+            start, end = line + 2, line + 2 + size
+            if end + 2 > len(data):
+                break
+            if size == 0:
+                self._end(None)
+                return
+            sink(data[start:end])
+            position = end + 2
+        self._rest = data[position:]
 
     def _end(self, error: RequestFailed | None) -> None:
         if self.done.done():

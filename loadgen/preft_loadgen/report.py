@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from tqdm import tqdm
+from typing import Self, TextIO
 
 from preft_loadgen.driver import Run
+
+BAR_CELLS = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,37 @@ def table(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> str:
     )
 
 
-def progress_bar(label: str, total: int, *, force: bool = False) -> Any:
-    """A bar on stderr, for a `with` block. Silent unless stderr is a terminal, or with `force`, which keeps it."""
-    return tqdm(desc=label, total=total, leave=force, disable=not (force or sys.stderr.isatty()))
+class Progress:
+    """A bar on `stream`, shown within a `with` block. Silent unless `stream` is a terminal, or with `force`."""
+
+    def __init__(self, label: str, total: int, *, force: bool = False, stream: TextIO | None = None) -> None:
+        self._label = label
+        self._total = total
+        self._stream = sys.stderr if stream is None else stream
+        self._shown = force or self._stream.isatty()
+        self._done = 0
+        self._drawn = 0.0
+
+    def step(self) -> None:
+        """Counts one more measurement."""
+        self._done += 1
+        now = time.monotonic()
+        if self._shown and (now - self._drawn > 0.1 or self._done == self._total):
+            self._drawn = now
+            self._draw()
+
+    def __enter__(self) -> Self:
+        if self._shown:
+            self._draw()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._shown:
+            self._stream.write("\r\x1b[K")
+            self._stream.flush()
+
+    def _draw(self) -> None:
+        cells = BAR_CELLS * self._done // max(1, self._total)
+        bar = "#" * cells + "." * (BAR_CELLS - cells)
+        self._stream.write(f"\r{self._label} [{bar}] {self._done}/{self._total}")
+        self._stream.flush()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from preft_loadgen.driver import closed_loop, completions, open_loop
 from preft_loadgen.errors import InvalidArgument
 from preft_loadgen.http_stream import HttpClient, RequestFailed
-from preft_loadgen.report import Summary, progress_bar, summarize
+from preft_loadgen.report import Progress, Summary, summarize
 from preft_loadgen.workload import Lengths, Popularity, Workload, poisson_arrivals
 
 WARM_UP = Lengths(2, 2)
@@ -63,11 +63,11 @@ async def run_sweep(
             vocabulary=sweep.vocabulary,
         ).make()
         label = f"{count} adapter{'' if count == 1 else 's'}" if count else "base model"
-        with progress_bar(f"{label:11}", sweep.requests, force=force_progress) as progress:
+        with Progress(f"{label:11}", sweep.requests, force=force_progress) as progress:
             if sweep.rate is None:
-                run = await closed_loop(send, requests, sweep.concurrency, progress.update)
+                run = await closed_loop(send, requests, sweep.concurrency, progress.step)
             else:
                 arrivals = poisson_arrivals(sweep.rate, sweep.requests, sweep.seed)
-                run = await open_loop(send, requests, arrivals, progress.update)
+                run = await open_loop(send, requests, arrivals, progress.step)
         summaries.append(summarize(run, count))
     return summaries

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from preft_loadgen.driver import Record, Run
-from preft_loadgen.report import percentile, progress_bar, summarize, summary_table
+from preft_loadgen.report import Progress, percentile, summarize, summary_table
 
 RUN = Run(
     (
@@ -49,10 +51,13 @@ def test_the_table_has_a_line_per_run() -> None:
     assert len(set(map(len, lines))) == 1
 
 
-def test_progress_is_for_terminals(capsys: pytest.CaptureFixture[str]) -> None:
-    for force in (False, True):
-        with progress_bar("2 adapters", 3, force=force) as progress:
+def test_progress_is_for_terminals() -> None:
+    quiet, forced = io.StringIO(), io.StringIO()
+    for stream, force in ((quiet, False), (forced, True)):
+        with Progress("2 adapters", 3, force=force, stream=stream) as progress:
             for _ in range(3):
-                progress.update()
-        shown = capsys.readouterr().err
-        assert ("2 adapters: " in shown) is force
+                progress.step()
+    assert quiet.getvalue() == ""
+    assert "2 adapters [" in forced.getvalue()
+    assert "] 3/3" in forced.getvalue()
+    assert forced.getvalue().endswith("\r\x1b[K")

@@ -34,7 +34,7 @@ test-fast: install ## run the tests that start no engine
 	$(BIN)/python -m pytest -m "not vllm and not long" $(ARGS)
 
 test-gpu: ## run the kernels' tests on this machine's GPU with PYTHON, which needs only torch and pytest
-	PYTHONPATH=kernels:tests $(PYTHON) -m pytest -c /dev/null --rootdir=. --import-mode=importlib -q tests/kernels $(ARGS)
+	PYTHONPATH=kernels:tests:. $(PYTHON) -m pytest -c /dev/null --rootdir=. --import-mode=importlib -q tests/kernels $(ARGS)
 
 check: install ## ruff and mypy
 	$(BIN)/ruff check
@@ -66,7 +66,7 @@ bench-gpu: ## measure the kernels on this machine's GPU with PYTHON, against vLL
 		else echo "vLLM can't be imported: its side and the whole engine are left out"; fi
 
 tune-gpu: ## find the fastest block sizes on this machine's GPU with PYTHON, and save them
-	PYTHONPATH=kernels $(PYTHON) -m preft_kernels.tune $(ARGS)
+	PYTHONPATH=kernels $(PYTHON) -m bench.tune $(ARGS)
 
 proto: install ## regenerate services/preft/rpc from proto/
 	$(BIN)/python -m grpc_tools.protoc -Ipreft/rpc=proto \

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
+from bench.gpu_timing import seconds_on_gpu
 from bench.saving import RESULTS, save
 from preft_kernels.kv_blocks import KvBlocks
 from preft_kernels.low_rank_delta import low_rank_delta_
 from preft_kernels.residual_delta import residual_delta_
-from preft_kernels.timing import seconds_on_gpu
 from preft_kernels.token_groups import TokenGroups
 
 ON_GPU = torch.cuda.is_available()

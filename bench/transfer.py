@@ -23,13 +23,14 @@ from types import MappingProxyType
 
 import grpc.aio
 
+from preft.core.request import KvHeader
 from preft.memory.arena import StagingArena, span_of
 from preft.rpc.secret import ClusterSecret
 from preft.rpc.server_options import WORKER_SERVER_OPTIONS
 from preft.transfer.grpc_push import GrpcKvSender
 from preft.transfer.grpc_receive import kv_transfer_handler
 from preft.transfer.handles import HandleTable
-from preft.transfer.port import KvHeader, checksum_of, hash_prompt
+from preft.transfer.port import checksum_of, hash_prompt
 from preft.transfer.receive import KvReceiver
 from preft_loadgen.child import bound
 

@@ -1,19 +1,17 @@
 """Chooses the block sizes of a launch of the delta kernel: measured on such a GPU for such a shape, else by rule.
 
 The module owns the choice and the files of measured choices (`tuned/<name of the GPU>.json`, written by
-`preft_kernels.tune`), and launches nothing.
+`bench.tune`), and launches nothing.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from math import log2
 from pathlib import Path
-from typing import Any
 
 from preft_kernels.token_groups import TILE
 
@@ -72,7 +70,7 @@ def by_rule(work: Work, processors: int) -> Blocks:
     For few tokens a second launch costs less than a repeated shrink in each program that shares a tile's columns.
     """
     wide = work.element_size > 2
-    r = min(_power(work.rank), 32 if wide else 64 if work.slices > 1 else 128)
+    r = min(block_rank(work.rank), 32 if wide else 64 if work.slices > 1 else 128)
     splits = min(2 * processors // -(-work.tokens // 32), work.inputs // 512, 16)
     if splits < 4:
         splits = 0
@@ -84,24 +82,6 @@ def by_rule(work: Work, processors: int) -> Blocks:
     return Blocks(n=n, k=k, r=r, splits=splits, warps=4 if much <= 128 else 8)
 
 
-def candidates(work: Work, processors: int) -> Iterator[Blocks]:
-    """Choices to measure for this work, the rule's choice first. Some may not fit on a GPU."""
-    rule = by_rule(work, processors)
-    yield rule
-    high = _power(work.rank)
-    for m in (16, 32, 64):
-        for r in {min(high, 64), min(high, 128)}:
-            if work.residual and r < high:
-                continue
-            fused = [Blocks(m, n, k, r) for n, k in ((64, 64), (64, 128), (128, 64), (128, 128))]
-            found = [replace(blocks, programs=programs) for blocks in fused for programs in (2, 4, 8)]
-            fits = [splits for splits in (1, 4, 16) if splits == 1 or work.tokens // m * splits <= 16 * processors]
-            found += [replace(blocks, splits=splits) for blocks in fused for splits in fits]
-            found += [replace(blocks, warps=8) for blocks in fused if m == 64 or r == 128]
-            found += [replace(blocks, stages=4, programs=2) for blocks in fused]
-            yield from (blocks for blocks in found if blocks != rule)
-
-
 @cache
 def choose(work: Work, device: str, processors: int) -> Blocks:
     """The measured choice for the nearest shape on this kind of GPU, or the rule's choice if no shape is near."""
@@ -109,7 +89,7 @@ def choose(work: Work, device: str, processors: int) -> Blocks:
     if near is None or near[0].distance(work) > NEAR:
         return by_rule(work, processors)
     blocks = near[1]
-    high = _power(work.rank)
+    high = block_rank(work.rank)
     if work.residual and not blocks.splits and blocks.r < high:  # reads what it writes: needs all ranks at once
         return by_rule(work, processors)
     return replace(blocks, r=min(blocks.r, high))
@@ -129,17 +109,6 @@ def measured(device: str) -> list[tuple[Work, Blocks]]:
     return []
 
 
-def write(folder: Path, device: str, about: dict[str, Any], rows: list[dict[str, Any]]) -> Path:
-    """Writes the tuning file. Each of `rows` has `work`, `blocks` and the measured figures."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = tuning_file(folder, device)
-    lines = ",\n".join(
-        "  " + json.dumps({**row, "work": asdict(row["work"]), "blocks": asdict(row["blocks"])}) for row in rows
-    )
-    path.write_text(f'{{"device": {json.dumps(device)}, "about": {json.dumps(about)}, "choices": [\n{lines}\n]}}\n')
-    return path
-
-
 def tuning_file(folder: Path, device: str) -> Path:
     return folder / f"{device.replace(' ', '_')}.json"
 
@@ -154,6 +123,6 @@ def _checked(blocks: Blocks) -> Blocks:
     return blocks
 
 
-def _power(rank: int) -> int:
+def block_rank(rank: int) -> int:
     """The least power of two from 16 on that is at least `rank`; a product of tiles needs 16."""
     return max(16, 1 << (rank - 1).bit_length())

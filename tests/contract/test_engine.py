@@ -20,7 +20,7 @@ from preft.core.cluster import Role
 from preft.core.errors import EngineFailed, InvalidAdapter, InvalidRequest, PreftError, WorkerLost
 from preft.core.request import AdapterRef, FinishReason, Sampling, TokenDelta
 from preft.core.settings import MiB, load_settings
-from preft.engine.port import Engine, EngineRequest, KvRegion
+from preft.engine.port import Engine, EngineRequest
 from preft.memory.arena import Region, StagingArena
 from preft.transfer.seal import SEAL, clear_seal, read_seal
 from support.fake_engine import FakeEngine, tokens_of
@@ -82,17 +82,17 @@ class Pair:
         return EngineRequest(f"r{next(self._numbers)}", tuple(prompt), sampling)
 
     @asynccontextmanager
-    async def region(self, role: Role, num_tokens: int) -> AsyncIterator[KvRegion]:
+    async def region(self, role: Role, num_tokens: int) -> AsyncIterator[Region]:
         """Staging memory for the KV of a prompt, not written yet."""
         info, arena = self.prefill.info, self.arenas[role]
         region = await arena.reserve(-(-num_tokens // info.block_size) * info.block_bytes + SEAL.size, timeout=10)
         clear_seal(arena.view(region))
         try:
-            yield KvRegion(region.offset, region.size, region.nonce)
+            yield region
         finally:
             arena.release(region)
 
-    def payload(self, role: Role, region: KvRegion) -> memoryview:
+    def payload(self, role: Role, region: Region) -> memoryview:
         return self.arenas[role].view(Region(region.offset, region.size, region.nonce))
 
     @asynccontextmanager

@@ -23,12 +23,12 @@ from hypothesis import strategies as st
 
 from preft.core.cluster import Role
 from preft.core.errors import TransferFailed
-from preft.core.request import Sampling
+from preft.core.request import KvHeader, Sampling
 from preft.rpc import common_pb2, kv_transfer_pb2, workers_pb2
 from preft.rpc.convert import sampling_to_proto
 from preft.rpc.secret import CALL_KEY, ClusterChannel, ClusterSecret
 from preft.transfer.grpc_push import HEADER_KEY, METHOD, GrpcKvSender, status_of
-from preft.transfer.port import KvHeader, checksum_of, hash_prompt
+from preft.transfer.port import checksum_of, hash_prompt
 from preft.worker.server import WorkerServer
 from support.fakes import FakeStore
 from support.worker_servers import SECRET, StartFake, settings_for, start

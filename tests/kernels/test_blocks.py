@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+from bench import tune
 from kernels.devices import DEVICE
 from kernels.test_low_rank_delta import TOLERANCE, Case, draw_slots
 from kernels.test_residual_delta import arguments, grouped
 from preft_kernels import blocks as chosen
 from preft_kernels._triton import by_kernel
-from preft_kernels.blocks import FOLDER, Blocks, Work, by_rule, candidates, choose, tuning_file, write
+from preft_kernels.blocks import FOLDER, Blocks, Work, by_rule, choose, tuning_file
 from preft_kernels.low_rank_delta import launch_delta
 from preft_kernels.residual_delta import residual_delta_reference
 from preft_kernels.token_groups import TILE
@@ -44,7 +45,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def tuned(folder: Path, *rows: tuple[Work, Blocks]) -> None:
-    write(folder, GPU, {"torch": "x"}, [{"work": work, "blocks": blocks, "us": 1.5} for work, blocks in rows])
+    tune.write(folder, GPU, {"torch": "x"}, [{"work": work, "blocks": blocks, "us": 1.5} for work, blocks in rows])
 
 
 def test_a_measured_shape_gets_what_was_measured(folder: Path) -> None:
@@ -126,7 +127,7 @@ def test_files_are_read_as_they_are_written(folder: Path) -> None:
 @pytest.mark.parametrize(("slices", "residual"), [(1, False), (3, False), (1, True)])
 def test_every_choice_covers_the_work(rank: int, tokens: int, slices: int, residual: bool) -> None:
     work = Work(4096, 4096 * slices, slices, rank, tokens, residual)
-    for blocks in candidates(work, PROCESSORS):
+    for blocks in tune.candidates(work, PROCESSORS):
         assert blocks.m <= TILE
         assert blocks.r >= min(rank, 64)
         assert not residual or blocks.splits or blocks.r >= rank
@@ -169,8 +170,6 @@ def test_any_cut_of_a_residual_delta_is_right(blocks: Blocks) -> None:
 @kernels_run
 @pytest.mark.parametrize(("residual", "gain"), [(False, 2.0), (True, 2.0), (False, 1.01)])
 def test_tuning_keeps_the_fastest_that_is_right(residual: bool, gain: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    from preft_kernels import tune
-
     work = Work(32, 32, 1, 16, 70, residual)
     rule = by_rule(work, 2)
     wrong, fast, slow = replace(rule, n=16), replace(rule, n=32), replace(rule, m=16)

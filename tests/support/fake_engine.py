@@ -17,7 +17,7 @@ from preft.adapters.store.packed import unpack
 from preft.core.cluster import Role
 from preft.core.errors import EngineFailed, InvalidAdapter, PreftError, WorkerLost
 from preft.core.request import AdapterRef, FinishReason, Sampling, TokenDelta, TokenLogprob
-from preft.engine.port import EngineInfo, EngineRequest, EngineStats, KvRegion, check_request
+from preft.engine.port import EngineInfo, EngineRequest, EngineStats, check_request
 from preft.memory.arena import Region, StagingView
 from preft.memory.errors import StaleRegion
 from preft.transfer.seal import SEAL, read_seal, write_seal
@@ -94,6 +94,7 @@ class FakeEngine:
     ) -> None:
         self.info = EngineInfo("fake", BLOCK_SIZE, BLOCK_BYTES, kv_blocks, max_model_len, VOCABULARY, (1,))
         self.stats = EngineStats()
+        self.prompt_tokens_computed = 0
         self.going = asyncio.Event()  # tokens come only while it is set
         self.going.set()
         self.one_by_one: asyncio.Semaphore | None = None  # if set, each token acquires it once
@@ -157,7 +158,7 @@ class FakeEngine:
         """Fails the test unless the adapter's region holds its content."""
         assert self._adapters is not None
         region, found = self._regions[digest], hashlib.sha256()
-        with self._adapters.hold(region.offset, region.size, region.nonce) as memory:
+        with self._adapters.hold(region) as memory:
             for name, content in unpack(memory).items():
                 add_file_header(found, name, len(content))
                 found.update(content)
@@ -209,18 +210,18 @@ class FakeEngine:
         if request.adapter is not None:
             self._find_adapter(request.adapter.digest)
         kv = kv_of(request.adapter.digest if request.adapter else "", request.prompt_token_ids)
-        self.stats.prompt_tokens_computed += len(request.prompt_token_ids)
+        self.prompt_tokens_computed += len(request.prompt_token_ids)
         if request.save is not None:
             try:
-                with self._view.hold(request.save.offset, request.save.size, request.save.nonce) as payload:
+                with self._view.hold(request.save) as payload:
                     payload[: len(kv)] = kv
                     write_seal(payload, len(request.prompt_token_ids))
             except StaleRegion:
                 pass  # given up meanwhile
         return kv
 
-    def _load(self, region: KvRegion, num_tokens: int) -> bytes:
-        with self._view.hold(region.offset, region.size, region.nonce) as payload:
+    def _load(self, region: Region, num_tokens: int) -> bytes:
+        with self._view.hold(region) as payload:
             if read_seal(payload) != num_tokens:
                 raise StaleRegion("the region doesn't hold that many tokens")
             kv = bytes(payload[: -SEAL.size])

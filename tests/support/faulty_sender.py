@@ -8,9 +8,9 @@ from collections.abc import AsyncIterator
 from enum import Enum, auto
 
 from preft.core.errors import TransferFailed
+from preft.core.request import KvHeader
 from preft.rpc.secret import ClusterSecret
 from preft.transfer.grpc_push import GrpcKvSender
-from preft.transfer.port import KvHeader
 
 NOBODY = "127.0.0.1:9"  # the discard port: no process listens there
 

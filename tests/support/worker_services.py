@@ -17,7 +17,7 @@ from preft.adapters.formats.digest import LORA_FILES, adapter_digest
 from preft.adapters.store.adapter_store import AdapterStore
 from preft.core.cluster import Role
 from preft.core.errors import PreftError
-from preft.core.request import AdapterRef, Sampling, TokenDelta
+from preft.core.request import AdapterRef, KvHeader, Sampling, TokenDelta
 from preft.memory.arena import StagingArena
 from preft.router.decode_stream import DecodeCall, DecodeStream
 from preft.rpc import workers_pb2, workers_pb2_grpc
@@ -25,8 +25,7 @@ from preft.rpc.convert import adapter_to_proto, delta_from_proto, sampling_to_pr
 from preft.rpc.secret import CALLER_KEY
 from preft.rpc.status import CODE_KEY
 from preft.transfer.handles import HandleTable
-from preft.transfer.loopback import LoopbackKvSender
-from preft.transfer.port import KvHeader, checksum_of, hash_prompt
+from preft.transfer.port import checksum_of, hash_prompt
 from preft.transfer.receive import KvReceiver
 from preft.transfer.seal import SEAL, write_seal
 from preft.worker.decode.service import DecodeService
@@ -34,6 +33,7 @@ from preft.worker.prefill.service import PrefillService
 from preft.worker.usage import Usage
 from support.adapter_tiers import adapter_store
 from support.fake_engine import FakeEngine, kv_of
+from support.loopback_sender import LoopbackKvSender
 
 ARENA_BYTES = 8192
 FINGERPRINT = "fp"

@@ -36,7 +36,6 @@ class Package:
 
     @property
     def size(self) -> int:
-        """Bytes of the whole stream."""
         return len(_END) + sum(tarfile.BLOCKSIZE + size + len(_padding(size)) for _, size in self.files)
 
     def __iter__(self) -> Iterator[bytes]:

@@ -35,7 +35,7 @@ class WorkerState(StrEnum):
 
 
 class AdapterState(StrEnum):
-    """What a worker does with an adapter: loads it, holds it in host memory, or has it in an engine slot too."""
+    """An adapter's state on a worker: it loads, lies in host memory, or has an engine slot too."""
 
     LOADING = "loading"
     HOST = "host"

@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from types import MappingProxyType
+from typing import Annotated
+
+from pydantic import Field, FiniteFloat
 
 from preft.core.errors import InvalidRequest
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
 MAX_CHOICES = 1024  # of one request
+MAX_IDS = 1024  # token ids in one parameter
+INT32_MAX = 2**31 - 1
 NO_BIAS: Mapping[int, float] = MappingProxyType({})
 
 
@@ -27,7 +32,10 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """Sampling parameters with vLLM's meaning, for every choice of a request.
+    """Sampling parameters with vLLM's names and meaning, for every choice of a request: the one list of them.
+
+    A new parameter is a field here, a field of the same name in common.proto, and a field of `GenerationBody` if
+    clients may set it. Everything between them goes by name. The ranges are vLLM's; `rpc.convert` checks them.
 
     `temperature` 0 is greedy; `top_k` 0 means all tokens; `logprobs` None means none, k means the sampled token and
     the k most likely. `stop_token_ids` are the caller's; `eos_token_ids` are the model's and are ignored under
@@ -35,21 +43,25 @@ class Sampling:
     request uses `seed + i`.
     """
 
-    max_tokens: int
-    min_tokens: int = 0
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
+    max_tokens: Annotated[int, Field(ge=1, le=INT32_MAX)]
+    min_tokens: Annotated[int, Field(ge=0, le=INT32_MAX)] = 0
+    temperature: Annotated[FiniteFloat, Field(ge=0)] = 1.0
+    top_p: Annotated[FiniteFloat, Field(ge=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0, le=INT32_MAX)] = 0
+    min_p: Annotated[FiniteFloat, Field(ge=0, le=1)] = 0.0
+    presence_penalty: Annotated[FiniteFloat, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[FiniteFloat, Field(ge=-2, le=2)] = 0.0
+    repetition_penalty: Annotated[FiniteFloat, Field(ge=0)] = 1.0
     seed: int | None = None
     ignore_eos: bool = False
-    eos_token_ids: tuple[int, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    logit_bias: Mapping[int, float] = field(default_factory=lambda: NO_BIAS)
-    logprobs: int | None = None
+    eos_token_ids: Annotated[tuple[int, ...], Field(max_length=MAX_IDS)] = ()
+    stop_token_ids: Annotated[tuple[int, ...], Field(max_length=MAX_IDS)] = ()
+    logit_bias: Annotated[Mapping[int, FiniteFloat], Field(max_length=MAX_IDS)] = field(default_factory=lambda: NO_BIAS)
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+
+PARAMETERS = tuple(field.name for field in fields(Sampling))
+"""The names of all sampling parameters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,3 +124,22 @@ class TokenDelta:
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class KvHeader:
+    """Identifies a prompt's KV bytes. The receiver checks all fields before a byte is used.
+
+    `handle` is unique per attempt; `fingerprint` names model, dtype, KV layout, block size and attention backend;
+    `adapter_digest` is "" for the base model; `checksum` is xxh3-64 over all `num_bytes` bytes; `uses` Decode calls
+    may claim the handle; `prompt_hash` is sha256 over the `num_tokens` prompt tokens.
+    """
+
+    handle: str
+    fingerprint: str
+    adapter_digest: str
+    num_tokens: int
+    num_bytes: int
+    checksum: int
+    uses: int
+    prompt_hash: bytes

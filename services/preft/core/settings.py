@@ -165,11 +165,9 @@ class Settings(_Strict):
 
     @property
     def roles(self) -> tuple[Role, ...]:
-        """The roles of the cluster's workers."""
         return (Role.COLOCATED,) if self.colocated else (Role.PREFILL, Role.DECODE)
 
     def engine(self, role: Role) -> EngineSettings:
-        """The settings of the workers of `role`."""
         return self.decode if role is Role.DECODE else self.prefill
 
     @property

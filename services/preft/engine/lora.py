@@ -266,12 +266,7 @@ def _pin(memory: memoryview) -> None:
 
 
 def _fill_module(module: Any, slot: int, rank: int, parts: dict[int, LoraPart]) -> None:
-    if module.tp_size > 1 and parts:  # vLLM selects this worker's part of the weights
-        scaled = [(part.a, part.b * part.scaling) if (part := parts.get(i)) else (None, None) for i in _slices(module)]
-        a, b = ([side for side in sides] for sides in zip(*scaled, strict=True))
-        module.set_lora(slot, *((a, b) if len(a) > 1 else (a[0], b[0])))
-        return
-    for index in _slices(module):
+    for index in range(len(module.lora_a_stacked)):
         part = parts.get(index)
         a, b = module.lora_a_stacked[index][slot, 0], module.lora_b_stacked[index][slot, 0]
         own = part.a.shape[0] if part else 0
@@ -282,10 +277,6 @@ def _fill_module(module: Any, slot: int, rank: int, parts: dict[int, LoraPart]) 
                 b[:, :own].mul_(part.scaling)
         a[own:rank].zero_()
         b[:, own:rank].zero_()
-
-
-def _slices(module: Any) -> range:
-    return range(len(module.lora_a_stacked))
 
 
 class GroupedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
@@ -308,7 +299,7 @@ class GroupedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
             self._memory = StagingView(path)
             if self.device.type == "cuda":
                 _pin(self._memory.memory)
-        with self._memory.hold(region.offset, region.size, region.nonce) as memory:
+        with self._memory.hold(region) as memory:
             weights = self._read(lora_id, memory)
             self._adapter_manager.check(weights)
             config = weights.reft_config
@@ -329,7 +320,7 @@ class GroupedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
             return True
         region = self._regions[lora_id]
         assert self._memory is not None
-        with self._memory.hold(region.offset, region.size, region.nonce) as memory:
+        with self._memory.hold(region) as memory:
             weights = self._read(lora_id, memory)
             if len(manager) >= manager.capacity:
                 manager.remove_oldest_adapter()

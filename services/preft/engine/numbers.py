@@ -34,7 +34,7 @@ NOT_FINITE = "numbers_not_finite"
 
 
 class BlockNumbers:
-    """Which of an engine's KV blocks hold NaN or infinity, from the checks since each block was zeroed."""
+    """The KV blocks of an engine that hold NaN or infinity, from the checks since each block was zeroed."""
 
     def __init__(self, blocks: KvBlocks, num_blocks: int, block_size: int, device: torch.device) -> None:
         self._blocks = blocks

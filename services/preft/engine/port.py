@@ -12,15 +12,6 @@ from preft.memory.arena import Region
 
 
 @dataclass(frozen=True, slots=True)
-class KvRegion:
-    """One prompt's KV in the staging arena: `size` payload bytes at `offset`, valid while the header has `nonce`."""
-
-    offset: int
-    size: int
-    nonce: bytes
-
-
-@dataclass(frozen=True, slots=True)
 class EngineRequest:
     """One choice to generate.
 
@@ -35,9 +26,9 @@ class EngineRequest:
     sampling: Sampling
     index: int = 0
     adapter: AdapterRef | None = None
-    save: KvRegion | None = None
+    save: Region | None = None
     output_token_ids: tuple[int, ...] = ()
-    load: KvRegion | None = None
+    load: Region | None = None
     salt: str = ""
 
 
@@ -74,7 +65,6 @@ class EngineStats:
     running: int = 0
     waiting: int = 0
     preemptions: int = 0
-    prompt_tokens_computed: int = 0
 
 
 class Engine(Protocol):

@@ -29,11 +29,11 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from preft.adapters.formats.base_model import TARGETS
 from preft.core.cluster import Role
 from preft.core.errors import ConfigError, EngineFailed, InvalidAdapter, InvalidRequest, NumbersNotFinite, WorkerLost
-from preft.core.request import AdapterRef, FinishReason, Sampling, TokenDelta, TokenLogprob
+from preft.core.request import PARAMETERS, AdapterRef, FinishReason, Sampling, TokenDelta, TokenLogprob
 from preft.core.settings import GiB, PrefillSettings, Settings
 from preft.engine.bound import BoundToParent, forks_bound
 from preft.engine.numbers import ENVIRONMENT, NOT_FINITE
-from preft.engine.port import EngineInfo, EngineRequest, EngineStats, KvRegion, check_request
+from preft.engine.port import EngineInfo, EngineRequest, EngineStats, check_request
 from preft.engine.shared_memory import start_tracker
 from preft.memory.arena import Region
 from preft.transfer.connector import OUTPUT_SO_FAR
@@ -117,37 +117,19 @@ def sampling_params(request: EngineRequest, role: Role) -> SamplingParams:
     region = request.save or request.load
     extra: dict[str, Any] = {}
     if region is not None:
-        extra["kv_transfer_params"] = _transfer_params(region, request)
+        extra["kv_transfer_params"] = dataclasses.asdict(region)
     if request.output_token_ids:
         extra[OUTPUT_SO_FAR] = list(request.output_token_ids)
+    params = {name: getattr(sampling, name) for name in PARAMETERS if name != "eos_token_ids"}
+    params |= {"ignore_eos": True, "stop_token_ids": list(stop), "logit_bias": dict(sampling.logit_bias) or None}
+    if role is Role.PREFILL:
+        params |= {"max_tokens": 1, "min_tokens": min(sampling.min_tokens, 1)}
     return SamplingParams(
-        max_tokens=1 if role is Role.PREFILL else sampling.max_tokens,
-        min_tokens=min(sampling.min_tokens, 1) if role is Role.PREFILL else sampling.min_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        presence_penalty=sampling.presence_penalty,
-        frequency_penalty=sampling.frequency_penalty,
-        repetition_penalty=sampling.repetition_penalty,
-        seed=sampling.seed,
-        ignore_eos=True,
-        stop_token_ids=list(stop),
-        logit_bias=dict(sampling.logit_bias) or None,
-        logprobs=sampling.logprobs,
+        **params,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
         extra_args=extra or None,
     )
-
-
-def _transfer_params(region: KvRegion, request: EngineRequest) -> dict[str, Any]:
-    return {
-        "num_tokens": len(request.prompt_token_ids),
-        "offset": region.offset,
-        "size": region.size,
-        "nonce": region.nonce.hex(),
-    }
 
 
 class _Stats(StatLoggerBase):
@@ -165,7 +147,6 @@ class _Stats(StatLoggerBase):
             self._stats.waiting = scheduler_stats.num_waiting_reqs
         if iteration_stats is not None:
             self._stats.preemptions += iteration_stats.num_preempted_reqs
-            self._stats.prompt_tokens_computed += iteration_stats.prompt_token_stats.computed
 
     def log_engine_initialized(self) -> None:
         return

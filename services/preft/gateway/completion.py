@@ -1,4 +1,4 @@
-"""Runs one job: one task per prompt feeds its choices' deltas, as text, to the reader that writes the reply.
+"""Runs one API call: one task per prompt feeds its choices' deltas, as text, to the reader that writes the reply.
 
 Owns these tasks: they end with the context. Leaving the context early cancels the work on every worker. Formats
 nothing.
@@ -16,18 +16,18 @@ from typing import Self
 from preft.core.errors import EngineFailed, NumbersNotFinite
 from preft.core.ports import Generator
 from preft.core.request import GenerateRequest, TokenLogprob
-from preft.gateway.job import Job
-from preft.gateway.text.choice import Choice, ChoiceDelta
+from preft.gateway.api_call import ApiCall
+from preft.gateway.text.choice import ChoiceDelta, ChoiceText
 from preft.gateway.text.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
 
 
 class Completion:
-    """The running job. `cached_tokens` counts the prompt tokens found in prefix caches so far."""
+    """The running API call. `cached_tokens` counts the prompt tokens found in prefix caches so far."""
 
-    def __init__(self, generator: Generator, tokenizer: Tokenizer, job: Job) -> None:
-        self.job = job
+    def __init__(self, generator: Generator, tokenizer: Tokenizer, call: ApiCall) -> None:
+        self.call = call
         self.cached_tokens = 0
         self._generator = generator
         self._tokenizer = tokenizer
@@ -35,11 +35,10 @@ class Completion:
         self._generating: set[asyncio.Task[None]] = set()
         self._deltas: list[ChoiceDelta] = []
         self._error: Exception | None = None
-        self._abandoned: Exception | None = None
         self._reader: asyncio.Future[None] | None = None
 
     async def __aenter__(self) -> Self:
-        self._tasks = [asyncio.create_task(self._run(p, request)) for p, request in enumerate(self.job.requests)]
+        self._tasks = [asyncio.create_task(self._run(p, request)) for p, request in enumerate(self.call.requests)]
         self._generating.update(self._tasks)
         return self
 
@@ -53,11 +52,11 @@ class Completion:
     async def take(self) -> list[ChoiceDelta]:
         """Returns all deltas that are ready and waits for at least one; an empty list follows the last delta.
 
-        Raises the generator's error after the deltas before it. Raises the error given to `abandon` at once.
+        Raises the generator's error after the deltas before it.
         """
-        while not self._deltas or self._abandoned:
-            if error := self._abandoned or self._error:
-                raise error
+        while not self._deltas:
+            if self._error is not None:
+                raise self._error
             if not self._generating:
                 return []
             self._reader = asyncio.get_running_loop().create_future()
@@ -65,15 +64,10 @@ class Completion:
         deltas, self._deltas = self._deltas, []
         return deltas
 
-    def abandon(self, reason: Exception) -> None:
-        """Makes the reader raise `reason` at once, even if deltas are still unread."""
-        self._abandoned = reason
-        self._wake()
-
     async def _run(self, number: int, request: GenerateRequest) -> None:
         first = number * request.n
         prompt = request.prompt_token_ids
-        choices = [Choice(first + i, self._tokenizer, prompt, self.job.options) for i in range(request.n)]
+        choices = [ChoiceText(first + i, self._tokenizer, prompt, self.call.options) for i in range(request.n)]
         try:
             async with self._generator.generate(request) as generation:
                 async for delta in generation:

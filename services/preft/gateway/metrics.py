@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -34,24 +35,11 @@ class MeteredGenerator:
         self._requests = Counter("preft_requests", "Prompts by outcome.", (*kind, "status"), registry=registry)
         self._running = Gauge("preft_requests_running", "Prompts in progress.", kind, registry=registry)
         self._prompt = Counter("preft_prompt_tokens", "Prompt tokens accepted.", kind, registry=registry)
-        self._generated = Counter("preft_generated_tokens", "Tokens generated.", kind, registry=registry)
-        self._first = Histogram(
-            "preft_time_to_first_token_seconds",
-            "From request to first token.",
-            kind,
-            registry=registry,
-            buckets=_FIRST_TOKEN,
-        )
-        self._between = Histogram(
-            "preft_inter_token_latency_seconds",
-            "Between tokens of a choice.",
-            kind,
-            registry=registry,
-            buckets=_INTER_TOKEN,
-        )
-        self._whole = Histogram(
-            "preft_request_seconds", "From request to last token.", kind, registry=registry, buckets=_WHOLE
-        )
+        self.generated = Counter("preft_generated_tokens", "Tokens generated.", kind, registry=registry)
+        seconds = partial(Histogram, labelnames=kind, registry=registry)
+        self.first = seconds("preft_time_to_first_token_seconds", "From request to first token.", buckets=_FIRST_TOKEN)
+        self.between = seconds("preft_inter_token_latency_seconds", "Between tokens of a choice.", buckets=_INTER_TOKEN)
+        self._whole = seconds("preft_request_seconds", "From request to last token.", buckets=_WHOLE)
 
     def ready(self) -> bool:
         return self._inner.ready()
@@ -65,13 +53,7 @@ class MeteredGenerator:
         try:
             async with self._inner.generate(request) as generation:
                 self._prompt.labels(kind).inc(len(request.prompt_token_ids))
-                yield _MeteredGeneration(
-                    generation,
-                    started,
-                    self._first.labels(kind),
-                    self._between.labels(kind),
-                    self._generated.labels(kind),
-                )
+                yield _MeteredGeneration(generation, self, kind, started)
                 status = "ok"
         except PreftError as error:
             status = mapping_of(error).code
@@ -86,14 +68,12 @@ class MeteredGenerator:
 
 
 class _MeteredGeneration:
-    def __init__(
-        self, inner: Generation, started: float, first: Histogram, between: Histogram, generated: Counter
-    ) -> None:
+    def __init__(self, inner: Generation, meters: MeteredGenerator, kind: str, started: float) -> None:
         self._inner = inner
         self._started = started
-        self._first = first
-        self._between = between
-        self._generated = generated
+        self._first = meters.first.labels(kind)
+        self._between = meters.between.labels(kind)
+        self._generated = meters.generated.labels(kind)
 
     def stop(self, index: int) -> None:
         self._inner.stop(index)

@@ -26,5 +26,4 @@ def _stage(seen: WorkerSeen) -> str:
 
 
 def worker_json(seen: WorkerSeen) -> dict[str, str]:
-    """A worker as /ready lists it."""
     return {"id": seen.worker.id, "role": seen.worker.role.value, "state": seen.state.value}

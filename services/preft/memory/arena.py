@@ -306,20 +306,20 @@ class StagingView:
         self._mutex = threading.Lock()
 
     @contextmanager
-    def hold(self, offset: int, size: int, nonce: bytes) -> Iterator[memoryview]:
-        """The payload of a region: `size` readable and writable bytes that aren't reused inside this context.
+    def hold(self, region: Region) -> Iterator[memoryview]:
+        """The region's payload: readable and writable bytes that aren't reused inside this context.
 
         All reads and writes, asynchronous device copies included, must be finished before the context ends. Raises
         StaleRegion at the start, without a payload, if the region isn't exactly the reserved one.
         """
-        start = offset - HEADER_BYTES
-        if start < 0 or size < 1 or offset + size > self._capacity:
-            raise StaleRegion(f"no region of {size} bytes can lie at {offset}")
+        start, end = region.start, region.offset + region.size
+        if start < 0 or region.size < 1 or end > self._capacity:
+            raise StaleRegion(f"no region of {region.size} bytes can lie at {region.offset}")
         self._lock(start)
         try:
-            if _HEADER.unpack_from(self._memory, start) != (_MAGIC, nonce, size):
+            if _HEADER.unpack_from(self._memory, start) != (_MAGIC, region.nonce, region.size):
                 raise StaleRegion("the region was released, evicted or reused")
-            yield self._memory[offset : offset + size]
+            yield self._memory[region.offset : end]
         finally:
             self._unlock(start)
 

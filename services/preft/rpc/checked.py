@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection
 from ipaddress import IPv6Address
 
 from preft.core.errors import InvalidRequest
@@ -20,7 +19,6 @@ HOST_AND_PORT = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[0-9A-Za-z]([0-9A-Za-z._-]
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # control characters end or hide log lines
 MAX_TEXT = 4096  # characters of a source; names and ids are shorter
 MAX_ID = 256
-MAX_IDS = 1024
 
 
 def digest_of(text: str, param: str = "adapter_digest") -> str:
@@ -57,13 +55,6 @@ def count_of(number: int, param: str, least: int, most: int) -> int:
     if not least <= number <= most:
         raise InvalidRequest(f"{param} is a number from {least} to {most}", param=param)
     return number
-
-
-def ids_of(ids: Collection[int], param: str) -> tuple[int, ...]:
-    """Token ids in one parameter. The engine checks them against the vocabulary."""
-    if len(ids) > MAX_IDS:
-        raise InvalidRequest(f"{param} holds at most {MAX_IDS} token ids", param=param)
-    return tuple(ids)
 
 
 def number_of(number: float, param: str, least: float = -math.inf, most: float = math.inf) -> float:

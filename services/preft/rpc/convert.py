@@ -1,4 +1,4 @@
-"""Translates between the core dataclasses and protobuf messages, both directions, field by field.
+"""Translates between the core dataclasses and protobuf messages, both directions. Equal fields go by name.
 
 `preft.core.request` and `preft.core.cluster` define the values' meaning. Messages of other processes are checked here
 and nowhere later: an invalid message raises InvalidRequest if a caller sent it, EngineFailed if a worker did. A
@@ -8,10 +8,14 @@ value that its protobuf field can't hold (a negative count) raises ValueError in
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import TypeVar
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from preft.core.cluster import (
+    Adapter,
     AdapterPlace,
     AdapterState,
     AdapterStatus,
@@ -20,23 +24,27 @@ from preft.core.cluster import (
     TierTotals,
     WorkerStatus,
 )
-from preft.core.errors import EngineFailed
-from preft.core.request import MAX_CHOICES, NO_BIAS, AdapterRef, FinishReason, Sampling, TokenDelta, TokenLogprob
-from preft.rpc import common_pb2, workers_pb2
+from preft.core.errors import EngineFailed, InvalidRequest
+from preft.core.request import (
+    MAX_CHOICES,
+    PARAMETERS,
+    AdapterRef,
+    FinishReason,
+    KvHeader,
+    Sampling,
+    TokenDelta,
+    TokenLogprob,
+)
+from preft.rpc import adapters_pb2, common_pb2, kv_transfer_pb2, workers_pb2
 from preft.rpc.checked import (
     MAX_TEXT,
     address_of,
     count_of,
     digest_of,
     handle_of,
-    ids_of,
-    number_of,
     seconds_of,
     text_of,
 )
-
-INT32_MAX = 2**31 - 1
-MAX_LOGPROBS = 20  # vLLM's limit
 
 _FINISH_TO_PROTO = {
     None: common_pb2.FINISH_REASON_UNSPECIFIED,
@@ -57,51 +65,40 @@ _STATE_TO_PROTO = {
 }
 _STATE_FROM_PROTO = {value: state for state, value in _STATE_TO_PROTO.items()}
 
-N = TypeVar("N", int, float)
+_SAMPLING = TypeAdapter(Sampling)
+_ADAPTER_REF, _KV_HEADER, _TIER_TOTALS = (
+    tuple(field.name for field in fields(kind)) for kind in (AdapterRef, KvHeader, TierTotals)
+)
+_USE = tuple(field.name for field in fields(WorkerStatus) if field.name != "tiers")
 
 
 def sampling_to_proto(sampling: Sampling) -> common_pb2.Sampling:
-    return common_pb2.Sampling(
-        max_tokens=sampling.max_tokens,
-        min_tokens=sampling.min_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        presence_penalty=sampling.presence_penalty,
-        frequency_penalty=sampling.frequency_penalty,
-        repetition_penalty=sampling.repetition_penalty,
-        seed=sampling.seed,
-        ignore_eos=sampling.ignore_eos,
-        eos_token_ids=sampling.eos_token_ids,
-        stop_token_ids=sampling.stop_token_ids,
-        logit_bias=sampling.logit_bias,
-        logprobs=sampling.logprobs,
-    )
+    return common_pb2.Sampling(**_named(sampling, PARAMETERS))
 
 
 def sampling_from_proto(message: common_pb2.Sampling) -> Sampling:
     """Inverse of `sampling_to_proto`, within vLLM's ranges. Raises InvalidRequest."""
-    bias = {token_id: number_of(message.logit_bias[token_id], "logit_bias") for token_id in message.logit_bias}
-    ids_of(bias, "logit_bias")
-    max_tokens = count_of(message.max_tokens, "max_tokens", 1, INT32_MAX)
-    return Sampling(
-        max_tokens=max_tokens,
-        min_tokens=count_of(message.min_tokens, "min_tokens", 0, max_tokens),
-        temperature=number_of(message.temperature, "temperature", 0),
-        top_p=number_of(message.top_p, "top_p", 0, 1),
-        top_k=count_of(message.top_k, "top_k", 0, INT32_MAX),
-        min_p=number_of(message.min_p, "min_p", 0, 1),
-        presence_penalty=number_of(message.presence_penalty, "presence_penalty", -2, 2),
-        frequency_penalty=number_of(message.frequency_penalty, "frequency_penalty", -2, 2),
-        repetition_penalty=number_of(message.repetition_penalty, "repetition_penalty", 0),
-        seed=message.seed if message.HasField("seed") else None,
-        ignore_eos=message.ignore_eos,
-        eos_token_ids=ids_of(message.eos_token_ids, "eos_token_ids"),
-        stop_token_ids=ids_of(message.stop_token_ids, "stop_token_ids"),
-        logit_bias=bias or NO_BIAS,
-        logprobs=count_of(message.logprobs, "logprobs", 0, MAX_LOGPROBS) if message.HasField("logprobs") else None,
-    )
+    try:
+        sampling = _SAMPLING.validate_python(given_parameters(message))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        param = str(first["loc"][0])
+        raise InvalidRequest(f"{param}: {first['msg']}", param=param) from None
+    if sampling.min_tokens > sampling.max_tokens:
+        raise InvalidRequest("min_tokens is more than max_tokens", param="min_tokens")
+    return sampling
+
+
+def given_parameters(message: common_pb2.Sampling) -> dict[str, Any]:
+    """The parameters that `message` has, unchecked. An empty list or map counts as absent."""
+    given: dict[str, Any] = {}
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            value = dict(value)
+        elif field.is_repeated:
+            value = list(value)
+        given[field.name] = value
+    return given
 
 
 def check_prefill(message: workers_pb2.PrefillRequest) -> None:
@@ -124,12 +121,35 @@ def check_decode(message: workers_pb2.DecodeRequest) -> None:
 
 
 def adapter_to_proto(adapter: AdapterRef) -> common_pb2.AdapterRef:
-    return common_pb2.AdapterRef(name=adapter.name, digest=adapter.digest, source=adapter.source)
+    return common_pb2.AdapterRef(**_named(adapter, _ADAPTER_REF))
 
 
 def adapter_from_proto(message: common_pb2.AdapterRef) -> AdapterRef:
     """Inverse of `adapter_to_proto`. Raises InvalidRequest."""
     return AdapterRef(text_of(message.name, "name"), message.digest, text_of(message.source, "source", MAX_TEXT))
+
+
+def header_to_proto(header: KvHeader) -> kv_transfer_pb2.KvHeader:
+    return kv_transfer_pb2.KvHeader(**_named(header, _KV_HEADER))
+
+
+def header_from_proto(message: kv_transfer_pb2.KvHeader) -> KvHeader:
+    """Inverse of `header_to_proto`. Raises InvalidRequest. `HandleTable.open` checks sizes and fingerprint."""
+    handle_of(message.handle)
+    text_of(message.fingerprint, "fingerprint")
+    digest_of(message.adapter_digest)
+    count_of(message.uses, "uses", 1, MAX_CHOICES)
+    return KvHeader(**_named(message, _KV_HEADER))
+
+
+def entry_to_proto(entry: Adapter) -> adapters_pb2.Adapter:
+    """A catalog entry as the public API shows it."""
+    return adapters_pb2.Adapter(**_named(entry, adapters_pb2.Adapter.DESCRIPTOR.fields_by_name))
+
+
+def _named(values: object, names: Iterable[str]) -> dict[str, Any]:
+    """These attributes of a dataclass or message, for the constructor of the other: both have equal names."""
+    return {name: getattr(values, name) for name in names}
 
 
 def delta_to_proto(delta: TokenDelta) -> common_pb2.TokenDelta:
@@ -162,7 +182,6 @@ def delta_from_proto(message: common_pb2.TokenDelta) -> TokenDelta:
 
 
 def place_to_proto(place: AdapterPlace) -> workers_pb2.WhereReply:
-    """A worker's answer to `Where`."""
     return workers_pb2.WhereReply(tier=place.tier, last_used=place.last_used, users=place.users)
 
 
@@ -175,26 +194,17 @@ def place_from_proto(worker_id: str, message: workers_pb2.WhereReply) -> Adapter
 
 def status_to_proto(update: StatusUpdate, previous: WorkerStatus | None = None) -> workers_pb2.StatusUpdate:
     """One message of a worker's status stream. It holds the tiers only if they differ from the last, `previous`."""
-    status, tiers = update.status, update.status.tiers
-    known = previous.tiers if previous is not None else NO_TIERS
+    tiers, known = update.status.tiers, previous.tiers if previous is not None else NO_TIERS
     return workers_pb2.StatusUpdate(
         whole=update.is_whole,
-        draining=status.draining,
-        running=status.running,
-        kv_blocks_used=status.kv_blocks_used,
-        staging_bytes_used=status.staging_bytes_used,
-        staging_bytes_fit=status.staging_bytes_fit,
-        open_handles=status.open_handles,
-        preemptions=status.preemptions,
-        other_prefills=status.other_prefills,
-        other_sequences=status.other_sequences,
         adapters=[
             workers_pb2.AdapterStatus(
                 digest=bytes.fromhex(digest), state=_STATE_TO_PROTO[adapter.state], other_prompts=adapter.other_prompts
             )
             for digest, adapter in update.adapters.items()
         ],
-        tiers=None if tiers == known else _tiers_to_proto(tiers),
+        tiers=None if tiers == known else workers_pb2.TierTotals(**_named(tiers, _TIER_TOTALS)),
+        **_named(update.status, _USE),
     )
 
 
@@ -204,18 +214,9 @@ def status_from_proto(message: workers_pb2.StatusUpdate, previous: WorkerStatus 
     Raises EngineFailed for a digest of another length, an unknown state or tier, or a time that isn't a number.
     """
     tiers = previous.tiers if previous is not None else NO_TIERS
-    status = WorkerStatus(
-        draining=message.draining,
-        running=message.running,
-        kv_blocks_used=message.kv_blocks_used,
-        staging_bytes_used=message.staging_bytes_used,
-        staging_bytes_fit=message.staging_bytes_fit,
-        open_handles=message.open_handles,
-        preemptions=message.preemptions,
-        other_prefills=message.other_prefills,
-        other_sequences=message.other_sequences,
-        tiers=_tiers_from_proto(message.tiers) if message.HasField("tiers") else tiers,
-    )
+    if message.HasField("tiers"):
+        tiers = _tiers_from_proto(message.tiers)
+    status = WorkerStatus(**_named(message, _USE), tiers=tiers)
     return StatusUpdate(status, dict(map(_adapter_status, message.adapters)), message.whole)
 
 
@@ -227,47 +228,20 @@ def _adapter_status(message: workers_pb2.AdapterStatus) -> tuple[str, AdapterSta
     return message.digest.hex(), AdapterStatus(_STATE_FROM_PROTO[message.state], message.other_prompts)
 
 
-def _tiers_to_proto(tiers: TierTotals) -> workers_pb2.TierTotals:
-    return workers_pb2.TierTotals(
-        slots_used=tiers.slots_used,
-        host_adapters=tiers.host_adapters,
-        host_bytes=tiers.host_bytes,
-        host_bytes_total=tiers.host_bytes_total,
-        disk_bytes=tiers.disk_bytes,
-        host_evictions=tiers.host_evictions,
-        disk_evictions=tiers.disk_evictions,
-        hits={tier.value: number for tier, number in tiers.hits.items()},
-        loads={tier.value: number for tier, number in tiers.loads.items()},
-        load_seconds={tier.value: number for tier, number in tiers.load_seconds.items()},
-    )
-
-
 def _tiers_from_proto(message: workers_pb2.TierTotals) -> TierTotals:
-    return TierTotals(
-        slots_used=message.slots_used,
-        host_adapters=message.host_adapters,
-        host_bytes=message.host_bytes,
-        host_bytes_total=message.host_bytes_total,
-        disk_bytes=message.disk_bytes,
-        host_evictions=message.host_evictions,
-        disk_evictions=message.disk_evictions,
-        hits=_by_tier(message.hits),
-        loads=_by_tier(message.loads),
-        load_seconds=_by_tier(message.load_seconds, _seconds),
-    )
+    totals = _named(message, _TIER_TOTALS)
+    for name in ("hits", "loads", "load_seconds"):
+        totals[name] = _by_tier(totals[name])
+    if not all(math.isfinite(seconds) and seconds >= 0 for seconds in totals["load_seconds"].values()):
+        raise EngineFailed("a worker's time for loads isn't a number of seconds")
+    return TierTotals(**totals)
 
 
-def _by_tier(numbers: Mapping[str, N], check: Callable[[N], N] = lambda number: number) -> dict[Tier, N]:
+def _by_tier(numbers: Mapping[str, float]) -> dict[Tier, float]:
     for name in numbers:
         if name not in _TIERS:
             raise EngineFailed(f"a worker names the unknown tier {name[:40]!r}")
-    return {Tier(name): check(number) for name, number in numbers.items()}
-
-
-def _seconds(number: float) -> float:
-    if not (math.isfinite(number) and number >= 0):
-        raise EngineFailed("a worker's time for loads isn't a number of seconds")
-    return number
+    return {Tier(name): number for name, number in numbers.items()}
 
 
 def _logprob_to_proto(logprob: TokenLogprob) -> common_pb2.TokenLogprob:

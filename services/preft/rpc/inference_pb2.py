@@ -25,23 +25,19 @@ _sym_db = _symbol_database.Default()
 from preft.rpc import common_pb2 as preft_dot_rpc_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19preft/rpc/inference.proto\x12\x08preft.v1\x1a\x16preft/rpc/common.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xbb\x05\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12$\n\x06tokens\x18\x03 \x01(\x0b\x32\x12.preft.v1.TokenIdsH\x00\x12\t\n\x01n\x18\x04 \x01(\r\x12\x17\n\nmax_tokens\x18\x05 \x01(\rH\x01\x88\x01\x01\x12\x12\n\nmin_tokens\x18\x06 \x01(\r\x12\x18\n\x0btemperature\x18\x07 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x08 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\x05top_k\x18\t \x01(\rH\x04\x88\x01\x01\x12\x12\n\x05min_p\x18\n \x01(\x01H\x05\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x0b \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x0c \x01(\x01\x12\x1f\n\x12repetition_penalty\x18\r \x01(\x01H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x0e \x01(\x03H\x07\x88\x01\x01\x12\x12\n\nignore_eos\x18\x0f \x01(\x08\x12\x0c\n\x04stop\x18\x10 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x11 \x03(\r\x12<\n\nlogit_bias\x18\x12 \x03(\x0b\x32(.preft.v1.GenerateRequest.LogitBiasEntry\x12\x15\n\x08logprobs\x18\x13 \x01(\rH\x08\x88\x01\x01\x12\x17\n\x0ftimeout_seconds\x18\x14 \x01(\x01\x12\x10\n\x08priority\x18\x15 \x01(\x11\x12\x0c\n\x04user\x18\x16 \x01(\t\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x08\n\x06promptB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x0b\n\t_logprobs\"\x88\x01\n\rGenerateReply\x12\x0c\n\x04text\x18\x01 \x01(\t\x12#\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x14.preft.v1.TokenDelta\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x05 \x01(\t2M\n\tInference\x12@\n\x08Generate\x12\x19.preft.v1.GenerateRequest\x1a\x17.preft.v1.GenerateReply0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19preft/rpc/inference.proto\x12\x08preft.v1\x1a\x16preft/rpc/common.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xd8\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12$\n\x06tokens\x18\x03 \x01(\x0b\x32\x12.preft.v1.TokenIdsH\x00\x12\t\n\x01n\x18\x04 \x01(\r\x12$\n\x08sampling\x18\x05 \x01(\x0b\x32\x12.preft.v1.Sampling\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x17\n\x0ftimeout_seconds\x18\x07 \x01(\x01\x12\x10\n\x08priority\x18\x08 \x01(\x11\x12\x0c\n\x04user\x18\t \x01(\tB\x08\n\x06prompt\"\x88\x01\n\rGenerateReply\x12\x0c\n\x04text\x18\x01 \x01(\t\x12#\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x14.preft.v1.TokenDelta\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x05 \x01(\t2M\n\tInference\x12@\n\x08Generate\x12\x19.preft.v1.GenerateRequest\x1a\x17.preft.v1.GenerateReply0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'preft.rpc.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GENERATEREQUEST_LOGITBIASENTRY']._loaded_options = None
-  _globals['_GENERATEREQUEST_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_TOKENIDS']._serialized_start=63
   _globals['_TOKENIDS']._serialized_end=86
   _globals['_GENERATEREQUEST']._serialized_start=89
-  _globals['_GENERATEREQUEST']._serialized_end=788
-  _globals['_GENERATEREQUEST_LOGITBIASENTRY']._serialized_start=624
-  _globals['_GENERATEREQUEST_LOGITBIASENTRY']._serialized_end=672
-  _globals['_GENERATEREPLY']._serialized_start=791
-  _globals['_GENERATEREPLY']._serialized_end=927
-  _globals['_INFERENCE']._serialized_start=929
-  _globals['_INFERENCE']._serialized_end=1006
+  _globals['_GENERATEREQUEST']._serialized_end=305
+  _globals['_GENERATEREPLY']._serialized_start=308
+  _globals['_GENERATEREPLY']._serialized_end=444
+  _globals['_INFERENCE']._serialized_start=446
+  _globals['_INFERENCE']._serialized_end=523
 # @@protoc_insertion_point(module_scope)

@@ -30,7 +30,6 @@ class ClusterSecret:
         self._key = hashlib.sha256(secret.encode()).digest()
 
     def call_code(self, address: str) -> str:
-        """The code that a call to the worker at `address` carries."""
         return self._code("call", address)
 
     def proof(self, handle: str) -> str:

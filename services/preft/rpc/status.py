@@ -1,12 +1,14 @@
 """Translates between PreftError and gRPC status, both directions, and to messages for streams that survive an error.
 
-The status code alone is ambiguous (UNAVAILABLE is a busy or a dead worker), so a server also sends the error's own code
-and the wrong parameter in trailing metadata. A status without this metadata is gRPC's own: the peer is gone or late.
+The status code alone is ambiguous (UNAVAILABLE is a busy or a dead worker), so a server also sends trailing metadata:
+the error's own code (`preft-code`), the wrong parameter (`preft-param`), and the seconds until another attempt makes
+sense (`retry-after`). A status without this metadata is gRPC's own: the peer is gone or late.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -15,24 +17,30 @@ import grpc.aio
 
 from preft.core.errors import (
     ERROR_MAP,
+    UNEXPECTED,
     DeadlineExceeded,
     EngineFailed,
     InvalidRequest,
     ModelNotFound,
     PreftError,
+    QueueFull,
+    ShuttingDown,
     TransferFailed,
     Unavailable,
     WorkerLost,
     mapping_of,
+    short,
 )
 from preft.rpc import workers_pb2
 
 logger = logging.getLogger(__name__)
 
-CODE_KEY = "preft-error-code"
-PARAM_KEY = "preft-error-param"
+CODE_KEY = "preft-code"
+PARAM_KEY = "preft-param"
+RETRY_KEY = "retry-after"
 
-_BY_CODE: dict[str, type[PreftError]] = {mapping.code: cls for cls, mapping in ERROR_MAP.items()}
+# PreftError itself stands for a peer's unexpected error, and arrives as an EngineFailed.
+_BY_CODE = {mapping.code: cls for cls, mapping in ERROR_MAP.items() if cls is not PreftError}
 _BY_STATUS: dict[grpc.StatusCode, type[PreftError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
     grpc.StatusCode.OUT_OF_RANGE: InvalidRequest,
@@ -60,15 +68,18 @@ async def errors_reported(context: grpc.aio.ServicerContext) -> AsyncIterator[No
         raise  # the call has ended already
     except Exception:
         logger.exception("a call broke")
-        await abort(context, EngineFailed("an internal error ended the call"))
+        await abort(context, PreftError(UNEXPECTED))
 
 
 async def abort(context: grpc.aio.ServicerContext, error: PreftError) -> None:
     """Ends the server's call with `error`. Never returns: `context.abort` raises."""
-    trailing = [(CODE_KEY, mapping_of(error).code)]
-    if isinstance(error, InvalidRequest) and error.param is not None:
+    mapping = mapping_of(error)
+    trailing = [(CODE_KEY, mapping.code)]
+    if isinstance(error, InvalidRequest) and error.param:
         trailing.append((PARAM_KEY, error.param))
-    await context.abort(grpc.StatusCode[mapping_of(error).grpc], str(error), trailing_metadata=tuple(trailing))
+    if isinstance(error, QueueFull | ShuttingDown):
+        trailing.append((RETRY_KEY, str(math.ceil(error.retry_after))))
+    await context.abort(grpc.StatusCode[mapping.grpc], short(str(error)), trailing_metadata=tuple(trailing))
 
 
 def error_from_rpc(error: grpc.aio.AioRpcError, peer: str) -> PreftError:

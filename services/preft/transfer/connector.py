@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +30,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
-from preft.memory.arena import StagingView
+from preft.memory.arena import Region, StagingView
 from preft.memory.errors import StaleRegion
 from preft.transfer.seal import SEAL, read_seal, write_seal
 from preft_kernels.kv_blocks import KvBlocks
@@ -40,53 +39,22 @@ OUTPUT_SO_FAR = "preft_output_token_ids"  # in `extra_args` of a request's sampl
 
 
 @dataclass(frozen=True, slots=True)
-class Save:
-    """Blocks of one finished prompt, and their region."""
+class BlockCopy:
+    """One prompt's KV blocks, as many as `region` holds. The prefix cache has the first `skip` blocks already."""
 
     request_id: str
     block_ids: tuple[int, ...]
     num_tokens: int
-    offset: int
-    size: int
-    nonce: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """One request's prompt KV that this step loads into `block_ids`, as many blocks as the region holds.
-
-    The first `skip` blocks are in the prefix cache already.
-    """
-
-    request_id: str
-    block_ids: tuple[int, ...]
-    skip: int
-    num_tokens: int
-    offset: int
-    size: int
-    nonce: bytes
+    region: Region
+    skip: int = 0
 
 
 @dataclass
 class KvMetadata(KVConnectorMetadata):
     """The scheduler side's orders to the worker side for one step."""
 
-    saves: list[Save] = field(default_factory=list)
-    loads: list[Load] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class _Handover:
-    """The fields of a request's `kv_transfer_params`."""
-
-    num_tokens: int
-    offset: int
-    size: int
-    nonce: bytes
-
-    @classmethod
-    def parse(cls, params: Mapping[str, Any]) -> _Handover:
-        return cls(params["num_tokens"], params["offset"], params["size"], bytes.fromhex(params["nonce"]))
+    saves: list[BlockCopy] = field(default_factory=list)
+    loads: list[BlockCopy] = field(default_factory=list)
 
 
 class StagedKvConnector(KVConnectorBase_V1):
@@ -98,7 +66,7 @@ class StagedKvConnector(KVConnectorBase_V1):
         self._block_size = vllm_config.cache_config.block_size
         self._num_blocks = kv_cache_config.num_blocks
         self._requests: dict[str, Request] = {}
-        self._step_loads: list[Load] = []
+        self._step_loads: list[BlockCopy] = []
         self._promised: dict[str, int] = {}
         self._blocks: KvBlocks
         self._failed_blocks: set[int] = set()
@@ -129,18 +97,15 @@ class StagedKvConnector(KVConnectorBase_V1):
             raise RuntimeError(f"{request.request_id}: the scheduler would compute prompt tokens on a decode engine")
         assert request.kv_transfer_params is not None
         prompt = request.num_prompt_tokens
-        handover = _Handover.parse(request.kv_transfer_params)
         prompt_blocks = _blocks_of(prompt, self._block_size)
         block_ids = blocks.get_block_ids()[0]
         self._step_loads.append(
-            Load(
-                request_id=request.request_id,
-                block_ids=tuple(block_ids[:prompt_blocks]),
-                skip=(prompt - num_external_tokens) // self._block_size if num_external_tokens else prompt_blocks,
-                num_tokens=prompt,
-                offset=handover.offset,
-                size=handover.size,
-                nonce=handover.nonce,
+            BlockCopy(
+                request.request_id,
+                tuple(block_ids[:prompt_blocks]),
+                prompt,
+                Region(**request.kv_transfer_params),
+                (prompt - num_external_tokens) // self._block_size if num_external_tokens else prompt_blocks,
             )
         )
 
@@ -155,17 +120,14 @@ class StagedKvConnector(KVConnectorBase_V1):
                 continue
             assert self._kv_cache_manager is not None
             assert request.kv_transfer_params is not None
-            handover = _Handover.parse(request.kv_transfer_params)
+            prompt = request.num_prompt_tokens
             block_ids = self._kv_cache_manager.get_block_ids(request_id)[0]
-            prompt_blocks = _blocks_of(request.num_prompt_tokens, self._block_size)
             saves.append(
-                Save(
+                BlockCopy(
                     request_id,
-                    tuple(block_ids[:prompt_blocks]),
-                    handover.num_tokens,
-                    handover.offset,
-                    handover.size,
-                    handover.nonce,
+                    tuple(block_ids[: _blocks_of(prompt, self._block_size)]),
+                    prompt,
+                    Region(**request.kv_transfer_params),
                 )
             )
         return KvMetadata(saves=saves)
@@ -200,13 +162,16 @@ class StagedKvConnector(KVConnectorBase_V1):
                 # All requests use block 0 in place of blocks that have left a sliding window.
                 self._failed_blocks.update(block for block in load.block_ids[load.skip :] if block)
 
-    def _load(self, load: Load) -> None:
+    def _load(self, load: BlockCopy) -> None:
         count = len(load.block_ids)
         if load.skip == count:
             return
         assert self._arena is not None
-        with self._arena.hold(load.offset, load.size, load.nonce) as payload:
-            if load.size != count * self._blocks.block_bytes + SEAL.size or read_seal(payload) != load.num_tokens:
+        with self._arena.hold(load.region) as payload:
+            if (
+                load.region.size != count * self._blocks.block_bytes + SEAL.size
+                or read_seal(payload) != load.num_tokens
+            ):
                 raise StaleRegion(f"{load.request_id}: the region doesn't hold the KV of {load.num_tokens} tokens")
             self._blocks.unpack(_bytes_of(payload), load.block_ids, load.skip)
 
@@ -225,12 +190,12 @@ class StagedKvConnector(KVConnectorBase_V1):
             except StaleRegion:
                 continue  # the region was given up; without a seal no reader takes it for complete
 
-    def _save(self, save: Save) -> None:
+    def _save(self, save: BlockCopy) -> None:
         assert self._arena is not None
         count = len(save.block_ids)
-        with self._arena.hold(save.offset, save.size, save.nonce) as payload:
-            if save.size != count * self._blocks.block_bytes + SEAL.size:
-                raise StaleRegion(f"{save.request_id}: {save.size} bytes aren't the size of {count} blocks")
+        with self._arena.hold(save.region) as payload:
+            if save.region.size != count * self._blocks.block_bytes + SEAL.size:
+                raise StaleRegion(f"{save.request_id}: {save.region.size} bytes aren't the size of {count} blocks")
             self._blocks.pack(save.block_ids, _bytes_of(payload))
             write_seal(payload, save.num_tokens)
 

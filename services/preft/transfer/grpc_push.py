@@ -1,6 +1,6 @@
 """The sending side of KV over gRPC: the header as request metadata, the bytes as raw messages without protobuf.
 
-`port` owns the header and the errors, and `grpc_receive` the receiving side.
+`grpc_receive` is the receiving side.
 """
 
 from __future__ import annotations
@@ -15,26 +15,16 @@ import grpc
 import grpc.aio
 
 from preft.core.errors import TransferFailed
-from preft.rpc import kv_transfer_pb2
+from preft.core.request import KvHeader
+from preft.rpc.convert import header_to_proto
 from preft.rpc.liveness import ping_options
 from preft.rpc.secret import PROOF_KEY, ClusterChannel, ClusterSecret, equal_codes
-from preft.transfer.port import KvHeader, PushRefused, Refusal
 
 METHOD = "/preft.v1.KvTransfer/Push"
 HEADER_KEY = "preft-kv-header-bin"
 REFUSAL_SECONDS = 1.0  # wait for the status of a receiver that hasn't proved that it knows the secret
 MAX_CHANNELS = 256  # kept open; each restart of a worker has a new address
 FRAME_BYTES = 1 << 20  # the fastest size measured: half or twice as much costs 10-30%
-
-STATUS_OF: dict[Refusal, grpc.StatusCode] = {
-    Refusal.MALFORMED: grpc.StatusCode.INVALID_ARGUMENT,
-    Refusal.MISMATCH: grpc.StatusCode.FAILED_PRECONDITION,
-    Refusal.DUPLICATE: grpc.StatusCode.ALREADY_EXISTS,
-    Refusal.NO_ROOM: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    Refusal.CORRUPT: grpc.StatusCode.DATA_LOSS,
-    Refusal.ABORTED: grpc.StatusCode.ABORTED,
-}
-_REFUSAL_OF = {status: refusal for refusal, status in STATUS_OF.items()}
 
 _CHANNEL_OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 100),  # a worker may restart on the same port
@@ -56,7 +46,8 @@ class GrpcKvSender:
         async with self._channel(address) as channel:
             # On the wire this is a stream_unary call. But grpc.aio loses the status of a stream_unary call that the
             # receiver ends early.
-            call = channel.stream_stream(METHOD)(metadata=((HEADER_KEY, encode_header(header)),), timeout=timeout)
+            metadata = ((HEADER_KEY, header_to_proto(header).SerializeToString()),)
+            call = channel.stream_stream(METHOD)(metadata=metadata, timeout=timeout)
             status = status_of(call)
             known: asyncio.Future[bool] = asyncio.get_running_loop().create_future()  # if the peer knows the secret
             writing = asyncio.create_task(self._write(call, header.handle, known, payload))
@@ -74,9 +65,7 @@ class GrpcKvSender:
                 writing.cancel()
                 await asyncio.wait({writing})
         if code is not grpc.StatusCode.OK:
-            sentence = f"the KV push to {address} failed: {details or code.name}"
-            refusal = _REFUSAL_OF.get(code)
-            raise TransferFailed(sentence) if refusal is None else PushRefused(sentence, refusal)
+            raise TransferFailed(f"the KV push to {address} failed: {details or code.name}")
         if not (known.done() and known.result()):
             raise _stranger(address)
 
@@ -132,21 +121,6 @@ class GrpcKvSender:
 
 def _stranger(address: str) -> TransferFailed:
     return TransferFailed(f"the KV push to {address} failed: what answers there is no worker of this cluster")
-
-
-def encode_header(header: KvHeader) -> bytes:
-    """The header as a serialized protobuf KvHeader."""
-    message = kv_transfer_pb2.KvHeader(
-        handle=header.handle,
-        fingerprint=header.fingerprint,
-        adapter_digest=header.adapter_digest,
-        num_tokens=header.num_tokens,
-        num_bytes=header.num_bytes,
-        checksum=header.checksum,
-        uses=header.uses,
-        prompt_hash=header.prompt_hash,
-    )
-    return bytes(message.SerializeToString())
 
 
 def status_of(call: grpc.aio.StreamStreamCall[bytes, bytes]) -> asyncio.Future[Any]:

@@ -1,4 +1,4 @@
-"""The receiving side of KV over gRPC: turns a Push call into a header and frames, and errors into status codes.
+"""The receiving side of KV over gRPC: turns a Push call into a header and frames.
 
 `receive` owns memory, verification and handles.
 """
@@ -14,13 +14,12 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from preft.core.errors import InvalidRequest
-from preft.core.request import MAX_CHOICES
+from preft.core.request import KvHeader
 from preft.rpc import kv_transfer_pb2
-from preft.rpc.checked import count_of, digest_of, handle_of, text_of
+from preft.rpc.convert import header_from_proto
 from preft.rpc.secret import PROOF_KEY, ClusterSecret
 from preft.rpc.status import errors_reported
-from preft.transfer.grpc_push import HEADER_KEY, STATUS_OF
-from preft.transfer.port import KvHeader, PushRefused, Refusal
+from preft.transfer.grpc_push import HEADER_KEY
 from preft.transfer.receive import KvReceiver
 
 SERVICE = "preft.v1.KvTransfer"
@@ -38,12 +37,9 @@ def kv_transfer_handler(receiver: KvReceiver, secret: ClusterSecret) -> grpc.Gen
 
     async def push(frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> bytes:
         async with errors_reported(context):
-            try:
-                header = decode_header(context.invocation_metadata())
-                proof = ((PROOF_KEY, secret.proof(header.handle)),)
-                await receiver.receive(header, _asked_for(frames, proof, context))
-            except PushRefused as error:
-                await context.abort(STATUS_OF[error.refusal], str(error))
+            header = decode_header(context.invocation_metadata())
+            proof = ((PROOF_KEY, secret.proof(header.handle)),)
+            await receiver.receive(header, _asked_for(frames, proof, context))
         return bytes(kv_transfer_pb2.PushReply().SerializeToString())
 
     return grpc.method_handlers_generic_handler(SERVICE, {"Push": grpc.stream_unary_rpc_method_handler(push)})
@@ -75,23 +71,13 @@ def _reuse_message_buffers() -> None:
 
 
 def decode_header(metadata: grpc.aio.Metadata | None) -> KvHeader:
-    """The header from a call's metadata. Raises PushRefused if it is absent or malformed."""
+    """The header from a call's metadata. Raises InvalidRequest if it is absent or malformed."""
     encoded = dict(metadata or ()).get(HEADER_KEY)
     if not isinstance(encoded, bytes):
-        raise PushRefused(f"the push has no {HEADER_KEY} in its metadata", Refusal.MALFORMED)
+        raise InvalidRequest(f"the push has no {HEADER_KEY} in its metadata")
     try:
-        header = kv_transfer_pb2.KvHeader.FromString(encoded)
-        return KvHeader(
-            handle=handle_of(header.handle),
-            fingerprint=text_of(header.fingerprint, "fingerprint"),
-            adapter_digest=digest_of(header.adapter_digest),
-            num_tokens=header.num_tokens,
-            num_bytes=header.num_bytes,
-            checksum=header.checksum,
-            uses=count_of(header.uses, "uses", 1, MAX_CHOICES),
-            prompt_hash=header.prompt_hash,
-        )
+        return header_from_proto(kv_transfer_pb2.KvHeader.FromString(encoded))
     except DecodeError:
-        raise PushRefused(f"{HEADER_KEY} is not a KvHeader", Refusal.MALFORMED) from None
+        raise InvalidRequest(f"{HEADER_KEY} is not a KvHeader") from None
     except InvalidRequest as error:
-        raise PushRefused(f"the KV header is malformed: {error}", Refusal.MALFORMED) from None
+        raise InvalidRequest(f"the KV header is malformed: {error}", error.param) from None

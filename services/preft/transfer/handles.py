@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from preft.core.errors import TransferFailed
+from preft.core.request import KvHeader
 from preft.memory.arena import Region, StagingArena
-from preft.transfer.port import KvHeader, PushRefused, Refusal
 
 REMEMBERED = 4096  # ended handles whose reason is kept, for clear errors and to refuse late pushes
 
@@ -80,29 +80,28 @@ class HandleTable:
         return len(self._open)
 
     def open(self, header: KvHeader, abort: Callable[[str], None]) -> None:
-        """Registers an arriving handle. Raises PushRefused. If the handle ends early, `abort` gets the reason."""
+        """Registers an arriving handle. Raises TransferFailed. If the handle ends early, `abort` gets the reason."""
         if (
             not header.handle
             or min(header.num_tokens, header.num_bytes, header.uses) < 1
             or len(header.prompt_hash) != 32
         ):
-            raise PushRefused("the KV header is malformed", Refusal.MALFORMED)
+            raise TransferFailed("the KV header is malformed")
         if header.fingerprint != self._fingerprint:
-            raise PushRefused(
-                f"the KV layouts differ: {header.fingerprint!r} was sent, {self._fingerprint!r} is served here",
-                Refusal.MISMATCH,
+            raise TransferFailed(
+                f"the KV layouts differ: {header.fingerprint!r} was sent, {self._fingerprint!r} is served here"
             )
         if header.handle in self._open:
-            raise PushRefused(f"KV handle {header.handle} is in use", Refusal.DUPLICATE)
+            raise TransferFailed(f"KV handle {header.handle} is in use")
         if (end := self._ended.get(header.handle)) is not None:
-            raise PushRefused(f"KV handle {header.handle} {end}", Refusal.DUPLICATE)
+            raise TransferFailed(f"KV handle {header.handle} {end}")
         self._open[header.handle] = _Handle(header, abort, header.uses)
 
     def ready(self, name: str, region: Region) -> None:
-        """Takes over `region` with all bytes, verified. Raises PushRefused if the handle has ended."""
+        """Takes over `region` with all bytes, verified. Raises TransferFailed if the handle has ended."""
         handle = self._open.get(name)
         if handle is None:
-            raise PushRefused(f"KV handle {name} {self._ended.get(name, 'is unknown')}", Refusal.ABORTED)
+            raise TransferFailed(f"KV handle {name} {self._ended.get(name, 'is unknown')}")
         handle.region = region
         handle.settled.set()
         self._renew(handle)

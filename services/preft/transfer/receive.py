@@ -10,11 +10,11 @@ from collections.abc import AsyncIterable
 
 import xxhash
 
-from preft.core.errors import PreftError
+from preft.core.errors import PreftError, TransferFailed
+from preft.core.request import KvHeader
 from preft.memory.arena import Region, StagingArena
 from preft.memory.errors import NoRoom, TooLarge
 from preft.transfer.handles import HandleTable
-from preft.transfer.port import KvHeader, PushRefused, Refusal
 
 
 class KvReceiver:
@@ -30,7 +30,7 @@ class KvReceiver:
     async def receive(self, header: KvHeader, frames: AsyncIterable[bytes | memoryview]) -> None:
         """Returns when the handle is ready: all bytes are in staging memory and match the header.
 
-        No frame is requested before there is room for all. Raises PushRefused, and the errors of `frames`. After an
+        No frame is requested before there is room for all. Raises TransferFailed, and the errors of `frames`. After an
         error, or a cancellation because the sender is gone, the handle has failed and its memory is free.
         """
         loop = asyncio.get_running_loop()
@@ -56,24 +56,22 @@ class KvReceiver:
                 async for frame in frames:
                     after = position + len(frame)
                     if after > header.num_bytes:
-                        raise PushRefused(
-                            f"more than the announced {header.num_bytes} bytes of KV came", Refusal.CORRUPT
-                        )
+                        raise TransferFailed(f"more than the announced {header.num_bytes} bytes of KV came")
                     view[position:after] = frame
                     digest.update(view[position:after])  # the checksum covers the bytes in memory, not the frame
                     position = after
                     if not given_up:
                         limit.reschedule(loop.time() + self._frame_timeout)
             if position < header.num_bytes:
-                raise PushRefused(f"only {position} of {header.num_bytes} bytes of KV came", Refusal.CORRUPT)
+                raise TransferFailed(f"only {position} of {header.num_bytes} bytes of KV came")
             if digest.intdigest() != header.checksum:
-                raise PushRefused("the KV bytes don't have the announced checksum", Refusal.CORRUPT)
+                raise TransferFailed("the KV bytes don't have the announced checksum")
             self._handles.ready(header.handle, region)
             region = None
         except TimeoutError:
             reason = f"no bytes came for {self._frame_timeout:g} s"
             end = given_up or f"failed to arrive: {reason}"
-            raise PushRefused(f"KV handle {header.handle} {end}", Refusal.ABORTED) from None
+            raise TransferFailed(f"KV handle {header.handle} {end}") from None
         except PreftError as error:
             reason = str(error)
             raise
@@ -86,4 +84,4 @@ class KvReceiver:
         try:
             return await self._arena.reserve(size, timeout=self._room_timeout)
         except (TooLarge, NoRoom) as error:
-            raise PushRefused(str(error), Refusal.NO_ROOM) from error
+            raise TransferFailed(str(error)) from error

@@ -58,6 +58,7 @@ from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
 from bench.plain_engine import plain_args
 from preft.core.cluster import Role
+from preft.core.request import PARAMETERS
 from preft.core.settings import load_settings
 from preft.engine import plugin
 from preft.engine.cpu_worker import HandoverCPUModelRunner, PreftCPUWorker
@@ -412,6 +413,7 @@ def test_rows_that_were_marked_are_counted() -> None:
 def test_the_engine_s_own_interface() -> None:
     assert {"prompt", "sampling_params", "request_id", "lora_request"} <= set(parameters(AsyncLLM.generate))
     assert parameters(AsyncLLM.add_lora) == ["lora_request"]
+    assert set(PARAMETERS) - {"eos_token_ids"} <= set(parameters(SamplingParams))
     for name in ("collective_rpc", "errored", "dead_error", "shutdown", "from_vllm_config"):
         assert hasattr(AsyncLLM, name)
     assert {"skip_tokenizer_init", "worker_cls", "additional_config", "kv_transfer_config"} <= {
@@ -425,7 +427,7 @@ def test_what_we_read_after_each_step() -> None:
         field.name for field in dataclasses.fields(SchedulerStats)
     }
     stats = IterationStats()
-    assert (stats.num_preempted_reqs, stats.prompt_token_stats.computed) == (0, 0)
+    assert stats.num_preempted_reqs == 0
 
 
 def test_our_plugin_is_called_in_every_process() -> None:

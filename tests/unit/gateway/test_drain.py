@@ -122,7 +122,7 @@ async def test_grpc(served: SimpleNamespace) -> None:
     server = await serve_grpc(served.deps, "127.0.0.1", 0)
     async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         generate = inference_pb2_grpc.InferenceStub(channel).Generate
-        call = generate(inference_pb2.GenerateRequest(model="base", text="hi", max_tokens=300))
+        call = generate(inference_pb2.GenerateRequest(model="base", text="hi", sampling={"max_tokens": 300}))
         assert (await call.read()).delta.token_ids == [70]
         served.drain.begin()
         for late in (

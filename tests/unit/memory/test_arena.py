@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,7 @@ async def until_unused(arena: StagingArena) -> None:
 async def test_what_one_side_writes_the_other_reads(arena: StagingArena, view: StagingView) -> None:
     region = await arena.reserve(1000, timeout=1)
     assert region.offset % 64 == 0
-    with view.hold(region.offset, region.size, region.nonce) as payload:
+    with view.hold(region) as payload:
         payload[:] = b"k" * 1000
     assert bytes(arena.view(region)) == b"k" * 1000
     assert (arena.used, arena.regions) == (span_of(1000), 1)
@@ -192,19 +193,19 @@ async def test_a_pinned_one_takes_the_place_of_smaller_pinned_ones_only() -> Non
 
 async def test_a_stale_region_can_not_be_held(arena: StagingArena, view: StagingView) -> None:
     region = await arena.reserve(1000, timeout=1)
-    for offset, size, nonce in (
-        (region.offset, 1000, bytes(16)),
-        (region.offset, 999, region.nonce),
-        (region.offset + 64, 1000, region.nonce),
-        (0, 1000, region.nonce),
-        (arena.capacity, 1000, region.nonce),
+    for wrong in (
+        replace(region, nonce=bytes(16)),
+        replace(region, size=999),
+        replace(region, offset=region.offset + 64),
+        replace(region, offset=0),
+        replace(region, offset=arena.capacity),
     ):
-        with pytest.raises(StaleRegion), view.hold(offset, size, nonce):
+        with pytest.raises(StaleRegion), view.hold(wrong):
             pass
     arena.release(region)
     again = await arena.reserve(1000, timeout=1)
     assert again.offset == region.offset
-    with pytest.raises(StaleRegion), view.hold(region.offset, region.size, region.nonce):
+    with pytest.raises(StaleRegion), view.hold(region):
         pass
     arena.release(again)
     assert arena.used == 0  # refused holds leave no lock behind
@@ -212,12 +213,11 @@ async def test_a_stale_region_can_not_be_held(arena: StagingArena, view: Staging
 
 async def test_held_bytes_are_not_reused_before_the_last_holder_is_out(arena: StagingArena, view: StagingView) -> None:
     region = await arena.reserve(arena.capacity - HEADER_BYTES, timeout=1)
-    key = (region.offset, region.size, region.nonce)
     waiting = asyncio.create_task(arena.reserve(1000, timeout=5))
-    with view.hold(*key) as payload:
-        with view.hold(*key):
+    with view.hold(region) as payload:
+        with view.hold(region):
             arena.release(region)
-            with pytest.raises(StaleRegion), view.hold(*key):
+            with pytest.raises(StaleRegion), view.hold(region):
                 pass
         await asyncio.sleep(0.02)
         assert not waiting.done()
@@ -230,8 +230,8 @@ async def test_held_bytes_are_not_reused_before_the_last_holder_is_out(arena: St
 async def test_a_dead_engine_holds_nothing(arena: StagingArena) -> None:
     region = await arena.reserve(1000, timeout=1)
     code = (
-        "import sys\nfrom preft.memory.arena import StagingView\n"
-        f"with StagingView({arena.path!r}).hold({region.offset}, {region.size}, {region.nonce!r}) as payload:\n"
+        "import sys\nfrom preft.memory.arena import Region, StagingView\n"
+        f"with StagingView({arena.path!r}).hold({region!r}) as payload:\n"
         "    payload[:2] = b'hi'\n    print('in', flush=True)\n    sys.stdin.read()\n"
     )
     engine = subprocess.Popen(  # noqa: ASYNC220
@@ -317,7 +317,7 @@ def test_regions_never_overlap_are_served_in_order_and_all_come_back(steps: list
                 arena.pin(chosen, argument % 3 > 0)
             elif chosen is not None and action == "hold":
                 stack = contextlib.ExitStack()
-                payload = stack.enter_context(view.hold(chosen.offset, chosen.size, chosen.nonce))
+                payload = stack.enter_context(view.hold(chosen))
                 held.append((stack, payload, live[chosen]))
             for _ in range(3):
                 await asyncio.sleep(0)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from preft.core.cluster import AdapterState, AdapterStatus, StatusUpdate, Tier, TierTotals, WorkerStatus
 from preft.core.errors import EngineFailed
-from preft.core.request import AdapterRef, FinishReason, Sampling, TokenDelta, TokenLogprob
-from preft.rpc import common_pb2, convert, workers_pb2
+from preft.core.request import AdapterRef, FinishReason, KvHeader, Sampling, TokenDelta, TokenLogprob
+from preft.rpc import common_pb2, convert, kv_transfer_pb2, workers_pb2
 
 ids = st.integers(0, 2**32 - 1)
 id_tuples = st.lists(ids, max_size=4).map(tuple)
@@ -87,6 +87,7 @@ def test_adapter() -> None:
         (TokenDelta, common_pb2.TokenDelta),
         (TokenLogprob, common_pb2.TokenLogprob),
         (AdapterRef, common_pb2.AdapterRef),
+        (KvHeader, kv_transfer_pb2.KvHeader),
     ],
 )
 def test_no_field_is_forgotten(cls: Any, message: Any) -> None:

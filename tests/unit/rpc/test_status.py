@@ -13,6 +13,7 @@ import pytest
 from preft.core.errors import (
     ERROR_MAP,
     DeadlineExceeded,
+    EngineFailed,
     InvalidRequest,
     PreftError,
     TransferFailed,
@@ -53,13 +54,21 @@ async def call(stub: Any, **options: Any) -> PreftError:
     return error_from_rpc(caught.value, "decode-0")
 
 
-@pytest.mark.parametrize("cls", list(ERROR_MAP), ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", [cls for cls in ERROR_MAP if cls is not PreftError], ids=lambda cls: cls.__name__)
 async def test_every_error_keeps_its_class(failing: tuple[Failing, Any], cls: type[PreftError]) -> None:
     servicer, stub = failing
     servicer.error = cls("layer 3: ümläut is wrong")
     error = await call(stub)
     assert type(error) is cls
     assert str(error) == "layer 3: ümläut is wrong"
+
+
+async def test_an_unexpected_error_counts_against_the_peer(failing: tuple[Failing, Any]) -> None:
+    servicer, stub = failing
+    servicer.error = PreftError("The server met an unexpected error.")
+    error = await call(stub)
+    assert type(error) is EngineFailed
+    assert str(error) == "worker decode-0: The server met an unexpected error."
 
 
 async def test_the_parameter_travels(failing: tuple[Failing, Any]) -> None:

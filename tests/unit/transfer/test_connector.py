@@ -15,9 +15,9 @@ from vllm.v1.request import RequestStatus
 
 from preft.core.cluster import Role
 from preft.core.request import Sampling
-from preft.engine.port import EngineRequest, KvRegion
+from preft.engine.port import EngineRequest
 from preft.memory.arena import Region, StagingArena
-from preft.transfer.connector import KvMetadata, Load, Save, StagedKvConnector, output_so_far
+from preft.transfer.connector import BlockCopy, KvMetadata, StagedKvConnector, output_so_far
 from preft.transfer.seal import SEAL, clear_seal, read_seal
 from support.stepped_scheduler import BLOCK, BLOCKS, LAYERS, Side, generate, tokens_of
 
@@ -33,7 +33,7 @@ def prefill(model: Path, arena: StagingArena) -> Side:
 
 
 SAMPLING = Sampling(max_tokens=100, temperature=0.0)
-REGION = KvRegion(64, 4096, bytes(range(16)))
+REGION = Region(64, 4096, bytes(range(16)))
 
 
 def handover(
@@ -58,7 +58,7 @@ def test_loads_the_whole_prompt_and_computes_only_what_follows(decode: Side, len
     assert step.scheduled_new_reqs[0].num_computed_tokens == length
     assert (len(load.block_ids), load.skip, load.num_tokens) == (-(-length // BLOCK), 0, length)
     assert output_so_far(step.scheduled_new_reqs[0].sampling_params) == list(output)
-    assert (load.offset, load.size, load.nonce) == (REGION.offset, REGION.size, REGION.nonce)
+    assert load.region == REGION
     assert tuple(step.scheduled_new_reqs[0].block_ids[0][: len(load.block_ids)]) == load.block_ids
     assert (request.num_prompt_tokens, list(request.output_token_ids)) == (length, list(output))
 
@@ -137,7 +137,7 @@ def test_a_preempted_request_loads_its_prompt_again(model: Path, arena: StagingA
     prompts = {"a": tokens_of(200, seed=1), "b": tokens_of(200, seed=2)}  # 7 blocks each, of 15
     for name, prompt in prompts.items():
         decode.add(handover(name, prompt))
-    loads: list[Load] = []
+    loads: list[BlockCopy] = []
     for _ in range(200):
         step, metadata = decode.schedule()
         loads += metadata.loads
@@ -202,7 +202,7 @@ def test_finished_requests_are_forgotten(decode: Side) -> None:
 # Prefill, scheduler side
 
 
-def prefilled(name: str, prompt: Sequence[int], save: KvRegion | None = REGION) -> EngineRequest:
+def prefilled(name: str, prompt: Sequence[int], save: Region | None = REGION) -> EngineRequest:
     return EngineRequest(name, tuple(prompt), SAMPLING, save=save)
 
 
@@ -213,7 +213,7 @@ def test_a_prompt_of_one_chunk_is_saved_in_its_step(prefill: Side, length: int) 
     (save,) = metadata.saves
     assert (save.request_id, save.num_tokens, len(save.block_ids)) == ("a", length, -(-length // BLOCK))
     assert save.block_ids == tuple(step.scheduled_new_reqs[0].block_ids[0])
-    assert (save.offset, save.size, save.nonce) == (REGION.offset, REGION.size, REGION.nonce)
+    assert save.region == REGION
     prefill.finish_step(step, {"a": 8})
     assert prefill.scheduler.get_num_unfinished_requests() == 0
 
@@ -276,11 +276,10 @@ async def test_blocks_arrive_as_they_were(prefill: Side, decode: Side, arena: St
     for cache in target.values():
         cache.mul_(-1)
     region = await reserved(arena, source, 3)
-    here = (region.offset, region.size, region.nonce)
-    assert step(sender, KvMetadata(saves=[Save("a", (9, 2, 5), 70, *here)])) == set()
+    assert step(sender, KvMetadata(saves=[BlockCopy("a", (9, 2, 5), 70, region)])) == set()
     assert read_seal(arena.view(region)) == 70
     before = {name: cache.clone() for name, cache in target.items()}
-    assert step(receiver, KvMetadata(loads=[Load("b", (4, 11, 3), 1, 70, *here)])) == set()
+    assert step(receiver, KvMetadata(loads=[BlockCopy("b", (4, 11, 3), 70, region, skip=1)])) == set()
     for name in LAYERS:
         assert torch.equal(blocks_of(target[name], (11, 3)), blocks_of(source[name], (2, 5)))
         others = [block for block in range(BLOCKS) if block not in (11, 3)]
@@ -296,21 +295,20 @@ async def test_nothing_is_loaded_from_a_region_that_is_not_it(
     receiver, target = decode.worker(*shape)
     before = {name: cache.clone() for name, cache in target.items()}
     region = await reserved(arena, source, 2)
-    here = (region.offset, region.size, region.nonce)
-    step(sender, KvMetadata(saves=[Save("a", (9, 2), 50, *here)]))
-    load = Load("b", (4, 11), 0, 50, *here)
+    step(sender, KvMetadata(saves=[BlockCopy("a", (9, 2), 50, region)]))
+    load = BlockCopy("b", (4, 11), 50, region, skip=0)
     if wrong == "released":
         arena.release(region)
         await arena.reserve(region.size, timeout=1)  # and another's by now
     elif wrong == "nonce":
-        load = dataclasses.replace(load, nonce=bytes(16))
+        load = dataclasses.replace(load, region=dataclasses.replace(region, nonce=bytes(16)))
     elif wrong == "unsealed":
         clear_seal(arena.view(region))
     elif wrong == "tokens":
         load = dataclasses.replace(load, num_tokens=51)
     else:
         load = dataclasses.replace(load, block_ids=(4, 11, 3))
-    fine = Load("c", (5, 6), 2, 50, *here)  # everything cached: needs no region
+    fine = BlockCopy("c", (5, 6), 50, region, skip=2)  # everything cached: needs no region
     assert step(receiver, KvMetadata(loads=[load, fine])) == set(load.block_ids)
     assert step(receiver, KvMetadata()) == set()  # reported once
     for name in LAYERS:
@@ -319,7 +317,8 @@ async def test_nothing_is_loaded_from_a_region_that_is_not_it(
 
 async def test_only_the_blocks_that_were_to_be_loaded_are_reported(decode: Side, arena: StagingArena) -> None:
     receiver, _ = decode.worker(*SHAPES[0])
-    assert step(receiver, KvMetadata(loads=[Load("b", (4, 11, 3), 2, 70, 64, 4096, bytes(16))])) == {3}
+    load = BlockCopy("b", (4, 11, 3), 70, Region(64, 4096, bytes(16)), skip=2)
+    assert step(receiver, KvMetadata(loads=[load])) == {3}
 
 
 async def test_the_block_that_stands_for_what_left_the_window_is_never_reported(
@@ -327,7 +326,9 @@ async def test_the_block_that_stands_for_what_left_the_window_is_never_reported(
 ) -> None:
     """All requests of a sliding-window model have it: vLLM would fail every one of them."""
     receiver, _ = decode.worker(*SHAPES[0])
-    assert step(receiver, KvMetadata(loads=[Load("b", (0, 0, 4, 3), 1, 120, 64, 4096, bytes(16))])) == {4, 3}
+    assert step(
+        receiver, KvMetadata(loads=[BlockCopy("b", (0, 0, 4, 3), 120, Region(64, 4096, bytes(16)), skip=1)])
+    ) == {4, 3}
 
 
 @pytest.mark.parametrize("wrong", ["released", "size"])
@@ -335,11 +336,11 @@ async def test_nothing_is_saved_into_a_region_that_is_not_it(prefill: Side, aren
     sender, source = prefill.worker(*SHAPES[0])
     region = await reserved(arena, source, 2)
     arena.view(region)[:] = bytes(region.size)
-    save = Save("a", (9, 2), 50, region.offset, region.size, region.nonce)
+    save = BlockCopy("a", (9, 2), 50, region)
     if wrong == "released":
         arena.release(region)
         region = await arena.reserve(region.size, timeout=1)
-        assert region.offset == save.offset
+        assert region.offset == save.region.offset
     else:
         save = dataclasses.replace(save, block_ids=(9,), num_tokens=20)
     step(sender, KvMetadata(saves=[save]))

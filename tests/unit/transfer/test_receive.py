@@ -3,9 +3,11 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from preft.core.errors import TransferFailed
+from preft.core.request import KvHeader
 from preft.memory.arena import StagingArena
 from preft.transfer.handles import HandleTable
-from preft.transfer.port import KvHeader, PushRefused, checksum_of, hash_prompt
+from preft.transfer.port import checksum_of, hash_prompt
 from preft.transfer.receive import KvReceiver
 
 
@@ -21,7 +23,7 @@ async def test_a_handle_given_up_between_two_frames_is_not_kept_alive_by_the_sec
         await asyncio.Event().wait()
 
     header = KvHeader("h", "fp", "", 1, 6, checksum_of(b"abcdef"), 1, hash_prompt([7]))
-    with pytest.raises(PushRefused, match="KV handle h was released"):
+    with pytest.raises(TransferFailed, match="KV handle h was released"):
         await asyncio.wait_for(receiver.receive(header, frames()), 5)
     assert (arena.used, handles.open_handles) == (0, 0)
     arena.close()

@@ -51,7 +51,6 @@ class AddAdapterBody(Strict):
 
     @property
     def origin(self) -> str:
-        """The value of `source` or `path`, whichever the body has."""
         return self.source or self.path or ""
 
 
@@ -78,7 +77,6 @@ class ListQuery(_Query):
 
     @property
     def filters(self) -> bool:
-        """Whether the query leaves out any entries."""
         return bool(self.search) or self.kind is not None or self.pinned is not None
 
 

@@ -1,6 +1,6 @@
 """The bodies of generation requests, strictly checked: InvalidRequest names a wrong type, range or parameter.
 
-Owns the checks that need no model. `job` checks lengths, token ids and model names.
+Owns the checks that need no model. `api_call` checks lengths, token ids and model names.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pydantic import (
 )
 
 from preft.core.errors import InvalidRequest
+from preft.core.request import INT32_MAX, MAX_IDS
 from preft.gateway.bodies.messages import MAX_DOCUMENTS, MAX_MESSAGES, MAX_TOOLS, Message, Tool
 from preft.gateway.bodies.values import (
-    MAX_TOKEN_IDS,
     Prompt,
     at_most,
     read_logit_bias,
@@ -32,7 +32,6 @@ from preft.gateway.bodies.values import (
 )
 
 INT64_MAX = 2**63 - 1
-INT32_MAX = 2**31 - 1
 
 
 WHOLE = BeforeValidator(whole)
@@ -75,7 +74,7 @@ class GenerationBody(Strict):
     min_tokens: Annotated[int, Field(ge=0), WHOLE] = 0
     ignore_eos: bool = False
     stop: Annotated[tuple[str, ...], PlainValidator(read_stops, json_schema_input_type=NonEmpty | list[NonEmpty])] = ()
-    stop_token_ids: Annotated[list[Integer], BeforeValidator(at_most(MAX_TOKEN_IDS))] = Field(default_factory=list)
+    stop_token_ids: Annotated[list[Integer], BeforeValidator(at_most(MAX_IDS))] = Field(default_factory=list)
     logit_bias: Annotated[
         dict[int, float], PlainValidator(read_logit_bias, json_schema_input_type=dict[str, float])
     ] = Field(default_factory=dict)

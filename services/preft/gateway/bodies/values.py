@@ -9,9 +9,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from preft.core.request import MAX_IDS
+
 MAX_PROMPTS = 1024
 MAX_STOPS = 16
-MAX_TOKEN_IDS = 1024  # in one parameter; the ids go to the workers with every choice
 
 Prompt = str | tuple[int, ...]
 _NO_PROMPT = "must be a string, a list of strings, a list of token ids, or a list of lists of token ids"
@@ -102,8 +103,8 @@ def at_most(limit: int) -> Callable[[object], object]:
 def read_logit_bias(value: object) -> dict[int, float]:
     if not isinstance(value, dict):
         raise ValueError("must be an object of token ids and numbers")
-    if len(value) > MAX_TOKEN_IDS:
-        raise ValueError(f"holds {len(value)} tokens, the limit is {MAX_TOKEN_IDS}")
+    if len(value) > MAX_IDS:
+        raise ValueError(f"holds {len(value)} tokens, the limit is {MAX_IDS}")
     biases: dict[int, float] = {}
     for key, bias in value.items():
         if not (isinstance(key, str) and key.isascii() and key.isdigit()):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from preft.core.cluster import Adapter
 from preft.core.errors import InvalidRequest
 from preft.gateway.bodies.adapter_schemas import DEFAULT_LIMIT, ListQuery
 from preft.gateway.bodies.parse import parse_body
 from preft.gateway.deps import GatewayDeps
-from preft.gateway.grpc.errors import errors_reported
 from preft.gateway.listing import entry, page
 from preft.rpc import adapters_pb2, adapters_pb2_grpc
+from preft.rpc.convert import entry_to_proto
+from preft.rpc.status import errors_reported
 
 
 class AdaptersService(adapters_pb2_grpc.AdaptersServicer):
@@ -23,38 +23,23 @@ class AdaptersService(adapters_pb2_grpc.AdaptersServicer):
         async with errors_reported(context), self._drain.running():
             if not request.name or not request.source:
                 raise InvalidRequest("name and source must be given.", "source" if request.name else "name")
-            return _adapter(await self._catalog.add(request.name, request.source, replace=request.replace))
+            return entry_to_proto(await self._catalog.add(request.name, request.source, replace=request.replace))
 
     async def List(self, request: adapters_pb2.ListAdaptersRequest, context: Any) -> adapters_pb2.ListAdaptersReply:
         async with errors_reported(context):
             asked = {"limit": request.limit or DEFAULT_LIMIT, "after": request.after, "search": request.search}
             found = page(self._catalog.list(), parse_body(ListQuery, asked))
-            adapters = [_adapter(adapter) for adapter in found.entries]
+            adapters = [entry_to_proto(adapter) for adapter in found.entries]
             return adapters_pb2.ListAdaptersReply(adapters=adapters, has_more=found.has_more, total=found.total)
 
     async def Get(self, request: adapters_pb2.GetAdapterRequest, context: Any) -> adapters_pb2.Adapter:
         async with errors_reported(context):
-            return _adapter(entry(self._catalog, request.name))
+            return entry_to_proto(entry(self._catalog, request.name))
 
     async def Pin(self, request: adapters_pb2.PinAdapterRequest, context: Any) -> adapters_pb2.Adapter:
         async with errors_reported(context), self._drain.running():
-            return _adapter(await self._catalog.pin(request.name, request.pinned))
+            return entry_to_proto(await self._catalog.pin(request.name, request.pinned))
 
     async def Remove(self, request: adapters_pb2.RemoveAdapterRequest, context: Any) -> adapters_pb2.Adapter:
         async with errors_reported(context), self._drain.running():
-            return _adapter(await self._catalog.remove(request.name))
-
-
-def _adapter(adapter: Adapter) -> adapters_pb2.Adapter:
-    return adapters_pb2.Adapter(
-        name=adapter.name,
-        digest=adapter.digest,
-        source=adapter.source,
-        kind=adapter.kind,
-        rank=adapter.rank,
-        prefill_only=adapter.prefill_only,
-        size=adapter.size,
-        version=adapter.version,
-        pinned=adapter.pinned,
-        warnings=adapter.warnings,
-    )
+            return entry_to_proto(await self._catalog.remove(request.name))

@@ -11,22 +11,16 @@ import time
 from typing import Any
 
 from preft.core.errors import InvalidRequest
-from preft.core.request import FinishReason, TokenLogprob
+from preft.core.request import TokenDelta
+from preft.gateway.api_call import completion_call
 from preft.gateway.bodies.parse import INLINE_BYTES, parse_body
 from preft.gateway.bodies.schemas import CompletionBody
 from preft.gateway.completion import Completion
 from preft.gateway.deps import GatewayDeps
-from preft.gateway.grpc.errors import errors_reported
-from preft.gateway.job import completion_job
 from preft.gateway.text.choice import ChoiceDelta
-from preft.rpc import common_pb2, inference_pb2, inference_pb2_grpc
-
-_FINISH = {
-    None: common_pb2.FINISH_REASON_UNSPECIFIED,
-    FinishReason.STOP: common_pb2.FINISH_REASON_STOP,
-    FinishReason.LENGTH: common_pb2.FINISH_REASON_LENGTH,
-}
-_OPTIONAL = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "logprobs")
+from preft.rpc import inference_pb2, inference_pb2_grpc
+from preft.rpc.convert import delta_to_proto, given_parameters
+from preft.rpc.status import errors_reported
 
 
 class InferenceService(inference_pb2_grpc.InferenceServicer):
@@ -39,8 +33,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         async with errors_reported(context), self._deps.drain.running():
             large = request.ByteSize() > INLINE_BYTES
             body = await asyncio.to_thread(_checked, request) if large else _checked(request)
-            job = await completion_job(body, self._deps, deadline=_deadline(request, context))
-            async with Completion(self._deps.generator, self._deps.tokenizer, job) as completion:
+            call = await completion_call(body, self._deps, deadline=_deadline(request, context))
+            async with Completion(self._deps.generator, self._deps.tokenizer, call) as completion:
                 while deltas := await completion.take():
                     for delta in deltas:
                         await context.write(_reply(delta, completion))
@@ -55,17 +49,13 @@ def _body(request: inference_pb2.GenerateRequest) -> dict[str, Any]:
     body: dict[str, Any] = {
         "model": request.model,
         "n": request.n or 1,
-        "min_tokens": request.min_tokens,
-        "presence_penalty": request.presence_penalty,
-        "frequency_penalty": request.frequency_penalty,
-        "ignore_eos": request.ignore_eos,
         "priority": request.priority,
         "user": request.user,
         "stop": list(request.stop),
-        "stop_token_ids": list(request.stop_token_ids),
-        "logit_bias": {str(token_id): bias for token_id, bias in request.logit_bias.items()},
+        **given_parameters(request.sampling),
     }
-    body.update({name: getattr(request, name) for name in _OPTIONAL if request.HasField(name)})
+    if "logit_bias" in body:
+        body["logit_bias"] = {str(token_id): bias for token_id, bias in body["logit_bias"].items()}
     match request.WhichOneof("prompt"):
         case "text":
             body["prompt"] = request.text
@@ -83,22 +73,13 @@ def _deadline(request: inference_pb2.GenerateRequest, context: Any) -> float | N
 
 
 def _reply(delta: ChoiceDelta, completion: Completion) -> inference_pb2.GenerateReply:
-    adapter = completion.job.requests[0].adapter
+    adapter = completion.call.requests[0].adapter
+    stop_token_id = delta.stop_reason if isinstance(delta.stop_reason, int) else None
+    tokens = TokenDelta(delta.index, delta.token_ids, delta.logprobs, delta.finish_reason, stop_token_id)
     return inference_pb2.GenerateReply(
         text=delta.text,
-        delta=common_pb2.TokenDelta(
-            index=delta.index,
-            token_ids=delta.token_ids,
-            logprobs=[_logprob(entry) for entry in delta.logprobs],
-            finish_reason=_FINISH[delta.finish_reason],
-            stop_token_id=delta.stop_reason if isinstance(delta.stop_reason, int) else None,
-        ),
-        prompt_tokens=completion.job.prompt_tokens,
+        delta=delta_to_proto(tokens),
+        prompt_tokens=completion.call.prompt_tokens,
         cached_tokens=completion.cached_tokens,
         adapter_digest=adapter.digest if adapter is not None else "",
     )
-
-
-def _logprob(entry: TokenLogprob) -> common_pb2.TokenLogprob:
-    top = [common_pb2.TopLogprob(token_id=token_id, logprob=logprob) for token_id, logprob in entry.top]
-    return common_pb2.TokenLogprob(token_id=entry.token_id, logprob=entry.logprob, rank=entry.rank, top=top)

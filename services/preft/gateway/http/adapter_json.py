@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from preft.core.cluster import Adapter, AdapterPlace
-from preft.gateway.http.reply_types import AdapterList, AdapterReply, PlaceReply
+from preft.gateway.http.reply_types import AdapterReply, PlaceReply
 from preft.gateway.listing import Page
 
 
-def page_json(found: Page) -> AdapterList:
-    """A page in the form of OpenAI's lists; an entry's id is its name."""
+def page_json(found: Page) -> dict[str, Any]:
+    """An AdapterList: a page in the form of OpenAI's lists; an entry's id is its name."""
     names = [adapter.name for adapter in found.entries]
     return {
         "object": "list",
@@ -20,22 +22,10 @@ def page_json(found: Page) -> AdapterList:
     }
 
 
-def adapter_json(adapter: Adapter) -> AdapterReply:
-    """One entry. `size` in bytes, `created` in seconds."""
-    return {
-        "name": adapter.name,
-        "object": "adapter",
-        "version": adapter.version,
-        "digest": adapter.digest,
-        "source": adapter.source,
-        "kind": adapter.kind,
-        "rank": adapter.rank,
-        "size": adapter.size,
-        "prefill_only": adapter.prefill_only,
-        "pinned": adapter.pinned,
-        "created": int(adapter.created),
-        "warnings": list(adapter.warnings),
-    }
+def adapter_json(adapter: Adapter) -> dict[str, Any]:
+    """One entry, as AdapterReply describes it."""
+    own = {name: getattr(adapter, name) for name in AdapterReply.__annotations__ if name != "object"}
+    return {**own, "object": "adapter", "created": int(adapter.created), "warnings": list(adapter.warnings)}
 
 
 def place_json(place: AdapterPlace) -> PlaceReply:

@@ -1,19 +1,18 @@
 """Adds an adapter while the client watches: progress as server-sent events, then the entry or the error.
 
-The HTTP status is sent before the download begins, so that no proxy gives up on a long download. A client that
-disconnects cancels the addition, with or without an event stream.
+The HTTP status is sent before the download begins, so that no proxy gives up on a long download.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -21,17 +20,14 @@ from preft.core.cluster import Adapter
 from preft.core.errors import PreftError
 from preft.core.ports import Progress
 from preft.gateway.http.adapter_json import adapter_json
+from preft.gateway.http.disconnect import while_connected
 from preft.gateway.http.errors import error_body
+from preft.gateway.http.events import DONE, event, send_events, start_events
 
 _log = logging.getLogger(__name__)
 
 EVENT_SECONDS = 0.1  # the shortest time between two progress events
 QUIET_SECONDS = 15.0  # after this silence, a comment shows that the connection lives
-_HEADERS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),
-]
 
 
 class AddStream(Response):
@@ -43,18 +39,18 @@ class AddStream(Response):
         self._latest: tuple[int, int | None] | None = None  # replaced as a whole, from any thread
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+        await start_events(send)
+        with suppress(ClientDisconnect):
+            await while_connected(receive, self._write(send))
+
+    async def _write(self, send: Send) -> None:
         adding = asyncio.create_task(self._result())
-        gone = asyncio.create_task(_gone(receive))
         try:
-            await self._tell_progress(adding, gone, send)
-            if adding.done():
-                last = _event(adding.result()) + "data: [DONE]\n\n"
-                await send({"type": "http.response.body", "body": last.encode(), "more_body": False})
+            await self._tell_progress(adding, send)
+            await send_events(send, event(adding.result()) + DONE, last=True)
         finally:
             adding.cancel()
-            gone.cancel()
-            await asyncio.gather(adding, gone, return_exceptions=True)
+            await asyncio.gather(adding, return_exceptions=True)
 
     async def _result(self) -> dict[str, Any]:
         try:
@@ -67,48 +63,18 @@ class AddStream(Response):
     def _report(self, done: int, total: int | None) -> None:
         self._latest = (done, total)
 
-    async def _tell_progress(self, adding: asyncio.Task[Any], gone: asyncio.Task[None], send: Send) -> None:
-        """Sends progress until the addition ends or the client has left."""
+    async def _tell_progress(self, adding: asyncio.Task[Any], send: Send) -> None:
+        """Sends progress until the addition ends."""
         told = None
         told_at = time.monotonic()
-        while not gone.done():
+        while not adding.done() or self._latest != told:
             latest = self._latest
             quiet = time.monotonic() - told_at > QUIET_SECONDS
             if latest != told and latest is not None:
-                event = _event({"bytes": latest[0], "total": latest[1]})
+                news = event({"bytes": latest[0], "total": latest[1]})
             else:
-                event = ": still adding\n\n" if quiet else ""
-            if event:
-                await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
+                news = ": still adding\n\n" if quiet else ""
+            if news:
+                await send_events(send, news)
                 told, told_at = latest, time.monotonic()
-            if adding.done() and self._latest == told:
-                return
-            await asyncio.wait({adding, gone}, timeout=EVENT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-
-
-async def added(request: Request, add: Coroutine[Any, Any, Adapter]) -> Adapter:
-    """Returns the result of `add` to a client without an event stream.
-
-    The request's body must have been read. A client that disconnects cancels `add`; then raises ClientDisconnect.
-    """
-    adding = asyncio.create_task(add)
-    gone = asyncio.create_task(_gone(request.receive))
-    try:
-        await asyncio.wait({adding, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not adding.done():
-            raise ClientDisconnect
-        return adding.result()
-    finally:
-        adding.cancel()
-        gone.cancel()
-        await asyncio.gather(adding, gone, return_exceptions=True)
-
-
-def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data)}\n\n"
-
-
-async def _gone(receive: Receive) -> None:
-    """Returns when the client has disconnected."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
+            await asyncio.wait({adding}, timeout=EVENT_SECONDS)

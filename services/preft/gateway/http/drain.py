@@ -5,13 +5,12 @@ Reads (GET, HEAD, OPTIONS) pass: monitoring must work until the server's end.
 
 from __future__ import annotations
 
-import json
-
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from preft.core.errors import ShuttingDown
 from preft.gateway.drain import Drain
 from preft.gateway.http.errors import error_body, error_response
+from preft.gateway.http.events import DONE, event, send_events
 
 _READS = ("GET", "HEAD", "OPTIONS")
 
@@ -58,5 +57,4 @@ class _Reply:
             response.headers["connection"] = "close"
             await response(scope, receive, self._send)
         elif self._is_open_stream:
-            last = f"data: {json.dumps(error_body(error))}\n\ndata: [DONE]\n\n"
-            await self._send({"type": "http.response.body", "body": last.encode(), "more_body": False})
+            await send_events(self._send, event(error_body(error)) + DONE, last=True)

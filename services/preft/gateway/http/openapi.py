@@ -58,7 +58,6 @@ def json_body(kind: type[BaseModel]) -> Schema:
 
 
 def archive_body() -> Schema:
-    """The description of a route that takes an archive."""
     return {"requestBody": {"required": True, "content": {kind: {} for kind in sorted(ARCHIVE_TYPES)}}}
 
 

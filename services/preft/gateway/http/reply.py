@@ -9,11 +9,11 @@ import time
 from dataclasses import dataclass, field
 from json import JSONEncoder
 from json.encoder import encode_basestring_ascii as quote
-from typing import Any, Protocol
+from typing import Any
 
 from preft.core.request import FinishReason, TokenLogprob
+from preft.gateway.api_call import ApiCall
 from preft.gateway.http.logprobs import LogprobFormat
-from preft.gateway.job import Job
 from preft.gateway.text.choice import ChoiceDelta
 from preft.gateway.text.tokenizer import Tokenizer
 
@@ -33,8 +33,9 @@ class ReplyOptions:
 
 @dataclass(slots=True)
 class WholeChoice:
-    """One choice, joined from its deltas."""
+    """Joins the deltas of one choice."""
 
+    index: int
     texts: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -48,43 +49,43 @@ class WholeChoice:
         self.finish_reason = delta.finish_reason
         self.stop_reason = delta.stop_reason
 
-
-class Shape(Protocol):
-    """One API's format of deltas and choices. One object serves one reply, and counts its tokens and text offsets."""
-
-    def whole(self, choices: list[WholeChoice], cached_tokens: int) -> dict[str, Any]:
-        """The body of a reply that isn't streamed."""
-
-    def chunk(self, delta: ChoiceDelta) -> str:
-        """The server-sent events for `delta`; empty if `delta` shows nothing new."""
-
-    def end(self, cached_tokens: int) -> str:
-        """The events after the last delta: usage, if the request asks for it."""
+    def joined(self) -> ChoiceDelta:
+        return ChoiceDelta(
+            self.index,
+            "".join(self.texts),
+            tuple(self.token_ids),
+            tuple(self.logprobs),
+            self.finish_reason,
+            self.stop_reason,
+        )
 
 
-class _Base:
-    """The common part of both shapes. Subclasses name the `object` types and write one choice."""
+class Shape:
+    """One API's format of deltas and choices. One object serves one reply, and counts its tokens and text offsets.
+
+    Subclasses name the `object` types and write one choice.
+    """
 
     whole_object: str
     chunk_object: str
     plain_head: str  # a choice up to its text, without the index
     plain_tail: str  # the rest of the choice, without the end of the event
 
-    def __init__(self, job: Job, tokenizer: Tokenizer, options: ReplyOptions) -> None:
-        self._job = job
+    def __init__(self, call: ApiCall, tokenizer: Tokenizer, options: ReplyOptions) -> None:
+        self._call = call
         self._options = options
-        adapter = job.requests[0].adapter  # the version that answers, of all versions of the name
+        adapter = call.requests[0].adapter  # the version that answers, of all versions of the name
         self._envelope = {
-            "id": job.id,
+            "id": call.id,
             "object": "",
             "created": int(time.time()),
-            "model": job.model,
+            "model": call.model,
             "system_fingerprint": adapter.digest[:16] if adapter is not None else None,
         }
         self._logprobs: LogprobFormat | None = None
         if options.top_logprobs is not None:
             self._logprobs = LogprobFormat(tokenizer, top=options.top_logprobs, as_ids=options.tokens_as_ids)
-        choices = len(job.requests) * job.n
+        choices = len(call.requests) * call.n
         self._generated = [0] * choices
         self._started = [False] * choices
         self._detailed = self._logprobs is not None or options.token_ids or options.continuous_usage
@@ -93,6 +94,7 @@ class _Base:
         self._tail = self.plain_tail + (',"usage":null}\n\n' if options.usage else "}\n\n")
 
     def chunk(self, delta: ChoiceDelta) -> str:
+        """The server-sent events for `delta`; empty if `delta` shows nothing new."""
         index = delta.index
         opening = "" if self._started[index] else self._open(index)
         self._generated[index] += len(delta.token_ids)
@@ -104,18 +106,20 @@ class _Base:
         return f"{opening}{self._heads[index]}{quote(delta.text)}{self._tail}"
 
     def end(self, cached_tokens: int) -> str:
+        """The events after the last delta: usage, if the request asks for it."""
         if not self._options.usage:
             return ""
-        return self._event([], usage=self._usage(self._job.prompt_tokens, sum(self._generated), cached_tokens))
+        return self._event([], usage=self._usage(self._call.prompt_tokens, sum(self._generated), cached_tokens))
 
-    def whole(self, choices: list[WholeChoice], cached_tokens: int) -> dict[str, Any]:
+    def whole(self, choices: list[ChoiceDelta], cached_tokens: int) -> dict[str, Any]:
+        """The body of a reply that isn't streamed."""
         generated = sum(len(choice.token_ids) for choice in choices)
         return {
             **self._envelope,
             "object": self.whole_object,
-            "choices": [self._whole_choice(index, choice) for index, choice in enumerate(choices)],
+            "choices": [self._whole_choice(choice) for choice in choices],
             "service_tier": None,
-            "usage": self._usage(self._job.prompt_tokens, generated, cached_tokens),
+            "usage": self._usage(self._call.prompt_tokens, generated, cached_tokens),
         }
 
     def _open(self, index: int) -> str:
@@ -125,8 +129,8 @@ class _Base:
     def _chunk_choice(self, delta: ChoiceDelta) -> dict[str, Any]:
         raise NotImplementedError
 
-    def _whole_choice(self, index: int, choice: WholeChoice) -> dict[str, Any]:
-        raise NotImplementedError
+    def _whole_choice(self, choice: ChoiceDelta) -> dict[str, Any]:
+        return self._chunk_choice(choice)
 
     def _event(self, choices: list[dict[str, Any]], **more: Any) -> str:
         body = {**self._envelope, "object": self.chunk_object, "choices": choices, **more}
@@ -139,7 +143,7 @@ class _Base:
         return {"usage": None} if self._options.usage else {}
 
     def _prompt(self, index: int) -> tuple[int, ...]:
-        return self._job.requests[index // self._job.n].prompt_token_ids
+        return self._call.requests[index // self._call.n].prompt_token_ids
 
     @staticmethod
     def _usage(prompt: int, generated: int, cached: int | None = None) -> dict[str, Any]:
@@ -153,7 +157,7 @@ class _Base:
         return usage
 
 
-class CompletionShape(_Base):
+class CompletionShape(Shape):
     """/v1/completions."""
 
     whole_object = "text_completion"
@@ -161,49 +165,31 @@ class CompletionShape(_Base):
     plain_head = '"text":'
     plain_tail = ',"logprobs":null,"finish_reason":null,"stop_reason":null}]'
 
-    def __init__(self, job: Job, tokenizer: Tokenizer, options: ReplyOptions) -> None:
-        super().__init__(job, tokenizer, options)
+    def __init__(self, call: ApiCall, tokenizer: Tokenizer, options: ReplyOptions) -> None:
+        super().__init__(call, tokenizer, options)
         self._offsets = [0] * len(self._generated)
         self._prompt_shown = [not options.token_ids] * len(self._generated)
 
     def _chunk_choice(self, delta: ChoiceDelta) -> dict[str, Any]:
-        return self._choice(
-            delta.index, delta.text, delta.token_ids, delta.logprobs, delta.finish_reason, delta.stop_reason
-        )
-
-    def _whole_choice(self, index: int, choice: WholeChoice) -> dict[str, Any]:
-        return self._choice(
-            index, "".join(choice.texts), choice.token_ids, choice.logprobs, choice.finish_reason, choice.stop_reason
-        )
-
-    def _choice(
-        self,
-        index: int,
-        text: str,
-        token_ids: tuple[int, ...] | list[int],
-        entries: tuple[TokenLogprob, ...] | list[TokenLogprob],
-        finish_reason: FinishReason | None,
-        stop_reason: str | int | None,
-    ) -> dict[str, Any]:
-        logprobs = None
+        index, logprobs = delta.index, None
         if self._logprobs is not None:
-            logprobs, self._offsets[index] = self._logprobs.completion(entries, self._offsets[index])
+            logprobs, self._offsets[index] = self._logprobs.completion(delta.logprobs, self._offsets[index])
         choice = {
             "index": index,
-            "text": text,
+            "text": delta.text,
             "logprobs": logprobs,
-            "finish_reason": finish_reason,
-            "stop_reason": stop_reason,
+            "finish_reason": delta.finish_reason,
+            "stop_reason": delta.stop_reason,
         }
         if self._options.token_ids:
-            choice["token_ids"] = token_ids
+            choice["token_ids"] = delta.token_ids
         if not self._prompt_shown[index]:
             self._prompt_shown[index] = True
             choice["prompt_token_ids"] = self._prompt(index)
         return choice
 
 
-class ChatShape(_Base):
+class ChatShape(Shape):
     """/v1/chat/completions."""
 
     whole_object = "chat.completion"
@@ -219,7 +205,7 @@ class ChatShape(_Base):
         more |= self._usage_so_far(index)
         return self._event([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}], **more)
 
-    def whole(self, choices: list[WholeChoice], cached_tokens: int) -> dict[str, Any]:
+    def whole(self, choices: list[ChoiceDelta], cached_tokens: int) -> dict[str, Any]:
         body = super().whole(choices, cached_tokens)
         if self._options.token_ids:
             body["prompt_token_ids"] = self._prompt(0)
@@ -238,10 +224,10 @@ class ChatShape(_Base):
             choice["token_ids"] = delta.token_ids
         return choice
 
-    def _whole_choice(self, index: int, choice: WholeChoice) -> dict[str, Any]:
+    def _whole_choice(self, choice: ChoiceDelta) -> dict[str, Any]:
         body: dict[str, Any] = {
-            "index": index,
-            "message": {"role": "assistant", "content": "".join(choice.texts), "refusal": None},
+            "index": choice.index,
+            "message": {"role": "assistant", "content": choice.text, "refusal": None},
             "logprobs": None if self._logprobs is None else self._logprobs.chat(choice.logprobs),
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,

@@ -6,26 +6,21 @@ A reply starts with its first tokens, so an earlier failure is a plain HTTP erro
 
 from __future__ import annotations
 
-import asyncio
-import json
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import suppress
 
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from preft.core.errors import PreftError
 from preft.gateway.completion import Completion
+from preft.gateway.http.disconnect import while_connected
 from preft.gateway.http.errors import error_body
+from preft.gateway.http.events import DONE, event, send_events, start_events
 from preft.gateway.http.reply import Shape, WholeChoice
 
 _log = logging.getLogger(__name__)
-_DONE = "data: [DONE]\n\n"
-
-
-class _ClientGone(Exception):
-    """The client closed the connection."""
 
 
 class _Reply(Response):
@@ -35,14 +30,15 @@ class _Reply(Response):
         super().__init__()
         self._completion = completion
         self._shape = shape
-        self._id = completion.job.id
+        self._id = completion.call.id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            async with self._completion as completion, _watching_client(receive, completion):
-                await self._write(completion, scope, receive, send)
-        except _ClientGone:
-            pass
+        with suppress(ClientDisconnect):
+            await while_connected(receive, self._run(scope, receive, send))
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._completion as completion:
+            await self._write(completion, scope, receive, send)
 
     async def _write(self, completion: Completion, scope: Scope, receive: Receive, send: Send) -> None:
         raise NotImplementedError
@@ -52,11 +48,11 @@ class WholeReply(_Reply):
     """The whole answer as one JSON body."""
 
     async def _write(self, completion: Completion, scope: Scope, receive: Receive, send: Send) -> None:
-        choices = [WholeChoice() for _ in range(len(completion.job.requests) * completion.job.n)]
+        choices = [WholeChoice(index) for index in range(len(completion.call.requests) * completion.call.n)]
         while deltas := await completion.take():
             for delta in deltas:
                 choices[delta.index].add(delta)
-        body = self._shape.whole(choices, completion.cached_tokens)
+        body = self._shape.whole([choice.joined() for choice in choices], completion.cached_tokens)
         await JSONResponse(body, headers={"x-request-id": self._id})(scope, receive, send)
 
 
@@ -65,41 +61,16 @@ class EventStream(_Reply):
 
     async def _write(self, completion: Completion, scope: Scope, receive: Receive, send: Send) -> None:
         deltas = await completion.take()
-        headers = [
-            (b"content-type", b"text/event-stream; charset=utf-8"),
-            (b"cache-control", b"no-cache"),
-            (b"x-accel-buffering", b"no"),
-            (b"x-request-id", self._id.encode()),
-        ]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await start_events(send, (b"x-request-id", self._id.encode()))
         chunk = self._shape.chunk
         try:
             while deltas:
                 if events := "".join(map(chunk, deltas)):
-                    await send({"type": "http.response.body", "body": events.encode(), "more_body": True})
+                    await send_events(send, events)
                 deltas = await completion.take()
-            last = self._shape.end(completion.cached_tokens) + _DONE
-        except _ClientGone:
-            raise
+            last = self._shape.end(completion.cached_tokens) + DONE
         except Exception as error:  # the status is sent: the error must go into the stream
             if not isinstance(error, PreftError):
                 _log.exception("request %s failed in its stream", self._id)
-            last = f"data: {json.dumps(error_body(error))}\n\n{_DONE}"
-        await send({"type": "http.response.body", "body": last.encode(), "more_body": False})
-
-
-@asynccontextmanager
-async def _watching_client(receive: Receive, completion: Completion) -> AsyncIterator[None]:
-    """Within the context, a disconnect makes the completion's reader raise _ClientGone."""
-
-    async def watch() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        completion.abandon(_ClientGone())
-
-    watcher = asyncio.create_task(watch())
-    try:
-        yield
-    finally:
-        watcher.cancel()
-        await asyncio.gather(watcher, return_exceptions=True)
+            last = event(error_body(error)) + DONE
+        await send_events(send, last, last=True)

@@ -19,7 +19,7 @@ WRITE_BYTES = 1 << 20  # a thread does each write, as disks can be slow; small w
 
 
 @asynccontextmanager
-async def received(request: Request, limit: int, folder: Path | None) -> AsyncIterator[Path]:
+async def receive_archive(request: Request, limit: int, folder: Path | None) -> AsyncIterator[Path]:
     """The body of `request` as a file in `folder`. The file is removed at the end of the context.
 
     Entering raises HTTPException 415 for another type than an archive, HTTPException 413 for more than `limit` bytes,

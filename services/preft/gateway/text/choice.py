@@ -38,7 +38,7 @@ class ChoiceDelta:
     stop_reason: str | int | None = None
 
 
-class Choice:
+class ChoiceText:
     """The running state of choice `index` of one prompt. `finished` is true after the last delta."""
 
     __slots__ = ("_detokenizer", "_options", "_stops", "_tokens", "finished", "index")

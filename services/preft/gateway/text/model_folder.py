@@ -17,23 +17,23 @@ from preft.gateway.text.added_tokens import NamedTokens, read_tokens
 _NAMED_TEMPLATES = "additional_chat_templates"
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingDefaults:
-    """Values for parameters that a request leaves out. `max_tokens` None: the API's own default."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    max_tokens: int | None = None
+# vLLM takes these from generation_config.json for requests that leave them out: name there -> type and our name.
+_DEFAULTS: Mapping[str, tuple[type[int] | type[float], str]] = {
+    "temperature": (float, "temperature"),
+    "top_p": (float, "top_p"),
+    "top_k": (int, "top_k"),
+    "min_p": (float, "min_p"),
+    "repetition_penalty": (float, "repetition_penalty"),
+    "max_new_tokens": (int, "max_tokens"),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFolder:
     """The parsed files. `vocab_size` is the number of rows in the model's embedding, None if config.json lacks it.
 
-    `chat_templates` are Jinja sources by name. One is named `default`, unless the mapping is empty.
+    `defaults` are sampling parameters for requests that leave them out. `chat_templates` are Jinja sources by name. One
+    is named `default`, unless the mapping is empty.
     """
 
     tokens: NamedTokens
@@ -41,7 +41,7 @@ class ModelFolder:
     model_type: str | None
     vocab_size: int | None
     eos_token_ids: frozenset[int]
-    defaults: SamplingDefaults
+    defaults: Mapping[str, Any]
     chat_templates: Mapping[str, str]
 
 
@@ -96,25 +96,16 @@ def _ids(value: object, source: str) -> Iterable[int]:
     return ids
 
 
-def _sampling_defaults(generation: Mapping[str, Any]) -> SamplingDefaults:
-    """generation_config.json fills the parameters that a request leaves out, as vLLM does by default."""
+def _sampling_defaults(generation: Mapping[str, Any]) -> dict[str, Any]:
     values: dict[str, Any] = {}
-    names = {
-        "temperature": (float, "temperature"),
-        "top_p": (float, "top_p"),
-        "top_k": (int, "top_k"),
-        "min_p": (float, "min_p"),
-        "repetition_penalty": (float, "repetition_penalty"),
-        "max_new_tokens": (int, "max_tokens"),
-    }
-    for name, (kind, field) in names.items():
+    for name, (kind, field) in _DEFAULTS.items():
         value = generation.get(name)
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ConfigError(f"generation_config.json: {name} must be a number")
         values[field] = kind(value)
-    return SamplingDefaults(**values)
+    return values
 
 
 def _chat_templates(folder: Path, tokenizer_config: Mapping[str, Any]) -> dict[str, str]:

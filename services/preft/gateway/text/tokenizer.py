@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
@@ -17,7 +18,7 @@ from preft.core.errors import ConfigError
 from preft.gateway.text.added_tokens import add_tokens
 from preft.gateway.text.chat_prompt import ChatPrompt
 from preft.gateway.text.llama_form import apply_llama_form
-from preft.gateway.text.model_folder import ModelFolder, SamplingDefaults, read_model_folder
+from preft.gateway.text.model_folder import ModelFolder, read_model_folder
 
 # About 5 ms of tokenizing. A thread tokenizes longer texts, so that streams keep flowing.
 INLINE_CHARS = 8_192
@@ -44,7 +45,7 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self.special_ids: frozenset[int] = frozenset(id for id, token in added.items() if token.special)
         self.vocab_size: int = folder.vocab_size or backend.get_vocab_size(with_added_tokens=True)
-        self.defaults: SamplingDefaults = folder.defaults
+        self.defaults: Mapping[str, Any] = folder.defaults
         special = folder.tokens.special
         self.chat_prompt: ChatPrompt | None = (
             ChatPrompt(folder.chat_templates, special) if folder.chat_templates else None

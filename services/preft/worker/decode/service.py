@@ -13,7 +13,7 @@ from functools import partial
 import grpc.aio
 
 from preft.core.errors import EngineFailed, InvalidRequest, NumbersNotFinite, TransferFailed
-from preft.engine.port import Engine, EngineRequest, KvRegion
+from preft.engine.port import Engine, EngineRequest
 from preft.rpc import workers_pb2
 from preft.rpc.checked import handle_of
 from preft.rpc.convert import sampling_from_proto
@@ -71,7 +71,7 @@ class DecodeService(ChoiceService):
             sampling=choice_sampling(prompt.sampling, choice.index),
             index=choice.index,
             output_token_ids=tuple(choice.output_token_ids),
-            load=KvRegion(claim.region.offset, claim.region.size, claim.region.nonce),
+            load=claim.region,
         )
         try:
             async with aclosing(self._engine.generate(request)) as deltas:

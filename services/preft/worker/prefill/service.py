@@ -15,15 +15,15 @@ import grpc.aio
 
 from preft.adapters.store.adapter_store import AdapterStore
 from preft.core.errors import EngineFailed, InvalidRequest, TransferFailed
-from preft.core.request import AdapterRef, FinishReason, Sampling, TokenDelta
-from preft.engine.port import Engine, EngineRequest, KvRegion
+from preft.core.request import AdapterRef, FinishReason, KvHeader, Sampling, TokenDelta
+from preft.engine.port import Engine, EngineRequest
 from preft.memory.arena import Region, StagingArena
 from preft.memory.errors import NoRoom, TooLarge
 from preft.rpc import workers_pb2, workers_pb2_grpc
 from preft.rpc.caller import caller_of
 from preft.rpc.convert import adapter_from_proto, check_prefill, delta_to_proto, sampling_from_proto
 from preft.rpc.status import errors_reported
-from preft.transfer.port import KvHeader, KvSender, checksum_of, hash_prompt
+from preft.transfer.port import KvSender, checksum_of, hash_prompt
 from preft.transfer.seal import SEAL, clear_seal, read_seal
 from preft.worker.usage import Usage
 
@@ -106,7 +106,6 @@ class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
         region: Region | None,
     ) -> list[TokenDelta]:
         """Each choice's first token. The first pass saves the KV to `region`; other passes reuse its prefix cache."""
-        save = KvRegion(region.offset, region.size, region.nonce) if region is not None else None
         attempt = request.target.handle or "last"
 
         def choice(index: int) -> EngineRequest:
@@ -117,7 +116,7 @@ class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
                 sampling=dataclasses.replace(sampling, seed=seed),
                 index=index,
                 adapter=adapter,
-                save=save if index == 0 else None,
+                save=region if index == 0 else None,
             )
 
         first = await self._one_token(choice(0))

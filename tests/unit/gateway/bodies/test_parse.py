@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from preft.core.errors import InvalidRequest
+from preft.core.request import PARAMETERS
 from preft.gateway.bodies.parse import parse_body, parse_json
 from preft.gateway.bodies.schemas import ChatBody, CompletionBody
 
@@ -46,6 +47,11 @@ BAD_VALUES = [
     ("include_stop_str_in_output", 0),
     ("model", "", 5, ["base"]),
 ]
+
+
+@pytest.mark.parametrize("kind", [CompletionBody, ChatBody])
+def test_clients_may_set_each_sampling_parameter(kind):
+    assert set(PARAMETERS) - set(kind.model_fields) == {"eos_token_ids"}
 
 
 @pytest.mark.parametrize("parse", [completion, chat])

@@ -42,7 +42,7 @@ async def served(tokenizer) -> AsyncIterator[SimpleNamespace]:
 
 
 async def test_generate(served):
-    call = served.inference.Generate(Request(model="ann", text="hi", n=2, logprobs=1, stop=["zz"]))
+    call = served.inference.Generate(Request(model="ann", text="hi", n=2, sampling={"logprobs": 1}, stop=["zz"]))
     replies = [reply async for reply in call]
     for index in range(2):
         own = [reply for reply in replies if reply.delta.index == index]
@@ -110,28 +110,30 @@ async def test_no_value_in_a_public_call_is_our_fault(served):
         (adapters_pb2.PinAdapterRequest, served.adapters.Pin),
         (adapters_pb2.RemoveAdapterRequest, served.adapters.Remove),
     ):
-        for field in kind.DESCRIPTOR.fields:
+        sampling = common_pb2.Sampling.DESCRIPTOR.fields if kind is Request else ()
+        for field in (*(field for field in kind.DESCRIPTOR.fields if field.name != "sampling"), *sampling):
             for _ in range(8):
-                message = kind(model="ann", text="hi", max_tokens=2) if kind is Request else kind()
+                message = kind(model="ann", text="hi", sampling={"max_tokens": 2}) if kind is Request else kind()
+                owner = message.sampling if field in sampling else message
                 match field.cpp_type, field.is_repeated:
                     case FieldDescriptor.CPPTYPE_MESSAGE, True:
-                        message.logit_bias[draw.choice(NUMBERS)] = draw.choice(FLOATS)
+                        owner.logit_bias[draw.choice(NUMBERS)] = draw.choice(FLOATS)
                     case FieldDescriptor.CPPTYPE_MESSAGE, False:
                         message.tokens.ids.extend(draw.choices(NUMBERS, k=draw.randrange(80)))
                     case FieldDescriptor.CPPTYPE_STRING, True:
                         message.stop.extend(draw.choices(HOSTILE, k=draw.randrange(20)))
                     case FieldDescriptor.CPPTYPE_STRING, False:
-                        setattr(message, field.name, draw.choice(HOSTILE))
+                        setattr(owner, field.name, draw.choice(HOSTILE))
                     case FieldDescriptor.CPPTYPE_DOUBLE, _:
-                        setattr(message, field.name, draw.choice(FLOATS))
+                        setattr(owner, field.name, draw.choice(FLOATS))
                     case FieldDescriptor.CPPTYPE_BOOL, _:
-                        setattr(message, field.name, True)
+                        setattr(owner, field.name, True)
                     case FieldDescriptor.CPPTYPE_UINT32, True:
-                        getattr(message, field.name).extend(draw.choices(NUMBERS, k=draw.randrange(2000)))
+                        getattr(owner, field.name).extend(draw.choices(NUMBERS, k=draw.randrange(2000)))
                     case FieldDescriptor.CPPTYPE_INT32, _:
-                        setattr(message, field.name, draw.choice([0, 101, -(2**31), 2**31 - 1]))
+                        setattr(owner, field.name, draw.choice([0, 101, -(2**31), 2**31 - 1]))
                     case _:
-                        setattr(message, field.name, draw.choice(NUMBERS))
+                        setattr(owner, field.name, draw.choice(NUMBERS))
                 assert await status_of(call(message)) in FINE, (field.name, message)
     assert [reply async for reply in served.inference.Generate(Request(model="base", text="hi"))]
 
@@ -162,9 +164,13 @@ async def test_ipv6_addresses(served, host):
 
 async def test_explicit_zeros_are_not_defaults(served):
     request = Request(
-        model="base", tokens=inference_pb2.TokenIds(ids=[5, 6]), temperature=0, seed=0, top_k=3, logit_bias={7: -1},
-        stop_token_ids=[9], timeout_seconds=30, max_tokens=3,
-    )  # fmt: skip
+        model="base",
+        tokens=inference_pb2.TokenIds(ids=[5, 6]),
+        sampling=common_pb2.Sampling(
+            temperature=0, seed=0, top_k=3, logit_bias={7: -1}, stop_token_ids=[9], max_tokens=3
+        ),
+        timeout_seconds=30,
+    )
     [_ async for _ in served.inference.Generate(request)]
     [seen] = served.generator.requests
     assert seen.prompt_token_ids == (5, 6)
@@ -188,10 +194,19 @@ async def test_stops(served):
         (Request(model="bob", text="hi"), grpc.StatusCode.NOT_FOUND, None),
         (Request(model="ann@2", text="hi"), grpc.StatusCode.NOT_FOUND, None),
         (Request(model="base"), grpc.StatusCode.INVALID_ARGUMENT, "prompt"),
-        (Request(model="base", text="hi", seed=-1), grpc.StatusCode.INVALID_ARGUMENT, "seed"),
-        (Request(model="base", text="hi", max_tokens=0), grpc.StatusCode.INVALID_ARGUMENT, "max_tokens"),
-        (Request(model="base", text="hi", max_tokens=99), grpc.StatusCode.INVALID_ARGUMENT, "max_tokens"),
-        (Request(model="base", text="hi", temperature=float("nan")), grpc.StatusCode.INVALID_ARGUMENT, "temperature"),
+        (Request(model="base", text="hi", sampling={"seed": -1}), grpc.StatusCode.INVALID_ARGUMENT, "seed"),
+        (Request(model="base", text="hi", sampling={"max_tokens": 0}), grpc.StatusCode.INVALID_ARGUMENT, "max_tokens"),
+        (Request(model="base", text="hi", sampling={"max_tokens": 99}), grpc.StatusCode.INVALID_ARGUMENT, "max_tokens"),
+        (
+            Request(model="base", text="hi", sampling={"temperature": float("nan")}),
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "temperature",
+        ),
+        (
+            Request(model="base", text="hi", sampling={"eos_token_ids": [1]}),
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "eos_token_ids",
+        ),
         (Request(model="base", text="hi", timeout_seconds=-1), grpc.StatusCode.INVALID_ARGUMENT, "timeout_seconds"),
     ],
 )

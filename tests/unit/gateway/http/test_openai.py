@@ -14,7 +14,7 @@ import pytest
 from preft.core.cluster import Adapter
 from preft.core.errors import EngineFailed, QueueFull, TransferFailed, Unavailable, WorkerLost
 from preft.core.request import AdapterRef, FinishReason, TokenLogprob
-from preft.gateway import job
+from preft.gateway import api_call
 from preft.gateway.deps import GatewayDeps
 from preft.gateway.http.app import create_app
 from preft.gateway.text.tokenizer import Tokenizer
@@ -288,14 +288,14 @@ async def test_large_chats_are_rendered_in_a_thread(gateway, monkeypatch, body, 
 
 
 async def test_many_token_ids_are_checked_in_a_thread(gateway, monkeypatch):
-    check, threads = job._check_ids, []
+    check, threads = api_call._check_ids, []
 
     def watched(*arguments: Any) -> None:
         threads.append(threading.current_thread())
         check(*arguments)
 
-    monkeypatch.setattr(job, "_check_ids", watched)
-    monkeypatch.setattr(job, "INLINE_IDS", 100)
+    monkeypatch.setattr(api_call, "_check_ids", watched)
+    monkeypatch.setattr(api_call, "INLINE_IDS", 100)
     for count, in_thread in (2, False), (3, True):
         threads.clear()
         assert (await gateway.complete(prompt=[[5] * 50] * count)).status_code == 200

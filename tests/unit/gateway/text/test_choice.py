@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from preft.core.errors import EngineFailed
 from preft.core.request import FinishReason, TokenDelta, TokenLogprob
-from preft.gateway.text.choice import Choice, TextOptions
+from preft.gateway.text.choice import ChoiceText, TextOptions
 
 EOS = 1
 relaxed = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -21,8 +21,8 @@ def letters(tokenizer, text: str) -> tuple[int, ...]:
     return tuple(tokenizer._backend.token_to_id(char) for char in text)
 
 
-def new_choice(tokenizer, **options) -> Choice:
-    return Choice(0, tokenizer, ids_of(tokenizer, "prompt:"), TextOptions(**options))
+def new_choice(tokenizer, **options) -> ChoiceText:
+    return ChoiceText(0, tokenizer, ids_of(tokenizer, "prompt:"), TextOptions(**options))
 
 
 def test_the_end_token_is_counted_but_not_shown(tokenizer):

@@ -18,13 +18,13 @@ from preft.core.errors import (
     TransferFailed,
     WorkerLost,
 )
-from preft.core.request import FinishReason, Sampling
+from preft.core.request import FinishReason, KvHeader, Sampling
 from preft.memory.arena import HEADER_BYTES, span_of
 from preft.router.decode_stream import DecodeCall
 from preft.rpc import workers_pb2
 from preft.rpc.convert import sampling_to_proto
 from preft.rpc.secret import CALLER_KEY
-from preft.transfer.port import KvHeader, hash_prompt
+from preft.transfer.port import hash_prompt
 from support.fake_engine import tokens_of
 from support.worker_services import (
     ARENA_BYTES,

@@ -71,7 +71,7 @@ async def test_first_token_then_the_kv(rig: PrefillRig, alice: AdapterRef) -> No
     payload = await rig.sink.received("h", alice.digest, PROMPT)
     assert payload[: -SEAL.size] == kv_of(alice.digest, PROMPT)
     assert read_seal(memoryview(payload)) == len(PROMPT)
-    assert rig.engine.stats.prompt_tokens_computed == len(PROMPT)
+    assert rig.engine.prompt_tokens_computed == len(PROMPT)
 
 
 async def test_the_base_model(rig: PrefillRig) -> None:

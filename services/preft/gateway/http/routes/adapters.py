@@ -17,11 +17,12 @@ from preft.gateway.bodies.adapter_schemas import (
 )
 from preft.gateway.deps import GatewayDeps
 from preft.gateway.http.adapter_json import adapter_json, page_json, place_json
-from preft.gateway.http.add_stream import AddStream, added
+from preft.gateway.http.add_stream import AddStream
+from preft.gateway.http.disconnect import while_connected
 from preft.gateway.http.openapi import ERRORS, answers, archive_body, json_body, query
 from preft.gateway.http.parse import parse_query, read_body
 from preft.gateway.http.reply_types import AdapterList, AdapterReply, RemovedAdapter, ShownAdapter
-from preft.gateway.http.upload import received
+from preft.gateway.http.upload import receive_archive
 from preft.gateway.listing import entry, page
 
 _VLLM_PARAMS = {"name": "lora_name", "source": "lora_path"}  # the catalog's parameter -> vLLM's
@@ -41,7 +42,7 @@ def adapter_routes(deps: GatewayDeps) -> APIRouter:
         body = await read_body(request, AddAdapterBody, deps.max_body_bytes)
         if body.stream:
             return AddStream(lambda told: catalog.add(body.name, body.origin, replace=body.replace, progress=told))
-        adapter = await added(request, catalog.add(body.name, body.origin, replace=body.replace))
+        adapter = await while_connected(request.receive, catalog.add(body.name, body.origin, replace=body.replace))
         return JSONResponse(adapter_json(adapter))
 
     @router.get("/v1/adapters/{name:path}", responses=answers(ShownAdapter))
@@ -58,7 +59,7 @@ def adapter_routes(deps: GatewayDeps) -> APIRouter:
     )
     async def upload_adapter(name: str, request: Request) -> Response:
         query = parse_query(UploadQuery, request)
-        async with received(request, deps.max_adapter_bytes, deps.upload_folder) as archive:
+        async with receive_archive(request, deps.max_adapter_bytes, deps.upload_folder) as archive:
             return JSONResponse(adapter_json(await catalog.add_archive(name, archive, replace=query.replace)))
 
     @router.patch("/v1/adapters/{name:path}", responses=answers(AdapterReply), openapi_extra=json_body(PinAdapterBody))
@@ -91,7 +92,9 @@ def vllm_adapter_routes(deps: GatewayDeps) -> APIRouter:
                 "lora_name",
             )
         try:
-            await added(request, deps.catalog.add(body.lora_name, body.lora_path, replace=body.load_inplace))
+            await while_connected(
+                request.receive, deps.catalog.add(body.lora_name, body.lora_path, replace=body.load_inplace)
+            )
         except InvalidRequest as error:
             error.param = _VLLM_PARAMS.get(error.param or "", error.param)
             raise

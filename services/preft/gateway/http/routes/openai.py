@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from preft.gateway.api_call import chat_call, completion_call
 from preft.gateway.bodies.schemas import ChatBody, CompletionBody, GenerationBody
 from preft.gateway.completion import Completion
 from preft.gateway.deps import GatewayDeps
@@ -13,7 +14,6 @@ from preft.gateway.http.parse import read_body
 from preft.gateway.http.reply import ChatShape, CompletionShape, ReplyOptions
 from preft.gateway.http.reply_types import ChatReply, CompletionReply
 from preft.gateway.http.respond import EventStream, WholeReply
-from preft.gateway.job import chat_job, completion_job
 
 
 def openai_routes(deps: GatewayDeps) -> APIRouter:
@@ -24,17 +24,17 @@ def openai_routes(deps: GatewayDeps) -> APIRouter:
     )
     async def completions(request: Request) -> Response:
         body = await read_body(request, CompletionBody, deps.max_body_bytes)
-        job = await completion_job(body, deps)
-        shape = CompletionShape(job, deps.tokenizer, _options(body))
-        completion = Completion(deps.generator, deps.tokenizer, job)
+        call = await completion_call(body, deps)
+        shape = CompletionShape(call, deps.tokenizer, _options(body))
+        completion = Completion(deps.generator, deps.tokenizer, call)
         return EventStream(completion, shape) if body.stream else WholeReply(completion, shape)
 
     @router.post("/v1/chat/completions", responses=answers(ChatReply, stream=True), openapi_extra=json_body(ChatBody))
     async def chat_completions(request: Request) -> Response:
         body = await read_body(request, ChatBody, deps.max_body_bytes)
-        job = await chat_job(body, deps)
-        shape = ChatShape(job, deps.tokenizer, _options(body))
-        completion = Completion(deps.generator, deps.tokenizer, job)
+        call = await chat_call(body, deps)
+        shape = ChatShape(call, deps.tokenizer, _options(body))
+        completion = Completion(deps.generator, deps.tokenizer, call)
         return EventStream(completion, shape) if body.stream else WholeReply(completion, shape)
 
     return router

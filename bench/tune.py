@@ -9,21 +9,23 @@ each with its own adapter. `--processes` processes compile at a time, and one of
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
-from preft_kernels.blocks import FOLDER, SHIPPED, Blocks, Work, candidates, write
+from bench.gpu_timing import seconds_on_gpu
+from preft_kernels._triton import triton
+from preft_kernels.blocks import FOLDER, SHIPPED, Blocks, Work, block_rank, by_rule, tuning_file
 from preft_kernels.low_rank_delta import launch_delta, processors
-from preft_kernels.timing import seconds_on_gpu
 from preft_kernels.token_groups import TokenGroups
 
 KEEP = 0.97
@@ -87,6 +89,24 @@ def tune(
     if medians[best] > KEEP * medians[rule]:
         best = rule
     return {"work": work, "blocks": best, "us": medians[best] * 1e6, "rule_us": medians[rule] * 1e6}
+
+
+def candidates(work: Work, processors: int) -> Iterator[Blocks]:
+    """Choices to measure for this work, the rule's choice first. Some may not fit on a GPU."""
+    rule = by_rule(work, processors)
+    yield rule
+    high = block_rank(work.rank)
+    for m in (16, 32, 64):
+        for r in {min(high, 64), min(high, 128)}:
+            if work.residual and r < high:
+                continue
+            fused = [Blocks(m, n, k, r) for n, k in ((64, 64), (64, 128), (128, 64), (128, 128))]
+            found = [replace(blocks, programs=programs) for blocks in fused for programs in (2, 4, 8)]
+            fits = [splits for splits in (1, 4, 16) if splits == 1 or work.tokens // m * splits <= 16 * processors]
+            found += [replace(blocks, splits=splits) for blocks in fused for splits in fits]
+            found += [replace(blocks, warps=8) for blocks in fused if m == 64 or r == 128]
+            found += [replace(blocks, stages=4, programs=2) for blocks in fused]
+            yield from (blocks for blocks in found if blocks != rule)
 
 
 class _Mix:
@@ -174,12 +194,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = {
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "command": f"preft_kernels.tune {' '.join(argv or sys.argv[1:])}",
+        "command": f"bench.tune {' '.join(argv or sys.argv[1:])}",
     }
     gains = [row["rule_us"] / row["us"] for row in rows]
     print(f"{len(rows)} shapes, {statistics.geometric_mean(gains):.2f} times the rule's speed (geometric mean)")
     print(write(arguments.out, device, about, rows))
     return 0
+
+
+def write(folder: Path, device: str, about: dict[str, Any], rows: list[dict[str, Any]]) -> Path:
+    """Writes the tuning file. Each of `rows` has `work`, `blocks` and the measured figures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = tuning_file(folder, device)
+    lines = ",\n".join(
+        "  " + json.dumps({**row, "work": asdict(row["work"]), "blocks": asdict(row["blocks"])}) for row in rows
+    )
+    path.write_text(f'{{"device": {json.dumps(device)}, "about": {json.dumps(about)}, "choices": [\n{lines}\n]}}\n')
+    return path
 
 
 def _sizes(text: str) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from preft.core.errors import InvalidRequest, ModelNotFound, Unavailable
-from preft.core.request import MAX_CHOICES, AdapterRef, GenerateRequest, Sampling
+from preft.core.request import MAX_CHOICES, PARAMETERS, AdapterRef, GenerateRequest, Sampling
 from preft.gateway.bodies.schemas import INT64_MAX, ChatBody, CompletionBody, GenerationBody
 from preft.gateway.deps import GatewayDeps
 from preft.gateway.listing import served_version
@@ -27,7 +27,7 @@ INLINE_IDS = 65_536
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class ApiCall:
     """One API call: a core request per prompt, each with `n` choices. Choice i of prompt p has index p * n + i."""
 
     id: str
@@ -41,18 +41,18 @@ class Job:
         return sum(len(request.prompt_token_ids) for request in self.requests)
 
 
-async def completion_job(body: CompletionBody, deps: GatewayDeps, *, deadline: float | None = None) -> Job:
+async def completion_call(body: CompletionBody, deps: GatewayDeps, *, deadline: float | None = None) -> ApiCall:
     """Raises ModelNotFound or InvalidRequest. `deadline` is in `time.time()` seconds."""
     adapter = resolve_model(body.model, deps)
     if len(body.prompt) * body.n > MAX_CHOICES:
         raise InvalidRequest(f"{len(body.prompt)} prompts with n={body.n} are more than {MAX_CHOICES} choices.", "n")
     prompts = await _token_ids(body, deps)
     if sum(map(len, prompts)) <= INLINE_IDS:
-        return _job(body, deps, adapter, prompts, DEFAULT_COMPLETION_TOKENS, deadline)
-    return await asyncio.to_thread(_job, body, deps, adapter, prompts, DEFAULT_COMPLETION_TOKENS, deadline)
+        return _new_call(body, deps, adapter, prompts, DEFAULT_COMPLETION_TOKENS, deadline)
+    return await asyncio.to_thread(_new_call, body, deps, adapter, prompts, DEFAULT_COMPLETION_TOKENS, deadline)
 
 
-async def chat_job(body: ChatBody, deps: GatewayDeps) -> Job:
+async def chat_call(body: ChatBody, deps: GatewayDeps) -> ApiCall:
     """Raises ModelNotFound or InvalidRequest, also for a model without a chat template."""
     adapter = resolve_model(body.model, deps)
     prompt = deps.tokenizer.chat_prompt
@@ -63,7 +63,7 @@ async def chat_job(body: ChatBody, deps: GatewayDeps) -> Job:
     prompts = await deps.tokenizer.encode([text], add_special_tokens=body.add_special_tokens)
     if not prompts[0]:
         raise InvalidRequest("The messages make an empty prompt.", "messages")
-    return _job(body, deps, adapter, prompts, deps.tokenizer.defaults.max_tokens)
+    return _new_call(body, deps, adapter, prompts, deps.tokenizer.defaults.get("max_tokens"))
 
 
 def resolve_model(model: str, deps: GatewayDeps) -> AdapterRef | None:
@@ -134,20 +134,21 @@ def _check_ids(ids: Iterable[int], tokenizer: Tokenizer, param: str) -> None:
             )
 
 
-def _job(
+def _new_call(
     body: GenerationBody,
     deps: GatewayDeps,
     adapter: AdapterRef | None,
     prompts: Sequence[tuple[int, ...]],
     default_tokens: int | None,
     deadline: float | None = None,
-) -> Job:
+) -> ApiCall:
     tokenizer = deps.tokenizer
     _check_ids(body.stop_token_ids, tokenizer, "stop_token_ids")
     _check_ids(body.logit_bias, tokenizer, "logit_bias")
     unique = uuid.uuid4().hex
-    job_id = f"{body.id_prefix}-{body.request_id or unique}"
-    request_id = f"{job_id}-{unique}" if body.request_id else job_id  # callers may reuse an id; workers need unique ids
+    call_id = f"{body.id_prefix}-{body.request_id or unique}"
+    # Callers may reuse an id, and workers need unique ids.
+    request_id = f"{call_id}-{unique}" if body.request_id else call_id
     requests = []
     for number, prompt in enumerate(prompts):
         max_tokens = _max_tokens(body, len(prompt), default_tokens, deps.max_model_len)
@@ -171,7 +172,7 @@ def _job(
         min_tokens=body.min_tokens,
         logprobs=body.wanted_logprobs is not None,
     )
-    return Job(job_id, body.model, tuple(requests), body.n, options)
+    return ApiCall(call_id, body.model, tuple(requests), body.n, options)
 
 
 def _max_tokens(body: GenerationBody, prompt_len: int, default: int | None, limit: int) -> int:
@@ -198,25 +199,16 @@ def _max_tokens(body: GenerationBody, prompt_len: int, default: int | None, limi
 
 def _sampling(body: GenerationBody, tokenizer: Tokenizer, max_tokens: int) -> Sampling:
     """Sampling values from the request, else from the model's generation_config.json, else vLLM's defaults."""
-    defaults = tokenizer.defaults
-    top_k = defaults.top_k if body.top_k is None else body.top_k
-    return Sampling(
-        max_tokens=max_tokens,
-        min_tokens=body.min_tokens,
-        temperature=defaults.temperature if body.temperature is None else body.temperature,
-        top_p=defaults.top_p if body.top_p is None else body.top_p,
-        top_k=max(0, top_k),
-        min_p=defaults.min_p if body.min_p is None else body.min_p,
-        presence_penalty=body.presence_penalty,
-        frequency_penalty=body.frequency_penalty,
-        repetition_penalty=defaults.repetition_penalty if body.repetition_penalty is None else body.repetition_penalty,
-        seed=_seed(body),
-        ignore_eos=body.ignore_eos,
-        eos_token_ids=tokenizer.eos_token_ids,
-        stop_token_ids=tuple(dict.fromkeys(body.stop_token_ids)),
-        logit_bias=body.logit_bias,
-        logprobs=body.wanted_logprobs,
-    )
+    values = {**tokenizer.defaults, **body.model_dump(include=set(PARAMETERS), exclude_none=True)}
+    values |= {
+        "max_tokens": max_tokens,
+        "top_k": max(0, values.get("top_k", 0)),
+        "seed": _seed(body),
+        "eos_token_ids": tokenizer.eos_token_ids,
+        "stop_token_ids": tuple(dict.fromkeys(body.stop_token_ids)),
+        "logprobs": body.wanted_logprobs,
+    }
+    return Sampling(**values)
 
 
 def _seed(body: GenerationBody) -> int | None:

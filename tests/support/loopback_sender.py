@@ -1,4 +1,4 @@
-"""A transport within one process, for tests: passes the bytes to the receiver without a network."""
+"""A KV transport within one process: passes the bytes to the receiver without a network."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 
 from preft.core.errors import TransferFailed
-from preft.transfer.port import KvHeader
+from preft.core.request import KvHeader
 from preft.transfer.receive import KvReceiver
 
 FRAME_BYTES = 1 << 20

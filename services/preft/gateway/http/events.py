@@ -1,0 +1,30 @@
+"""Server-sent events: the head of their response, one event, and the sending of events."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.types import Send
+
+DONE = "data: [DONE]\n\n"
+_HEADERS = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+)
+
+
+def event(data: Mapping[str, Any]) -> str:
+    return f"data: {json.dumps(data)}\n\n"
+
+
+async def start_events(send: Send, *more_headers: tuple[bytes, bytes]) -> None:
+    """Sends status and headers of an event stream."""
+    await send({"type": "http.response.start", "status": 200, "headers": [*_HEADERS, *more_headers]})
+
+
+async def send_events(send: Send, events: str, *, last: bool = False) -> None:
+    """Sends `events`; `last` ends the response."""
+    await send({"type": "http.response.body", "body": events.encode(), "more_body": not last})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import re
 import shutil
@@ -26,11 +27,11 @@ from preft.core.cluster import Adapter
 from preft.core.errors import ConfigError, PreftError, SourceNotFound, Unavailable
 from preft.core.request import AdapterRef
 from preft.core.settings import SCHEMES, Settings, is_loopback
+from preft.state import shown
 
 logger = logging.getLogger(__name__)
 
 PARTIAL_UPLOADS = (".unfinished-", "upload-")  # name prefixes of unfinished uploads
-UPLOAD = re.compile(r"[0-9a-f]{32}")  # names of finished uploads, which are sources while a catalog entry names them
 ABANDONED_SECONDS = 24 * 3600.0
 PAUSE_SECONDS = 0.1  # after the catalog was read: further changes meanwhile are read together
 NOT_UP_TO_DATE = "the adapter catalog is not up to date"  # the beginning of its log lines
@@ -53,12 +54,12 @@ async def open_catalog(settings: Settings) -> AsyncIterator[Catalog]:
             source_limits(settings),
             max(own.catalog_timeout, 2 * settings.router.poll_interval),
         )
-        uploads = uploads_folder(settings)
+        uploads, prefix = uploads_folder(settings), _upload_prefix(settings)
         base = read_base_model(settings.model)
-        catalog = Catalog(store, open_disk_tier(settings), uploads, base, settings.model_name, limits)
+        catalog = Catalog(store, open_disk_tier(settings), uploads, base, settings.model_name, limits, prefix)
         await catalog.refresh()
         known = {adapter.source for adapter in catalog.list()} if _is_same_catalog(settings, catalog.epoch) else None
-        await asyncio.to_thread(_sweep, uploads, known)
+        await asyncio.to_thread(_sweep, uploads, prefix, known)
         if catalog.get(settings.model_name) is not None:
             raise ConfigError(
                 f"served_model_name: {settings.model_name!r} is the name of an adapter in the catalog: choose another "
@@ -155,7 +156,7 @@ async def _add_configured(catalog: Catalog, name: str, source: str) -> None:
 
 def _is_same_catalog(settings: Settings, epoch: str) -> bool:
     """Whether the last start saw this catalog too. A store that was emptied lacks names that may come back."""
-    path = model_folder(settings) / "catalog_epoch"
+    path = model_folder(settings) / f"{_upload_prefix(settings)}catalog_epoch"
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if path.exists() and path.read_text() == epoch != "":
         return True
@@ -163,10 +164,21 @@ def _is_same_catalog(settings: Settings, epoch: str) -> bool:
     return False
 
 
-def _sweep(uploads: Path, sources: Collection[str] | None) -> None:
-    """Removes uploads that a killed process left unfinished. Given `sources`, also finished uploads not among them."""
+def _upload_prefix(settings: Settings) -> str:
+    """The beginning of the names of uploads that the store's catalog names. Other stores may know the other uploads."""
+    if settings.state is None:
+        return ""
+    return hashlib.sha256(shown(settings.state.get_secret_value()).encode()).hexdigest()[:8] + "-"
+
+
+def _sweep(uploads: Path, prefix: str, sources: Collection[str] | None) -> None:
+    """Removes uploads that a killed process left unfinished.
+
+    Given `sources`, also removes finished uploads of this `prefix` that are not among them.
+    """
+    finished = re.compile(f"{prefix}[0-9a-f]{{32}}")
     for upload in uploads.iterdir() if uploads.is_dir() else ():
-        is_unknown = sources is not None and UPLOAD.fullmatch(upload.name) and str(upload) not in sources
+        is_unknown = sources is not None and finished.fullmatch(upload.name) and str(upload) not in sources
         if upload.name.startswith(PARTIAL_UPLOADS) or is_unknown:
             with contextlib.suppress(FileNotFoundError):  # another process has removed it
                 if time.time() - upload.stat().st_mtime < ABANDONED_SECONDS:

@@ -59,11 +59,17 @@ class WorkerStubs:
 class WorkerChannels:
     """Calls to workers. Use it inside one event loop."""
 
-    def __init__(self, secret: ClusterSecret, caller: str, on_lost: Callable[[Worker], None]) -> None:
-        """Calls carry the name `caller`. `on_lost` is called with each worker whose connection failed or broke."""
+    def __init__(
+        self, secret: ClusterSecret, caller: str, on_lost: Callable[[Worker], None], *, content_address: str = ""
+    ) -> None:
+        """Calls carry the name `caller`. `on_lost` is called with each worker whose connection failed or broke.
+
+        Workers are told of this process's AdapterContent service at `content_address`, if there is one.
+        """
         self._secret = secret
         self._caller = caller
         self._on_lost = on_lost
+        self._content_address = content_address
         self._stubs: dict[str, WorkerStubs] = {}
         self._ending: set[Any] = set()
         self._background = Background()
@@ -92,7 +98,8 @@ class WorkerChannels:
 
         Raises the call's PreftError, and WorkerLost after `silence` seconds without an update.
         """
-        call = self._stubs_of(worker.address).status.Watch(workers_pb2.WatchRequest(interval=interval))
+        request = workers_pb2.WatchRequest(interval=interval, content_address=self._content_address)
+        call = self._stubs_of(worker.address).status.Watch(request)
         status = WorkerStatus()
         try:
             while True:

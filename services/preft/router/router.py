@@ -42,11 +42,13 @@ class Router:
         secret: ClusterSecret,
         *,
         cluster_id: str = "",
+        content_address: str = "",
         policy: Policy | None = None,
     ) -> None:
         """Reads workers from `store`, which the caller closes: those named `<cluster_id>-...`, or all without an id.
 
-        Calls to workers carry the cluster's `secret`. `policy` defaults to an AffinityPolicy.
+        Calls to workers carry the cluster's `secret`, and tell of the AdapterContent service at `content_address`.
+        `policy` defaults to an AffinityPolicy.
         """
         self._store = store
         self._prefix = f"{cluster_id}-" if cluster_id else ""
@@ -60,7 +62,7 @@ class Router:
             FairShare(settings.shares),
             lambda worker, adapter: self._prefetcher.want(worker, adapter),
         )
-        self._channels = WorkerChannels(secret, uuid.uuid4().hex, self._lost)
+        self._channels = WorkerChannels(secret, uuid.uuid4().hex, self._lost, content_address=content_address)
         self._watches = Watches(self._channels, self.view, settings.worker_timeout, self._heard)
         self._prefetcher = Prefetcher(self._channels, settings.request_timeout, self._admission.load_ended)
         self._counters = Counters()

@@ -152,10 +152,12 @@ class ReleaseReply(_message.Message):
     def __init__(self) -> None: ...
 
 class WatchRequest(_message.Message):
-    __slots__ = ("interval",)
+    __slots__ = ("interval", "content_address")
     INTERVAL_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     interval: float
-    def __init__(self, interval: _Optional[float] = ...) -> None: ...
+    content_address: str
+    def __init__(self, interval: _Optional[float] = ..., content_address: _Optional[str] = ...) -> None: ...
 
 class StatusUpdate(_message.Message):
     __slots__ = ("whole", "draining", "running", "kv_blocks_used", "staging_bytes_used", "staging_bytes_fit", "open_handles", "preemptions", "other_prefills", "other_sequences", "adapters", "tiers")

@@ -12,12 +12,16 @@ import dataclasses
 import hashlib
 import logging
 import os
+from functools import partial
 from typing import TYPE_CHECKING
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from preft.adapters.sources.content_service import ContentService
+from preft.adapters.sources.peers import Peers
 from preft.adapters.store.adapter_store import AdapterStore
+from preft.adapters.store.disk_tier import DiskTier
 from preft.cluster.adapters import following_catalog, open_disk_tier, source_limits
 from preft.cluster.model import model_identity
 from preft.cluster.secret import cluster_secret
@@ -29,7 +33,8 @@ from preft.core.ports import StateStore
 from preft.core.settings import PrefillSettings, Settings, host_and_port
 from preft.engine.port import Engine, EngineInfo
 from preft.memory.arena import StagingArena
-from preft.rpc import common_pb2, workers_pb2, workers_pb2_grpc
+from preft.rpc import adapter_content_pb2, common_pb2, workers_pb2, workers_pb2_grpc
+from preft.rpc.adapter_content_pb2_grpc import add_AdapterContentServicer_to_server
 from preft.rpc.convert import adapter_from_proto, place_to_proto
 from preft.rpc.secret import ClusterSecret, OnlyTheCluster
 from preft.rpc.server_options import WORKER_SERVER_OPTIONS
@@ -75,7 +80,9 @@ class WorkerServer:
         record: Worker,
         sender: KvSender,
         arena: StagingArena,
+        disk: DiskTier | None,
         adapters: AdapterStore | None,
+        peers: Peers | None,
     ) -> None:
         self._engine = engine
         self._server = server
@@ -83,10 +90,11 @@ class WorkerServer:
         self._record = record
         self._sender = sender
         self._arena = arena
+        self._disk = disk
         self._adapters = adapters
         self._handles: HandleTable | None = None
         self._usage = Usage(record.adapter_slots)
-        self._status = StatusService(self._measure, self._usage, adapters)
+        self._status = StatusService(self._measure, self._usage, adapters, peers)
         self._is_registered = False
         self._background = Background()
         self._opened = contextlib.AsyncExitStack()
@@ -139,23 +147,20 @@ class WorkerServer:
                 kv_blocks=info.kv_blocks,
                 staging_bytes=arena.capacity,
             )
-            adapters = None
+            disk = adapters = peers = None
             if memory is not None:
-                adapters = AdapterStore(
-                    worker_id,
-                    open_disk_tier(settings),
-                    memory,
-                    engine,
-                    record.adapter_slots,
-                    source_limits(settings),
-                )
+                limits = source_limits(settings)
+                disk = open_disk_tier(settings)
+                if settings.state is not None:  # else all processes share this machine's disk tier
+                    peers = Peers(secret, limits, partial(_others, store, worker_id))
+                adapters = AdapterStore(worker_id, disk, memory, engine, record.adapter_slots, limits, peers=peers)
                 opened.push_async_callback(adapters.close)
                 await opened.enter_async_context(following_catalog(settings, adapters))
             sender = sender or GrpcKvSender(secret)
             opened.push_async_callback(sender.close)
             guard = OnlyTheCluster(secret)
             server = grpc.aio.server(options=WORKER_SERVER_OPTIONS, interceptors=[guard])
-            worker = cls(engine, server, store, record, sender, arena, adapters)
+            worker = cls(engine, server, store, record, sender, arena, disk, adapters, peers)
             names = worker._add_services(settings, role, secret)
             if worker._handles is not None:
                 opened.callback(worker._handles.close)
@@ -226,6 +231,9 @@ class WorkerServer:
         if adapters is not None:
             workers_pb2_grpc.add_WorkerAdaptersServicer_to_server(_Adapters(adapters), self._server)  # type: ignore[no-untyped-call]
             names.append(descriptor["WorkerAdapters"].full_name)
+        if self._disk is not None:
+            add_AdapterContentServicer_to_server(ContentService(self._disk.folders), self._server)  # type: ignore[no-untyped-call]
+            names.append(adapter_content_pb2.DESCRIPTOR.services_by_name["AdapterContent"].full_name)
         parts = Parts(
             engine=self._engine,
             arena=self._arena,
@@ -252,6 +260,12 @@ class WorkerServer:
 
     def _until_renewal(self) -> float:
         return RENEWAL_SECONDS if self._is_registered else RETRY_SECONDS
+
+
+async def _others(store: StateStore, worker_id: str) -> list[str]:
+    """The addresses of the other workers with adapters. Raises Unavailable."""
+    workers = await store.workers()
+    return [worker.address for worker in workers if worker.adapter_slots and worker.address and worker.id != worker_id]
 
 
 def _warn_of_little_room(role: Role, capacity: int, info: EngineInfo) -> None:

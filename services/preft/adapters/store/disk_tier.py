@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from preft.adapters.formats.digest import add_file_header, read_chunks
-from preft.adapters.sources.source import AdapterSource
+from preft.adapters.sources.source import AdapterSource, open_source
 from preft.core.errors import InvalidAdapter, InvalidRequest, Unavailable
 from preft.core.ports import Progress
 from preft.core.request import DIGEST
@@ -77,6 +77,11 @@ class DiskTier:
             logger.warning("adapters can't be read from %s: %s", self.root, error)
             raise Unavailable(f"adapters can't be read from the server's disk: {error.strerror}") from error
         return folder
+
+    def folders(self, digest: str) -> list[AdapterSource]:
+        """The copy as a source, if there is one. Its content may be damaged. Raises as `find`."""
+        folder = self.find(digest)
+        return [] if folder is None else [open_source(str(folder))]
 
     def fetch(
         self,

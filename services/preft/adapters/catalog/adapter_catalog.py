@@ -94,7 +94,7 @@ class Catalog(CatalogView):
     async def add(self, name: str, source: str, *, replace: bool = False, progress: Progress | None = None) -> Adapter:
         """Fetches and checks `source`, and points `name` to its content. Equal content under the name is no error.
 
-        An unchanged source whose content the name already has isn't fetched again.
+        Of a source whose stamp is that of the name's version, no byte is read; equal content isn't written again.
 
         Raises InvalidAdapter, SourceNotFound, AdapterExists (other content and no `replace`), Unavailable, and
         InvalidRequest if the name is pinned and its new content has no room.
@@ -212,7 +212,8 @@ class Catalog(CatalogView):
         stamp = source.stamp()
         if known is not None and self._is_unchanged(known, source.uri, stamp):
             return known
-        digest, found = self._disk.fetch(source, self._check, progress=progress)
+        before = known.digest if known is not None else None
+        digest, found = self._disk.fetch(source, self._check, known=before, progress=progress)
         warnings = (*found.warnings, *text_warnings(source.text_files(), self._base.texts))
         for warning in warnings:
             logger.warning("adapter %r: %s", name, warning)

@@ -326,6 +326,19 @@ async def test_the_base_models_name_is_taken(catalog: Catalog, tmp_path: Path) -
         await catalog.add("base", str(tmp_path))
 
 
+async def test_text_that_is_not_unicode_is_refused_in_words(catalog: Catalog, tmp_path: Path) -> None:
+    """Lone surrogates, which no store and no reply can hold: in a name, in a source, and in an adapter's metadata."""
+    good = write_lora(tmp_path / "good")
+    by_key = write_lora(tmp_path / "key", {**lora_config(), "\ud800": 1})
+    by_value = write_lora(tmp_path / "value", lora_config(peft_type="\udfff"))
+    for name, source in (("ada\ud800", good), ("ada", f"{good}\udc80"), ("ada", by_key), ("ada", by_value)):
+        with pytest.raises(InvalidAdapter) as refused:
+            await catalog.add(name, str(source))
+        assert r"\ud" in str(refused.value)
+        assert str(refused.value).encode()
+    assert catalog.list() == ()
+
+
 async def test_a_refused_folder_leaves_nothing(catalog: Catalog, tmp_path: Path) -> None:
     source = write_lora(tmp_path / "a", lora_config(r=5))
     with pytest.raises(InvalidAdapter, match="rank 4"):

@@ -28,7 +28,7 @@ async def adapter_store(
     """Closes the store at the end. The caller keeps `engine` and `memory`."""
     with tempfile.TemporaryDirectory() as folder:
         disk = DiskTier(Path(folder) / "adapters", disk_bytes, disk_bytes)
-        store = AdapterStore("w", disk, memory, engine, slots, SourceLimits(source_timeout), peers=peers)
+        store = AdapterStore(disk, memory, engine, slots, SourceLimits(source_timeout), peers=peers)
         try:
             yield store
         finally:

@@ -89,7 +89,7 @@ async def run_gateway(
         max_model_len=settings.max_model_len,
         generator=router,
         catalog=catalog,
-        places=router,
+        places=router.places,
         workers=router.workers,
         stats=router.stats,
         model_root=str(settings.model),

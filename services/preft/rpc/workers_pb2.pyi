@@ -67,16 +67,6 @@ class PrefetchReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
-class WhereReply(_message.Message):
-    __slots__ = ("tier", "last_used", "users")
-    TIER_FIELD_NUMBER: _ClassVar[int]
-    LAST_USED_FIELD_NUMBER: _ClassVar[int]
-    USERS_FIELD_NUMBER: _ClassVar[int]
-    tier: str
-    last_used: float
-    users: int
-    def __init__(self, tier: _Optional[str] = ..., last_used: _Optional[float] = ..., users: _Optional[int] = ...) -> None: ...
-
 class DecodeCommand(_message.Message):
     __slots__ = ("start", "cancel")
     START_FIELD_NUMBER: _ClassVar[int]

@@ -35,7 +35,7 @@ from preft.engine.port import Engine, EngineInfo
 from preft.memory.arena import StagingArena
 from preft.rpc import adapter_content_pb2, common_pb2, workers_pb2, workers_pb2_grpc
 from preft.rpc.adapter_content_pb2_grpc import add_AdapterContentServicer_to_server
-from preft.rpc.convert import adapter_from_proto, place_to_proto
+from preft.rpc.convert import adapter_from_proto
 from preft.rpc.secret import ClusterSecret, OnlyTheCluster
 from preft.rpc.server_options import WORKER_SERVER_OPTIONS
 from preft.rpc.status import errors_reported
@@ -153,7 +153,7 @@ class WorkerServer:
                 disk = open_disk_tier(settings)
                 if settings.state is not None:  # else all processes share this machine's disk tier
                     peers = Peers(secret, limits, partial(_others, store, worker_id))
-                adapters = AdapterStore(worker_id, disk, memory, engine, record.adapter_slots, limits, peers=peers)
+                adapters = AdapterStore(disk, memory, engine, record.adapter_slots, limits, peers=peers)
                 opened.push_async_callback(adapters.close)
                 await opened.enter_async_context(following_catalog(settings, adapters))
             sender = sender or GrpcKvSender(secret)
@@ -284,10 +284,6 @@ class _Adapters(workers_pb2_grpc.WorkerAdaptersServicer):
         async with errors_reported(context):
             await self._adapters.prefetch(adapter_from_proto(request))
         return workers_pb2.PrefetchReply()
-
-    async def Where(self, request: common_pb2.AdapterRef, context: grpc.aio.ServicerContext) -> workers_pb2.WhereReply:
-        async with errors_reported(context):
-            return place_to_proto(self._adapters.where(adapter_from_proto(request).digest))
 
 
 class StartEngine:

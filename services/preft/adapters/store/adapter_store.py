@@ -3,8 +3,12 @@
 The store owns the adapters in host memory, and the count of their users. Concurrent requests for an adapter share one
 load, which checks the digest and runs beside the engine's steps. An adapter in use stays; unused ones are evicted,
 least recently used first. A pinned adapter is evicted only if another adapter fits nowhere beside the pinned ones, and
-is loaded again at once. The engine's slots are vLLM's. The engine copies an adapter from host memory, and the region
-there is kept while a request uses the adapter.
+is loaded again at once. The engine copies an adapter from host memory, and the region there is kept while a request
+uses the adapter.
+
+The engine's slots are vLLM's, which tells nobody what they hold: to ask would be a call into the engine's process, at
+a wait of up to a step. So the store takes the adapters of the latest requests for those in slots. vLLM replaces the
+least recently used adapter too, but counts uses by steps. A wrong guess costs one copy from host memory, no more.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from preft.adapters.sources.peers import Peers
 from preft.adapters.store.adapter_loader import AdapterLoader, unavailable
 from preft.adapters.store.disk_tier import DiskTier
 from preft.core.background import Background
-from preft.core.cluster import AdapterPlace, AdapterState, Tier, TierTotals
+from preft.core.cluster import AdapterState, Tier, TierTotals
 from preft.core.errors import InvalidRequest, PreftError
 from preft.core.request import AdapterRef
 from preft.memory.arena import Region, StagingArena
@@ -47,7 +51,6 @@ class AdapterStore:
 
     def __init__(
         self,
-        worker_id: str,
         disk: DiskTier,
         arena: StagingArena,
         engine: AdapterEngine,
@@ -62,7 +65,6 @@ class AdapterStore:
         `room_timeout`: seconds that a load waits for host memory, and seconds between attempts to load an evicted
         pinned adapter again.
         """
-        self._worker_id = worker_id
         self._disk = disk
         self._arena = arena
         self._engine = engine
@@ -74,7 +76,6 @@ class AdapterStore:
         self._pinned: frozenset[str] = frozenset()
         self._loading: dict[str, asyncio.Task[None]] = {}
         self._background = Background()  # ends of aborted uses, and returns of pinned adapters
-        self._last_used: dict[str, float] = {}
         self._slots: OrderedDict[str, None] = OrderedDict()  # adapters in the engine's slots, most recent last
         self._slot_limit = slots
         self._came_from: dict[str, Tier] = {}  # the origin of adapters that were loaded and not used yet
@@ -135,7 +136,6 @@ class AdapterStore:
 
     def _end_use(self, digest: str) -> None:
         self._users[digest] -= 1
-        self._last_used[digest] = time.time()
         if not self._users[digest]:
             del self._users[digest]
             if digest in self._forgotten:
@@ -165,18 +165,9 @@ class AdapterStore:
                 self._forgotten.add(digest)
                 continue
             self._forgotten.discard(digest)
-            self._last_used.pop(digest, None)
             if digest in self._regions:
                 self._arena.release(self._regions[digest])
                 self._drop(digest)
-
-    def where(self, digest: str) -> AdapterPlace:
-        """The nearest tier with this content, and the content's uses."""
-        if digest in self._regions:
-            tier = Tier.SLOT if digest in self._slots else Tier.HOST
-        else:
-            tier = Tier.DISK if self._disk.has(digest) else Tier.SOURCE
-        return AdapterPlace(self._worker_id, tier, self._last_used.get(digest, 0.0), self._users[digest])
 
     def totals(self) -> TierTotals:
         """The tiers' contents and counters. Cheap, however many adapters there are."""

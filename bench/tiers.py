@@ -52,7 +52,7 @@ async def _measure(folder: Path, rounds: int) -> list[Comparison]:
         None, {"model": str(folder / "model"), "max_model_len": 128, "colocated": True, "prefill": prefill}
     )
     engine = await VllmEngine.start(settings, Role.COLOCATED, "", memory.path)
-    store = AdapterStore("bench", disk, memory, engine, SLOTS, SourceLimits())
+    store = AdapterStore(disk, memory, engine, SLOTS, SourceLimits())
     draw = random.Random(0)
 
     async def first_token(adapter: AdapterRef) -> float:

@@ -21,10 +21,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from preft.adapters.formats.digest import LORA_FILES
 from preft.core.cluster import Role
 from preft.core.errors import TransferFailed
 from preft.core.request import KvHeader, Sampling
-from preft.rpc import common_pb2, kv_transfer_pb2, workers_pb2
+from preft.rpc import adapter_content_pb2, common_pb2, kv_transfer_pb2, workers_pb2
 from preft.rpc.convert import sampling_to_proto
 from preft.rpc.secret import CALL_KEY, ClusterChannel, ClusterSecret
 from preft.transfer.grpc_push import HEADER_KEY, METHOD, GrpcKvSender, status_of
@@ -185,7 +186,8 @@ def spoil(data: st.DataObject, site: Site, message: Message) -> None:
 RPCS = (
     (Role.PREFILL, "PrefillWorker/Prefill"),
     (Role.PREFILL, "WorkerAdapters/Prefetch"),
-    (Role.PREFILL, "WorkerAdapters/Where"),
+    (Role.PREFILL, "AdapterContent/Find"),
+    (Role.PREFILL, "AdapterContent/Read"),
     (Role.PREFILL, "WorkerStatus/Watch"),
     (Role.DECODE, "DecodeWorker/Decode"),
     (Role.DECODE, "DecodeWorker/Release"),
@@ -194,7 +196,6 @@ RPCS = (
     (Role.COLOCATED, "DecodeWorker/Decode"),
     (Role.COLOCATED, "DecodeWorker/Release"),
     (Role.COLOCATED, "WorkerAdapters/Prefetch"),
-    (Role.COLOCATED, "WorkerAdapters/Where"),
     (Role.COLOCATED, "WorkerStatus/Watch"),
 )
 
@@ -208,7 +209,11 @@ def request_for(site: Site, rpc: str) -> Message:
         case "Push":
             return a_header(site)
         case "Watch":
-            return workers_pb2.WatchRequest(interval=0.05)
+            return workers_pb2.WatchRequest(interval=0.05, content_address="127.0.0.1:1")
+        case "Find":
+            return adapter_content_pb2.FindContent(digest=site.alice.digest)
+        case "Read":
+            return adapter_content_pb2.ReadContent(digest=site.alice.digest, file=LORA_FILES[0])
         case "Release":
             return workers_pb2.ReleaseRequest(handle="h")
         case _:
@@ -274,12 +279,11 @@ def test_bytes_that_are_no_message_do_no_harm(site: Site, role: Role, rpc: str, 
 
 
 @pytest.mark.parametrize("role", [Role.PREFILL, Role.COLOCATED])
-@pytest.mark.parametrize("rpc", ["WorkerAdapters/Prefetch", "WorkerAdapters/Where"])
-def test_a_path_is_no_digest(site: Site, role: Role, rpc: str) -> None:
+def test_a_path_is_no_digest(site: Site, role: Role) -> None:
     """A worker once took it for the folder of a damaged copy, and deleted it."""
     for digest in (str(site.outside), f"../../../..{site.outside}", str(Path(site.alice.source))):
         ref = common_pb2.AdapterRef(name="alice", digest=digest, source=site.alice.source)
-        code, says = site.loop.run_until_complete(call(site, role, rpc, ref.SerializeToString()))
+        code, says = site.loop.run_until_complete(call(site, role, "WorkerAdapters/Prefetch", ref.SerializeToString()))
         assert (code, says) == (
             grpc.StatusCode.INVALID_ARGUMENT,
             "an adapter's digest is 64 lowercase hexadecimal digits",

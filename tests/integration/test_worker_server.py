@@ -300,7 +300,7 @@ async def test_a_worker_that_ends_says_so_first(
 @pytest.mark.parametrize(
     ("role", "own"),
     [
-        (Role.PREFILL, {"PrefillWorker", "WorkerAdapters", "WorkerStatus"}),
+        (Role.PREFILL, {"PrefillWorker", "WorkerAdapters", "AdapterContent", "WorkerStatus"}),
         (Role.DECODE, {"DecodeWorker", "KvTransfer", "WorkerStatus"}),
     ],
 )

@@ -10,12 +10,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
-from preft.core.cluster import AdapterPlace, Role, Tier
+from preft.core.cluster import Role
 from preft.core.errors import InvalidRequest, PreftError, TransferFailed
 from preft.core.request import FinishReason, TokenDelta
 from preft.rpc import common_pb2, workers_pb2, workers_pb2_grpc
 from preft.rpc.caller import caller_of
-from preft.rpc.convert import delta_to_proto, place_to_proto
+from preft.rpc.convert import delta_to_proto
 from preft.rpc.status import abort
 from preft.worker.decode.session import DecodeSession, Put, Serve
 
@@ -112,11 +112,6 @@ class AdaptersService(workers_pb2_grpc.WorkerAdaptersServicer):
         finally:
             worker.loading = tuple(digest for digest in worker.loading if digest != request.digest)
         return workers_pb2.PrefetchReply()
-
-    async def Where(self, request: common_pb2.AdapterRef, context: Any) -> workers_pb2.WhereReply:
-        await asyncio.sleep(self.worker.where_seconds)
-        held = request.digest in self.worker.adapters
-        return place_to_proto(AdapterPlace(self.worker.id, Tier.HOST if held else Tier.SOURCE, 5.0))
 
 
 class DecodeService(workers_pb2_grpc.DecodeWorkerServicer):

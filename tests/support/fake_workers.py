@@ -102,7 +102,6 @@ class FakeWorker:
     prefetched: list[str] = field(default_factory=list)  # digests, in order of the calls
     load_faults: list[Fault | None] = field(default_factory=list)
     load_seconds: float = 0.0
-    where_seconds: float = 0.0
     lists_adapters: bool = True  # in its status
     cold: list[str] = field(default_factory=list)  # digests of prompts that came before their adapter
     prompts: Counter[str] = field(default_factory=Counter)  # digests of the prompts that are computed now

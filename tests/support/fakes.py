@@ -1,4 +1,4 @@
-"""A Generator, an AdapterCatalog, AdapterPlaces and a StateStore in memory: scripted, failing on demand, recorded."""
+"""A Generator, an AdapterCatalog and a StateStore in memory: scripted, failing on demand, recorded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from preft.core.cluster import Adapter, AdapterPlace, Worker
+from preft.core.cluster import Adapter, Worker
 from preft.core.errors import (
     AdapterExists,
     InvalidAdapter,
@@ -22,7 +22,7 @@ from preft.core.errors import (
 )
 from preft.core.names import adapter_name, normal_name
 from preft.core.ports import AdapterChanges, Progress
-from preft.core.request import AdapterRef, FinishReason, GenerateRequest, TokenDelta, TokenLogprob
+from preft.core.request import FinishReason, GenerateRequest, TokenDelta, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,18 +241,6 @@ class FakeCatalog:
 def _adapter(name: str, source: str, content: bytes) -> Adapter:
     digest = hashlib.sha256(content).hexdigest()
     return Adapter(name, digest, source, rank=8, created=time.time(), size=len(content), warnings=("it is fake",))
-
-
-@dataclass
-class FakePlaces:
-    """An AdapterPlaces that answers `here` for every adapter. `asked` records the requests."""
-
-    here: Sequence[AdapterPlace] = ()
-    asked: list[AdapterRef] = field(default_factory=list)
-
-    async def places(self, adapter: AdapterRef) -> Sequence[AdapterPlace]:
-        self.asked.append(adapter)
-        return self.here
 
 
 @dataclass

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from preft.cluster.adapters import open_catalog
+from preft.cluster.content_server import serve_content
 from preft.cluster.gateway_process import RunningGateway, run_gateway
 from preft.cluster.model import with_model_length
 from preft.cluster.secret import cluster_secret
@@ -144,7 +145,8 @@ async def _cluster(settings: Settings, start_engine: StartEngine) -> AsyncIterat
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(store.close)
         catalog = await stack.enter_async_context(open_catalog(settings))
-        gateway = await stack.enter_async_context(run_gateway(settings, store, catalog, "test"))
+        content_address = await stack.enter_async_context(serve_content(settings, catalog))
+        gateway = await stack.enter_async_context(run_gateway(settings, store, catalog, "test", content_address))
         names = [
             (f"test-{role.value}-{number}", role)
             for role in settings.roles

@@ -4,7 +4,7 @@
 - vllm: only in preft.engine, preft.transfer.connector and bench. ray: only in preft.cluster.
 - worker.prefill and worker.decode never import each other, and neither do gateway.http and gateway.grpc.
 - gateway.text and gateway.bodies know neither door. adapters.formats and adapters.sources know neither store nor
-  catalog. memory knows no KV transfer, and worker knows neither gateway nor cluster.
+  catalog, and formats knows no sources. memory knows no KV transfer, and worker knows neither gateway nor cluster.
 - The load generator imports nothing of preft, and nothing imports bench.
 - Everything but engine, transfer, cluster, training and convert stays free of torch, vllm, ray and transformers, in
   itself and through what it imports.
@@ -116,6 +116,7 @@ STRANGERS = [
     ("preft.gateway.bodies", "preft.gateway.text"),
     ("preft.adapters.sources", "preft.adapters.store"),
     ("preft.adapters.sources", "preft.adapters.catalog"),
+    ("preft.adapters.formats", "preft.adapters.sources"),
     ("preft.adapters.formats", "preft.adapters.store"),
     ("preft.adapters.formats", "preft.adapters.catalog"),
     ("preft.memory", "preft.transfer"),

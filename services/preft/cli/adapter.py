@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -90,7 +89,7 @@ def show(args: argparse.Namespace) -> int:
     places, warnings = entry.pop("workers"), entry.pop("warnings")
     print("\n".join([*(f"{key}: {value}" for key, value in entry.items()), *(f"warning: {one}" for one in warnings)]))
     if places:
-        print(table([("worker", "tier", "users", "last used"), *map(_place, places)]))
+        print(table([("worker", "state", "prompts"), *([str(value) for value in place.values()] for place in places)]))
     return 0
 
 
@@ -138,12 +137,6 @@ def _row(entry: Entry) -> list[str]:
     pinned = "yes" if entry["pinned"] else "no"
     shown = {**entry, "size": _size(entry["size"]), "pinned": pinned, "digest": entry["digest"][:12]}
     return [str(shown[column]) for column in COLUMNS]
-
-
-def _place(place: dict[str, Any]) -> list[str]:
-    used = place["last_used"]
-    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(used)) if used else "never"
-    return [place["worker"], place["tier"], str(place["users"]), when]
 
 
 def _size(size: float) -> str:

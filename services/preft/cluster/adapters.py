@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import re
 import shutil
 import time
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 from preft.adapters.catalog.adapter_catalog import PINNED_SHARE, Catalog, CatalogLimits
@@ -17,6 +19,7 @@ from preft.adapters.catalog.folder_watch import FolderWatch
 from preft.adapters.catalog.view import CatalogView
 from preft.adapters.formats.base_model import read_base_model
 from preft.adapters.sources.limits import SourceLimits, SourceRules
+from preft.adapters.sources.peers import Peers
 from preft.adapters.sources.source import open_source
 from preft.adapters.store.adapter_store import AdapterStore
 from preft.adapters.store.disk_tier import DiskTier
@@ -25,14 +28,17 @@ from preft.core.background import Background
 from preft.core.cluster import Adapter
 from preft.core.errors import ConfigError, PreftError, SourceNotFound, Unavailable
 from preft.core.request import AdapterRef
+from preft.core.ports import StateStore
 from preft.core.settings import SCHEMES, Settings, is_loopback
 from preft.engine.port import Engine
 from preft.memory.arena import StagingArena
+from preft.rpc.secret import ClusterSecret
+from preft.state import shown
+from preft.worker.setup import OpenedAdapters
 
 logger = logging.getLogger(__name__)
 
 PARTIAL_UPLOADS = (".unfinished-", "upload-")  # name prefixes of unfinished uploads
-UPLOAD = re.compile(r"[0-9a-f]{32}")  # names of finished uploads, which are sources while a catalog entry names them
 ABANDONED_SECONDS = 24 * 3600.0
 PAUSE_SECONDS = 0.1  # after the catalog was read: further changes meanwhile are read together
 NOT_UP_TO_DATE = "the adapter catalog is not up to date"  # the beginning of its log lines
@@ -55,12 +61,12 @@ async def open_catalog(settings: Settings) -> AsyncIterator[Catalog]:
             source_limits(settings),
             max(own.catalog_timeout, 2 * settings.router.poll_interval),
         )
-        uploads = uploads_folder(settings)
+        uploads, prefix = uploads_folder(settings), _upload_prefix(settings)
         base = read_base_model(settings.model)
-        catalog = Catalog(store, open_disk_tier(settings), uploads, base, settings.model_name, limits)
+        catalog = Catalog(store, open_disk_tier(settings), uploads, base, settings.model_name, limits, prefix)
         await catalog.refresh()
         known = {adapter.source for adapter in catalog.list()} if _is_same_catalog(settings, catalog.epoch) else None
-        await asyncio.to_thread(_sweep, uploads, known)
+        await asyncio.to_thread(_sweep, uploads, prefix, known)
         if catalog.get(settings.model_name) is not None:
             raise ConfigError(
                 f"served_model_name: {settings.model_name!r} is the name of an adapter in the catalog: choose another "
@@ -86,16 +92,32 @@ async def open_catalog(settings: Settings) -> AsyncIterator[Catalog]:
 
 
 @asynccontextmanager
-async def open_adapter_store(
-    settings: Settings, worker_id: str, memory: StagingArena, engine: Engine, slots: int
-) -> AsyncIterator[AdapterStore]:
-    """The adapter store of one worker, which follows the catalog within the context. Raises as `open_disk_tier`."""
-    adapters = AdapterStore(worker_id, open_disk_tier(settings), memory, engine, slots, source_limits(settings))
+async def open_adapters(
+    settings: Settings,
+    secret: ClusterSecret,
+    workers: StateStore,
+    worker_id: str,
+    memory: StagingArena,
+    engine: Engine,
+    slots: int,
+) -> AsyncIterator[OpenedAdapters]:
+    """One worker's adapters, which follow the catalog within the context. Raises as `open_disk_tier`."""
+    disk, limits = open_disk_tier(settings), source_limits(settings)
+    peers = None
+    if settings.state is not None:  # else all processes share this machine's disk tier
+        peers = Peers(secret, limits, partial(_others, workers, worker_id))
+    adapters = AdapterStore(disk, memory, engine, slots, limits, peers=peers)
     try:
         async with following_catalog(settings, adapters):
-            yield adapters
+            yield OpenedAdapters(disk, adapters, peers)
     finally:
         await adapters.close()
+
+
+async def _others(workers: StateStore, worker_id: str) -> list[str]:
+    """The addresses of the other workers with adapters. Raises Unavailable."""
+    known = await workers.workers()
+    return [one.address for one in known if one.adapter_slots and one.address and one.id != worker_id]
 
 
 @asynccontextmanager
@@ -170,7 +192,7 @@ async def _add_configured(catalog: Catalog, name: str, source: str) -> None:
 
 def _is_same_catalog(settings: Settings, epoch: str) -> bool:
     """Whether the last start saw this catalog too. A store that was emptied lacks names that may come back."""
-    path = model_folder(settings) / "catalog_epoch"
+    path = model_folder(settings) / f"{_upload_prefix(settings)}catalog_epoch"
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if path.exists() and path.read_text() == epoch != "":
         return True
@@ -178,10 +200,21 @@ def _is_same_catalog(settings: Settings, epoch: str) -> bool:
     return False
 
 
-def _sweep(uploads: Path, sources: Collection[str] | None) -> None:
-    """Removes uploads that a killed process left unfinished. Given `sources`, also finished uploads not among them."""
+def _upload_prefix(settings: Settings) -> str:
+    """The beginning of the names of uploads that the store's catalog names. Other stores may know the other uploads."""
+    if settings.state is None:
+        return ""
+    return hashlib.sha256(shown(settings.state.get_secret_value()).encode()).hexdigest()[:8] + "-"
+
+
+def _sweep(uploads: Path, prefix: str, sources: Collection[str] | None) -> None:
+    """Removes uploads that a killed process left unfinished.
+
+    Given `sources`, also removes finished uploads of this `prefix` that are not among them.
+    """
+    finished = re.compile(f"{prefix}[0-9a-f]{{32}}")
     for upload in uploads.iterdir() if uploads.is_dir() else ():
-        is_unknown = sources is not None and UPLOAD.fullmatch(upload.name) and str(upload) not in sources
+        is_unknown = sources is not None and finished.fullmatch(upload.name) and str(upload) not in sources
         if upload.name.startswith(PARTIAL_UPLOADS) or is_unknown:
             with contextlib.suppress(FileNotFoundError):  # another process has removed it
                 if time.time() - upload.stat().st_mtime < ABANDONED_SECONDS:

@@ -72,20 +72,24 @@ class RunningGateway:
 
 @asynccontextmanager
 async def run_gateway(
-    settings: Settings, store: StateStore, catalog: Catalog, cluster_id: str
+    settings: Settings, store: StateStore, catalog: Catalog, cluster_id: str, content_address: str
 ) -> AsyncIterator[RunningGateway]:
-    """Serves within the context. `settings.max_model_len` must be set. Raises ConfigError if a port is taken."""
+    """Serves within the context. `settings.max_model_len` must be set. Raises ConfigError if a port is taken.
+
+    Workers are told of the AdapterContent service at `content_address`.
+    """
     assert settings.max_model_len is not None
     tokenizer = await asyncio.to_thread(Tokenizer.load, settings.model)
     listener = _listen(settings.host, settings.port)
-    router = Router(store, settings.router, cluster_secret(settings), cluster_id=cluster_id)
+    secret = cluster_secret(settings)
+    router = Router(store, settings.router, secret, cluster_id=cluster_id, content_address=content_address)
     deps = GatewayDeps(
         model_name=settings.model_name,
         tokenizer=tokenizer,
         max_model_len=settings.max_model_len,
         generator=router,
         catalog=catalog,
-        places=router,
+        places=router.places,
         workers=router.workers,
         stats=router.stats,
         model_root=str(settings.model),

@@ -13,6 +13,7 @@ from typing import Any
 
 from preft.cluster.adapters import open_catalog
 from preft.cluster.console import Console, first_question
+from preft.cluster.content_server import serve_content
 from preft.cluster.gateway_process import RunningGateway, run_gateway
 from preft.cluster.process import Stop, raise_file_limit, unless
 from preft.core.errors import EngineFailed
@@ -25,7 +26,7 @@ LOOK_SECONDS = 0.2
 async def open_gateway(
     stack: AsyncExitStack, settings: Settings, store: StateStore, cluster_id: str, stop: Stop, console: Console
 ) -> RunningGateway | None:
-    """Serves until the end of `stack`; None if `stop` was asked earlier. Raises as `open_catalog` and `run_gateway`.
+    """Serves until the end of `stack`; None if `stop` was asked earlier. Raises as the parts do.
 
     With the setting `state`, the workers are all workers in the store. Without it, they are those of `cluster_id`:
     several clusters on one machine then have one file of registrations.
@@ -35,7 +36,8 @@ async def open_gateway(
     if catalog is None:
         return None
     own = cluster_id if settings.state is None else ""
-    gateway = await stack.enter_async_context(run_gateway(settings, store, catalog, own))
+    content_address = await stack.enter_async_context(serve_content(settings, catalog))
+    gateway = await stack.enter_async_context(run_gateway(settings, store, catalog, own, content_address))
     if stop.asked.is_set():
         return None
     console.line(f"listening on http://{gateway.address}; requests get 503 until the workers are ready")

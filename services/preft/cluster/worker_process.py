@@ -15,7 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NoReturn
 
-from preft.cluster.adapters import open_adapter_store
+from preft.cluster.adapters import open_adapters
 from preft.cluster.console import Console
 from preft.cluster.logs import cause_in, new_log_folder, output_in
 from preft.cluster.model import model_identity, with_model_length
@@ -32,13 +32,14 @@ from preft.worker.setup import WorkerSetup
 
 def worker_setup(settings: Settings, role: Role) -> WorkerSetup:
     """The set-up of a worker on this machine. Raises ConfigError if the model or the secret can't be read."""
+    secret = cluster_secret(settings)
     return WorkerSetup(
         settings,
         role,
-        cluster_secret(settings),
+        secret,
         model_identity(settings.model),
         staging_bytes(settings, role),
-        partial(open_adapter_store, settings),
+        partial(open_adapters, settings, secret),
     )
 
 

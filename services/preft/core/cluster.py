@@ -190,12 +190,8 @@ class Adapter:
 
 @dataclass(frozen=True, slots=True)
 class AdapterPlace:
-    """The nearest tier in which one worker has an adapter. `last_used` in `time.time()` seconds, 0 if never used there.
-
-    `users` counts the requests that use the adapter now.
-    """
+    """One worker's copy of an adapter, as the worker told it last. `prompts`: prompts under it that aren't computed."""
 
     worker_id: str
-    tier: Tier
-    last_used: float = 0.0
-    users: int = 0
+    state: AdapterState
+    prompts: int = 0

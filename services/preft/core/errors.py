@@ -25,7 +25,13 @@ from dataclasses import dataclass
 
 
 class PreftError(Exception):
-    """Root of all errors raised on purpose. `str(error)` is one sentence for the user."""
+    """Root of all errors raised on purpose. `str(error)` is one sentence for the user.
+
+    The sentence may quote names in files, and escapes their lone surrogates, which no reply and no log can hold.
+    """
+
+    def __str__(self) -> str:
+        return super().__str__().encode(errors="backslashreplace").decode()
 
 
 class InvalidRequest(PreftError):

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from preft.core.cluster import Adapter, AdapterPlace, Worker
-from preft.core.request import AdapterRef, GenerateRequest, TokenDelta
+from preft.core.cluster import Adapter, Worker
+from preft.core.request import GenerateRequest, TokenDelta
 
 
 class Generation(Protocol):
@@ -75,13 +75,6 @@ class AdapterCatalog(Protocol):
 
     async def remove(self, name: str) -> Adapter:
         """Forgets `name`; running requests finish on their version. Raises ModelNotFound."""
-
-
-class AdapterPlaces(Protocol):
-    """The places of an adapter's copies."""
-
-    async def places(self, adapter: AdapterRef) -> Sequence[AdapterPlace]:
-        """One entry per worker that runs adapters and answers, ordered by worker id."""
 
 
 @dataclass(frozen=True, slots=True)

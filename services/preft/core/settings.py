@@ -98,6 +98,7 @@ class Settings(_Strict):
     # `state` and `cluster_secret` are never written out with the other settings. None: files in `state_dir`.
     state: SecretStr | None = Field(default=None, exclude=True, repr=False)  # file, or a URL that may hold a password
     cluster_secret: Annotated[SecretStr, Field(min_length=16)] | None = Field(default=None, exclude=True, repr=False)
+    peer_host: str | None = None  # a gateway's address for workers; None: the one from which it reaches `state`
     ray_address: str | None = None  # None: `preft serve` starts Ray on this machine
     adapters: dict[str, str] = Field(default_factory=dict)  # name: folder or URI
     adapter_dir: Path | None = None  # a folder of adapters, watched

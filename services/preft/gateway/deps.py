@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
-from preft.core.cluster import Role, RouterStats, WorkerSeen
+from preft.core.cluster import AdapterPlace, Role, RouterStats, WorkerSeen
 from preft.core.errors import Unavailable
-from preft.core.ports import AdapterCatalog, AdapterPlaces, Generator
+from preft.core.ports import AdapterCatalog, Generator
 from preft.gateway.cluster_metrics import ClusterMetrics
 from preft.gateway.drain import Drain
 from preft.gateway.metrics import MeteredGenerator
@@ -24,10 +24,10 @@ class GatewayDeps:
     """Lengths are in tokens (`max_model_len`: prompt and output together); `created` is in seconds since 1970.
 
     `max_body_bytes` limits each HTTP request except adapter uploads, which `max_adapter_bytes` limits. `upload_folder`
-    holds uploads while they arrive (None: the system's temporary folder). `places` adds each adapter's locations to the
-    entries. `workers` and `stats` are the router's, for metrics and /v1/workers. `allowed_hosts` are the server's names
-    beside loopback's. `allowed_origins` are the origins whose pages may use it. The constructor wraps `generator` so
-    that `registry` counts every request over HTTP or gRPC: one registry per object.
+    holds uploads while they arrive (None: the system's temporary folder). `places` (by digest), `workers` and `stats`
+    are the router's, for an adapter's workers, /v1/workers and metrics. `allowed_hosts` are the server's names beside
+    loopback's. `allowed_origins` are the origins whose pages may use it. The constructor wraps `generator` so that
+    `registry` counts every request over HTTP or gRPC: one registry per object.
     """
 
     model_name: str
@@ -43,7 +43,7 @@ class GatewayDeps:
     upload_folder: Path | None = None
     allowed_hosts: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
-    places: AdapterPlaces | None = None
+    places: Callable[[str], Sequence[AdapterPlace]] = lambda digest: ()
     workers: Callable[[], Iterable[WorkerSeen]] = tuple
     stats: Callable[[], RouterStats] = RouterStats
     roles: tuple[Role, ...] = (Role.PREFILL, Role.DECODE)  # of workers that must be ready

@@ -17,12 +17,12 @@ import grpc
 import grpc.aio
 
 from preft.core.background import Background
-from preft.core.cluster import AdapterPlace, StatusUpdate, Worker, WorkerStatus
+from preft.core.cluster import StatusUpdate, Worker, WorkerStatus
 from preft.core.errors import PreftError, WorkerLost
 from preft.core.request import AdapterRef
 from preft.router.decode_stream import CallCancelled, DecodeCall, DecodeStream
 from preft.rpc import workers_pb2, workers_pb2_grpc
-from preft.rpc.convert import adapter_to_proto, place_from_proto, status_from_proto
+from preft.rpc.convert import adapter_to_proto, status_from_proto
 from preft.rpc.liveness import ping_options
 from preft.rpc.secret import ClusterChannel, ClusterSecret
 from preft.rpc.status import error_from_rpc
@@ -59,11 +59,17 @@ class WorkerStubs:
 class WorkerChannels:
     """Calls to workers. Use it inside one event loop."""
 
-    def __init__(self, secret: ClusterSecret, caller: str, on_lost: Callable[[Worker], None]) -> None:
-        """Calls carry the name `caller`. `on_lost` is called with each worker whose connection failed or broke."""
+    def __init__(
+        self, secret: ClusterSecret, caller: str, on_lost: Callable[[Worker], None], *, content_address: str = ""
+    ) -> None:
+        """Calls carry the name `caller`. `on_lost` is called with each worker whose connection failed or broke.
+
+        Workers are told of this process's AdapterContent service at `content_address`, if there is one.
+        """
         self._secret = secret
         self._caller = caller
         self._on_lost = on_lost
+        self._content_address = content_address
         self._stubs: dict[str, WorkerStubs] = {}
         self._ending: set[Any] = set()
         self._background = Background()
@@ -79,20 +85,13 @@ class WorkerChannels:
         except grpc.aio.AioRpcError as rpc_error:
             raise self._error(rpc_error, worker) from rpc_error
 
-    async def where(self, worker: Worker, adapter: AdapterRef, timeout: float) -> AdapterPlace:
-        """Asks `worker` where it holds `adapter`. Raises the call's PreftError."""
-        try:
-            reply = await self._stubs_of(worker.address).adapters.Where(adapter_to_proto(adapter), timeout=timeout)
-        except grpc.aio.AioRpcError as rpc_error:
-            raise self._error(rpc_error, worker) from rpc_error
-        return place_from_proto(worker.id, reply)
-
     async def watch(self, worker: Worker, interval: float, silence: float) -> AsyncGenerator[StatusUpdate, None]:
         """Yields the worker's status updates, at most one per `interval` seconds.
 
         Raises the call's PreftError, and WorkerLost after `silence` seconds without an update.
         """
-        call = self._stubs_of(worker.address).status.Watch(workers_pb2.WatchRequest(interval=interval))
+        request = workers_pb2.WatchRequest(interval=interval, content_address=self._content_address)
+        call = self._stubs_of(worker.address).status.Watch(request)
         status = WorkerStatus()
         try:
             while True:

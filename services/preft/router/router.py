@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from preft.core.background import Background
 from preft.core.cluster import AdapterPlace, Role, RouterStats, Worker, WorkerSeen
 from preft.core.errors import Unavailable
 from preft.core.ports import Generation, StateStore
-from preft.core.request import AdapterRef, GenerateRequest
+from preft.core.request import GenerateRequest
 from preft.core.settings import RouterSettings
 from preft.router.admission import Admission
 from preft.router.channels import WorkerChannels
@@ -28,7 +28,6 @@ from preft.router.watches import Watches
 from preft.rpc.secret import ClusterSecret
 
 FIRST_SECONDS = 2.0  # for all workers to tell their state, at the router's start
-WHERE_SECONDS = 2.0  # a worker's time to say where it holds an adapter
 QUEUED_SHARE = 0.25  # sequences sent to a decode worker beyond its batch, which keep the batch full
 
 
@@ -42,11 +41,13 @@ class Router:
         secret: ClusterSecret,
         *,
         cluster_id: str = "",
+        content_address: str = "",
         policy: Policy | None = None,
     ) -> None:
         """Reads workers from `store`, which the caller closes: those named `<cluster_id>-...`, or all without an id.
 
-        Calls to workers carry the cluster's `secret`. `policy` defaults to an AffinityPolicy.
+        Calls to workers carry the cluster's `secret`, and tell of the AdapterContent service at `content_address`.
+        `policy` defaults to an AffinityPolicy.
         """
         self._store = store
         self._prefix = f"{cluster_id}-" if cluster_id else ""
@@ -61,7 +62,7 @@ class Router:
             lambda worker, adapter: self._prefetcher.want(worker, adapter),
         )
         self.name = uuid.uuid4().hex  # under which the workers know this router
-        self._channels = WorkerChannels(secret, self.name, self._lost)
+        self._channels = WorkerChannels(secret, self.name, self._lost, content_address=content_address)
         self._watches = Watches(self._channels, self.view, settings.worker_timeout, self._heard)
         self._prefetcher = Prefetcher(self._channels, settings.request_timeout, self._admission.load_ended)
         self._counters = Counters()
@@ -103,12 +104,11 @@ class Router:
         """Whether a prefill worker and a decode worker that fit together take requests."""
         return self.view.serving and not self._admission.closed
 
-    async def places(self, adapter: AdapterRef) -> Sequence[AdapterPlace]:
-        """See `AdapterPlaces.places`."""
-        workers = [view.worker for view in self.view.ready(Role.PREFILL, Role.COLOCATED)]
-        asked = (self._channels.where(worker, adapter, WHERE_SECONDS) for worker in workers)
-        answers = await asyncio.gather(*asked, return_exceptions=True)
-        return [answer for answer in answers if isinstance(answer, AdapterPlace)]
+    def places(self, digest: str) -> list[AdapterPlace]:
+        """The ready workers that have the adapter in memory or load it, by id."""
+        ready = self.view.ready(Role.PREFILL, Role.COLOCATED)
+        there = ((view, view.adapters.get(digest)) for view in ready)
+        return [AdapterPlace(view.id, state, view.prompts(digest)) for view, state in there if state is not None]
 
     def workers(self) -> list[WorkerSeen]:
         """All registered workers, by id."""

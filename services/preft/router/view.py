@@ -158,6 +158,10 @@ class WorkerView:
         """Whether a prompt that isn't computed yet uses the adapter."""
         return digest in self._own_prompts or digest in self._other_prompts
 
+    def prompts(self, digest: str) -> int:
+        """Prompts with the adapter that aren't computed yet, of all routers."""
+        return self._own_prompts[digest] + self._other_prompts.get(digest, 0)
+
     @property
     def slots(self) -> list[str]:
         """The adapters of this router's prompts that aren't computed yet."""

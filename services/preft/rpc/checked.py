@@ -16,7 +16,8 @@ from preft.core.settings import DAY
 
 HANDLE = re.compile(r"[0-9A-Za-z_-]{1,64}")
 HOST_AND_PORT = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[0-9A-Za-z]([0-9A-Za-z._-]{0,252}[0-9A-Za-z])?):([0-9]{1,5})")
-CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # control characters end or hide log lines
+# Control characters end or hide log lines. A lone surrogate isn't Unicode text: no message and no store can hold it.
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 MAX_TEXT = 4096  # characters of a source; names and ids are shorter
 MAX_ID = 256
 

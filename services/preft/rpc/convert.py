@@ -16,7 +16,6 @@ from pydantic import TypeAdapter, ValidationError
 
 from preft.core.cluster import (
     Adapter,
-    AdapterPlace,
     AdapterState,
     AdapterStatus,
     StatusUpdate,
@@ -179,17 +178,6 @@ def delta_from_proto(message: common_pb2.TokenDelta) -> TokenDelta:
         message.stop_token_id if message.HasField("stop_token_id") else None,
         message.cached_tokens,
     )
-
-
-def place_to_proto(place: AdapterPlace) -> workers_pb2.WhereReply:
-    return workers_pb2.WhereReply(tier=place.tier, last_used=place.last_used, users=place.users)
-
-
-def place_from_proto(worker_id: str, message: workers_pb2.WhereReply) -> AdapterPlace:
-    """Inverse of `place_to_proto`. Raises EngineFailed for an unknown tier."""
-    if message.tier not in _TIERS:
-        raise EngineFailed(f"worker {worker_id} names the unknown tier {message.tier[:40]!r}")
-    return AdapterPlace(worker_id, Tier(message.tier), message.last_used, message.users)
 
 
 def status_to_proto(update: StatusUpdate, previous: WorkerStatus | None = None) -> workers_pb2.StatusUpdate:

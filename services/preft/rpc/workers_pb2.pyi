@@ -67,16 +67,6 @@ class PrefetchReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
-class WhereReply(_message.Message):
-    __slots__ = ("tier", "last_used", "users")
-    TIER_FIELD_NUMBER: _ClassVar[int]
-    LAST_USED_FIELD_NUMBER: _ClassVar[int]
-    USERS_FIELD_NUMBER: _ClassVar[int]
-    tier: str
-    last_used: float
-    users: int
-    def __init__(self, tier: _Optional[str] = ..., last_used: _Optional[float] = ..., users: _Optional[int] = ...) -> None: ...
-
 class DecodeCommand(_message.Message):
     __slots__ = ("start", "cancel")
     START_FIELD_NUMBER: _ClassVar[int]
@@ -152,10 +142,12 @@ class ReleaseReply(_message.Message):
     def __init__(self) -> None: ...
 
 class WatchRequest(_message.Message):
-    __slots__ = ("interval",)
+    __slots__ = ("interval", "content_address")
     INTERVAL_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     interval: float
-    def __init__(self, interval: _Optional[float] = ...) -> None: ...
+    content_address: str
+    def __init__(self, interval: _Optional[float] = ..., content_address: _Optional[str] = ...) -> None: ...
 
 class StatusUpdate(_message.Message):
     __slots__ = ("whole", "draining", "running", "kv_blocks_used", "staging_bytes_used", "staging_bytes_fit", "open_handles", "preemptions", "other_prefills", "other_sequences", "adapters", "tiers")

@@ -117,11 +117,6 @@ class WorkerAdaptersStub:
                 request_serializer=preft_dot_rpc_dot_common__pb2.AdapterRef.SerializeToString,
                 response_deserializer=preft_dot_rpc_dot_workers__pb2.PrefetchReply.FromString,
                 _registered_method=True)
-        self.Where = channel.unary_unary(
-                '/preft.v1.WorkerAdapters/Where',
-                request_serializer=preft_dot_rpc_dot_common__pb2.AdapterRef.SerializeToString,
-                response_deserializer=preft_dot_rpc_dot_workers__pb2.WhereReply.FromString,
-                _registered_method=True)
 
 
 class WorkerAdaptersServicer:
@@ -135,13 +130,6 @@ class WorkerAdaptersServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Where(self, request, context):
-        """Returns the tier that holds the adapter now.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
 
 def add_WorkerAdaptersServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -149,11 +137,6 @@ def add_WorkerAdaptersServicer_to_server(servicer, server):
                     servicer.Prefetch,
                     request_deserializer=preft_dot_rpc_dot_common__pb2.AdapterRef.FromString,
                     response_serializer=preft_dot_rpc_dot_workers__pb2.PrefetchReply.SerializeToString,
-            ),
-            'Where': grpc.unary_unary_rpc_method_handler(
-                    servicer.Where,
-                    request_deserializer=preft_dot_rpc_dot_common__pb2.AdapterRef.FromString,
-                    response_serializer=preft_dot_rpc_dot_workers__pb2.WhereReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -184,33 +167,6 @@ class WorkerAdapters:
             '/preft.v1.WorkerAdapters/Prefetch',
             preft_dot_rpc_dot_common__pb2.AdapterRef.SerializeToString,
             preft_dot_rpc_dot_workers__pb2.PrefetchReply.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Where(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/preft.v1.WorkerAdapters/Where',
-            preft_dot_rpc_dot_common__pb2.AdapterRef.SerializeToString,
-            preft_dot_rpc_dot_workers__pb2.WhereReply.FromString,
             options,
             channel_credentials,
             insecure,

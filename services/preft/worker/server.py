@@ -17,7 +17,10 @@ from typing import TYPE_CHECKING
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from preft.adapters.sources.content_service import ContentService
+from preft.adapters.sources.peers import Peers
 from preft.adapters.store.adapter_store import AdapterStore
+from preft.adapters.store.disk_tier import DiskTier
 from preft.core.background import Background
 from preft.core.cluster import Role, TierTotals, Worker, WorkerStatus
 from preft.core.errors import PreftError
@@ -25,8 +28,9 @@ from preft.core.ports import StateStore
 from preft.core.settings import PrefillSettings, Settings, host_and_port
 from preft.engine.port import Engine, EngineInfo
 from preft.memory.arena import StagingArena
-from preft.rpc import common_pb2, workers_pb2, workers_pb2_grpc
-from preft.rpc.convert import adapter_from_proto, place_to_proto
+from preft.rpc import adapter_content_pb2, common_pb2, workers_pb2, workers_pb2_grpc
+from preft.rpc.adapter_content_pb2_grpc import add_AdapterContentServicer_to_server
+from preft.rpc.convert import adapter_from_proto
 from preft.rpc.secret import ClusterSecret, OnlyTheCluster
 from preft.rpc.server_options import WORKER_SERVER_OPTIONS
 from preft.rpc.status import errors_reported
@@ -72,7 +76,9 @@ class WorkerServer:
         record: Worker,
         sender: KvSender,
         arena: StagingArena,
+        disk: DiskTier | None,
         adapters: AdapterStore | None,
+        peers: Peers | None,
     ) -> None:
         self._engine = engine
         self._server = server
@@ -80,10 +86,11 @@ class WorkerServer:
         self._record = record
         self._sender = sender
         self._arena = arena
+        self._disk = disk
         self._adapters = adapters
         self._handles: HandleTable | None = None
         self._usage = Usage(record.adapter_slots)
-        self._status = StatusService(self._measure, self._usage, adapters)
+        self._status = StatusService(self._measure, self._usage, adapters, peers)
         self._is_registered = False
         self._background = Background()
         self._opened = contextlib.AsyncExitStack()
@@ -136,16 +143,15 @@ class WorkerServer:
                 kv_blocks=info.kv_blocks,
                 staging_bytes=arena.capacity,
             )
-            adapters = None
+            disk = adapters = peers = None
             if memory is not None:
-                adapters = await opened.enter_async_context(
-                    setup.open_adapters(worker_id, memory, engine, record.adapter_slots)
-                )
+                opened_adapters = setup.open_adapters(store, worker_id, memory, engine, record.adapter_slots)
+                disk, adapters, peers = await opened.enter_async_context(opened_adapters)
             sender = sender or GrpcKvSender(secret)
             opened.push_async_callback(sender.close)
             guard = OnlyTheCluster(secret)
             server = grpc.aio.server(options=WORKER_SERVER_OPTIONS, interceptors=[guard])
-            worker = cls(engine, server, store, record, sender, arena, adapters)
+            worker = cls(engine, server, store, record, sender, arena, disk, adapters, peers)
             names = worker._add_services(settings, role, secret)
             if worker._handles is not None:
                 opened.callback(worker._handles.close)
@@ -219,6 +225,9 @@ class WorkerServer:
         if adapters is not None:
             workers_pb2_grpc.add_WorkerAdaptersServicer_to_server(_Adapters(adapters), self._server)  # type: ignore[no-untyped-call]
             names.append(descriptor["WorkerAdapters"].full_name)
+        if self._disk is not None:
+            add_AdapterContentServicer_to_server(ContentService(self._disk.folders), self._server)  # type: ignore[no-untyped-call]
+            names.append(adapter_content_pb2.DESCRIPTOR.services_by_name["AdapterContent"].full_name)
         parts = Parts(
             engine=self._engine,
             arena=self._arena,
@@ -263,10 +272,6 @@ class _Adapters(workers_pb2_grpc.WorkerAdaptersServicer):
         async with errors_reported(context):
             await self._adapters.prefetch(adapter_from_proto(request))
         return workers_pb2.PrefetchReply()
-
-    async def Where(self, request: common_pb2.AdapterRef, context: grpc.aio.ServicerContext) -> workers_pb2.WhereReply:
-        async with errors_reported(context):
-            return place_to_proto(self._adapters.where(adapter_from_proto(request).digest))
 
 
 class StartEngine:

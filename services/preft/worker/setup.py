@@ -5,16 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from preft.adapters.sources.peers import Peers
 from preft.adapters.store.adapter_store import AdapterStore
+from preft.adapters.store.disk_tier import DiskTier
 from preft.core.cluster import Role
+from preft.core.ports import StateStore
 from preft.core.settings import Settings
 from preft.engine.port import Engine
 from preft.memory.arena import StagingArena
 from preft.rpc.secret import ClusterSecret
 
-OpenAdapters = Callable[[str, StagingArena, Engine, int], AbstractAsyncContextManager[AdapterStore]]
-"""Opens the adapter store of a worker, given its id, the memory for adapters, its engine and the number of slots."""
+
+class OpenedAdapters(NamedTuple):
+    """A worker's adapters. `peers` is None if no other process can have content that this machine lacks."""
+
+    disk: DiskTier
+    store: AdapterStore
+    peers: Peers | None
+
+
+OpenAdapters = Callable[[StateStore, str, StagingArena, Engine, int], AbstractAsyncContextManager[OpenedAdapters]]
+"""Opens a worker's adapters, given the store of registrations, its id, memory for adapters, engine and slots."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,17 +9,18 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing, suppress
+from contextlib import aclosing, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import grpc.aio
 
+from preft.adapters.sources.peers import Peers
 from preft.adapters.store.adapter_store import AdapterStore
 from preft.core.cluster import AdapterStatus, StatusUpdate, WorkerStatus
 from preft.rpc import workers_pb2, workers_pb2_grpc
 from preft.rpc.caller import caller_of
-from preft.rpc.checked import number_of
+from preft.rpc.checked import address_of, number_of
 from preft.rpc.convert import status_to_proto
 from preft.rpc.status import errors_reported
 from preft.worker.usage import Usage
@@ -43,16 +44,24 @@ class _Watcher:
 class StatusService(workers_pb2_grpc.WorkerStatusServicer):
     """The gRPC service of one worker of any role. Use it inside one asyncio loop."""
 
-    def __init__(self, measure: Callable[[], WorkerStatus], usage: Usage, adapters: AdapterStore | None) -> None:
+    def __init__(
+        self,
+        measure: Callable[[], WorkerStatus],
+        usage: Usage,
+        adapters: AdapterStore | None,
+        peers: Peers | None = None,
+    ) -> None:
         """`measure` gives the worker's own figures; the streams call it at most once in MEASURE_SECONDS.
 
-        `draining` and the `other_` counts are added here. Becomes the observer of `usage` and `adapters`.
+        `draining` and the `other_` counts are added here. Becomes the observer of `usage` and `adapters`, and tells
+        `peers` of the watching gateways.
         """
         self._measure = measure
         self._measured = WorkerStatus()
         self._measured_at = -math.inf  # loop time
         self._usage = usage
         self._adapters = adapters
+        self._peers = peers
         self._watchers: set[_Watcher] = set()
         self._draining = asyncio.Event()
         self._spared: str | None = None  # the caller that isn't told of the drain
@@ -67,11 +76,13 @@ class StatusService(workers_pb2_grpc.WorkerStatusServicer):
         async with errors_reported(context):
             interval = number_of(request.interval, "interval", LEAST_INTERVAL, MOST_INTERVAL)
             watcher = _Watcher(caller_of(context))
+            address = address_of(request.content_address) if request.content_address else ""
             self._watchers.add(watcher)
             try:
-                async with aclosing(self._messages(watcher, interval)) as messages:
-                    async for message in messages:
-                        yield message
+                with self._peers.gateway(address) if self._peers is not None and address else nullcontext():
+                    async with aclosing(self._messages(watcher, interval)) as messages:
+                        async for message in messages:
+                            yield message
             finally:
                 self._watchers.discard(watcher)
                 self._told.set()

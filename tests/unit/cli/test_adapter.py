@@ -18,12 +18,12 @@ import pytest
 
 from preft.cli import main
 from preft.cli.packing import Package
-from preft.core.cluster import Adapter, AdapterPlace, Tier
+from preft.core.cluster import Adapter, AdapterPlace, AdapterState
 from preft.core.errors import InvalidAdapter, Unavailable
 from preft.gateway.deps import GatewayDeps
 from preft.gateway.http.app import create_app
 from preft.gateway.text.tokenizer import Tokenizer
-from support.fakes import FakeCatalog, FakeGenerator, FakePlaces, Script
+from support.fakes import FakeCatalog, FakeGenerator, Script
 from support.served_app import served_in_thread
 
 Capture = pytest.CaptureFixture[str]
@@ -37,12 +37,13 @@ def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def places() -> FakePlaces:
-    return FakePlaces()
+def places() -> list[AdapterPlace]:
+    """The workers that have any of the adapters in memory."""
+    return []
 
 
 @pytest.fixture
-def catalog(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, places: FakePlaces) -> Iterator[FakeCatalog]:
+def catalog(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, places: list[AdapterPlace]) -> Iterator[FakeCatalog]:
     """What the server at PREFT_URL serves."""
     catalog = FakeCatalog()
     generator = FakeGenerator(lambda request: Script())
@@ -54,7 +55,7 @@ def catalog(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, places: FakePlaces)
         catalog,
         max_adapter_bytes=1 << 20,
         upload_folder=tmp_path / "uploads",
-        places=places,
+        places=lambda digest: places,
     )
     with served_in_thread(create_app(deps)) as port:
         monkeypatch.setenv("PREFT_URL", f"http://127.0.0.1:{port}")
@@ -304,21 +305,21 @@ def test_an_empty_catalog_says_so(catalog: FakeCatalog, capsys: Capture) -> None
     assert capsys.readouterr().out == "no adapters\n"
 
 
-def test_show(catalog: FakeCatalog, places: FakePlaces, capsys: Capture) -> None:
+def test_show(catalog: FakeCatalog, places: list[AdapterPlace], capsys: Capture) -> None:
     catalog.put(Adapter("alice", "ab" * 32, "/adapters/alice", 8, warnings=("it is old", "it is slow")))
     assert main(["adapter", "show", "alice"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert f"digest: {'ab' * 32}" in lines
     assert lines[-3].startswith("created: ")
     assert lines[-2:] == ["warning: it is old", "warning: it is slow"]
-    places.here = (AdapterPlace("prefill-0", Tier.SLOT, 1e9, 2), AdapterPlace("prefill-1", Tier.SOURCE))
+    places += [AdapterPlace("prefill-0", AdapterState.SLOT, 2), AdapterPlace("prefill-1", AdapterState.LOADING)]
     assert main(["adapter", "show", "alice"]) == 0
     header, first, second = capsys.readouterr().out.splitlines()[-3:]
-    assert header.split() == ["worker", "tier", "users", "last", "used"]
-    assert first.split()[:3] == ["prefill-0", "slot", "2"]
-    assert second.split() == ["prefill-1", "source", "0", "never"]
+    assert header.split() == ["worker", "state", "prompts"]
+    assert first.split() == ["prefill-0", "slot", "2"]
+    assert second.split() == ["prefill-1", "loading", "0"]
     assert main(["adapter", "show", "alice", "--json"]) == 0
-    assert [place["tier"] for place in json.loads(capsys.readouterr().out)["workers"]] == ["slot", "source"]
+    assert [place["state"] for place in json.loads(capsys.readouterr().out)["workers"]] == ["slot", "loading"]
     assert main(["adapter", "show", "bob"]) == 1
     assert capsys.readouterr().err == "preft: no adapter is named 'bob'\n"
 

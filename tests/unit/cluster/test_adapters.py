@@ -14,11 +14,13 @@ from typing import ClassVar
 
 import pytest
 
+from preft.adapters.catalog.adapter_catalog import Catalog
 from preft.adapters.formats.digest import adapter_digest
 from preft.adapters.sources.limits import SourceLimits
 from preft.adapters.sources.source import open_source
+from preft.cli.packing import Package
 from preft.cluster.adapters import following_catalog, open_catalog, open_disk_tier, source_limits, uploads_folder
-from preft.core.cluster import AdapterState, Role, Tier
+from preft.core.cluster import AdapterState, Role
 from preft.core.errors import ConfigError, InvalidAdapter
 from preft.core.ports import AdapterChanges
 from preft.core.request import AdapterRef
@@ -38,6 +40,13 @@ def settings_in(folder: Path, **changes: object) -> Settings:
     if not model.exists():
         write_base(model)
     return load_settings(None, {"model": str(model), "state_dir": str(folder / "state"), **changes})
+
+
+async def upload(catalog: Catalog, name: str, folder: Path) -> Path:
+    """Adds the adapter as an archive. Returns the folder that keeps its content."""
+    archive = folder.with_suffix(".tar")
+    archive.write_bytes(b"".join(Package.of(folder)))
+    return Path((await catalog.add_archive(name, archive)).source)
 
 
 async def test_configured_adapters_and_a_watched_folder_are_there(tmp_path: Path) -> None:
@@ -237,9 +246,9 @@ async def test_uploads_that_the_catalog_does_not_name_go_after_a_day(tmp_path: P
 async def test_uploads_outlive_a_store_that_lost_the_catalog(tmp_path: Path, redis_server: RedisServer) -> None:
     """Another process may put the names back."""
     settings = settings_in(tmp_path, state=redis_server.url())
-    own, unknown = (uploads_folder(settings) / (digit * 32) for digit in "01")
     async with open_catalog(settings) as catalog:
-        await catalog.add("bob", str(write_lora(own)))
+        own = await upload(catalog, "bob", write_lora(tmp_path / "bob"))
+    unknown = own.with_name(own.name[:-32] + 32 * "0")
     unknown.mkdir()
     for folder in (own, unknown):
         os.utime(folder, (0, 0))
@@ -255,6 +264,19 @@ async def test_uploads_outlive_a_store_that_lost_the_catalog(tmp_path: Path, red
         async with open_catalog(settings):
             assert own.exists()
     assert not unknown.exists()
+
+
+async def test_uploads_that_another_catalog_may_name_stay(tmp_path: Path, redis_server: RedisServer) -> None:
+    """Two servers with one state_dir: one has its catalog in Redis, the other in a file."""
+    shared, own = settings_in(tmp_path, state=redis_server.url()), settings_in(tmp_path)
+    async with open_catalog(shared) as catalog:
+        kept = await upload(catalog, "ada", write_lora(tmp_path / "ada"))
+        os.utime(kept, (0, 0))
+    for _ in range(3):
+        async with open_catalog(own):
+            assert kept.is_dir()
+    async with open_catalog(shared):
+        assert kept.is_dir()
 
 
 async def test_another_base_models_uploads_are_none_of_ours(tmp_path: Path) -> None:
@@ -282,7 +304,6 @@ async def test_a_worker_learns_of_pins_and_of_what_has_left(tmp_path: Path) -> N
                 await catalog.pin("ada", False)
                 await catalog.remove("ada")
                 await until(lambda: adapters.states() == {})
-                assert adapters.where(reference.digest).tier is not Tier.HOST
     finally:
         memory.close()
         kv.close()

@@ -31,7 +31,7 @@ async def running(folder: Path, host: str = "127.0.0.1", port: int = 0, **more: 
     settings = Settings(
         model=folder / "model", state_dir=folder / "state", host=host, port=port, max_model_len=64, **more
     )
-    async with run_gateway(settings, cast(Any, FakeCluster()), cast(Any, FakeCatalog.of()), "x") as gateway:
+    async with run_gateway(settings, cast(Any, FakeCluster()), cast(Any, FakeCatalog.of()), "x", "") as gateway:
         yield gateway
 
 

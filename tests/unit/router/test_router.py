@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from preft.core.cluster import Tier, WorkerState
+from preft.core.cluster import AdapterState, WorkerState
 from preft.core.errors import (
     AdapterUnavailable,
     DeadlineExceeded,
@@ -30,11 +30,10 @@ from preft.core.errors import (
     WorkerLost,
 )
 from preft.core.request import GenerateRequest, TokenDelta
-from preft.router import router as router_module
 from preft.router.router import Router
 from preft.router.view import WorkerView
 from preft.rpc import liveness
-from support.fake_workers import EOS, FakeDecode, Fault, a_ref, a_request, digest_of, foretold
+from support.fake_workers import EOS, FakeDecode, Fault, a_request, digest_of, foretold
 from support.router_harness import FAST, SECRET, Harness, running
 from support.silent_proxy import SilentProxy
 
@@ -670,23 +669,14 @@ async def test_a_busy_holder_is_joined_by_another(harness: Harness) -> None:
     assert p1.cold == []
 
 
-async def test_where_an_adapter_is(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of every ready worker that runs adapters, and in time."""
-    monkeypatch.setattr(router_module, "WHERE_SECONDS", 0.3)
+async def test_where_an_adapter_is(harness: Harness) -> None:
+    """On every ready worker that has told so, whether the worker prefills alone or decodes too."""
     await harness.second()
     await harness.cluster.add_colocated("c0", adapters=(digest_of("ada"),))
-    late, broken = [await harness.cluster.add_prefill(name) for name in ("late", "broken")]
-    await harness.cluster.add_prefill("draining", state=WorkerState.DRAINING)
-    late.where_seconds = 60.0
+    await harness.cluster.add_prefill("draining", state=WorkerState.DRAINING, adapters=(digest_of("ada"),))
     await harness.known()
-    await broken.server.stop(None)
-    started = time.monotonic()
-    places = await harness.router.places(a_ref("ada"))
-    assert time.monotonic() - started < 2.0
-    assert {place.worker_id: place.tier for place in places} == {
-        "p0": Tier.HOST, "p1": Tier.SOURCE, "c0": Tier.HOST
-    }  # fmt: skip
-    assert all(place.last_used == 5.0 for place in places)
+    places = {place.worker_id: place.state for place in harness.router.places(digest_of("ada"))}
+    assert places == {"p0": AdapterState.HOST, "c0": AdapterState.HOST}
 
 
 # All of it at once

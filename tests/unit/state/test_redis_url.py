@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from preft.core.errors import ConfigError
+from preft.state import local_address
 from preft.state.redis_url import parse_redis_url, redis_client
 
 SECRET = "pa:s/w@rd%"
@@ -88,3 +89,18 @@ def test_malformed_urls_are_refused_in_one_sentence(text: str, says: str) -> Non
         parse_redis_url(text)
     assert "hidden" not in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("/srv/state.sqlite", "127.0.0.1"),
+        ("sqlite:///srv/state.sqlite", "127.0.0.1"),
+        ("unix:///run/redis.sock?db=0", "127.0.0.1"),
+        ("redis://:hidden@127.0.0.1:6379/0", "127.0.0.1"),
+        ("redis://[::1]:6379/0", "::1"),
+        ("redis+sentinel://no.such.host.invalid:1,127.0.0.1:2/service/0", "127.0.0.1"),
+    ],
+)
+def test_the_address_from_which_a_store_is_reached(url: str, address: str) -> None:
+    assert local_address(url) == address

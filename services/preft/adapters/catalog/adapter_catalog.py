@@ -70,14 +70,19 @@ class Catalog(CatalogView):
         base: BaseModel,
         base_name: str,
         limits: CatalogLimits,
+        upload_prefix: str = "",
     ) -> None:
-        """`uploads` keeps the content of archives. `base_name` can't be an adapter's name."""
+        """`uploads` keeps the content of archives, in folders whose names begin with `upload_prefix`.
+
+        `base_name` can't be an adapter's name.
+        """
         super().__init__(store, limits.max_age)
         self._disk = disk
         self._uploads = uploads.absolute()
         self._base = base
         self._base_name = base_name
         self._limits = limits
+        self._upload_prefix = upload_prefix
         self._writing = asyncio.Lock()
         self._threads = FetchThreads("adapter-add")
 
@@ -89,7 +94,7 @@ class Catalog(CatalogView):
     async def add(self, name: str, source: str, *, replace: bool = False, progress: Progress | None = None) -> Adapter:
         """Fetches and checks `source`, and points `name` to its content. Equal content under the name is no error.
 
-        An unchanged source whose content the name already has isn't fetched again.
+        Of a source whose stamp is that of the name's version, no byte is read; equal content isn't written again.
 
         Raises InvalidAdapter, SourceNotFound, AdapterExists (other content and no `replace`), Unavailable, and
         InvalidRequest if the name is pinned and its new content has no room.
@@ -105,11 +110,24 @@ class Catalog(CatalogView):
         """Whether this machine's disk tier holds the content of `adapter`."""
         return self._disk.has(adapter.digest)
 
+    def folders(self, digest: str) -> list[AdapterSource]:
+        """The local folders that may hold the content: its copy on disk, then the sources of entries.
+
+        Raises InvalidRequest for an invalid digest.
+        """
+        found = self._disk.folders(digest)
+        for entry in self.entries(digest):
+            with suppress(InvalidAdapter):  # the source is no longer allowed
+                source = open_source(entry.source, self._limits.sources)
+                if not source.place:
+                    found.append(source)
+        return found
+
     async def add_archive(self, name: str, archive: Path, *, replace: bool = False) -> Adapter:
         """Like `add`, from a tar or zip file. The content stays until no entry has this upload as its source."""
         self._new_name(name)
         stop = threading.Event()
-        folder = self._uploads / uuid.uuid4().hex
+        folder = self._uploads / f"{self._upload_prefix}{uuid.uuid4().hex}"
         try:
             await self._threads.run("", lambda: self._unpack(archive, folder, stop), stop)
             return await self.add(name, str(folder), replace=replace)
@@ -194,7 +212,8 @@ class Catalog(CatalogView):
         stamp = source.stamp()
         if known is not None and self._is_unchanged(known, source.uri, stamp):
             return known
-        digest, found = self._disk.fetch(source, self._check, progress=progress)
+        before = known.digest if known is not None else None
+        digest, found = self._disk.fetch(source, self._check, known=before, progress=progress)
         warnings = (*found.warnings, *text_warnings(source.text_files(), self._base.texts))
         for warning in warnings:
             logger.warning("adapter %r: %s", name, warning)

@@ -119,9 +119,9 @@ class FolderWatch:
         return not look.stamps and self._filled != _identity(self._folder)
 
     def _look_at(self, name: str, entry: Adapter | None, look: _Look) -> None:
-        if name not in self._sources:
-            self._sources[name] = open_source(self._path(name))
         try:
+            if name not in self._sources:
+                self._sources[name] = open_source(self._path(name))
             stamp = self._sources[name].stamp()
         except PreftError as error:
             look.faults[name] = str(error)

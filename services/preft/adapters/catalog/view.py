@@ -58,6 +58,10 @@ class CatalogView:
             self._sorted = tuple(adapter for _, adapter in sorted(self._by_name.items()))
         return self._sorted
 
+    def entries(self, digest: str) -> Sequence[Adapter]:
+        """The entries whose content has this digest."""
+        return [self._by_name[name] for name in self._names_of.get(digest, ())]
+
     async def watch(self, timeout: float) -> Collection[str]:
         """Waits until the store has changed, `timeout` seconds at most, and then refreshes. Returns as `refresh`."""
         await self._store.wait_changed(timeout)

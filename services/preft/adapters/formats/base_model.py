@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from preft.adapters.formats.folder_texts import read_texts
 from preft.adapters.formats.tensor_file import BrokenTensorFile, TensorEntry, read_entries
 from preft.adapters.formats.tensor_names import EMBEDDING, HEAD
-from preft.adapters.sources.source import open_source
 from preft.core.errors import ConfigError
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -73,7 +73,7 @@ def read_base_model(folder: Path) -> BaseModel:
         embeddings.setdefault(HEAD, embeddings[EMBEDDING])
     if HEAD in embeddings and architecture in DECODERS:
         modules[HEAD] = embeddings[HEAD][1].shape
-    return BaseModel(layers, modules, hidden, architecture, embeddings, open_source(str(folder)).text_files())
+    return BaseModel(layers, modules, hidden, architecture, embeddings, read_texts(folder))
 
 
 def _shown(entry: TensorEntry) -> bool:

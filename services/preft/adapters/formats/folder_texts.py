@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 TEMPLATE, TEMPLATE_JSON = "chat_template.jinja", "chat_template.json"
@@ -17,6 +19,15 @@ TEXT_BYTES = 1 << 20  # of each file: tokenizer.json has its added tokens before
 OTHER_TEMPLATE = (
     "its folder has a chat template of its own, which is not used: chats are rendered with the base model's"
 )
+
+
+def read_texts(folder: Path) -> dict[str, bytes]:
+    """The beginnings of the TEXT_FILES in a local folder. Files that can't be read are left out."""
+    texts = {}
+    for name in TEXT_FILES:
+        with suppress(OSError), open(folder / name, "rb") as file:
+            texts[name] = file.read(TEXT_BYTES)
+    return texts
 
 
 def text_warnings(adapter: Mapping[str, bytes], base: Mapping[str, bytes]) -> tuple[str, ...]:

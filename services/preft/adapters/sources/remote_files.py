@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import os
 import socket
 import threading
-import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
-from concurrent.futures import wait
+from collections.abc import Coroutine, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -37,15 +34,14 @@ from aiohttp.connector import AddrInfoType
 
 from preft.adapters.formats.found_instead import TELLTALES
 from preft.adapters.sources.limits import SourceLimits, SourceRules, is_public, not_allowed
+from preft.adapters.sources.waiting import CHUNK, Pace, TooSlow, wait_for
 from preft.core.errors import InvalidAdapter, PreftError, SourceNotFound, Unavailable
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-CHUNK = 1 << 20  # bytes
 BLOCK = 4 << 20  # bytes per request where a file is read in ranges
-LOOK_SECONDS = 0.1  # a stopped wait ends within this time
 NOT_THERE = (404, 410)
 # Fields in which S3, Google Storage, web servers and the Hugging Face hub report a file's version. A web server's
 # Last-Modified is not among them: two versions within one second have the same.
@@ -103,7 +99,7 @@ class RemoteFolder:
         with self._errors(InvalidAdapter(f"{name} is missing in {self._uri}")):
             files = self._filesystem()
             path = f"{files._strip_protocol(self._uri)}/{name}"
-            pace = _Pace(self._limits)
+            pace = Pace(self._limits)
             if self._scheme in ("http", "https", "s3"):
                 yield from self._read_stream(files, path, pace)
             else:
@@ -141,7 +137,7 @@ class RemoteFolder:
         infos = await asyncio.gather(*(_web_info(files, f"{self._uri}/{name}") for name in names))
         return {name: info for name, info in zip(names, infos, strict=True) if info is not None}
 
-    def _read_stream(self, files: Any, path: str, pace: _Pace) -> Iterator[bytes]:
+    def _read_stream(self, files: Any, path: str, pace: Pace) -> Iterator[bytes]:
         size = {} if self._scheme == "s3" else {"size": 0}  # spares a request for the file's length
         file = self._wait(files, files.open_async(path, "rb", **size))
         try:
@@ -161,14 +157,8 @@ class RemoteFolder:
         timeout: float | None = None,
         late: type[Exception] = TimeoutError,
     ) -> T:
-        """Runs `work` in the file system's loop. Raises `late` after `timeout`, and Unavailable once stopped."""
-        running = asyncio.run_coroutine_threadsafe(work, files.loop)
-        limit = math.inf if timeout is None else time.monotonic() + timeout
-        while not wait([running], LOOK_SECONDS).done:
-            if self._stop.is_set() or time.monotonic() > limit:
-                running.cancel()
-                raise stopped(self._uri) if self._stop.is_set() else late
-        return running.result()
+        """Runs `work` in the file system's loop. See `wait_for`."""
+        return wait_for(work, files.loop, self._stop, self._uri, timeout, late)
 
     @contextmanager
     def _errors(self, missing: PreftError) -> Iterator[None]:
@@ -194,39 +184,6 @@ class RemoteFolder:
         if isinstance(error, ClientConnectionError):
             return "the connection failed"
         return f"the library behind {self._scheme}:// failed; the server's log has its words"
-
-
-class TooSlow(Exception):
-    """A source sends less than `SourceLimits.min_rate` bytes per second."""
-
-
-class _Pace:
-    """Measures the time spent waiting for one file's bytes, without the time that the reader uses itself."""
-
-    def __init__(self, limits: SourceLimits) -> None:
-        self._limits = limits
-        self._waited = 0.0
-        self._bytes = 0
-
-    @property
-    def left(self) -> float:
-        """Seconds within which the next CHUNK bytes must come."""
-        return self._limits.timeout + (self._bytes + CHUNK) / self._limits.min_rate - self._waited
-
-    def timed(self, read: Callable[[], bytes]) -> bytes:
-        """Returns the result of `read`. Raises TooSlow if all reads together took too long."""
-        started = time.monotonic()
-        chunk = read()
-        self._waited += time.monotonic() - started
-        self._bytes += len(chunk)
-        if self._waited > self._limits.timeout + self._bytes / self._limits.min_rate:
-            raise TooSlow
-        return chunk
-
-
-def stopped(uri: str) -> Unavailable:
-    """The error for a source whose read was stopped."""
-    return Unavailable(f"{uri} is not read any further: nobody waits for it")
 
 
 # Collects the addresses that a request tried and may not use; None for a request that may use any address.

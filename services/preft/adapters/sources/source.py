@@ -1,7 +1,8 @@
 """Opens an adapter's source: a local folder, or a folder at s3://, gs://, http(s):// or hf://, as a few files to read.
 
 The module owns which files make an adapter, and the errors for missing ones. `remote_files` reads files that aren't
-local. Other modules check content and size. All calls block, and are safe in several threads at once.
+local, `peers` those of other processes. Other modules check content and size. All calls block, and are safe in several
+threads at once.
 """
 
 from __future__ import annotations
@@ -11,18 +12,20 @@ import os
 import re
 import stat
 import threading
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing, suppress
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
+from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
 from preft.adapters.formats.digest import CONFIG_FILE, LORA_FILES, REFT_CONFIG_FILE, REFT_FILES
 from preft.adapters.formats.folder_texts import TEXT_BYTES, TEXT_FILES
 from preft.adapters.formats.found_instead import explain
 from preft.adapters.sources.limits import SourceLimits, SourceRules
-from preft.adapters.sources.remote_files import CHUNK, FoundFile, RemoteFolder, stopped
+from preft.adapters.sources.remote_files import FoundFile, RemoteFolder
+from preft.adapters.sources.waiting import CHUNK, stop_error
 from preft.core.errors import InvalidAdapter, PreftError, SourceNotFound, Unavailable
 from preft.rpc.checked import CONTROL, MAX_TEXT
 
@@ -35,13 +38,23 @@ MAX_URI = MAX_TEXT // 2  # a relative path gets longer when it is made absolute
 SERVED = "a local path, s3://, gs://, http://, https:// or hf://"
 
 
+class SourceFolder(Protocol):
+    """A folder somewhere. `find` and `names` look into it, `read` reads one file. Raise as `LocalFolder`."""
+
+    def find(self, names: Iterable[str]) -> dict[str, FoundFile]: ...
+
+    def names(self) -> set[str]: ...
+
+    def read(self, name: str) -> Iterator[bytes]: ...
+
+
 class AdapterSource:
     """One adapter's source. `uri` is normalised: a local `uri` is an absolute path, and no `uri` ends in a slash.
 
     `place` is the scheme with host or bucket; "" for local sources. Slow sources of one place share its threads.
     """
 
-    def __init__(self, uri: str, folder: LocalFolder | RemoteFolder, stop: threading.Event) -> None:
+    def __init__(self, uri: str, folder: SourceFolder, stop: threading.Event) -> None:
         self.uri = uri
         scheme, separator, rest = uri.partition("://")
         self.place = f"{scheme}://{rest.partition('/')[0]}" if separator else ""
@@ -63,7 +76,7 @@ class AdapterSource:
         """
         for chunk in self._folder.read(name):
             if self._stop.is_set():
-                raise stopped(self.uri)
+                raise stop_error(self.uri)
             yield chunk
 
     def stamp(self) -> str:

@@ -3,50 +3,36 @@
 The store owns the adapters in host memory, and the count of their users. Concurrent requests for an adapter share one
 load, which checks the digest and runs beside the engine's steps. An adapter in use stays; unused ones are evicted,
 least recently used first. A pinned adapter is evicted only if another adapter fits nowhere beside the pinned ones, and
-is loaded again at once. The engine's slots are vLLM's. The engine copies an adapter from host memory, and the region
-there is kept while a request uses the adapter.
+is loaded again at once. The engine copies an adapter from host memory, and the region there is kept while a request
+uses the adapter.
+
+The engine's slots are vLLM's, which tells nobody what they hold: to ask would be a call into the engine's process, at
+a wait of up to a step. So the store takes the adapters of the latest requests for those in slots. vLLM replaces the
+least recently used adapter too, but counts uses by steps. A wrong guess costs one copy from host memory, no more.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, closing, suppress
-from pathlib import Path
-from typing import Protocol, TypeVar
+from contextlib import asynccontextmanager, suppress
+from typing import Protocol
 
-from preft.adapters.sources.fetch_threads import FetchThreads
 from preft.adapters.sources.limits import SourceLimits
-from preft.adapters.sources.source import open_source
+from preft.adapters.sources.peers import Peers
+from preft.adapters.store.adapter_loader import AdapterLoader, unavailable
 from preft.adapters.store.disk_tier import DiskTier
-from preft.adapters.store.packed import AdapterFiles, DamagedCopy
 from preft.core.background import Background
-from preft.core.cluster import AdapterPlace, AdapterState, Tier, TierTotals
-from preft.core.errors import (
-    AdapterUnavailable,
-    InvalidAdapter,
-    InvalidRequest,
-    PreftError,
-    SourceNotFound,
-    Unavailable,
-)
+from preft.core.cluster import AdapterState, Tier, TierTotals
+from preft.core.errors import InvalidRequest, PreftError
 from preft.core.request import AdapterRef
 from preft.memory.arena import Region, StagingArena
-from preft.memory.errors import NoRoom, TooLarge
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-ATTEMPTS = 5  # fetches of an adapter whose copy is evicted or damaged before it is read
-READS = 2  # concurrent disk reads
-NICENESS = 10  # of the fetch and read threads: engine steps come first
 ROOM_SECONDS = 30.0  # a load's longest wait for host memory
 
 
@@ -65,26 +51,24 @@ class AdapterStore:
 
     def __init__(
         self,
-        worker_id: str,
         disk: DiskTier,
         arena: StagingArena,
         engine: AdapterEngine,
         slots: int,
         limits: SourceLimits,
         *,
+        peers: Peers | None = None,
         room_timeout: float = ROOM_SECONDS,
     ) -> None:
-        """`engine` has `slots` slots and copies adapters from `arena`.
+        """`engine` has `slots` slots and copies adapters from `arena`. `peers` are asked for what sources don't give.
 
         `room_timeout`: seconds that a load waits for host memory, and seconds between attempts to load an evicted
         pinned adapter again.
         """
-        self._worker_id = worker_id
         self._disk = disk
         self._arena = arena
         self._engine = engine
-        self._limits = limits
-        self._stop = threading.Event()  # ends fetches
+        self._loader = AdapterLoader(disk, arena, limits, room_timeout, peers)
         self._room_timeout = room_timeout
         self._regions: OrderedDict[str, Region] = OrderedDict()  # by digest, least recently used first
         self._adapters: dict[str, AdapterRef] = {}  # by digest, those in host memory
@@ -92,7 +76,6 @@ class AdapterStore:
         self._pinned: frozenset[str] = frozenset()
         self._loading: dict[str, asyncio.Task[None]] = {}
         self._background = Background()  # ends of aborted uses, and returns of pinned adapters
-        self._last_used: dict[str, float] = {}
         self._slots: OrderedDict[str, None] = OrderedDict()  # adapters in the engine's slots, most recent last
         self._slot_limit = slots
         self._came_from: dict[str, Tier] = {}  # the origin of adapters that were loaded and not used yet
@@ -102,8 +85,6 @@ class AdapterStore:
         self._load_seconds = dict.fromkeys((Tier.DISK, Tier.SOURCE), 0.0)
         self._evictions = 0
         self._on_change: Callable[[str], None] = lambda digest: None
-        self._fetching = FetchThreads("adapter-fetch", _give_way)
-        self._reading = ThreadPoolExecutor(READS, "adapter-read", _give_way)
 
     def observe(self, on_change: Callable[[str], None]) -> None:
         """From now on calls `on_change` with a digest after each change of its `state`. There is one observer."""
@@ -123,7 +104,7 @@ class AdapterStore:
     async def prefetch(self, adapter: AdapterRef) -> None:
         """Loads the adapter into host memory, unless it is there. Raises as `using`."""
         if adapter.digest not in self._regions:
-            await self._loaded(adapter)
+            await self._wait_loaded(adapter)
 
     @asynccontextmanager
     async def using(self, adapter: AdapterRef) -> AsyncIterator[None]:
@@ -136,26 +117,25 @@ class AdapterStore:
         self._users[digest] += 1
         try:
             while digest not in self._regions:  # repeats after an eviction
-                await self._loaded(adapter)
+                await self._wait_loaded(adapter)
             self._hits[self._found_in(digest)] += 1
             self._touch(digest)
             yield
         except BaseException:
             self._background.start(
-                self._leave_aborted(digest), f"the end of a request's use of adapter {adapter.name!r}"
+                self._end_aborted_use(digest), f"the end of a request's use of adapter {adapter.name!r}"
             )
             raise
-        self._left(digest)
+        self._end_use(digest)
 
-    async def _leave_aborted(self, digest: str) -> None:
+    async def _end_aborted_use(self, digest: str) -> None:
         """Ends the use after the engine has dropped the aborted request, which may still be in the next step."""
         with suppress(PreftError):
             await self._engine.aborted()
-        self._left(digest)
+        self._end_use(digest)
 
-    def _left(self, digest: str) -> None:
+    def _end_use(self, digest: str) -> None:
         self._users[digest] -= 1
-        self._last_used[digest] = time.time()
         if not self._users[digest]:
             del self._users[digest]
             if digest in self._forgotten:
@@ -185,18 +165,9 @@ class AdapterStore:
                 self._forgotten.add(digest)
                 continue
             self._forgotten.discard(digest)
-            self._last_used.pop(digest, None)
             if digest in self._regions:
                 self._arena.release(self._regions[digest])
-                self._gone(digest)
-
-    def where(self, digest: str) -> AdapterPlace:
-        """The nearest tier with this content, and the content's uses."""
-        if digest in self._regions:
-            tier = Tier.SLOT if digest in self._slots else Tier.HOST
-        else:
-            tier = Tier.DISK if self._disk.has(digest) else Tier.SOURCE
-        return AdapterPlace(self._worker_id, tier, self._last_used.get(digest, 0.0), self._users[digest])
+                self._drop(digest)
 
     def totals(self) -> TierTotals:
         """The tiers' contents and counters. Cheap, however many adapters there are."""
@@ -215,28 +186,27 @@ class AdapterStore:
 
     async def close(self) -> None:
         """Cancels loads under way. Threads that read a source end soon, by themselves."""
-        self._stop.set()
+        self._loader.stop()
         while loading := list(self._loading.values()):
             for task in loading:
                 task.cancel()
             await asyncio.gather(*loading, return_exceptions=True)
             await self._background.close()  # a return of a pinned adapter may have begun another load
         await self._background.close()
-        self._fetching.close()
-        self._reading.shutdown(wait=False, cancel_futures=True)
+        self._loader.close()
 
-    async def _loaded(self, adapter: AdapterRef) -> None:
+    async def _wait_loaded(self, adapter: AdapterRef) -> None:
         """Waits for the adapter's one load. A cancelled waiter doesn't cancel the load."""
         digest = adapter.digest
         task = self._loading.get(digest)
         if task is None or task.done():  # a done task stays until its callback; its adapter may be evicted already
             task = asyncio.create_task(self._load(adapter), name=f"load-{digest[:12]}")
             self._loading[digest] = task
-            task.add_done_callback(lambda task: self._load_ended(digest, task))
+            task.add_done_callback(lambda task: self._on_load_end(digest, task))
             self._on_change(digest)
         await asyncio.shield(task)
 
-    def _load_ended(self, digest: str, task: asyncio.Task[None]) -> None:
+    def _on_load_end(self, digest: str, task: asyncio.Task[None]) -> None:
         if self._loading[digest] is task:
             del self._loading[digest]
             self._on_change(digest)
@@ -246,110 +216,23 @@ class AdapterStore:
 
     async def _load(self, adapter: AdapterRef) -> None:
         started = time.perf_counter()
-        region, tier = await self._bring_in(adapter)
+        digest = adapter.digest
+        region, tier = await self._loader.load(adapter, lambda: digest in self._pinned)
         try:
             await self._engine.place_adapter(adapter, region)
         except InvalidRequest as error:
             self._arena.release(region)
-            raise _unavailable(adapter, "the engine refuses it", error) from error
+            raise unavailable(adapter, "the engine refuses it", error) from error
         except BaseException:
             self._arena.release(region)
             raise
-        self._came_from[adapter.digest] = tier
+        self._came_from[digest] = tier
         self._loads[tier] += 1
         self._load_seconds[tier] += time.perf_counter() - started
-        self._regions[adapter.digest] = region
-        self._adapters[adapter.digest] = adapter
-        self._on_change(adapter.digest)
-        self._settle(adapter.digest)
-
-    async def _bring_in(self, adapter: AdapterRef) -> tuple[Region, Tier]:
-        """Loads the content into host memory, from disk or source. While it waits, it keeps no file open."""
-        for fetches in range(1 + ATTEMPTS):
-            if fetches:
-                sizes = await self._fetch(adapter)
-            else:
-                sizes = await self._in(self._reading, self._sizes, adapter.digest)
-            try:
-                region = None if sizes is None else await self._read(adapter, *sizes)
-            except DamagedCopy as error:
-                await self._in(self._reading, self._disk.discard, adapter.digest)
-                if fetches:
-                    raise Unavailable(
-                        f"the copy of adapter {adapter.name!r} came out different, {error}: the disk is failing"
-                    ) from error
-                continue
-            if region is not None:
-                return region, Tier.SOURCE if fetches else Tier.DISK
-        raise Unavailable(f"the copy of adapter {adapter.name!r} is evicted as soon as it is there: try again later")
-
-    def _open(self, digest: str) -> AdapterFiles | None:
-        folder = self._disk.find(digest)
-        if folder is None:
-            return None
-        try:
-            return AdapterFiles(folder)
-        except FileNotFoundError:
-            return None  # evicted just now
-        except DamagedCopy:
-            self._disk.discard(digest)
-            return None
-
-    def _sizes(self, digest: str) -> tuple[int, int] | None:
-        """Bytes of the copy on disk, and of its packed form in memory; None if there is no copy."""
-        files = self._open(digest)
-        if files is None:
-            return None
-        files.close()
-        return files.size, files.packed_size
-
-    async def _fetch(self, adapter: AdapterRef) -> tuple[int, int] | None:
-        """Fetches a copy and returns its `_sizes`; None if the copy was evicted at once."""
-        try:
-            source = open_source(adapter.source, self._limits, stop=self._stop)
-
-            def fetch() -> tuple[int, int] | None:
-                self._disk.fetch(source, _nothing_more, digest=adapter.digest)
-                return self._sizes(adapter.digest)
-
-            return await self._fetching.run(source.place, fetch)
-        except SourceNotFound as error:
-            raise _unavailable(adapter, "its source is gone", error) from error
-        except InvalidAdapter as error:
-            why = "its source no longer holds the version that was added: add the adapter again"
-            raise _unavailable(adapter, why, error) from error
-        except PreftError as error:
-            raise _unavailable(adapter, "it can't be fetched from its source", error) from error
-
-    async def _read(self, adapter: AdapterRef, size: int, packed_size: int) -> Region | None:
-        """Packs the copy into a new region; None if the copy is gone. Raises DamagedCopy, or Unavailable if full."""
-        digest = adapter.digest
-        try:
-            region = await self._arena.reserve(packed_size, timeout=self._room_timeout, pinned=digest in self._pinned)
-        except TooLarge as error:
-            why = f"it has {size} bytes, more than store.host_bytes can hold"
-            raise _unavailable(adapter, why, error) from error
-        except NoRoom as error:
-            raise Unavailable("the host memory for adapters is taken by others that are in use") from error
-        try:
-            if await self._in(self._reading, self._pack, digest, self._arena.view(region)):
-                return region
-        except asyncio.CancelledError:
-            raise  # the store closes; its thread may still write to the region, so the region isn't released
-        except BaseException:
-            self._arena.release(region)
-            raise
-        self._arena.release(region)
-        return None
-
-    def _pack(self, digest: str, memory: memoryview) -> bool:
-        """Fills `memory` from the copy on disk; False if the copy is gone. Raises DamagedCopy."""
-        files = self._open(digest)
-        if files is None:
-            return False
-        with closing(files):
-            files.pack(memory, digest)
-        return True
+        self._regions[digest] = region
+        self._adapters[digest] = adapter
+        self._on_change(digest)
+        self._settle(digest)
 
     def _touch(self, digest: str) -> None:
         self._regions.move_to_end(digest)
@@ -372,12 +255,12 @@ class AdapterStore:
         if self._users[digest]:
             self._arena.keep(region)
         else:
-            self._arena.mark_evictable(region, lambda: self._evicted(digest))
+            self._arena.mark_evictable(region, lambda: self._on_eviction(digest))
 
-    def _evicted(self, digest: str) -> None:
+    def _on_eviction(self, digest: str) -> None:
         self._evictions += 1
         adapter = self._adapters[digest]
-        self._gone(digest)
+        self._drop(digest)
         if digest in self._pinned:
             self._background.start(self._bring_back(adapter), f"the return of the pinned adapter {adapter.name!r}")
 
@@ -390,27 +273,9 @@ class AdapterStore:
                 logger.warning("the pinned adapter %r isn't in memory: %s", adapter.name, error)
             await asyncio.sleep(self._room_timeout)
 
-    def _gone(self, digest: str) -> None:
+    def _drop(self, digest: str) -> None:
         del self._regions[digest], self._adapters[digest]
         self._engine.forget_adapter(digest)
         self._slots.pop(digest, None)
         self._came_from.pop(digest, None)
         self._on_change(digest)
-
-    async def _in(self, threads: ThreadPoolExecutor, work: Callable[..., T], *arguments: object) -> T:
-        return await asyncio.get_running_loop().run_in_executor(threads, work, *arguments)
-
-
-def _nothing_more(copy: Path) -> None:
-    """Checks nothing: the digest shows that the catalog has checked this content."""
-
-
-def _unavailable(adapter: AdapterRef, why: str, error: PreftError) -> AdapterUnavailable:
-    """The error for requests that use an added adapter. Details about files and hosts go to the log alone."""
-    logger.warning("adapter %r, from %s, can't be used: %s", adapter.name, adapter.source, error)
-    return AdapterUnavailable(f"adapter {adapter.name!r} can't be used now: {why}")
-
-
-def _give_way() -> None:
-    """Lowers this thread's priority; on Linux each thread has a niceness of its own."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

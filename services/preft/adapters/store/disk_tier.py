@@ -16,12 +16,12 @@ import shutil
 import threading
 import uuid
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from preft.adapters.formats.digest import add_file_header, read_chunks
-from preft.adapters.sources.source import AdapterSource
+from preft.adapters.formats.digest import adapter_files, add_file_header, read_chunks
+from preft.adapters.sources.source import AdapterSource, open_source
 from preft.core.errors import InvalidAdapter, InvalidRequest, Unavailable
 from preft.core.ports import Progress
 from preft.core.request import DIGEST
@@ -78,21 +78,34 @@ class DiskTier:
             raise Unavailable(f"adapters can't be read from the server's disk: {error.strerror}") from error
         return folder
 
+    def folders(self, digest: str) -> list[AdapterSource]:
+        """The copy as a source, if there is one. Its content may be damaged. Raises as `find`."""
+        folder = self.find(digest)
+        return [] if folder is None else [open_source(str(folder))]
+
     def fetch(
         self,
         source: AdapterSource,
         check: Callable[[Path], T],
         *,
         digest: str | None = None,
+        known: str | None = None,
         progress: Progress | None = None,
     ) -> tuple[str, T]:
         """Copies the files of `source`. Returns their digest and what `check` returned.
 
         `check` gets the copy, which no other process can change, and raises InvalidAdapter to refuse it. With `digest`,
-        other content is refused. Raises the errors of `AdapterSource`, InvalidAdapter if the adapter is too large or
-        changes during the copy, and Unavailable if the disk is full or fails.
+        other content is refused. Nothing is written if the source equals the copy of the digest `known`; otherwise the
+        source is read twice up to the first difference. Raises the errors of `AdapterSource`, InvalidAdapter if the
+        adapter is too large or changes during the copy, and Unavailable if the disk is full or fails.
         """
         sizes = source.files()
+        if known is not None and (equal := self._equal_copy(source, sizes, known, progress)):
+            try:
+                return known, check(equal)
+            except InvalidAdapter:
+                if self.has(known):  # else the copy was evicted during the check
+                    raise
         self.check_size(sum(size or 0 for size in sizes.values()))
         with _disk_errors(self.root), self._unfinished(sum(size or 0 for size in sizes.values())) as copy:
             found = copy.fill(source, sizes, progress)
@@ -103,6 +116,31 @@ class DiskTier:
             verdict = check(copy.path)
             self._finish(copy, found)
             return found, verdict
+
+    def _equal_copy(
+        self, source: AdapterSource, sizes: dict[str, int | None], digest: str, progress: Progress | None
+    ) -> Path | None:
+        """The folder of the copy, if it is there and has the files of `source`. Reads up to the first difference."""
+        copy = self.find(digest)
+        if copy is None or tuple(sizes) != adapter_files(copy):
+            return None
+        total = None if None in sizes.values() else sum(size or 0 for size in sizes.values())
+        done = 0
+        with suppress(FileNotFoundError), ExitStack() as stack:  # not found: evicted just now
+            files = {name: stack.enter_context(open(copy / name, "rb")) for name in sizes}
+            if any(size not in (None, os.fstat(files[name].fileno()).st_size) for name, size in sizes.items()):
+                return None
+            for name, file in files.items():
+                for chunk in stack.enter_context(closing(source.read(name))):
+                    if file.read(len(chunk)) != chunk:
+                        return None
+                    done += len(chunk)
+                    if progress is not None:
+                        progress(done, total)
+                if file.read(1):
+                    return None
+            return copy
+        return None
 
     def discard(self, digest: str) -> None:
         """Removes a damaged copy, if it is there."""

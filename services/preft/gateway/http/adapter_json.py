@@ -29,10 +29,5 @@ def adapter_json(adapter: Adapter) -> dict[str, Any]:
 
 
 def place_json(place: AdapterPlace) -> PlaceReply:
-    """One worker's place of the adapter. `last_used` in seconds, 0 if never used there."""
-    return {
-        "worker": place.worker_id,
-        "tier": place.tier.value,
-        "last_used": place.last_used,
-        "users": place.users,
-    }
+    """One worker's copy of the adapter."""
+    return {"worker": place.worker_id, "state": place.state.value, "prompts": place.prompts}

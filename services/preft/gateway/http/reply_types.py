@@ -12,7 +12,7 @@ from typing_extensions import TypedDict
 
 _strict = with_config(ConfigDict(extra="forbid"))
 
-Tier = Literal["slot", "host", "disk", "source"]
+State = Literal["slot", "host", "loading"]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -165,12 +165,11 @@ class AdapterReply(TypedDict):
 
 @_strict
 class PlaceReply(TypedDict):
-    """One worker's copy of the adapter. `last_used` in seconds since 1970, 0 if never used on that worker."""
+    """One worker's copy of the adapter. `prompts` counts prompts under the adapter that aren't computed."""
 
     worker: str
-    tier: Tier
-    last_used: float
-    users: int
+    state: State
+    prompts: int
 
 
 @_strict

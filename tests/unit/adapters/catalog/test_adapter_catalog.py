@@ -14,7 +14,7 @@ import tarfile
 import threading
 import time
 import unicodedata
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from preft.adapters.formats.folder import NOT_PREFILL_ONLY
 from preft.adapters.formats.folder_texts import OTHER_TEMPLATE
 from preft.adapters.sources.archive import unpack_archive
 from preft.adapters.sources.limits import SourceLimits
-from preft.adapters.sources.source import open_source
+from preft.adapters.sources.source import LocalFolder, open_source
 from preft.adapters.store.disk_tier import LOCK, DiskTier
 from preft.core.background import Background
 from preft.core.cluster import Adapter
@@ -187,6 +187,59 @@ async def test_equal_content_again_changes_nothing_for_anybody(
     assert (await store.adapter_changes(0)).revision == revision
 
 
+async def test_adding_again_reads_what_it_must_and_writes_nothing(
+    catalog: Catalog, disk: DiskTier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = [0]
+    read_file = LocalFolder.read
+
+    def counting(self: LocalFolder, name: str) -> Iterator[bytes]:
+        for chunk in read_file(self, name):
+            read[0] += len(chunk) * (name in LORA_FILES)
+            yield chunk
+
+    def changes() -> bytes:
+        return (disk.root / LOCK).read_bytes()
+
+    monkeypatch.setattr(LocalFolder, "read", counting)
+    folder = write_lora(tmp_path / "ada")
+    size = size_of(folder)
+
+    async def add(source: Path, replace: bool = False) -> tuple[int, bool]:
+        """Bytes read from the source, and whether the disk tier has changed."""
+        before, read[0] = changes(), 0
+        added = await catalog.add("ada", str(source), replace=replace)
+        assert (added.digest, added.source) == (adapter_digest(source), str(source))
+        assert added == catalog.get("ada")
+        assert adapter_digest(disk.root / added.digest) == added.digest
+        return read[0], changes() != before
+
+    assert await add(folder) == (size, True)
+    assert await add(folder) == (0, False)
+    os.utime(folder / LORA_FILES[1])
+    assert await add(folder) == (size, False)
+    assert await add(folder) == (0, False)
+    assert await add(Path(shutil.copytree(folder, tmp_path / "moved"))) == (size, False)
+    disk.discard(adapter_digest(folder))
+    assert await add(folder) == (size, True)
+
+    content = (folder / LORA_FILES[1]).read_bytes()
+    (folder / LORA_FILES[1]).write_bytes(content[:-4] + bytes(4))
+    assert await add(folder, replace=True) == (2 * size, True)  # they differ at the end alone
+    (folder / LORA_FILES[0]).write_bytes((folder / LORA_FILES[0]).read_bytes() + b" ")
+    assert await add(folder, replace=True) == (size_of(folder), True)  # their sizes differ
+
+
+async def test_uploading_again_writes_no_second_copy(catalog: Catalog, disk: DiskTier, tmp_path: Path) -> None:
+    archive = tar_of(write_lora(tmp_path / "ada"))
+    first = await catalog.add_archive("ada", archive)
+    before = (disk.root / LOCK).read_bytes()
+    again = await catalog.add_archive("ada", archive)
+    assert (again.digest, again.version) == (first.digest, 1)
+    assert uploads(tmp_path) == [Path(again.source)]
+    assert (disk.root / LOCK).read_bytes() == before
+
+
 async def test_a_taken_name_moves_only_when_told(catalog: Catalog, disk: DiskTier, tmp_path: Path) -> None:
     one, two = (str(write_lora(tmp_path / name, seed=seed)) for seed, name in enumerate(("one", "two")))
     first = await catalog.add("ada", one)
@@ -271,6 +324,19 @@ async def test_names_of_an_older_rule_are_served_and_can_be_removed(
 async def test_the_base_models_name_is_taken(catalog: Catalog, tmp_path: Path) -> None:
     with pytest.raises(InvalidAdapter, match="is the base model's name"):
         await catalog.add("base", str(tmp_path))
+
+
+async def test_text_that_is_not_unicode_is_refused_in_words(catalog: Catalog, tmp_path: Path) -> None:
+    """Lone surrogates, which no store and no reply can hold: in a name, in a source, and in an adapter's metadata."""
+    good = write_lora(tmp_path / "good")
+    by_key = write_lora(tmp_path / "key", {**lora_config(), "\ud800": 1})
+    by_value = write_lora(tmp_path / "value", lora_config(peft_type="\udfff"))
+    for name, source in (("ada\ud800", good), ("ada", f"{good}\udc80"), ("ada", by_key), ("ada", by_value)):
+        with pytest.raises(InvalidAdapter) as refused:
+            await catalog.add(name, str(source))
+        assert r"\ud" in str(refused.value)
+        assert str(refused.value).encode()
+    assert catalog.list() == ()
 
 
 async def test_a_refused_folder_leaves_nothing(catalog: Catalog, tmp_path: Path) -> None:

@@ -112,6 +112,16 @@ class Rig:
                 await stack.enter_async_context(self.store.using(adapter))
             yield
 
+    def tier(self, adapter: AdapterRef) -> Tier:
+        """The nearest tier with the adapter."""
+        state = self.store.state(adapter.digest)
+        if state in (AdapterState.SLOT, AdapterState.HOST):
+            return Tier.SLOT if state is AdapterState.SLOT else Tier.HOST
+        return Tier.DISK if self.disk.has(adapter.digest) else Tier.SOURCE
+
+    def is_unused(self, adapter: AdapterRef) -> bool:
+        return not self.store._users[adapter.digest]
+
     def in_host(self) -> set[str]:
         return {digest for digest, state in self.store.states().items() if state is not AdapterState.LOADING}
 
@@ -134,7 +144,7 @@ async def rig(
     memory, kv = StagingArena.create(host_bytes), StagingArena.create(4096)
     disk = DiskTier(tmp_path / "disk", disk_bytes, disk_bytes)
     made = engine(Role.PREFILL, kv.path, memory.path)
-    store = AdapterStore("w", disk, memory, made, slots, SourceLimits(source_timeout), room_timeout=room_timeout)
+    store = AdapterStore(disk, memory, made, slots, SourceLimits(source_timeout), room_timeout=room_timeout)
     try:
         yield Rig(store, disk, memory, made)
     finally:
@@ -176,15 +186,15 @@ async def test_many_requests_for_one_cold_adapter_are_one_load(tmp_path: Path, s
 async def test_the_nearest_tier_is_used(tmp_path: Path, server: FaultyServer) -> None:
     ann = served(server, tmp_path, "ann")
     async with rig(tmp_path) as the:
-        assert the.store.where(ann.digest).tier is Tier.SOURCE
+        assert the.tier(ann) is Tier.SOURCE
         await the.serve(ann)
-        assert the.store.where(ann.digest).tier is Tier.SLOT
+        assert the.tier(ann) is Tier.SLOT
         first = the.store.totals()
         assert (dict(first.hits), dict(first.loads)) == ({Tier.SOURCE: 1}, {Tier.SOURCE: 1})
         the.store.forget([ann.digest])
-        assert the.store.where(ann.digest).tier is Tier.DISK
+        assert the.tier(ann) is Tier.DISK
         await the.store.prefetch(ann)
-        assert the.store.where(ann.digest).tier is Tier.HOST
+        assert the.tier(ann) is Tier.HOST
         for _ in range(3):  # the first one counts for the load that was made for it
             await the.serve(ann)
         load = the.store.totals()
@@ -225,7 +235,7 @@ async def test_a_failing_load_fails_all_who_wait_and_the_next_tries_again(tmp_pa
         assert the.memory.used == 0
         server.faults.status.clear()
         await the.serve(ann)
-        assert the.store.where(ann.digest).users == 0
+        assert the.is_unused(ann)
 
 
 async def test_slow_sources_do_not_keep_others_waiting(tmp_path: Path, server: FaultyServer) -> None:
@@ -316,7 +326,7 @@ async def test_host_memory_keeps_the_most_recent_within_its_limit(tmp_path: Path
             assert the.memory.used <= the.memory.capacity
         assert tuple(the.store.states()) == tuple(adapters[number].digest for number in (0, 3, 4))
         assert the.store.totals().host_evictions == 2
-        assert the.store.where(adapters[1].digest).tier is Tier.DISK
+        assert the.tier(adapters[1]) is Tier.DISK
         for adapter in (*adapters, *reversed(adapters)):
             await the.serve(adapter)  # the engine finds the right bytes each time
 
@@ -338,18 +348,18 @@ async def test_what_is_in_use_stays(tmp_path: Path) -> None:
                 await the.serve(other)
                 assert ann.digest in the.in_host()
             await the.step(ann)
-            assert the.store.where(ann.digest).users == 1
+            assert not the.is_unused(ann)
         for other in others[:3]:
             await the.serve(other)
         assert ann.digest not in the.in_host()
-        assert the.store.where(ann.digest).users == 0
+        assert the.is_unused(ann)
 
 
 async def test_it_is_in_use_until_the_last_one_leaves(tmp_path: Path) -> None:
     ann, *others = (write(tmp_path / str(number)) for number in range(5))
     async with rig(tmp_path) as the, the.held(ann):
         async with the.held(ann):
-            assert the.store.where(ann.digest).users == 2
+            assert not the.is_unused(ann)
         for other in others:
             await the.serve(other)
         await the.step(ann)
@@ -507,7 +517,7 @@ async def test_a_few_adapters_in_little_memory_under_many_requests(tmp_path: Pat
                     await request
 
         await asyncio.gather(*(client(seed) for seed in range(8)))
-        await until(lambda: not any(the.store.where(adapter.digest).users for adapter in adapters))
+        await until(lambda: all(map(the.is_unused, adapters)))
         load = the.store.totals()
         assert load.host_evictions > 0
         assert load.disk_evictions > 0
@@ -538,9 +548,9 @@ async def test_a_request_that_ends_early_keeps_its_adapter_until_the_engine_is_d
             await the.serve(other)
         the.store.forget([ann.digest])
         await the.step(ann)  # as the engine's next step may
-        assert the.store.where(ann.digest).users == 1
+        assert not the.is_unused(ann)
         the.engine.settled.set()
-        await until(lambda: the.store.where(ann.digest).users == 0)
+        await until(lambda: the.is_unused(ann))
         for other in others[:3]:
             await the.serve(other)
         assert ann.digest not in the.in_host()
@@ -552,7 +562,7 @@ async def test_an_engine_that_is_gone_keeps_nothing(tmp_path: Path) -> None:
         with pytest.raises(EngineFailed):
             async with the.store.using(ann):
                 raise EngineFailed("the engine gave up")
-        await until(lambda: the.store.where(ann.digest).users == 0)
+        await until(lambda: the.is_unused(ann))
 
 
 # Copies that are damaged or gone
@@ -603,7 +613,7 @@ async def test_a_damaged_copy_without_its_source_is_an_error(tmp_path: Path, dam
             with pytest.raises(AdapterUnavailable, match="its source is gone"):
                 await the.serve(ann)
         assert the.engine.loaded == [ann.digest]
-        assert (the.memory.used, the.store.where(ann.digest).tier) == (0, Tier.SOURCE)
+        assert (the.memory.used, the.tier(ann)) == (0, Tier.SOURCE)
 
 
 async def test_a_source_that_has_changed_is_refused(tmp_path: Path) -> None:
@@ -622,7 +632,7 @@ async def test_what_was_evicted_from_the_disk_comes_from_its_source(tmp_path: Pa
     async with rig(tmp_path, disk_bytes=2 * SIZE) as the:
         for adapter in adapters:
             await the.serve(adapter)
-        assert the.store.where(adapters[0].digest).tier is Tier.SOURCE
+        assert the.tier(adapters[0]) is Tier.SOURCE
         await the.serve(adapters[0])
         assert fetches(server, adapters[0]) == 2
         load = the.store.totals()
@@ -656,7 +666,6 @@ async def test_what_is_forgotten_leaves_memory_once_it_is_unused(tmp_path: Path)
         async with the.held(bob):
             the.store.forget([ann.digest, bob.digest, "0" * 64])
             assert the.in_host() == {bob.digest}
-            assert the.store.where(ann.digest).last_used == 0
             await the.step(bob)
             assert the.memory.regions == 1
         assert the.in_host() == set()
@@ -668,18 +677,14 @@ async def test_what_is_forgotten_leaves_memory_once_it_is_unused(tmp_path: Path)
 async def test_where_an_adapter_is_and_who_uses_it(tmp_path: Path) -> None:
     ann, bob, cay = (write(tmp_path / name) for name in ("ann", "bob", "cay"))
     async with rig(tmp_path, slots=2) as the:
-        nowhere = the.store.where(ann.digest)
-        assert (nowhere.worker_id, nowhere.tier, nowhere.last_used, nowhere.users) == ("w", Tier.SOURCE, 0, 0)
+        assert the.tier(ann) is Tier.SOURCE
         await the.serve(ann)
-        before = the.store.where(ann.digest).last_used
-        assert before > 0
         async with the.held(bob, cay):
-            assert the.store.where(bob.digest).tier is Tier.SLOT
-            assert the.store.where(ann.digest).tier is Tier.HOST  # two slots, two more recent ones
-            assert the.store.where(bob.digest).users == 1
+            assert the.tier(bob) is Tier.SLOT
+            assert the.tier(ann) is Tier.HOST  # two slots, two more recent ones
+            assert not the.is_unused(bob)
         await the.serve(ann)
-        assert the.store.where(ann.digest).last_used > before
-        assert the.store.where(bob.digest).tier is Tier.HOST
+        assert the.tier(bob) is Tier.HOST
         assert tuple(the.store.states()) == (bob.digest, cay.digest, ann.digest)
 
 

@@ -17,14 +17,13 @@ from urllib.parse import quote
 import httpx
 import pytest
 
-from preft.core.cluster import Adapter, AdapterPlace, Tier
+from preft.core.cluster import Adapter, AdapterPlace, AdapterState
 from preft.core.errors import AdapterExists, InvalidAdapter, Unavailable
-from preft.core.request import AdapterRef
 from preft.gateway.deps import GatewayDeps
 from preft.gateway.http import add_stream
 from preft.gateway.http.app import create_app
 from preft.gateway.text.tokenizer import Tokenizer
-from support.fakes import FakeCatalog, FakeGenerator, FakePlaces, Script
+from support.fakes import FakeCatalog, FakeGenerator, Script
 from support.served_app import served_app
 
 LIMIT = 3 << 20
@@ -32,8 +31,10 @@ LIMIT = 3 << 20
 
 @pytest.fixture
 async def served(tokenizer: Tokenizer, tmp_path: Path) -> AsyncIterator[SimpleNamespace]:
-    places = FakePlaces((AdapterPlace("prefill-0", Tier.SLOT, 1e9, 2), AdapterPlace("prefill-1", Tier.SOURCE)))
-    state = SimpleNamespace(catalog=FakeCatalog.of(ann="/adapters/ann"), places=places, uploads=tmp_path / "uploads")
+    catalog = FakeCatalog.of(ann="/adapters/ann")
+    state = SimpleNamespace(catalog=catalog, uploads=tmp_path / "uploads")
+    ann = catalog.list()[0].digest
+    there = (AdapterPlace("prefill-0", AdapterState.SLOT, 2), AdapterPlace("prefill-1", AdapterState.LOADING))
     deps = GatewayDeps(
         "base",
         tokenizer,
@@ -42,7 +43,7 @@ async def served(tokenizer: Tokenizer, tmp_path: Path) -> AsyncIterator[SimpleNa
         state.catalog,
         max_adapter_bytes=LIMIT,
         upload_folder=state.uploads,
-        places=places,
+        places=lambda digest: there if digest == ann else (),
     )
     state.metric = deps.registry.get_sample_value
     async with (
@@ -175,11 +176,9 @@ async def test_entries_of_an_older_rule_can_be_removed(served, name):
 async def test_an_entry_says_where_it_is(served):
     shown = (await served.client.get("adapters/ann")).json()
     assert shown["workers"] == [
-        {"worker": "prefill-0", "tier": "slot", "last_used": 1e9, "users": 2},
-        {"worker": "prefill-1", "tier": "source", "last_used": 0.0, "users": 0},
+        {"worker": "prefill-0", "state": "slot", "prompts": 2},
+        {"worker": "prefill-1", "state": "loading", "prompts": 0},
     ]
-    entry = served.catalog.get("ann")
-    assert served.places.asked == [AdapterRef("ann", entry.digest, "/adapters/ann")]
 
 
 async def test_nobody_knows_where(tokenizer):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from openapi_spec_validator import validate
 from pydantic import TypeAdapter
 
-from preft.core.cluster import AdapterPlace, Tier
+from preft.core.cluster import AdapterPlace, AdapterState
 from preft.core.request import FinishReason
 from preft.gateway.bodies.parameters import ACCEPTED, UNSUPPORTED
 from preft.gateway.bodies.schemas import ChatBody, CompletionBody
@@ -25,7 +25,7 @@ from preft.gateway.deps import GatewayDeps
 from preft.gateway.http.app import create_app
 from preft.gateway.http.reply_types import ErrorReply
 from preft.gateway.text.tokenizer import Tokenizer
-from support.fakes import FakeCatalog, FakeGenerator, FakePlaces, Script
+from support.fakes import FakeCatalog, FakeGenerator, Script
 
 JSON = {"content-type": "application/json"}
 USER = [{"role": "user", "content": "hi"}]
@@ -42,8 +42,9 @@ BODIES = sorted(VALID)
 
 def new_app(tokenizer: Tokenizer) -> Any:
     generator = FakeGenerator(lambda request: Script((70, 71), finish=FinishReason.LENGTH))
-    places = FakePlaces((AdapterPlace("prefill-0", Tier.HOST, 1e9, 2),))
-    return create_app(GatewayDeps("base", tokenizer, 64, generator, FakeCatalog.of(ann="/ann"), places=places))
+    catalog = FakeCatalog.of(ann="/ann")
+    here = [AdapterPlace("prefill-0", AdapterState.HOST, 2)]
+    return create_app(GatewayDeps("base", tokenizer, 64, generator, catalog, places=lambda digest: here))
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from preft.core.errors import InvalidRequest
-from preft.core.request import AdapterRef
 from preft.gateway.bodies.adapter_schemas import (
     AddAdapterBody,
     ListQuery,
@@ -48,9 +47,8 @@ def adapter_routes(deps: GatewayDeps) -> APIRouter:
     @router.get("/v1/adapters/{name:path}", responses=answers(ShownAdapter))
     async def show_adapter(name: str) -> Response:
         adapter = entry(catalog, name)
-        wanted = AdapterRef(adapter.name, adapter.digest, adapter.source)
-        places = [] if deps.places is None else await deps.places.places(wanted)
-        return JSONResponse({**adapter_json(adapter), "workers": [place_json(place) for place in places]})
+        places = [place_json(place) for place in deps.places(adapter.digest)]
+        return JSONResponse({**adapter_json(adapter), "workers": places})
 
     @router.put(
         "/v1/adapters/{name:path}",

@@ -1,0 +1,48 @@
+"""A gateway's `AdapterContent` server: workers of other machines read this machine's folders and uploads from it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import grpc.aio
+
+from preft.adapters.catalog.adapter_catalog import Catalog
+from preft.adapters.sources.content_service import ContentService
+from preft.cluster.secret import cluster_secret
+from preft.core.errors import ConfigError
+from preft.core.settings import Settings, host_and_port
+from preft.rpc.adapter_content_pb2_grpc import add_AdapterContentServicer_to_server
+from preft.rpc.secret import OnlyTheCluster
+from preft.rpc.server_options import WORKER_SERVER_OPTIONS
+from preft.state import local_address
+
+
+@asynccontextmanager
+async def serve_content(settings: Settings, catalog: Catalog) -> AsyncIterator[str]:
+    """Serves within the context, at the yielded `host:port`.
+
+    Without the setting `state`, all workers are on this machine: nothing is served, and the address is empty. Raises
+    ConfigError if `peer_host` isn't an address of this machine.
+    """
+    if settings.state is None:
+        yield ""
+        return
+    host = settings.peer_host
+    if host is None:
+        host = await asyncio.to_thread(local_address, settings.state.get_secret_value())
+    guard = OnlyTheCluster(cluster_secret(settings))
+    server = grpc.aio.server(options=WORKER_SERVER_OPTIONS, interceptors=[guard])
+    add_AdapterContentServicer_to_server(ContentService(catalog.folders), server)  # type: ignore[no-untyped-call]
+    try:
+        port = server.add_insecure_port(host_and_port(host, 0))
+    except RuntimeError as error:
+        raise ConfigError(f"peer_host: can't listen on {host}: name an address of this machine") from error
+    address = host_and_port(host, port)
+    guard.serve_at(address)
+    await server.start()
+    try:
+        yield address
+    finally:
+        await server.stop(0)

@@ -41,7 +41,7 @@ class PacedEngine:
         """See `Engine.generate`. Output tokens count up, so that each adds text."""
         check_request(request, self.info)
         if (region := request.save or request.load) is not None:
-            with self._view.hold(region.offset, region.size, region.nonce) as payload:
+            with self._view.hold(region) as payload:
                 if request.save is not None:
                     write_seal(payload, len(request.prompt_token_ids))
                 elif read_seal(payload) != len(request.prompt_token_ids):

@@ -27,8 +27,8 @@ from preft.cluster.stores import model_folder, open_catalog_store
 from preft.core.background import Background
 from preft.core.cluster import Adapter
 from preft.core.errors import ConfigError, PreftError, SourceNotFound, Unavailable
-from preft.core.request import AdapterRef
 from preft.core.ports import StateStore
+from preft.core.request import AdapterRef
 from preft.core.settings import SCHEMES, Settings, is_loopback
 from preft.engine.port import Engine
 from preft.memory.arena import StagingArena

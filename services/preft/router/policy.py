@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
-from itertools import islice
+from itertools import chain, islice
 from typing import Protocol
 
 from preft.core.cluster import Role, Worker
@@ -16,7 +16,9 @@ from preft.core.request import AdapterRef
 from preft.router.view import ClusterView, Order, WorkerView
 
 RING_STEPS = 8  # places on the ring that one choice looks at
-WORK_TOKENS = 512  # of a prompt: as much work as the prompt as such
+WORK_TOKENS = 256  # of a prompt: as much work as the prompt as such
+CHEAPEST = 6  # part of `load_price` that a load costs in any case
+SHARED = 4  # prompts of one adapter at a worker that halve the price of another copy
 MANY = 8  # an adapter has many holders if one in so many workers holds it
 FIRST: Order = (float("-inf"), 0, float("inf"))
 
@@ -116,16 +118,19 @@ class Policy(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class AffinityPolicy:
-    """Prefill goes to a holder of the adapter, unless the holder is clearly busier than another worker.
+    """Prefill goes to a holder of the adapter, unless waiting there costs more than a load elsewhere.
 
     Decode goes to the emptiest worker, whatever the adapter. An adapter that no worker holds, or only workers that are
     too busy, goes to the least loaded of its first places on a hash ring. So adapters spread over the workers, a hot
     adapter spreads over several, and all routers of a cluster agree on the places, as in consistent hashing with
     bounded loads (Mirrokni et al., 2018). The loss of one worker moves its own adapters alone.
+
+    The price of a load is work: a holder is left if it is busier than another worker by more than the price. A long
+    prompt lowers the price, because it delays all that come behind it. Other prompts of the adapter lower the price,
+    because they use the copy too.
     """
 
-    busier_factor: float = 2.0  # a worker is too busy above this many times the least load ...
-    busier_slack: int = 16  # ... plus this much work
+    load_price: int = 36  # work; the time of a load, the adapter that the load drives out, and a slot's change
     patience: float = 0.5  # seconds; a request that has waited longer has its slot or memory kept from younger ones
 
     def place(self, demand: Demand, view: ClusterView, now: float) -> Placement:
@@ -163,11 +168,11 @@ class _Choice:
         least = self._least()
         if isinstance(least, Refusal):
             return least
-        self._limit = least.load * self._policy.busier_factor
+        self._limit = least.load + self._policy.load_price
         prefill = self._nearest(least) if self._demand.digest else self._known_prefix(self._view.workers) or least
         if self._demand.adapter is not None and not prefill.holds(self._demand.digest):
             return Absent(prefill)
-        if self._demand.digest and not (self._takes(prefill) and self._has_slot(prefill)):
+        if self._demand.digest and not self._goes(prefill):
             return Crowded(prefill)
         return Pair(prefill, self._decode_of(prefill) if self._demand.decodes else None)
 
@@ -191,20 +196,25 @@ class _Choice:
         holders, loaders = self._view.holders.get(digest, {}), self._view.loaders.get(digest, {})
         if known := self._known_prefix(holders):
             return known
-        for near in (holders, loaders):  # a request never waits for a load where a holder can serve it
-            if able := self._first_able(near):
-                return able
-        for near in (holders, loaders):
-            if nearest := self._first_usable(near):
-                break
-        else:
-            return self._best_on_ring({}, need_slot=True) or self._best_on_ring({}, need_slot=False) or least
-        if self._bearable(nearest):
-            return nearest
-        further = self._best_on_ring(near, need_slot=True)
-        if further is None and least.id not in near and self._has_slot(least) and not least.refused(digest, self._now):
+        holder, loader = self._best(holders), self._best(loaders)
+        near = holder or loader
+        if near is None:
+            return self._best_on_ring({}, self._limit) or least
+        limit = near.load - self._price(near)
+        if least.load >= limit:
+            return near
+        if holder is not None and loader is not None and loader.load < limit:
+            return loader
+        further = self._best_on_ring({**holders, **loaders}, limit)
+        if further is None and not (least.id in holders or least.id in loaders) and self._may_load(least):
             further = least  # the adapter is on all its next places already
-        return further or nearest
+        return further or near
+
+    def _price(self, near: WorkerView) -> int:
+        """By how much work `near`, which has the adapter or loads it, may be busier than a worker without it."""
+        full = self._policy.load_price
+        price = (full - self._demand.work) * SHARED // (SHARED + near.prompts_of(self._demand.digest))
+        return max(full // CHEAPEST, price)
 
     def _known_prefix(self, near: Mapping[str, WorkerView]) -> WorkerView | None:
         """The one of `near` that has computed most of the prompt's beginning, takes the prompt and isn't too busy."""
@@ -215,38 +225,28 @@ class _Choice:
     def _can_take(self, worker: WorkerView) -> bool:
         """Whether the worker takes the prompt now and isn't too busy."""
         return (
-            worker.load <= self._limit + self._policy.busier_slack
+            worker.load <= self._limit
             and worker.worker.role is not Role.DECODE
             and self._is_usable(worker)
-            and self._takes(worker)
-            and (not self._demand.digest or self._has_slot(worker))
+            and self._goes(worker)
         )
 
-    def _first_able(self, near: Mapping[str, WorkerView]) -> WorkerView | None:
-        """The least loaded of `near` that takes the prompt now and isn't too busy."""
+    def _best(self, near: Mapping[str, WorkerView]) -> WorkerView | None:
+        """The least loaded of `near` that takes the prompt now, or else that could compute it later."""
         if MANY * len(near) < len(self._view.prefill):
             by_load: Iterable[WorkerView] = sorted(near.values(), key=_load)
         else:  # some of the least loaded workers of all are among so many
-            by_load = (worker for worker in self._view.prefill if worker.id in near)
-        for worker in by_load:
-            if worker.load > self._limit + self._policy.busier_slack:
-                return None
-            if self._can_take(worker):
-                return worker
-        return None
-
-    def _first_usable(self, near: Mapping[str, WorkerView]) -> WorkerView | None:
-        """The least loaded of `near` that could compute the prompt later, best one with a slot."""
+            by_load = chain((worker for worker in self._view.prefill if worker.id in near), near.values())
         first = None
-        for worker in sorted(near.values(), key=_load):
+        for worker in by_load:
             if self._is_usable(worker):
-                first = first or worker
-                if self._has_slot(worker):
+                if self._goes(worker):
                     return worker
+                first = first or worker
         return first
 
-    def _best_on_ring(self, known: Mapping[str, WorkerView], *, need_slot: bool) -> WorkerView | None:
-        """The least loaded of the adapter's first places on the ring that may load it and aren't too busy.
+    def _best_on_ring(self, known: Mapping[str, WorkerView], limit: int) -> WorkerView | None:
+        """The least loaded below `limit` of the adapter's first places on the ring that may load it, best with a slot.
 
         The load costs as much at one place as at another.
         """
@@ -255,11 +255,17 @@ class _Choice:
             worker = self._view.workers[key]
             if best is not None and worker.load >= best.load:
                 continue
-            if key in known or worker.refused(self._demand.digest, self._now) or not self._is_usable(worker):
-                continue
-            if self._bearable(worker) and (not need_slot or (self._takes(worker) and self._has_slot(worker))):
+            if worker.load < limit and key not in known and self._is_usable(worker) and self._may_load(worker):
                 best = worker
         return best
+
+    def _may_load(self, worker: WorkerView) -> bool:
+        """Whether the worker takes the prompt once it has loaded the adapter, and hasn't just failed to."""
+        return self._goes(worker) and not worker.refused(self._demand.digest, self._now)
+
+    def _goes(self, worker: WorkerView) -> bool:
+        """Whether the worker takes the prompt now, and has a slot for its adapter."""
+        return self._takes(worker) and (not self._demand.digest or self._has_slot(worker))
 
     def _is_usable(self, worker: WorkerView) -> bool:
         """Whether the worker could compute the prompt, now or later."""
@@ -283,10 +289,6 @@ class _Choice:
     def _stages(self, worker: WorkerView) -> bool:
         """Whether the worker's staging memory has room for the prompt's KV."""
         return worker.has_staging(self._demand.staging(worker.worker))
-
-    def _bearable(self, worker: WorkerView) -> bool:
-        """Whether the worker isn't too busy, and has room in its staging memory or may get some soon."""
-        return worker.load <= self._limit + (self._policy.busier_slack if self._takes(worker) else 0)
 
     def _has_slot(self, worker: WorkerView) -> bool:
         """Whether the worker's engine can add one more prompt with this adapter to its batch."""

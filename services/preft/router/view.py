@@ -16,6 +16,7 @@ from preft.core.cluster import AdapterState, Role, StatusUpdate, Worker, WorkerS
 from preft.router.load_index import HashRing, LoadIndex
 from preft.router.prefixes import PrefixIndex
 
+FOREIGN_WORK = 3  # of a prompt of another router, whose length is unknown
 FULLNESS_LEVELS = 64  # of decode workers
 REFUSED_SECONDS = 3.0  # until a worker that failed to load an adapter is asked again
 BREAK_SECONDS = (0.25, 30.0)  # a failing worker's pause: after the second failure in a row, and at most
@@ -116,8 +117,8 @@ class WorkerView:
 
     @property
     def load(self) -> int:
-        """The work of prompts that the worker computes, and of those that wait for it. Others' prompts count 1 each."""
-        return self.work + self.queued + (self.status.other_prefills if self.status else 0)
+        """The work of prompts that the worker computes, and of those that wait for it. Others' count FOREIGN_WORK."""
+        return self.work + self.queued + (FOREIGN_WORK * self.status.other_prefills if self.status else 0)
 
     # Adapters
 
@@ -158,7 +159,7 @@ class WorkerView:
         """Whether a prompt that isn't computed yet uses the adapter."""
         return digest in self._own_prompts or digest in self._other_prompts
 
-    def prompts(self, digest: str) -> int:
+    def prompts_of(self, digest: str) -> int:
         """Prompts with the adapter that aren't computed yet, of all routers."""
         return self._own_prompts[digest] + self._other_prompts.get(digest, 0)
 

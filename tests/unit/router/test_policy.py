@@ -21,7 +21,7 @@ from preft.transfer.seal import SEAL
 from support.invented_cluster import Member, a_member, a_message, d, gone, p, view_of
 from support.readable_ref import ReadableRef
 
-POLICY = AffinityPolicy(busier_slack=4)
+POLICY = AffinityPolicy(load_price=5)
 NOW = 1000.0
 WAITED_LONG = (NOW - 99.0, 0, NOW - 99.0)  # the order of a request that others must not overtake
 JUST_CAME = (NOW, 1, NOW)

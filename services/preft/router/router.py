@@ -108,7 +108,7 @@ class Router:
         """The ready workers that have the adapter in memory or load it, by id."""
         ready = self.view.ready(Role.PREFILL, Role.COLOCATED)
         there = ((view, view.adapters.get(digest)) for view in ready)
-        return [AdapterPlace(view.id, state, view.prompts(digest)) for view, state in there if state is not None]
+        return [AdapterPlace(view.id, state, view.prompts_of(digest)) for view, state in there if state is not None]
 
     def workers(self) -> list[WorkerSeen]:
         """All registered workers, by id."""

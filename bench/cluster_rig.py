@@ -17,13 +17,13 @@ from preft.core.settings import MiB
 from preft_loadgen.driver import Run
 from preft_loadgen.workload import Lengths, Popularity, Request, Workload
 
-ADAPTERS, RANK = 64, 64  # 22 MB each
+ADAPTERS, RANK = 64, 64  # 21 MB each
 PREFILLS, SLOTS = 2, 4  # slots per worker
-HOST_BYTES = 800 * MiB  # of each prefill worker: 36 adapters
+HOST_BYTES = 800 * MiB  # of each prefill worker: 40 adapters
 CONCURRENCY = 64
 HOW = (
     f"{PREFILLS} prefill workers with {SLOTS} slots each, 1 decode worker; {ADAPTERS} LoRA adapters of rank {RANK} "
-    f"(22 MB), Zipf; host memory for 36 of them per worker; {CONCURRENCY} requests at a time"
+    f"(21 MB), Zipf; host memory for 40 of them per worker; {CONCURRENCY} requests at a time"
 )
 
 

@@ -37,7 +37,7 @@ from preft_loadgen.workload import Request
 
 FEW, MANY = 100, 2000  # streams
 RATE = 200.0  # streams opened per second
-SECONDS = 30.0  # of each stream
+SECONDS = 30.0  # of each stream, unless an argument says otherwise
 PROBE_SECONDS = 0.05  # between requests that measure how long the event loop is blocked
 BODY_BYTES = 30 * 10**6
 SLOW_SECONDS = 10.0  # for one body
@@ -85,11 +85,13 @@ def resident_bytes(pid: int) -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-async def _run(server: Served, what: str, streams: int, token: int, beside: Beside | None = None) -> Figures:
+async def _run(
+    server: Served, what: str, streams: int, seconds: float, token: int, beside: Beside | None = None
+) -> Figures:
     """Opens the streams one after the other, then runs `beside` while all are open."""
     client, pace = HttpClient(server.url), PACES[token]
     requests = [
-        Request(MODEL_NAME, (token, FIRST_WORD + number % 1000), round(SECONDS / pace)) for number in range(streams)
+        Request(MODEL_NAME, (token, FIRST_WORD + number % 1000), round(seconds / pace)) for number in range(streams)
     ]
     watch = Watch(client, server.pid)
     looking = asyncio.create_task(watch.look())
@@ -172,10 +174,10 @@ def _gateway(folder: Path) -> Iterator[Served]:
         workers.wait()
 
 
-async def _measure(server: Served, few: int, many: int) -> list[Figures]:
-    runs = [await _run(server, "streams", streams, FIRST_WORD) for streams in (few, few, many)][1:]
+async def _measure(server: Served, few: int, many: int, seconds: float) -> list[Figures]:
+    runs = [await _run(server, "streams", streams, seconds, FIRST_WORD) for streams in (few, few, many)][1:]
     fast = FIRST_WORD + 1
-    runs.append(await _run(server, "10 tokens/s each", few, fast))
+    runs.append(await _run(server, "10 tokens/s each", few, seconds, fast))
     for name, body in _bodies().items():
 
         async def at_once(body: bytes = body) -> None:
@@ -185,8 +187,8 @@ async def _measure(server: Served, few: int, many: int) -> list[Figures]:
         async def slowly(body: bytes = body) -> None:
             await _post(server, body, SLOW_SECONDS)
 
-        runs.append(await _run(server, f"beside 5 bodies of {name}", few, fast, at_once))
-        runs.append(await _run(server, f"beside a slow body of {name}", few, fast, slowly))
+        runs.append(await _run(server, f"beside 5 bodies of {name}", few, seconds, fast, at_once))
+        runs.append(await _run(server, f"beside a slow body of {name}", few, seconds, fast, slowly))
     return runs
 
 
@@ -216,12 +218,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench-streams", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--few", type=int, default=FEW, help=f"streams that many are compared with (default: {FEW})")
     parser.add_argument("--many", type=int, default=MANY, help=f"default: {MANY}")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"of each stream (default: {SECONDS:g})")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args(argv)
     raise_file_limit()
     try:
         with tempfile.TemporaryDirectory(prefix="preft-bench-") as folder, _gateway(Path(folder)) as server:
-            runs = asyncio.run(_measure(server, arguments.few, arguments.many))
+            runs = asyncio.run(_measure(server, arguments.few, arguments.many, arguments.seconds))
     except (PreftError, LoadgenError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1

@@ -182,6 +182,7 @@ def delta_from_proto(message: common_pb2.TokenDelta) -> TokenDelta:
 
 
 def place_to_proto(place: AdapterPlace) -> workers_pb2.WhereReply:
+    """A worker's answer to `Where`."""
     return workers_pb2.WhereReply(tier=place.tier, last_used=place.last_used, users=place.users)
 
 

@@ -42,11 +42,7 @@ DONE = {grpc.StatusCode.OK, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_
 REFUSALS = {
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.UNAVAILABLE,  # an adapter whose source isn't there
-    grpc.StatusCode.DATA_LOSS,  # KV that never came, or goes nowhere
-    grpc.StatusCode.FAILED_PRECONDITION,
-    grpc.StatusCode.ALREADY_EXISTS,
-    grpc.StatusCode.RESOURCE_EXHAUSTED,
-    grpc.StatusCode.ABORTED,
+    grpc.StatusCode.DATA_LOSS,  # KV that never came, goes nowhere, or was refused
 }
 
 

@@ -19,10 +19,11 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from preft.adapters.formats.digest import CHUNK
 from preft.adapters.sources.limits import SourceLimits
 from preft.adapters.sources.remote_files import FoundFile
 from preft.adapters.sources.source import AdapterSource
-from preft.adapters.sources.waiting import CHUNK, Pace, TooSlow, wait_for
+from preft.adapters.sources.waiting import Pace, TooSlow, wait_for
 from preft.core.errors import Unavailable
 from preft.rpc import adapter_content_pb2
 from preft.rpc.adapter_content_pb2_grpc import AdapterContentStub

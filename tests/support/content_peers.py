@@ -30,6 +30,7 @@ class FaultyContent(ContentService):
         self._fault = fault
         self._healthy = healthy
         self.server: grpc.aio.Server | None = None
+        self.end: asyncio.Task[None] | None = None
 
     def _all(self, digest: str) -> Sequence[AdapterSource]:
         return [open_source(str(path)) for path in self.paths]
@@ -55,7 +56,8 @@ class FaultyContent(ContentService):
                 continue
             if self._fault == "dies":
                 assert self.server is not None
-                await self.server.stop(None)
+                self.end = asyncio.create_task(self.server.stop(None))  # also ends this call
+                await asyncio.sleep(3600)
             elif self._fault == "breaks off":
                 return
             elif self._fault == "falls silent":
@@ -81,4 +83,4 @@ async def serving(service: ContentService, secret: ClusterSecret = SECRET) -> As
     try:
         yield address
     finally:
-        await server.stop(None)
+        await (service.end if isinstance(service, FaultyContent) and service.end else server.stop(None))

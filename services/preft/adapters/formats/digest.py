@@ -19,8 +19,9 @@ REFT_CONFIG_FILE = "reft_config.json"
 REFT_WEIGHTS_FILE = "reft_model.safetensors"
 LORA_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 REFT_FILES = (REFT_CONFIG_FILE, REFT_WEIGHTS_FILE)
+ADAPTER_FILES = (*LORA_FILES, *REFT_FILES)
 PREFILL_ONLY = "prefill_only"  # field of either configuration: true if the adapter was trained for the prompt alone
-CHUNK = 1 << 20
+CHUNK = 1 << 20  # bytes that are read at a time
 
 
 def adapter_files(folder: Path) -> tuple[str, ...]:

@@ -22,15 +22,13 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, BinaryIO, cast
 
-from preft.adapters.formats.digest import LORA_FILES, REFT_FILES
+from preft.adapters.formats.digest import ADAPTER_FILES, CHUNK, LORA_FILES
 from preft.adapters.formats.folder_texts import TEXT_BYTES, TEXT_FILES
 from preft.adapters.formats.found_instead import explain
 from preft.core.errors import InvalidAdapter, PreftError, Unavailable
 
 logger = logging.getLogger(__name__)
 
-ADAPTER_FILES = frozenset((*LORA_FILES, *REFT_FILES))
-CHUNK = 1 << 20  # bytes
 MAX_ENTRIES = 10_000
 MAX_READ = 16 << 20  # bytes that a header or a table of contents may claim
 MARGIN = 1 << 20  # bytes of headers and padding in a tar file

@@ -12,7 +12,8 @@ from contextlib import suppress
 
 import grpc.aio
 
-from preft.adapters.sources.source import ADAPTER_FILES, AdapterSource
+from preft.adapters.formats.digest import ADAPTER_FILES
+from preft.adapters.sources.source import AdapterSource
 from preft.core.errors import InvalidRequest, PreftError, SourceNotFound
 from preft.rpc import adapter_content_pb2
 from preft.rpc.adapter_content_pb2_grpc import AdapterContentServicer

@@ -33,22 +33,22 @@ class SourceRules:
         real = os.path.realpath(path)
         folders = (os.path.realpath(folder) for folder in self.allowed if "://" not in folder)
         if not any(_is_in(real, folder) for folder in folders):
-            raise not_allowed(path)
+            raise rule_error(path)
 
     def check_uri(self, uri: str) -> bool:
         """Whether `uri` may connect to public addresses only. Raises InvalidAdapter if `uri` isn't allowed."""
         if self.allowed is None:
             return False
         if ".." in unquote(uri).replace("\\", "/").split("/"):
-            raise not_allowed(uri)
+            raise rule_error(uri)
         place, parts = _web_normal(uri), urlsplit(uri)
         matching = [prefix for prefix in self.allowed if "://" in prefix and _is_in(place, _web_normal(prefix))]
         if not matching:
-            raise not_allowed(uri)
+            raise rule_error(uri)
         if parts.scheme not in ("http", "https") or any(urlsplit(prefix).netloc for prefix in matching):
             return False
         if not is_public(parts.hostname or "", unless_name=True):
-            raise not_allowed(uri)
+            raise rule_error(uri)
         return True
 
 
@@ -95,7 +95,7 @@ def _web_normal(uri: str) -> str:
     return f"{scheme.lower()}{separator}{host.lower()}{slash}{path}"
 
 
-def not_allowed(source: str) -> InvalidAdapter:
+def rule_error(source: str) -> InvalidAdapter:
     """The error for a source that the rules don't allow."""
     return InvalidAdapter(
         f"adapters may not be read from {source}: upload the adapter, or add the place to the setting adapter_sources",

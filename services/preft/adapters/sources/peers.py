@@ -19,10 +19,11 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from preft.adapters.formats.digest import CHUNK
 from preft.adapters.sources.limits import SourceLimits
 from preft.adapters.sources.remote_files import FoundFile
 from preft.adapters.sources.source import AdapterSource
-from preft.adapters.sources.waiting import CHUNK, Pace, TooSlow, wait_for
+from preft.adapters.sources.waiting import Pace, TooSlow, wait_for
 from preft.core.errors import Unavailable
 from preft.rpc import adapter_content_pb2
 from preft.rpc.adapter_content_pb2_grpc import AdapterContentStub
@@ -56,6 +57,7 @@ class Peers:
             yield
         finally:
             self._gateways[address] -= 1
+            self._gateways = +self._gateways  # without those that are gone
 
     async def find(self, digest: str, stop: threading.Event) -> AsyncGenerator[AdapterSource, None]:
         """The folders of all peers that may hold the adapter. A peer that doesn't answer has none.
@@ -68,7 +70,7 @@ class Peers:
 
     async def _addresses(self) -> list[str]:
         """The peers' addresses: gateways first, because one of them has added the adapter."""
-        gateways, workers = [*+self._gateways], list[str]()
+        gateways, workers = [*self._gateways], list[str]()
         with suppress(Unavailable):  # the state store; the gateways are known without it
             workers = list(await self._workers())
         random.shuffle(gateways)
@@ -139,7 +141,11 @@ class _PeerFolder:
         except (TimeoutError, TooSlow):
             raise Unavailable(f"{self._uri} can't be read: its bytes don't come in time") from None
         finally:
-            asyncio.run_coroutine_threadsafe(_close(chunks), self._loop)
+            closing = _close(chunks)
+            try:
+                asyncio.run_coroutine_threadsafe(closing, self._loop)
+            except RuntimeError:  # the loop is closed: the process ends
+                closing.close()
 
 
 async def _read(

@@ -32,9 +32,10 @@ from aiohttp import (
 )
 from aiohttp.connector import AddrInfoType
 
+from preft.adapters.formats.digest import CHUNK
 from preft.adapters.formats.found_instead import TELLTALES
-from preft.adapters.sources.limits import SourceLimits, SourceRules, is_public, not_allowed
-from preft.adapters.sources.waiting import CHUNK, Pace, TooSlow, wait_for
+from preft.adapters.sources.limits import SourceLimits, SourceRules, is_public, rule_error
+from preft.adapters.sources.waiting import Pace, TooSlow, wait_for
 from preft.core.errors import InvalidAdapter, PreftError, SourceNotFound, Unavailable
 
 logger = logging.getLogger(__name__)
@@ -202,7 +203,7 @@ async def _web_session(*, rules: SourceRules, **options: Any) -> ClientSession:
         try:
             return await handler(request)
         except ClientConnectionError as error:
-            raise not_allowed(url) if refused else error from None
+            raise rule_error(url) if refused else error from None
 
     # force_close: a reused connection would skip the check of its address.
     connector = TCPConnector(socket_factory=_checked_socket, force_close=True)

@@ -20,16 +20,15 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
-from preft.adapters.formats.digest import CONFIG_FILE, LORA_FILES, REFT_CONFIG_FILE, REFT_FILES
+from preft.adapters.formats.digest import ADAPTER_FILES, CHUNK, CONFIG_FILE, LORA_FILES, REFT_CONFIG_FILE, REFT_FILES
 from preft.adapters.formats.folder_texts import TEXT_BYTES, TEXT_FILES
 from preft.adapters.formats.found_instead import explain
 from preft.adapters.sources.limits import SourceLimits, SourceRules
 from preft.adapters.sources.remote_files import FoundFile, RemoteFolder
-from preft.adapters.sources.waiting import CHUNK, stop_error
+from preft.adapters.sources.waiting import stop_error
 from preft.core.errors import InvalidAdapter, PreftError, SourceNotFound, Unavailable
 from preft.rpc.checked import CONTROL, MAX_TEXT
 
-ADAPTER_FILES = (*LORA_FILES, *REFT_FILES)
 LISTED = 1000  # names read from a folder without an adapter, to explain what the folder holds
 SCHEME = re.compile(r"([^/]*)://(.*)", re.DOTALL)
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub", "http": "aiohttp", "https": "aiohttp"}

@@ -13,12 +13,12 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import wait
 from typing import Any, TypeVar
 
+from preft.adapters.formats.digest import CHUNK
 from preft.adapters.sources.limits import SourceLimits
 from preft.core.errors import Unavailable
 
 T = TypeVar("T")
 
-CHUNK = 1 << 20  # bytes
 LOOK_SECONDS = 0.1  # a stopped wait ends within this time
 
 

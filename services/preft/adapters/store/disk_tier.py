@@ -314,7 +314,7 @@ class _Unfinished:
                     self.written += len(chunk)
                     self._tier.check_size(self.written)
                     if size is not None and file.tell() + len(chunk) > size:
-                        raise _changed(source, name)
+                        raise _change_error(source, name)
                     while self.written > self.reserved:
                         self._tier.grow(self)
                     file.write(chunk)
@@ -328,7 +328,7 @@ class _Unfinished:
                 for chunk in read_chunks(self.path, name):
                     digest.update(chunk)
             elif length != size:
-                raise _changed(source, name)
+                raise _change_error(source, name)
             os.chmod(self.path / name, 0o400)
         return digest.hexdigest()
 
@@ -361,7 +361,7 @@ def _left_behind(folder: Path) -> bool:
         os.close(descriptor)
 
 
-def _changed(source: AdapterSource, name: str) -> InvalidAdapter:
+def _change_error(source: AdapterSource, name: str) -> InvalidAdapter:
     return InvalidAdapter(f"{name} in {source.uri} changed while it was read: add it again when it is complete")
 
 

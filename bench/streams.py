@@ -159,6 +159,7 @@ def _gateway(folder: Path) -> Iterator[Served]:
         "prefill": {**engine, "max_loras": 1},
         "decode": engine,
         "store": {"host_bytes": MiB},
+        "router": {"max_queue": 2 * MANY},  # all streams may open at once on a busy machine
     }
     config = folder / "settings.json"
     config.write_text(json.dumps(settings))  # JSON is YAML

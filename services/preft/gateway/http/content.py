@@ -24,6 +24,7 @@ ARCHIVE_TYPES = frozenset(
     }
 )  # fmt: skip
 GZIP_MEMBERS = 16  # clients send one; each member costs a copy of the bytes after it
+DISCARDED_BYTES = 64 << 20  # received beyond the limit, and dropped
 _UTF8 = frozenset({"utf-8", "utf8", "us-ascii", "ascii"})
 _BOM = b"\xef\xbb\xbf"
 _GZIP = 16 + zlib.MAX_WBITS
@@ -99,13 +100,23 @@ def _encoding(request: Request) -> str:
 
 
 async def _read(request: Request, limit: int) -> bytes:
-    if (declared_length(request) or 0) > limit:
+    """The body. Raises HTTPException 413, after the body's end if that comes soon.
+
+    A client that still sends when the connection closes may see a broken connection instead of the answer.
+    """
+    size, data = 0, bytearray()
+    if (declared_length(request) or 0) > limit + DISCARDED_BYTES:
         raise too_large(limit)
-    data = bytearray()
     async for chunk in request.stream():
-        data += chunk
-        if len(data) > limit:
-            raise too_large(limit)
+        size += len(chunk)
+        if size > limit + DISCARDED_BYTES:
+            break
+        if size <= limit:
+            data += chunk
+        else:
+            data.clear()
+    if size > limit:
+        raise too_large(limit)
     return bytes(data)
 
 

@@ -1,7 +1,4 @@
-"""A cluster of processes of their own: two workers, two gateways and a Redis server that fails.
-
-Gateways and workers are on machines of their own, as far as `state_dir` and `adapter_sources` can keep them apart.
-"""
+"""A cluster of processes of their own: two workers, two gateways and a Redis server that fails."""
 
 from __future__ import annotations
 
@@ -68,24 +65,15 @@ def cluster(folders: Callable[[str], Folders], tmp_path_factory: pytest.TempPath
     root = tmp_path_factory.mktemp("processes")
     own = folders("llama")
     adapters = {name: str(path) for name, path in own.adapters.items()}
-    settings = {
-        **ROOMY,
-        "cluster_secret": "of these processes",
-        "model": str(own.model),
-        "adapters": adapters,
-        "shutdown_timeout": DRAIN_SECONDS,
-    }
+    settings = {**ROOMY, "model": str(own.model), "adapters": adapters, "shutdown_timeout": DRAIN_SECONDS}
     (root / "cluster.yaml").write_text(yaml.safe_dump(settings))
     with running_redis(root / "redis") as redis, ExitStack() as stack:
-        common = ["--state", redis.url(), "--config", str(root / "cluster.yaml")]
-        far = ["--set", "adapter_sources=[]"]  # a worker reads no folder but those of the settings
+        common = ["--state", redis.url(), "--state-dir", str(root / "state"), "--config", str(root / "cluster.yaml")]
 
         def start(name: str, *arguments: str) -> ServerProcess:
-            own = ["--state-dir", str(root / name)]
-            return stack.enter_context(running([*arguments, *common, *own], root / f"{name}.log"))
+            return stack.enter_context(running([*arguments, *common], root / f"{name}.log"))
 
-        roles = "prefill", "decode"
-        workers = {role: start(role, "worker", "--role", role, "--id", f"{role}-a", *far) for role in roles}
+        workers = {role: start(role, "worker", "--role", role, "--id", f"{role}-a") for role in ("prefill", "decode")}
         gateways = [start(f"gateway{number}", "gateway", "--port", "0") for number in range(2)]
         urls = [gateway.said(r"is ready on (http://\S+)") for gateway in gateways]
         yield Cluster(own, redis, workers, (urls[0], urls[1]))

@@ -32,7 +32,7 @@ from preft.core.errors import (
 from preft.core.request import GenerateRequest, TokenDelta
 from preft.router import router as router_module
 from preft.router.router import Router
-from preft.router.view import WorkerView
+from preft.router.worker_view import WorkerView
 from preft.rpc import liveness
 from support.fake_workers import EOS, FakeDecode, Fault, a_ref, a_request, digest_of, foretold
 from support.router_harness import FAST, SECRET, Harness, running

@@ -12,8 +12,9 @@ import pytest
 
 from preft.core.cluster import AdapterState, StatusUpdate, Worker, WorkerState
 from preft.router.channels import WorkerChannels
-from preft.router.view import ClusterView, WorkerView
+from preft.router.view import ClusterView
 from preft.router.watches import Watches
+from preft.router.worker_view import WorkerView
 from support.fake_workers import FakeCluster, FakePrefill
 from support.router_harness import SECRET
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from bench.simulate.workload import Arrival
 from preft.core.request import AdapterRef
 from preft.router.lease import Lease
-from preft.router.view import Order
+from preft.router.worker_view import Order
 
 
 @dataclass(slots=True, eq=False)

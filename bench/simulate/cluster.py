@@ -14,8 +14,9 @@ from bench.simulate.scenario import Scenario
 from preft.core.cluster import Role, Worker
 from preft.core.request import AdapterRef
 from preft.router.admission import Admission
-from preft.router.view import ClusterView, WorkerView
+from preft.router.view import ClusterView
 from preft.router.watches import INTERVALS, MESSAGES
+from preft.router.worker_view import WorkerView
 
 SIGN_OF_LIFE = 1.0  # seconds after which a worker tells again what hasn't changed
 Node = PrefillWorker | DecodeWorker

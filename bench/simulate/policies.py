@@ -13,7 +13,8 @@ from hashlib import blake2b
 from itertools import count
 
 from preft.router.policy import AffinityPolicy, Crowded, Demand, Pair, Placement, Policy, Refusal
-from preft.router.view import ClusterView, WorkerView
+from preft.router.view import ClusterView
+from preft.router.worker_view import WorkerView
 
 
 class Direct:
@@ -88,7 +89,8 @@ class ConsistentHash(LeastLoaded):
     def choose(self, demand: Demand, view: ClusterView, now: float) -> WorkerView | None:
         if not demand.digest:
             return super().choose(demand, view, now)
-        return next((view.workers[key] for key in view.ring.walk(demand.digest) if key not in demand.avoid), None)
+        places = view.ring.places(demand.digest, 1 + len(demand.avoid))
+        return next((view.workers[key] for key in places if key not in demand.avoid), None)
 
 
 class Dynamo(LeastLoaded):

@@ -22,11 +22,12 @@ from bench.simulate.workload import Arrival, Workload, adapter_refs
 from preft.core.cluster import Role
 from preft.core.errors import QueueFull
 from preft.core.request import AdapterRef
-from preft.router.admission import Ticket
 from preft.router.generation import KV_ALLOWANCE
 from preft.router.policy import Absent, Crowded, Demand, Pair
 from preft.router.router import QUEUED_SHARE
-from preft.router.view import ClusterView, WorkerView
+from preft.router.ticket import Ticket
+from preft.router.view import ClusterView
+from preft.router.worker_view import WorkerView
 
 MAX_PREFILLS = 64  # the default of `router.max_inflight_prefills`
 DRAIN_SECONDS = 600.0  # for the requests that are left after the last arrival

@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 
 from bench.simulate.clock import Stopwatch
 from preft.core.request import AdapterRef
-from preft.router.admission import Admission, Ticket
+from preft.router.admission import Admission
 from preft.router.fair_share import FairShare
 from preft.router.policy import Demand, Placement, Policy
-from preft.router.view import ClusterView, WorkerView
+from preft.router.ticket import Ticket
+from preft.router.view import ClusterView
+from preft.router.worker_view import WorkerView
 
 
 class TimedPolicy:

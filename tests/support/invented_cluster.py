@@ -16,7 +16,8 @@ from preft.core.cluster import (
     WorkerState,
     WorkerStatus,
 )
-from preft.router.view import ClusterView, WorkerView
+from preft.router.view import ClusterView
+from preft.router.worker_view import WorkerView
 
 BLOCK_BYTES = 1000
 STAGED = BLOCK_BYTES + REGION_BYTES  # a prompt of one block takes so much staging memory

@@ -14,6 +14,7 @@ from typing import Any
 from preft.cluster.adapters import open_catalog
 from preft.cluster.console import Console, first_question
 from preft.cluster.content_server import serve_content
+from preft.cluster.garbage import rare_full_collections
 from preft.cluster.gateway_process import RunningGateway, run_gateway
 from preft.cluster.process import Stop, raise_file_limit, unless
 from preft.core.errors import EngineFailed
@@ -40,6 +41,7 @@ async def open_gateway(
     gateway = await stack.enter_async_context(run_gateway(settings, store, catalog, own, content_address))
     if stop.asked.is_set():
         return None
+    stack.enter_context(rare_full_collections())
     console.line(f"listening on http://{gateway.address}; requests get 503 until the workers are ready")
     return gateway
 

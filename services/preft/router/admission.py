@@ -18,13 +18,17 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from preft.core.cluster import Role
-from preft.core.errors import DeadlineExceeded, InvalidRequest, PreftError, QueueFull, Unavailable
+from preft.core.errors import PreftError, QueueFull, Unavailable
 from preft.core.request import AdapterRef
 from preft.router.fair_share import FairShare
+from preft.router.fits import check_fits
+from preft.router.kept_room import KeptRoom
 from preft.router.lease import Lease
 from preft.router.lines import Line, Lines
 from preft.router.policy import Absent, Crowded, Demand, Pair, Placement, Policy, Refusal
-from preft.router.view import ClusterView, Order, WorkerView
+from preft.router.ticket import Ticket
+from preft.router.view import ClusterView
+from preft.router.worker_view import WorkerView
 
 TURN = 32  # requests of one adapter that go together before older ones of other adapters
 TRIES = 16  # lines that one look tries, and ...
@@ -32,48 +36,6 @@ LINES = 100  # lines that it reads, until it gives up: the others are younger, a
 HELPED = 4  # lines of other workers that a worker with room looks at
 AHEAD = 2  # times its slots: adapters that a worker loads before they have a slot
 RETRY_AFTER = (1.0, 30.0)  # seconds, least and most
-
-
-class Ticket:
-    """One request's place in the queue, and then its lease."""
-
-    def __init__(self, demand: Demand, choices: Sequence[int], queue: Admission) -> None:
-        self.demand = demand
-        self.choices = choices
-        self.outcome: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
-        self._queue = queue
-        self._ended = False
-
-    async def wait(self, timeout: float) -> Lease:
-        """Returns the lease once there is room; the caller releases it. Cancelling the wait leaves the queue.
-
-        Raises DeadlineExceeded after `timeout` seconds, and Unavailable if no workers came back in time.
-        """
-        try:
-            async with asyncio.timeout(timeout):
-                lease = await self.outcome
-        except TimeoutError as error:
-            self.cancel()
-            raise DeadlineExceeded("the request's time limit passed while it waited for a worker") from error
-        except BaseException:
-            self.cancel()
-            raise
-        self._ended = True
-        return lease
-
-    def fail(self, error: PreftError) -> None:
-        """Makes `wait` raise `error`, unless the ticket has a lease or has ended."""
-        if not self.outcome.done():
-            self.outcome.set_exception(error)
-
-    def cancel(self) -> None:
-        """Leaves the queue at once, and releases a lease that `wait` hasn't returned. `wait` then ends as cancelled."""
-        if self._ended:
-            return
-        self._ended = True
-        self._queue.forget(self)
-        if not self.outcome.cancel() and not self.outcome.cancelled() and self.outcome.exception() is None:
-            self.outcome.result().release()
 
 
 class Admission:
@@ -101,7 +63,7 @@ class Admission:
         self._restart_grace = restart_grace
         self.refused = 0  # requests for which there was no room in the queue
         self._lines = Lines()
-        self._kept: dict[Refusal, WorkerView] = {}  # workers whose memory is kept for a request
+        self._kept = KeptRoom(view)
         self._grants: deque[float] = deque(maxlen=64)  # times of the last leases
         self._awake: dict[WorkerView, None] = {}  # workers that may have room
         self._ready: dict[str, None] = {}  # digests whose loads have ended
@@ -135,7 +97,7 @@ class Admission:
         if not started:
             if not self._view.serving:
                 raise Unavailable("no prefill and decode workers that fit together are ready")
-            self._check_fits(demand)
+            check_fits(demand, self._view)
         ticket = Ticket(demand, choices, self)
         line = self._lines.get(demand.digest)
         placed = None
@@ -157,7 +119,7 @@ class Admission:
         line = self._lines.get(ticket.demand.digest)
         at = line.at if line is not None else None
         if self._lines.remove(ticket):
-            self._unkeep(ticket, at)
+            self._kept.give_up(ticket.demand.order, at)
             self.wake(at)
 
     def load_ended(self, worker: WorkerView, digest: str, error: PreftError | None) -> None:
@@ -170,13 +132,15 @@ class Admission:
             for ticket in [ticket for ticket in line.tickets if not self._has_others(ticket)]:
                 at = line.at
                 self._lines.remove(ticket)
-                self._unkeep(ticket, at)
+                self._kept.give_up(ticket.demand.order, at)
                 ticket.fail(error)
         self._ready[digest] = None
         self.wake(worker)
 
     def wake(self, worker: WorkerView | None = None) -> None:
         """Schedules one look at the queue, as `worker` may have room; several calls before it share the look."""
+        if worker is not None and worker.worker.role is Role.DECODE and not self._lines.number_anywhere:
+            return  # no line waits for one decode worker
         if worker is not None and self._lines:
             self._awake[worker] = None
         if self._lines and not self._pump_due and self._closed is None:
@@ -276,17 +240,21 @@ class Admission:
                     self._try(line)
 
     def _can_help(self, worker: WorkerView, line: Line) -> bool:
-        """Whether the worker has the adapter, or no load is under way whose end lets the line go."""
+        """Whether the worker has the adapter, or is less busy than the line's, and no load will let the line go."""
+        if worker.holds(line.digest) or line.at is None:
+            return True
+        if worker.load >= line.at.load_for(line.digest):
+            return False
         loaders = self._view.loaders.get(line.digest, {}).values()
-        return worker.holds(line.digest) or not any(line.digest in one.loads for one in loaders)
+        return not any(line.digest in one.loads for one in loaders)
 
     def _try(self, line: Line | None) -> None:
         """Lets a line's requests go out of turn."""
         if line is not None:
             at, head = line.at, line.head
-            has_kept = self._has_kept(head, at)
+            has_kept = self._kept.has(head.demand.order, at)
             self._go(line)
-            if has_kept and not self._has_kept(head, at):
+            if has_kept and not self._kept.has(head.demand.order, at):
                 self.wake(at)  # the oldest of the others that wait for the same room is next
 
     def _go(self, line: Line) -> Placement | None:
@@ -299,7 +267,7 @@ class Admission:
                 return placed
             at = line.at
             self._lines.remove(ticket)
-            self._unkeep(ticket, at)
+            self._kept.give_up(ticket.demand.order, at)
             if not line.tickets:
                 return None
         self.wake(line.at)
@@ -324,8 +292,8 @@ class Admission:
         if isinstance(placed, Absent):
             self._load(placed.worker, demand)
             is_loading = line.at is None or not line.at.holds(line.digest)
-            if is_loading and self._has_kept(line.head, line.at):  # nothing is kept while an adapter loads
-                self._unkeep(line.head, line.at)
+            if is_loading and self._kept.has(line.head.demand.order, line.at):  # nothing is kept while an adapter loads
+                self._kept.give_up(line.head.demand.order, line.at)
                 self.wake()
             if not self._stays(line, placed.worker):
                 self._move(line, placed.worker)
@@ -334,14 +302,14 @@ class Admission:
             self._move(line, worker)
             worker.slot_for = min(worker.slot_for or demand.order, demand.order)
             if not worker.has_staging(demand.staging(worker.worker)):
-                self._keep(Refusal.NO_STAGING, worker, demand.order)
+                self._kept.keep(Refusal.NO_STAGING, worker, demand.order)
         elif isinstance(placed, Refusal):
             self._move(line, None)
             if demand.adapter is not None:
                 home = self._policy.home(demand, self._view, asyncio.get_running_loop().time())
                 if home is not None:
                     self._load(home, demand)
-            self._keep_memory(demand, placed)
+            self._kept.want(demand, placed)
 
     def _stays(self, line: Line, worker: WorkerView) -> bool:
         """Whether the line's worker is as good as `worker`, as seen without the line itself.
@@ -352,7 +320,7 @@ class Admission:
         if at is None or not at.is_ready or at.id in line.head.demand.avoid:
             return False
         here, there = ((one.holds(digest), one.is_loading(digest)) for one in (at, worker))
-        return here > there or (here == there and at.load - line.work <= worker.load)
+        return here > there or (here == there and at.load_for(digest) <= worker.load)
 
     def _move(self, line: Line, at: WorkerView | None) -> None:
         before = line.at
@@ -379,71 +347,7 @@ class Admission:
         """Whether another worker holds or loads the ticket's adapter."""
         digest = ticket.demand.digest
         near = {**self._view.holders.get(digest, {}), **self._view.loaders.get(digest, {})}
-        usable = [one for one in near.values() if one.is_ready]
-        return any(one.id not in ticket.demand.avoid for one in usable)
-
-    # Memory that is kept for a request too large to fit beside younger ones
-
-    def _keep_memory(self, demand: Demand, refusal: Refusal) -> None:
-        """Notes one worker whose memory younger requests leave alone once `demand` has waited long."""
-        if refusal is Refusal.NO_PREFILL or self._is_kept(refusal, demand.order):
-            return
-        if refusal is Refusal.NO_STAGING:
-            able = (one for one in self._view.prompting() if demand.staging(one.worker) <= one.worker.staging_bytes)
-            chosen = min(able, key=lambda one: one.staging.taken, default=None)
-        else:
-            able = (one for one in self._view.decoding() if _could_hold(one, demand))
-            chosen = min(able, key=self._view.fullness, default=None)
-        if chosen is not None:
-            self._keep(refusal, chosen, demand.order)
-
-    def _is_kept(self, refusal: Refusal, order: Order) -> bool:
-        """Whether memory is kept for this request, or for an older one."""
-        kept = self._kept.get(refusal)
-        return kept is not None and kept.is_ready and kept.memory_for is not None and kept.memory_for <= order
-
-    def _keep(self, refusal: Refusal, worker: WorkerView, order: Order) -> None:
-        if not self._is_kept(refusal, order):
-            if (before := self._kept.get(refusal)) is not None:
-                before.memory_for = None
-            worker.memory_for = order
-            self._kept[refusal] = worker
-
-    def _unkeep(self, ticket: Ticket, at: WorkerView | None) -> None:
-        """Gives up what was kept for a ticket that has waited for `at`, or for any worker (None)."""
-        if at is not None and at.slot_for == ticket.demand.order:
-            at.slot_for = None
-        for refusal, worker in list(self._kept.items()):
-            if worker.memory_for == ticket.demand.order:
-                worker.memory_for = None
-                del self._kept[refusal]
-
-    def _has_kept(self, ticket: Ticket, at: WorkerView | None) -> bool:
-        order = ticket.demand.order
-        return (at is not None and at.slot_for == order) or any(one.memory_for == order for one in self._kept.values())
-
-    def _check_fits(self, demand: Demand) -> None:
-        prompting, decoding = self._view.shapes()
-        if not demand.decodes or not decoding:
-            return
-        for role, members in ((Role.PREFILL, prompting), (Role.DECODE, decoding)):
-            if not any(demand.staging(worker) <= worker.staging_bytes for worker in members):
-                room = max(worker.staging_bytes for worker in members)
-                raise InvalidRequest(
-                    f"the KV cache of a prompt of {demand.prompt_tokens} tokens doesn't fit into the {room} bytes of "
-                    f"staging memory of any {role} worker: raise {role}.staging_bytes",
-                    param="prompt",
-                )
-        if not any(worker.blocks(demand.max_tokens) <= worker.kv_blocks for worker in decoding):
-            room = max(worker.kv_blocks * worker.block_size for worker in decoding)
-            raise InvalidRequest(
-                f"prompt and max_tokens come to {demand.max_tokens} tokens, no decode worker holds more than {room}",
-                param="max_tokens",
-            )
-        if not any(demand.blocks(worker) * demand.choices <= worker.kv_blocks for worker in decoding):
-            raise InvalidRequest(
-                f"no decode worker can hold {demand.choices} choices of {demand.kv_tokens} tokens at once", param="n"
-            )
+        return any(one.is_ready and one.id not in ticket.demand.avoid for one in near.values())
 
     def _retry_after(self) -> float:
         """Seconds until half the queue is served, at the rate of the last leases."""
@@ -456,15 +360,9 @@ class Admission:
     def _refuse_all(self, error: PreftError) -> None:
         for line in self._lines:
             for ticket in self._lines.take(line.digest):
-                self._unkeep(ticket, line.at)
+                self._kept.give_up(ticket.demand.order, line.at)
                 ticket.fail(error)
 
 
 def _most_loads(view: WorkerView) -> int:
     return max(2, AHEAD * view.worker.adapter_slots)
-
-
-def _could_hold(view: WorkerView, demand: Demand) -> bool:
-    worker = view.worker
-    fits = demand.blocks(worker) * demand.choices <= worker.kv_blocks
-    return fits and demand.staging(worker) <= worker.staging_bytes

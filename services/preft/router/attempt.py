@@ -29,7 +29,7 @@ from preft.core.request import GenerateRequest, TokenDelta
 from preft.router.channels import WorkerChannels
 from preft.router.decode_stream import DecodeCall
 from preft.router.lease import Lease
-from preft.router.view import WorkerView
+from preft.router.worker_view import WorkerView
 from preft.rpc import common_pb2, workers_pb2
 from preft.rpc.convert import adapter_to_proto, delta_from_proto
 

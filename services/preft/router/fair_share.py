@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Mapping
 from itertools import count
 
-from preft.router.view import Order
+from preft.router.worker_view import Order
 
 SAMPLES = 64  # leases from which the cluster's speed is taken
 FEWEST = 8
@@ -26,7 +26,8 @@ class FairShare:
         """`weights` are shares by tenant; every other tenant has 1."""
         self._weights = weights
         self._finish: dict[str, float] = {}  # by tenant: when its requests so far would be done
-        self._leases: deque[tuple[float, int]] = deque(maxlen=SAMPLES)  # since the queue was empty last
+        self._leases: deque[tuple[float, int]] = deque()  # since the queue was empty last; at most SAMPLES
+        self._tokens = 0  # of these leases
         self._serial = count()
 
     def order(self, since: float, tenant: str, priority: int, tokens: int) -> Order:
@@ -43,8 +44,12 @@ class FairShare:
         """Notes that a request got its workers while `waiting` others waited."""
         if waiting:
             self._leases.append((now, tokens))
+            self._tokens += tokens
+            if len(self._leases) > SAMPLES:
+                self._tokens -= self._leases.popleft()[1]
         else:
             self._leases.clear()
+            self._tokens = 0
             self._finish.clear()
 
     @property
@@ -52,5 +57,5 @@ class FairShare:
         """At the speed of the last leases; 0 while nothing has waited."""
         if len(self._leases) < FEWEST:
             return 0.0
-        tokens = sum(tokens for _, tokens in self._leases) - self._leases[0][1]
+        tokens = self._tokens - self._leases[0][1]
         return (self._leases[-1][0] - self._leases[0][0]) / max(1, tokens)

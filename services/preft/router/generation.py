@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from preft.core.errors import EngineFailed, PreftError, WorkerFull
 from preft.core.request import GenerateRequest, TokenDelta
 from preft.core.settings import RouterSettings
-from preft.router.admission import Admission, Ticket
+from preft.router.admission import Admission
 from preft.router.attempt import FINAL, Attempt, Choice, Job
 from preft.router.channels import WorkerChannels
 from preft.router.decode_stream import CallCancelled
 from preft.router.policy import Demand
 from preft.router.prefixes import beginnings
+from preft.router.ticket import Ticket
 from preft.rpc.convert import sampling_to_proto
 
 logger = logging.getLogger(__name__)

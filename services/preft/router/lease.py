@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from preft.router.policy import Demand, Pair
-from preft.router.view import WorkerView
+from preft.router.worker_view import WorkerView
 
 
 class Lease:

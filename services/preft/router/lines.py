@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from sortedcontainers import SortedList
 
-from preft.router.view import Order, WorkerView
+from preft.router.worker_view import Order, WorkerView
 
 if TYPE_CHECKING:
-    from preft.router.admission import Ticket
+    from preft.router.ticket import Ticket
 
 
 class Line:
@@ -70,7 +70,7 @@ class Lines:
         insort(line.tickets, ticket, key=lambda one: one.demand.order)
         self.waiting += 1
         if line.at is not None:
-            line.at.queue(ticket.demand.work)
+            line.at.queue(digest, 1, ticket.demand.work)
         self._file(line)
         return line
 
@@ -83,7 +83,7 @@ class Lines:
         line.tickets.remove(ticket)
         self.waiting -= 1
         if line.at is not None:
-            line.at.queue(-ticket.demand.work)
+            line.at.queue(line.digest, -1, -ticket.demand.work)
         if line.tickets:
             self._file(line)
         else:
@@ -95,10 +95,9 @@ class Lines:
         if line.at is at:
             return
         self._unfile(line)
-        work = line.work
-        for worker, change in ((line.at, -work), (at, work)):
+        for worker, sign in ((line.at, -1), (at, 1)):
             if worker is not None:
-                worker.queue(change)
+                worker.queue(line.digest, sign * len(line.tickets), sign * line.work)
         line.at = at
         self._file(line)
 
@@ -110,7 +109,7 @@ class Lines:
         self._unfile(line)
         self.waiting -= len(line.tickets)
         if line.at is not None:
-            line.at.queue(-line.work)
+            line.at.queue(digest, -len(line.tickets), -line.work)
         return line.tickets
 
     def oldest(self, worker: WorkerView | None, skip: int) -> Line | None:
@@ -129,6 +128,11 @@ class Lines:
 
     def number_at(self, worker: WorkerView) -> int:
         return len(self._at.get(worker.id, ()))
+
+    @property
+    def number_anywhere(self) -> int:
+        """Lines that wait for any worker."""
+        return len(self._anywhere)
 
     def _file(self, line: Line) -> None:
         key = (line.head.demand.order, line.digest)

@@ -21,6 +21,7 @@ class LoadIndex(Generic[T]):
 
     def __init__(self) -> None:
         self._levels: dict[int, OrderedDict[str, T]] = {}
+        self._order: list[int] = []  # of the levels
         self._level_of: dict[str, int] = {}
 
     def __len__(self) -> int:
@@ -30,7 +31,7 @@ class LoadIndex(Generic[T]):
         return key in self._level_of
 
     def __iter__(self) -> Iterator[T]:
-        for level in sorted(self._levels):
+        for level in self._order:
             yield from self._levels[level].values()
 
     def put(self, key: str, item: T, level: int) -> None:
@@ -43,6 +44,7 @@ class LoadIndex(Generic[T]):
         items = self._levels.get(level)
         if items is None:
             items = self._levels[level] = OrderedDict()
+            insort(self._order, level)
         items[key] = item
         items.move_to_end(key)
 
@@ -57,6 +59,7 @@ class LoadIndex(Generic[T]):
         del items[key]
         if not items:
             del self._levels[level]
+            self._order.remove(level)
 
 
 class HashRing:
@@ -65,30 +68,41 @@ class HashRing:
     def __init__(self) -> None:
         self._points: list[tuple[int, str]] = []
         self._members: set[str] = set()
+        self._walked: dict[tuple[int, int], tuple[str, ...]] = {}  # since the last change of members
 
     def add(self, member: str) -> None:
         if member not in self._members:
             self._members.add(member)
-            for point in _points_of(member):
-                insort(self._points, point)
+            self._walked.clear()
+            self._points += _points_of(member)
+            self._points.sort()
 
     def remove(self, member: str) -> None:
         if member in self._members:
             self._members.remove(member)
-            for point in _points_of(member):
-                del self._points[bisect_left(self._points, point)]
+            self._walked.clear()
+            kept, begin = list[tuple[int, str]](), 0
+            for point in sorted(_points_of(member)):
+                end = bisect_left(self._points, point)
+                kept += self._points[begin:end]
+                begin = end + 1
+            self._points = kept + self._points[begin:]
 
-    def walk(self, key: str) -> Iterator[str]:
-        """All members, each once, in the order in which the ring meets them from `key` on."""
-        seen: set[str] = set()
+    def places(self, key: str, number: int) -> tuple[str, ...]:
+        """The first members, each once and at most `number`, in the order in which the ring meets them from `key`."""
         start = bisect(self._points, (_hash(key), ""))
+        walked = self._walked.get((start, number))
+        if walked is None:
+            walked = self._walked[start, number] = self._walk(start, min(number, len(self._members)))
+        return walked
+
+    def _walk(self, start: int, number: int) -> tuple[str, ...]:
+        seen: dict[str, None] = {}
         for position in range(start, start + len(self._points)):
-            member = self._points[position % len(self._points)][1]
-            if member not in seen:
-                seen.add(member)
-                yield member
-                if len(seen) == len(self._members):
-                    return
+            if len(seen) == number:
+                break
+            seen[self._points[position % len(self._points)][1]] = None
+        return tuple(seen)
 
 
 def _points_of(member: str) -> list[tuple[int, str]]:

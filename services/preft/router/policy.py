@@ -5,21 +5,21 @@ The policy owns the choice alone, keeps no state and changes nothing. `admission
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
-from itertools import chain, islice
 from typing import Protocol
 
 from preft.core.cluster import Role, Worker
 from preft.core.request import AdapterRef
-from preft.router.view import ClusterView, Order, WorkerView
+from preft.router.view import ClusterView
+from preft.router.worker_view import Order, WorkerView
 
 RING_STEPS = 8  # places on the ring that one choice looks at
 WORK_TOKENS = 256  # of a prompt: as much work as the prompt as such
 CHEAPEST = 6  # part of `load_price` that a load costs in any case
 SHARED = 4  # prompts of one adapter at a worker that halve the price of another copy
-MANY = 8  # an adapter has many holders if one in so many workers holds it
+LOOKS = 16  # holders of a hot adapter that one choice looks at
 FIRST: Order = (float("-inf"), 0, float("inf"))
 
 
@@ -130,7 +130,7 @@ class AffinityPolicy:
     because they use the copy too.
     """
 
-    load_price: int = 36  # work; the time of a load, the adapter that the load drives out, and a slot's change
+    load_price: int = 38  # work; the time of a load, the adapter that the load drives out, and a slot's change
     patience: float = 0.5  # seconds; a request that has waited longer has its slot or memory kept from younger ones
 
     def place(self, demand: Demand, view: ClusterView, now: float) -> Placement:
@@ -141,7 +141,7 @@ class AffinityPolicy:
         """See `Policy.home`."""
         if demand.digest in view.holders or demand.digest in view.loaders:
             return None
-        for key in islice(view.ring.walk(demand.digest), RING_STEPS):
+        for key in view.ring.places(demand.digest, RING_STEPS):
             worker = view.workers[key]
             matched = not demand.decodes or worker.worker.fingerprint in view.decode
             if matched and worker.id not in demand.avoid and not worker.refused(demand.digest, now):
@@ -152,14 +152,15 @@ class AffinityPolicy:
 class _Choice:
     """One call of `place`."""
 
-    __slots__ = ("_avoided", "_decode", "_demand", "_limit", "_now", "_policy", "_view")
+    __slots__ = ("_avoided", "_decode", "_demand", "_limit", "_now", "_policy", "_staging", "_view")
 
     def __init__(self, policy: AffinityPolicy, demand: Demand, view: ClusterView, now: float) -> None:
         self._policy = policy
         self._demand = demand
         self._view = view
         self._now = now
-        self._decode: dict[str, WorkerView | None] = {}  # by fingerprint
+        self._decode: dict[str, WorkerView | None] = {}  # by fingerprint, as is
+        self._staging: dict[str, int] = {}
         self._avoided = demand.avoid
         if self._avoided and all(other.id in self._avoided for other in view.prompting()):
             self._avoided = frozenset()
@@ -196,14 +197,14 @@ class _Choice:
         holders, loaders = self._view.holders.get(digest, {}), self._view.loaders.get(digest, {})
         if known := self._known_prefix(holders):
             return known
-        holder, loader = self._best(holders), self._best(loaders)
+        holder, loader = self._best(holders, least), self._best(loaders, least)
         near = holder or loader
         if near is None:
             return self._best_on_ring({}, self._limit) or least
-        limit = near.load - self._price(near)
+        limit = near.load_for(digest) - self._price(near)
         if least.load >= limit:
             return near
-        if holder is not None and loader is not None and loader.load < limit:
+        if holder and loader and loader.load_for(digest) < limit and not loader.refused(digest, self._now):
             return loader
         further = self._best_on_ring({**holders, **loaders}, limit)
         if further is None and not (least.id in holders or least.id in loaders) and self._may_load(least):
@@ -231,14 +232,20 @@ class _Choice:
             and self._goes(worker)
         )
 
-    def _best(self, near: Mapping[str, WorkerView]) -> WorkerView | None:
-        """The least loaded of `near` that takes the prompt now, or else that could compute it later."""
-        if MANY * len(near) < len(self._view.prefill):
-            by_load: Iterable[WorkerView] = sorted(near.values(), key=_load)
-        else:  # some of the least loaded workers of all are among so many
-            by_load = chain((worker for worker in self._view.prefill if worker.id in near), near.values())
+    def _best(self, near: Mapping[str, WorkerView], least: WorkerView) -> WorkerView | None:
+        """The least loaded of `near` that takes the prompt now, or else that could compute it later.
+
+        Of many workers, the choice looks at some, another few for each request, and at `least`.
+        """
+        some = list(near.values())
+        if len(some) > LOOKS:
+            start = self._demand.order[1] * LOOKS % len(some)
+            some = (some + some)[start : start + LOOKS]
+            if least.id in near:
+                some.append(least)
+        some.sort(key=_load)
         first = None
-        for worker in by_load:
+        for worker in some:
             if self._is_usable(worker):
                 if self._goes(worker):
                     return worker
@@ -251,7 +258,7 @@ class _Choice:
         The load costs as much at one place as at another.
         """
         best = None
-        for key in islice(self._view.ring.walk(self._demand.digest), RING_STEPS):
+        for key in self._view.ring.places(self._demand.digest, RING_STEPS):
             worker = self._view.workers[key]
             if best is not None and worker.load >= best.load:
                 continue
@@ -273,7 +280,7 @@ class _Choice:
         return (
             worker.is_ready
             and worker.id not in self._avoided
-            and demand.staging(worker.worker) <= worker.worker.staging_bytes
+            and self._staging_of(worker.worker) <= worker.worker.staging_bytes
             and (not demand.decodes or self._decode_of(worker) is not None)
         )
 
@@ -288,7 +295,14 @@ class _Choice:
 
     def _stages(self, worker: WorkerView) -> bool:
         """Whether the worker's staging memory has room for the prompt's KV."""
-        return worker.has_staging(self._demand.staging(worker.worker))
+        return worker.has_staging(self._staging_of(worker.worker))
+
+    def _staging_of(self, worker: Worker) -> int:
+        """See `Demand.staging`. Workers of one fingerprint have KV blocks of one size."""
+        size = self._staging.get(worker.fingerprint)
+        if size is None:
+            size = self._staging[worker.fingerprint] = self._demand.staging(worker)
+        return size
 
     def _has_slot(self, worker: WorkerView) -> bool:
         """Whether the worker's engine can add one more prompt with this adapter to its batch."""
@@ -327,7 +341,7 @@ class _Choice:
         return (
             view.blocks.taken + demand.blocks(worker) * demand.choices <= worker.kv_blocks
             and not (running and running + crowd > batch)
-            and view.has_staging(demand.staging(worker))
+            and view.has_staging(self._staging_of(worker))
             and not self._kept(view.memory_for)
             and view.paused_until <= self._now
         )

@@ -14,7 +14,7 @@ from preft.core.background import Background
 from preft.core.errors import EngineFailed, PreftError, WorkerLost
 from preft.core.request import AdapterRef
 from preft.router.channels import WorkerChannels
-from preft.router.view import WorkerView
+from preft.router.worker_view import WorkerView
 
 logger = logging.getLogger(__name__)
 

@@ -23,8 +23,9 @@ from preft.router.fair_share import FairShare
 from preft.router.generation import Counters, RoutedGeneration
 from preft.router.policy import AffinityPolicy, Policy
 from preft.router.prefetch import Prefetcher
-from preft.router.view import ClusterView, WorkerView
+from preft.router.view import ClusterView
 from preft.router.watches import Watches
+from preft.router.worker_view import WorkerView
 from preft.rpc.secret import ClusterSecret
 
 FIRST_SECONDS = 2.0  # for all workers to tell their state, at the router's start

@@ -16,7 +16,8 @@ from preft.core.background import Background
 from preft.core.cluster import Worker, WorkerState
 from preft.core.errors import EngineFailed, PreftError, WorkerLost
 from preft.router.channels import WorkerChannels
-from preft.router.view import ClusterView, WorkerView
+from preft.router.view import ClusterView
+from preft.router.worker_view import WorkerView
 
 logger = logging.getLogger(__name__)
 

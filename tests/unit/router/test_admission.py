@@ -21,11 +21,13 @@ from preft.core.errors import (
     SourceNotFound,
     Unavailable,
 )
-from preft.router.admission import TRIES, TURN, Admission, Ticket
+from preft.router.admission import TRIES, TURN, Admission
 from preft.router.fair_share import FairShare
 from preft.router.lease import Lease
 from preft.router.policy import AffinityPolicy, Demand, Placement
-from preft.router.view import ClusterView, WorkerView
+from preft.router.ticket import Ticket
+from preft.router.view import ClusterView
+from preft.router.worker_view import WorkerView
 from support.invented_cluster import Member, a_message, a_worker, check_indexes, d, p, view_of
 from support.readable_ref import ReadableRef
 
@@ -48,7 +50,7 @@ class Queue:
         patience: float = NEVER,
     ) -> None:
         self.view = view_of(*members, max_prefills=prefills)
-        policy = AffinityPolicy(patience=patience, busier_slack=4)
+        policy = AffinityPolicy(patience=patience, load_price=5)
         self.admission = Admission(policy, self.view, max_queue, grace, FairShare({}), lambda worker, adapter: None)
         self.admission.workers_changed()
 
@@ -226,7 +228,7 @@ async def test_a_long_prompt_that_waits_for_its_adapters_worker_isnt_starved_of_
     workers = p("p0", staging=2, adapters="a"), p("p1", staging=2), d("d0", blocks=1000, staging=99)
     queue = Queue(*workers, patience=0.0)
     running = [await queue.prompt(1).wait(1) for _ in range(4)]
-    queue.view.workers["p1"].queue(3)  # so that p0 is the less busy one
+    queue.view.workers["p1"].queue("x", 1, 3)  # so that p0 is the less busy one
     [first, second] = [lease for lease in running if lease.prefill.id == "p0"]
     next(lease for lease in running if lease.prefill.id == "p1").prefill_ended()
     next(lease for lease in reversed(running) if lease.prefill.id == "p1").prefill_ended()
@@ -475,7 +477,7 @@ class Cluster:
         self.asked: list[tuple[str, str]] = []  # (worker, digest) in the order of the calls
         self.calls: dict[tuple[str, str], WorkerView] = {}  # under way
         self.view = ClusterView(prefills, 0.25)
-        policy = AffinityPolicy(patience=patience, busier_slack=4)
+        policy = AffinityPolicy(patience=patience, load_price=5)
         self.admission = Admission(policy, self.view, max_queue, 60.0, FairShare({}), self.prefetch)
         self.beat()
 
@@ -690,14 +692,14 @@ async def test_the_only_worker_is_asked_again_when_it_is_back() -> None:
 async def test_a_failed_copy_is_nobodys_error_while_another_worker_has_the_adapter() -> None:
     """The holder is much busier, but it is there; and the worker that refused isn't asked over and over."""
     cluster = Cluster({"p0": "a", "p1": ""}, prefills=8)
-    running = [await cluster.enter("a").wait(1) for _ in range(5)]
+    running = [await cluster.enter("a").wait(1) for _ in range(3)]
     waiting = [cluster.enter("a") for _ in range(2)]
     assert cluster.asked == [("p1", "a")]
     cluster.load_ends("p1", "a", SourceNotFound("nothing there any more"))
     await settle()
     assert served(*waiting) == [True] * 2
     assert {(await ticket.wait(1)).prefill.id for ticket in waiting} == {"p0"}
-    running += [await cluster.enter("a").wait(1)]
+    running += [await cluster.enter("a").wait(1) for _ in range(3)]
     late = cluster.enter("a")
     assert served(late) == [False]  # it is full
     running[0].release()
@@ -724,7 +726,7 @@ async def test_a_failed_copy_is_the_error_of_one_whom_the_holder_has_failed() ->
 
 async def test_a_resident_adapter_isnt_held_up_by_its_copys_load() -> None:
     cluster = Cluster({"p0": "a", "p1": ""}, prefills=8)
-    running = [await cluster.enter("a").wait(1) for _ in range(5)]
+    running = [await cluster.enter("a").wait(1) for _ in range(3)]
     waiting = cluster.enter("a")
     assert cluster.asked == [("p1", "a")]
     assert served(waiting) == [False]

@@ -8,7 +8,7 @@ import pytest
 
 from preft.router import fair_share
 from preft.router.fair_share import FairShare
-from preft.router.view import Order
+from preft.router.worker_view import Order
 
 TOKENS = 100
 

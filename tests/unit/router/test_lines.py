@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from preft.core.cluster import Role
 from preft.router.lines import Lines
 from preft.router.policy import Demand
-from preft.router.view import WorkerView
+from preft.router.worker_view import WorkerView
 from support.invented_cluster import a_worker
 
 

@@ -16,7 +16,8 @@ from preft.core.cluster import Role, Worker, WorkerState
 from preft.memory.arena import span_of
 from preft.router.lease import Lease
 from preft.router.policy import Absent, AffinityPolicy, Crowded, Demand, Pair, Refusal
-from preft.router.view import ClusterView, WorkerView
+from preft.router.view import ClusterView
+from preft.router.worker_view import WorkerView
 from preft.transfer.seal import SEAL
 from support.invented_cluster import Member, a_member, a_message, d, gone, p, view_of
 from support.readable_ref import ReadableRef
@@ -432,7 +433,7 @@ def test_other_routers_prompts_and_waiting_requests_are_load() -> None:
         if how == "others":
             view.workers["p0"].told(a_message("a", other_prefills=5))
         else:
-            view.workers["p0"].queue(5)
+            view.workers["p0"].queue("x", 1, 5)
         assert look(view) == ("Absent", "p1")
 
 
@@ -465,10 +466,11 @@ def test_a_thousand_workers() -> None:
     prefilling: list[Lease] = []
     decoding: list[Lease] = []
     asked: set[str] = set()
-    for _ in range(3000):
+    for number in range(3000):
         digest = f"digest-{draw.choices(range(2000), popularity)[0]}"
         asked.add(digest)
-        demand = Demand(digest, draw.randint(1, 640), 0, adapter=ReadableRef(digest, digest, "/"))
+        order = (NOW, number, NOW)
+        demand = Demand(digest, draw.randint(1, 640), 0, adapter=ReadableRef(digest, digest, "/"), order=order)
         placed = POLICY.place(demand, view, NOW)
         if isinstance(placed, Absent):
             loads[digest] += 1

@@ -18,7 +18,7 @@ from preft.core.errors import (
 )
 from preft.core.request import AdapterRef
 from preft.router.prefetch import Prefetcher
-from preft.router.view import WorkerView
+from preft.router.worker_view import WorkerView
 from support.invented_cluster import p, view_of
 from support.readable_ref import ReadableRef
 

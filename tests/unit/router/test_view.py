@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from preft.core.cluster import Role, WorkerState
 from preft.router.lease import Lease
 from preft.router.policy import AffinityPolicy, Demand, Pair
-from preft.router.view import BREAK_SECONDS, REFUSED_SECONDS, ClusterView, Memory, WorkerView
+from preft.router.view import ClusterView
+from preft.router.worker_view import BREAK_SECONDS, REFUSED_SECONDS, Memory, WorkerView
 from support.invented_cluster import STAGED, a_member, a_message, a_worker, check_indexes, d, gone, p, view_of
 
 

@@ -29,7 +29,8 @@ from preft.core.request import AdapterRef, GenerateRequest, Sampling
 from preft.core.settings import RouterSettings
 from preft.router.policy import AffinityPolicy, Crowded, Demand, Pair, Placement, Policy
 from preft.router.router import Router
-from preft.router.view import ClusterView, WorkerView
+from preft.router.view import ClusterView
+from preft.router.worker_view import WorkerView
 from preft.rpc.secret import ClusterSecret
 from preft.state import open_store
 from preft_loadgen.driver import closed_loop

@@ -12,7 +12,7 @@ import pytest
 from support.models import make_model
 from support.processes import alive, running
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.vllm, pytest.mark.long, pytest.mark.timeout(300)]
 
 ENGINE = b"VLLM::EngineCore"  # vLLM's name of the process, before the engine and its worker have spoken
 

@@ -41,6 +41,7 @@ SECONDS = 1.0  # for a call: what is left of it then has nothing to say
 DONE = {grpc.StatusCode.OK, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED}
 REFUSALS = {
     grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.NOT_FOUND,  # content that the worker doesn't have
     grpc.StatusCode.UNAVAILABLE,  # an adapter whose source isn't there
     grpc.StatusCode.DATA_LOSS,  # KV that never came, goes nowhere, or was refused
 }

@@ -22,6 +22,7 @@ from preft.cluster.content_server import serve_content
 from preft.cluster.gateway_process import RunningGateway, run_gateway
 from preft.cluster.model import with_model_length
 from preft.cluster.stores import open_registrations
+from preft.cluster.worker_process import worker_setup
 from preft.core.cluster import Role
 from preft.core.request import AdapterRef, Sampling
 from preft.core.settings import MiB, load_settings
@@ -72,7 +73,7 @@ class Machines:
 
     async def worker(self, name: str, role: Role = Role.PREFILL) -> WorkerServer:
         settings, store = await self._open(name, adapter_sources=[])
-        worker = await WorkerServer.start(settings, role, name, "127.0.0.1", store, StartFake())
+        worker = await WorkerServer.start(worker_setup(settings, role), name, "127.0.0.1", store, StartFake())
         self._stack.push_async_callback(worker.close)
         return worker
 

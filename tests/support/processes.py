@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 from preft_loadgen.child import bound
 
 END_SECONDS = 60.0
+TESTS = str(Path(__file__).parents[1])
 
 
 class ServerProcess:
@@ -24,6 +26,7 @@ class ServerProcess:
         with log.open("wb") as output:
             self._process = subprocess.Popen(
                 bound([sys.executable, "-m", module, *arguments]),
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [TESTS, os.environ.get("PYTHONPATH")]))},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

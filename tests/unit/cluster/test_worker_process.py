@@ -46,7 +46,9 @@ async def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
     monkeypatch.setenv("VLLM_HOST_IP", "")  # set back afterwards
     settings = settings_for(tmp_path, state=str(tmp_path / "shared.sqlite"), shutdown_timeout=30, max_model_len=128)
     stop, engines, ready = Stop(), StartFake(), list[Worker]()
-    work = run_worker(settings, Role.COLOCATED, "w", "127.0.0.1", stop, ready.append, engines)
+    work = run_worker(
+        settings, Role.COLOCATED, "w", "127.0.0.1", stop, lambda worker: ready.append(worker.record), engines
+    )
     task = asyncio.create_task(work)
     yield Running(task, stop, engines, ready, settings)
     stop.asked.set()

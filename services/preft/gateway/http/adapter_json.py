@@ -25,7 +25,7 @@ def page_json(found: Page) -> dict[str, Any]:
 def adapter_json(adapter: Adapter) -> dict[str, Any]:
     """One entry, as AdapterReply describes it."""
     own = {name: getattr(adapter, name) for name in AdapterReply.__annotations__ if name != "object"}
-    return {**own, "object": "adapter", "created": int(adapter.created), "warnings": list(adapter.warnings)}
+    return {"object": "adapter", **own, "created": int(adapter.created), "warnings": list(adapter.warnings)}
 
 
 def place_json(place: AdapterPlace) -> PlaceReply:

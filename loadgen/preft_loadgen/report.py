@@ -84,5 +84,5 @@ def summary_table(summaries: Sequence[Summary]) -> str:
 
 
 def progress(label: str, total: int, *, force: bool = False) -> tqdm[NoReturn]:
-    """A bar on stderr for a `with` block, if stderr is a terminal. With `force` elsewhere too, and the full bar stays."""
+    """A bar on stderr for a `with` block, if stderr is a terminal. With `force` always, and the full bar stays."""
     return tqdm(desc=label, total=total, leave=force, disable=False if force else None)

@@ -122,7 +122,7 @@ async def _run(
 
 
 def _bodies() -> dict[str, bytes]:
-    """Bodies of 30 MB: a prompt of text, and a prompt of token ids. Both are too long for the model."""
+    """Bodies of 30 MB: a prompt of text, and a prompt of token ids. Both are refused."""
     text = json.dumps({"model": MODEL_NAME, "prompt": "word " * (BODY_BYTES // 5)})
     ids = json.dumps({"model": MODEL_NAME, "prompt": [4321] * (BODY_BYTES // 6)})
     return {"text": text.encode(), "token ids": ids.encode()}
@@ -142,7 +142,7 @@ async def _post(server: Served, body: bytes, seconds: float) -> None:
         await asyncio.sleep(seconds / pieces)
     answer = await reader.read()
     writer.close()
-    if not answer.startswith(b"HTTP/1.1 400 "):
+    if not answer.startswith(b"HTTP/1.1 413 "):
         raise RequestFailed(f"a prompt of 30 MB was answered with {answer[:60]!r}")
 
 

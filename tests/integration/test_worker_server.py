@@ -294,7 +294,7 @@ async def test_a_worker_that_ends_says_so_first(
         await worker.close()
         assert asyncio.get_running_loop().time() - began < 5
         for watcher in watchers:
-            assert watcher.status.draining
+            await watcher.until(lambda w=watcher: w.status.draining)
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,7 @@ class Admission:
                 self._lines.remove(ticket)
                 self._kept.give_up(ticket.demand.order, at)
                 ticket.fail(error)
+                self.wake(at)
         self._ready[digest] = None
         self.wake(worker)
 
@@ -189,6 +190,9 @@ class Admission:
         tries = moves = 0
         while tries < TRIES and sum(skipped.values()) < LINES and (line := self._next(worker, skipped)) is not None:
             at, head = line.at, line.head
+            if self._is_blocked(line) and at is not None:
+                self._move(line, None)  # the room that it lacks isn't this worker's
+                continue
             if self._is_hopeless(line):
                 skipped[at] += 1
                 continue
@@ -217,10 +221,15 @@ class Admission:
         lines = [self._lines.oldest(at, number) for at, number in skipped.items()]
         return min((line for line in lines if line is not None), key=lambda line: line.head.demand.order, default=None)
 
+    def _is_blocked(self, line: Line) -> bool:
+        """Whether an older request that asks less had no room on any worker in this look."""
+        blocked, demand = self._blocked, line.head.demand
+        return blocked is not None and demand.order > blocked.order and demand.covers(blocked)
+
     def _is_hopeless(self, line: Line) -> bool:
         """Whether the line can't go: its adapter isn't there, or an older request that asks less had no room."""
-        blocked, demand = self._blocked, line.head.demand
-        if blocked is not None and demand.order > blocked.order and demand.covers(blocked):
+        demand = line.head.demand
+        if self._is_blocked(line):
             return True
         if line.at is None or line.digest in self._view.holders or demand.adapter is None:
             return False
@@ -268,6 +277,8 @@ class Admission:
             at = line.at
             self._lines.remove(ticket)
             self._kept.give_up(ticket.demand.order, at)
+            if at is not None and placed is not None and placed.prefill is not at:
+                self.wake(at)  # its other lines have less before them
             if not line.tickets:
                 return None
         self.wake(line.at)

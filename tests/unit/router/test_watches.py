@@ -66,7 +66,7 @@ async def watched() -> AsyncIterator[tuple[Watched, FakePrefill]]:
         await one.watches.close()
         await one.channels.close()
         await one.cluster.stop()
-        assert not +worker.watchers
+        await one.until(lambda: not +worker.watchers)
 
 
 async def test_a_worker_is_ready_after_its_first_message() -> None:

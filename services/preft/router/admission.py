@@ -190,10 +190,11 @@ class Admission:
         tries = moves = 0
         while tries < TRIES and sum(skipped.values()) < LINES and (line := self._next(worker, skipped)) is not None:
             at, head = line.at, line.head
-            if self._is_blocked(line) and at is not None:
+            is_blocked = self._is_blocked(line)
+            if is_blocked and at is not None:
                 self._move(line, None)  # the room that it lacks isn't this worker's
                 continue
-            if self._is_hopeless(line):
+            if is_blocked or self._is_absent(line):
                 skipped[at] += 1
                 continue
             tries += 1
@@ -226,12 +227,9 @@ class Admission:
         blocked, demand = self._blocked, line.head.demand
         return blocked is not None and demand.order > blocked.order and demand.covers(blocked)
 
-    def _is_hopeless(self, line: Line) -> bool:
-        """Whether the line can't go: its adapter isn't there, or an older request that asks less had no room."""
-        demand = line.head.demand
-        if self._is_blocked(line):
-            return True
-        if line.at is None or line.digest in self._view.holders or demand.adapter is None:
+    def _is_absent(self, line: Line) -> bool:
+        """Whether the line can't go: no worker has its adapter, and the line's worker loads it or can't load it now."""
+        if line.at is None or line.digest in self._view.holders or line.head.demand.adapter is None:
             return False
         return line.at.is_loading(line.digest) or not self._may_load(line.at)
 
@@ -245,7 +243,9 @@ class Admission:
         if worker.id in self._view.prefill and not self._lines.number_at(worker):
             self._share(worker)
             for line in self._lines.elsewhere(worker, HELPED):
-                if line.tickets and self._can_help(worker, line) and not self._is_hopeless(line):
+                if not line.tickets or self._is_blocked(line) or self._is_absent(line):
+                    continue
+                if self._can_help(worker, line):
                     self._try(line)
 
     def _can_help(self, worker: WorkerView, line: Line) -> bool:

@@ -1,7 +1,5 @@
 """Ray as the control plane: one actor per worker, placed, restarted after a crash, ended with the cluster.
 
-The only module that imports ray.
-
 An actor is a process that runs one `WorkerServer` in a thread with its own event loop. If the engine dies, the actor's
 process ends, and Ray starts both again. A worker that is told to end drains first, and Ray kills what is left. Output
 of Ray and the workers goes to files.
@@ -25,9 +23,9 @@ from typing import Any
 import ray
 from pydantic import SecretStr
 
+from preft.cluster.local_ray import start_ray
 from preft.cluster.logs import cause_in, output_to
 from preft.cluster.process import Stop
-from preft.cluster.ray_folder import new_ray_folder
 from preft.cluster.secret import read_secret
 from preft.cluster.sizing import check_gpus, gpus_per_worker, has_gpu_build
 from preft.cluster.worker_process import run_worker
@@ -38,13 +36,10 @@ from preft.worker.server import StartEngine, WorkerServer
 
 logger = logging.getLogger(__name__)
 
-LOCAL_NODE_IP = "127.0.0.2"  # Ray replaces 127.0.0.1 by the machine's outside address, but not 127.0.0.2
 START_ATTEMPTS = 3
 REPLY_SECONDS = 1.0  # for an actor to report a failed start before its process ends
 CHECK_SECONDS = 5.0
 CLOSE_SECONDS = 5.0  # for a worker to close after its requests, until Ray kills it
-RAY_WAITS = {"RAY_gcs_server_port_wait_time_s": "120", "RAY_raylet_start_wait_time_s": "120"}  # on a busy machine
-OBJECT_STORE_BYTES = 80 << 20  # Ray's minimum: no tensor goes through the object store
 
 
 class WorkerActor:
@@ -150,26 +145,13 @@ class RayCluster:
         ray_logger.propagate = True
         address, secret, state = self._settings.ray_address, read_secret(self._settings), self._settings.state
         local = address is None
-        try:
-            if local:
-                self._folder = new_ray_folder()
-                for name, seconds in RAY_WAITS.items():
-                    os.environ.setdefault(name, seconds)
-                ray.init(
-                    address="local",
-                    include_dashboard=False,
-                    _node_ip_address=LOCAL_NODE_IP,
-                    _temp_dir=str(self._folder),
-                    object_store_memory=OBJECT_STORE_BYTES,
-                    _system_config={"worker_niceness": 0},  # Ray's default of 15 starves engines on a busy machine
-                    log_to_driver=False,
-                    configure_logging=False,
-                )
-            else:
+        if address is None:
+            self._folder = start_ray()
+        else:
+            try:
                 ray.init(address=address, log_to_driver=False, configure_logging=False)
-        except (OSError, RuntimeError, ValueError) as error:
-            name = "Ray" if local else f"ray_address: Ray at {address}"
-            raise ConfigError(f"{name} can't be {'started' if local else 'joined'}: {error}") from error
+            except (OSError, RuntimeError, ValueError) as error:
+                raise ConfigError(f"ray_address: Ray at {address} can't be joined: {error}") from error
         gpu_build = has_gpu_build()
         if local:  # a cluster that exists already may add machines
             check_gpus(self._settings, gpu_build, ray.cluster_resources().get("GPU", 0.0))

@@ -19,11 +19,11 @@ from preft_loadgen.workload import Lengths, Popularity, Request, Workload
 
 ADAPTERS, RANK = 64, 64  # 21 MB each
 PREFILLS, SLOTS = 2, 4  # slots per worker
-HOST_BYTES = 800 * MiB  # of each prefill worker: 40 adapters
+HOST_BYTES = 400 * MiB  # of each prefill worker: 20 adapters
 CONCURRENCY = 64
 HOW = (
     f"{PREFILLS} prefill workers with {SLOTS} slots each, 1 decode worker; {ADAPTERS} LoRA adapters of rank {RANK} "
-    f"(21 MB), Zipf; host memory for 40 of them per worker; {CONCURRENCY} requests at a time"
+    f"(21 MB), Zipf; host memory for 20 of them per worker; {CONCURRENCY} requests at a time"
 )
 
 
@@ -48,7 +48,7 @@ def write_cluster(folder: Path) -> tuple[dict[str, Any], Path, dict[str, Any]]:
 
 def requests_of(names: Iterable[str], count: int, output: Lengths, number: int) -> list[Request]:
     """The requests of round `number`: equal for all sides."""
-    prompt, seed = Lengths(32, 96), 30_000 + number
+    prompt, seed = Lengths(8, 32), 30_000 + number
     return Workload(tuple(names), count, prompt, output, Popularity.ZIPF, seed=seed, vocabulary=VOCABULARY).make()
 
 

@@ -1,6 +1,6 @@
-"""Part of `make bench-cluster`: the router's policy against a least-loaded one, over the same real workers.
+"""Part of `make bench-cluster`: the router against the choice of the least loaded worker, over the same real workers.
 
-Two routers share the workers of `cluster_rig` and take turns. They differ in their policy alone.
+Both share the workers of `cluster_rig` and take turns.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import asyncio
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict
 from functools import partial
 from itertools import count
@@ -22,15 +22,13 @@ from bench.cluster_rig import CONCURRENCY, HOW, check, disk_loads, requests_of, 
 from bench.comparison import Comparison, comparison_table, take_turns, turns
 from bench.rig import served_adapters
 from bench.saving import RESULTS, save
-from bench.simulate.policies import LeastLoaded, fits
 from preft.cluster.secret import stored_secret
+from preft.core.cluster import Role, Worker
 from preft.core.errors import PreftError
+from preft.core.ports import Generation
 from preft.core.request import AdapterRef, GenerateRequest, Sampling
 from preft.core.settings import RouterSettings
-from preft.router.policy import AffinityPolicy, Crowded, Demand, Pair, Placement, Policy
 from preft.router.router import Router
-from preft.router.view import ClusterView
-from preft.router.worker_view import WorkerView
 from preft.rpc.secret import ClusterSecret
 from preft.state import open_store
 from preft_loadgen.driver import closed_loop
@@ -40,29 +38,30 @@ from preft_loadgen.report import progress
 from preft_loadgen.served import served
 from preft_loadgen.workload import Lengths, Request
 
-OUTPUT = Lengths(2, 6)  # tokens
+OUTPUT = Lengths(2, 2)  # tokens: one from each worker
 TOLD_SECONDS = 2.0  # for the workers' last status messages
 BAR = 1.2
 
 
-class LeastLoadedSlot(LeastLoaded):
-    """The worker with the fewest prompts among those with a slot: workers refuse prompts without one."""
+class LeastLoaded:
+    """Sends each request at once to the prefill worker with the fewest requests; a router of its own serves each one.
 
-    def place(self, demand: Demand, view: ClusterView, now: float) -> Placement:
-        """See `Policy.place`."""
-        placed = super().place(demand, view, now)
-        return Crowded(placed.prefill) if isinstance(placed, Pair) and not _has_slot(placed.prefill, demand) else placed
+    So a worker's requests are batched by adapter as well as in the measured cluster; only their choice differs.
+    """
 
-    def choose(self, demand: Demand, view: ClusterView, now: float) -> WorkerView | None:
-        """See `Direct.choose`."""
-        able = (one for one in view.prefill if fits(one, demand, view) and _has_slot(one, demand))
-        return next(able, None) or super().choose(demand, view, now)
+    def __init__(self, routers: Sequence[Router]) -> None:
+        self._running = dict.fromkeys(routers, 0)
 
-
-def _has_slot(worker: WorkerView, demand: Demand) -> bool:
-    if not demand.digest or worker.in_slot(demand.digest):
-        return True
-    return worker.slots_used < worker.worker.adapter_slots and not worker.is_full
+    @asynccontextmanager
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[Generation]:
+        """See `Generator.generate`."""
+        router = min(self._running, key=lambda one: self._running[one])
+        self._running[router] += 1
+        try:
+            async with router.generate(request) as generation:
+                yield generation
+        finally:
+            self._running[router] -= 1
 
 
 async def _measure(folder: Path, requests: int, rounds: int) -> tuple[Comparison, dict[str, Any]]:
@@ -70,52 +69,69 @@ async def _measure(folder: Path, requests: int, rounds: int) -> tuple[Comparison
     log = folder / "serve.log"
     with served(["--config", str(config)], state_dir=folder / "state", log=log, ready_seconds=600) as server:
         adapters = await served_adapters(HttpClient(server.url), settings["adapters"])
-        secret, own = ClusterSecret(stored_secret(server.state_dir)), RouterSettings()
-        store = open_store(server.state_dir / "state.sqlite")
         async with AsyncExitStack() as stack:
+            store = open_store(server.state_dir / "state.sqlite")
             stack.push_async_callback(store.close)
-            loads: dict[str, list[int]] = {}
+            workers = await store.workers()
+            decode = [worker for worker in workers if worker.role is Role.DECODE]
+            secret = ClusterSecret(stored_secret(server.state_dir))
 
-            async def side(name: str, policy: Policy) -> Callable[[int], Awaitable[float]]:
-                router = await stack.enter_async_context(Router(store, own, secret, policy=policy))
-                return partial(_speed, router, adapters, requests, loads.setdefault(name, []))
+            async def router(name: str, *prefill: Worker) -> Router:
+                own = open_store(folder / f"{name}.sqlite")
+                stack.push_async_callback(own.close)
+                for worker in (*prefill, *decode):
+                    await own.put_worker(worker, lifetime=3600.0)
+                return await stack.enter_async_context(Router(own, RouterSettings(), secret))
 
+            prefill = [worker for worker in workers if worker.role is Role.PREFILL]
+            one = await router("all", *prefill)
+            each = [await router(worker.id, worker) for worker in prefill]
+            loads: dict[str, list[int]] = {"ours": [], "least-loaded": []}
             sides = [
-                await side("ours", AffinityPolicy(patience=own.patience)),
-                await side("least-loaded", LeastLoadedSlot()),
+                partial(_speed, side, lambda: _disk_loads(one), adapters, requests, loads[name])
+                for name, side in (("ours", one), ("least-loaded", LeastLoaded(each)))
             ]
             with progress("routing", turns(len(sides), rounds)) as bar:
                 ours, reference = await take_turns(sides, rounds, bar.update)
     how = (
-        f"prompt tokens per second from the first request to the end of the last; {HOW}, 32-96 prompt and "
-        f"{OUTPUT.low}-{OUTPUT.high} output tokens; reference: each request goes at once to the prefill worker with "
-        f"the fewest prompts and a free slot, which loads the adapter; loads from disk per round: {loads}"
+        f"prompt tokens per second from the first request to the end of the last; {HOW}, 8-32 prompt and "
+        f"{OUTPUT.high} output tokens; reference: each request goes at once to the prefill worker with "
+        f"the fewest requests, where it waits for a slot; loads from disk per round: {loads}"
     )
     return Comparison("prefill tokens/s, by policy", "tokens/s", ours, reference, BAR, how), model
 
 
-async def _speed(router: Router, adapters: Sequence[AdapterRef], requests: int, loads: list[int], number: int) -> float:
+async def _speed(
+    side: Router | LeastLoaded,
+    told_loads: Callable[[], int],
+    adapters: Sequence[AdapterRef],
+    requests: int,
+    loads: list[int],
+    number: int,
+) -> float:
     """Prompt tokens per second of one run."""
     by_name = {adapter.name: adapter for adapter in adapters}
     made = requests_of(by_name, requests, OUTPUT, number)
-    before = _disk_loads(router)
-    run = await closed_loop(partial(_send, router, by_name, count()), made, CONCURRENCY)
+    before = told_loads()
+    run = await closed_loop(partial(_send, side, by_name, count()), made, CONCURRENCY)
     check(run)
     await asyncio.sleep(TOLD_SECONDS)
     if number >= 0:
-        loads.append(_disk_loads(router) - before)
+        loads.append(told_loads() - before)
     return sum(len(request.prompt) for request in made) / run.seconds
 
 
-async def _send(router: Router, adapters: dict[str, AdapterRef], numbers: count[int], request: Request) -> Reply:
-    """One request through the router. An error of the cluster is the load generator's."""
+async def _send(
+    side: Router | LeastLoaded, adapters: dict[str, AdapterRef], numbers: count[int], request: Request
+) -> Reply:
+    """One request. An error of the cluster is the load generator's."""
     sampling = Sampling(max_tokens=request.output_tokens, temperature=0.0, ignore_eos=True)
     asked = GenerateRequest(f"bench-{next(numbers)}", request.prompt, sampling, adapters[request.model])
     started = time.perf_counter()
     arrivals: list[float] = []
     tokens = 0
     try:
-        async with router.generate(asked) as generation:
+        async with side.generate(asked) as generation:
             async for delta in generation:
                 arrivals.append(time.perf_counter())
                 tokens += len(delta.token_ids)

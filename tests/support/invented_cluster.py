@@ -123,8 +123,8 @@ def check_indexes(view: ClusterView) -> None:
     for one in decoding:
         levels.setdefault(one.worker.fingerprint, {})[one.id] = int(64 * view.fullness(one))
     assert {fingerprint: index._level_of for fingerprint, index in view.decode.items()} == levels
-    assert view.ring._members == {one.id for one in prompting}
-    assert {member for _, member in view.ring._points} == view.ring._members
+    assert set(view.ring._numbers) == {one.id for one in prompting}
+    assert set(view.ring._owners.tolist()) == view.ring._members.keys()
     assert {one.id for one in view.prompting()} == {one.id for one in prompting}
     fingerprints = {one.worker.fingerprint for one in prompting}
     assert {one.id for one in view.decoding()} == {one.id for one in decoding if one.worker.fingerprint in fingerprints}

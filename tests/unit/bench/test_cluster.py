@@ -1,52 +1,41 @@
-"""The benchmarks of a whole cluster: the compared policy and the tables. Each benchmark itself runs the product."""
+"""The benchmarks of a whole cluster: the reference and the tables. Each benchmark itself runs the product."""
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from bench.cluster_rig import disk_loads
-from bench.routing import LeastLoadedSlot
+from bench.routing import LeastLoaded
 from bench.streams import Figures, figures_table
-from preft.core.cluster import Role, StatusUpdate, Worker, WorkerStatus
-from preft.router.policy import Crowded, Demand, Pair
-from preft.router.view import ClusterView, WorkerView
+from preft.core.request import GenerateRequest, Sampling
 
 
-@pytest.fixture
-def view() -> ClusterView:
-    view = ClusterView(8, 0.25)
-    shape = {"address": "h:1", "kv_blocks": 100, "staging_bytes": 1 << 20, "max_num_seqs": 8}
-    workers = [Worker(f"p{number}", Role.PREFILL, adapter_slots=2, **shape) for number in range(2)]  # type: ignore[arg-type]
-    view.register([*workers, Worker("d", Role.DECODE, **shape)])  # type: ignore[arg-type]
-    for one in view.workers.values():
-        one.told(StatusUpdate(WorkerStatus(staging_bytes_fit=1 << 20), is_whole=True))
-    return view
+class Running:
+    """A router that counts its running requests."""
+
+    def __init__(self) -> None:
+        self.running = 0
+
+    @asynccontextmanager
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[None]:
+        self.running += 1
+        try:
+            yield
+        finally:
+            self.running -= 1
 
 
-def chosen(view: ClusterView, digest: str) -> WorkerView:
-    placed = LeastLoadedSlot().place(Demand(digest, 16, 32, 16), view, 0.0)
-    assert isinstance(placed, Pair | Crowded)
-    return placed.prefill if isinstance(placed, Pair) else placed.worker
-
-
-def test_the_compared_policy_takes_the_emptiest_worker_with_a_slot(view: ClusterView) -> None:
-    one, other = view.workers["p0"], view.workers["p1"]
-    one.add_prefill("a")
-    assert chosen(view, "a") is other  # wherever the adapter is
-    for digest in ("b", "c"):
-        other.add_prefill(digest)
-    one.add_prefill("a")
-    one.add_prefill("a")
-    assert chosen(view, "d") is one  # the other one is emptier, but has no slot left
-    assert chosen(view, "b") is other
-
-
-def test_without_a_slot_anywhere_a_request_waits(view: ClusterView) -> None:
-    for worker in ("p0", "p1"):
-        for digest in ("a", "b"):
-            view.workers[worker].add_prefill(digest)
-    assert isinstance(LeastLoadedSlot().place(Demand("c", 16, 32, 16), view, 0.0), Crowded)
-    assert isinstance(LeastLoadedSlot().place(Demand("", 16, 32, 16), view, 0.0), Pair)
+async def test_the_reference_sends_a_request_to_the_worker_with_the_fewest() -> None:
+    routers = [Running(), Running()]
+    side = LeastLoaded(routers)  # type: ignore[arg-type]
+    request = GenerateRequest("r", (1,), Sampling(max_tokens=1))
+    async with side.generate(request):
+        assert [one.running for one in routers] == [1, 0]
+        async with side.generate(request), side.generate(request):
+            assert [one.running for one in routers] == [2, 1]
+        async with side.generate(request):
+            assert [one.running for one in routers] == [1, 1]
 
 
 def test_loads_are_those_of_all_workers() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bench.saving import RESULTS, save
 from bench.simulate.policies import POLICIES
-from bench.simulate.report import plot, table
+from bench.simulate.report import mean, plot, table
 from bench.simulate.scenario import PRESETS, Engine, Scenario
 from bench.simulate.simulation import simulate
 from preft.core.settings import RouterSettings
@@ -19,20 +19,23 @@ from preft.core.settings import RouterSettings
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0 if every request of every run got its answer, else 1."""
     arguments = _parser().parse_args(argv)
-    scenario = _scenario(arguments)
-    runs = []
+    first = _scenario(arguments)
+    scenarios = [replace(first, seed=first.seed + step) for step in range(arguments.seeds)]
+    groups = []
     for policy in arguments.policy or POLICIES:
-        print(f"{scenario.name}, {policy} ...", file=sys.stderr, flush=True)
-        runs.append(simulate(scenario, policy, arguments.patience))
-    print(table(runs))
-    bound = scenario.wait_bound(arguments.patience)
-    print(f"\nbound on waits: {bound:.2f} s; {len(runs[0].requests):,} requests a run, seed {scenario.seed}")
+        print(f"{first.name}, {policy} ...", file=sys.stderr, flush=True)
+        groups.append([simulate(scenario, policy, arguments.patience) for scenario in scenarios])
+    print(table({group[0].policy: mean([run.figures() for run in group]) for group in groups}))
+    bound = first.wait_bound(arguments.patience)
+    seeds = f"seed {first.seed}" if len(scenarios) == 1 else f"means over seeds {first.seed}-{scenarios[-1].seed}"
+    print(f"\nbound on waits: {bound:.2f} s; {len(groups[0][0].requests):,} requests a run, {seeds}")
     if arguments.out is not None:
-        figures = {"scenario": asdict(scenario), "bound": bound, "runs": {run.policy: run.figures() for run in runs}}
-        print(save(arguments.out, f"simulator-{scenario.name}", "bench.simulate", argv, figures))
+        runs = {group[0].policy: [run.figures() for run in group] for group in groups}
+        figures = {"scenario": asdict(first), "bound": bound, "seeds": len(scenarios), "runs": runs}
+        print(save(arguments.out, f"simulator-{first.name}", "bench.simulate", argv, figures))
     if arguments.plot is not None:
-        plot(runs, arguments.plot)
-    return int(any(run.unfinished or run.in_flight for run in runs))
+        plot([group[0] for group in groups], arguments.plot)
+    return int(any(run.unfinished or run.in_flight for group in groups for run in group))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,7 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--load", type=float, help="share of the prefill workers' token rate")
     parser.add_argument("--zipf", type=float, help="exponent of the adapters' popularity")
     parser.add_argument("--seconds", type=float, help="that are measured, of the cluster's time")
-    parser.add_argument("--seed", type=int)
+    parser.add_argument("--seed", type=int, help="the first one")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each policy, with one seed each (default: 1)")
     parser.add_argument("--patience", type=float, default=RouterSettings().patience, help="the router's setting")
     parser.add_argument("--engine", type=Path, metavar="FILE", help="JSON object with measured values of Engine")
     parser.add_argument("--calm", action="store_true", help="without bursts and losses of workers")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 
 from bench.simulate.figures import Run
 
@@ -23,13 +24,20 @@ COLUMNS = {
 }
 
 
-def table(runs: Sequence[Run]) -> str:
+def mean(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each figure. Of the longest turns and waits, the longest."""
+    return {
+        key: max(run[key] for run in runs) if key.endswith("_max") else fmean(run[key] for run in runs)
+        for key in runs[0]
+    }
+
+
+def table(runs: Mapping[str, Mapping[str, float]]) -> str:
     """A Markdown table, a line per policy."""
     lines = ["| policy | " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * len(COLUMNS)]
-    for run in runs:
-        figures = run.figures()
+    for policy, figures in runs.items():
         cells = [format(figures[key] * factor, form) for key, factor, form in COLUMNS.values()]
-        lines.append(f"| {run.policy} | " + " | ".join(cells) + " |")
+        lines.append(f"| {policy} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

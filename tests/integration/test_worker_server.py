@@ -259,12 +259,12 @@ async def test_routers_hear_of_each_other_s_requests(cluster: Cluster, tmp_path:
             )
         )
         await two.until(lambda: two.knows(alice.digest) == AdapterStatus(AdapterState.SLOT, 1))
-        assert (two.status.other_prefills, two.status.running) == (1, 1)
+        assert (two.status.other_prompts, two.status.running) == (1, 1)
         await one.until(lambda: one.knows(alice.digest) == AdapterStatus(AdapterState.SLOT))
-        assert (one.status.other_prefills, one.status.running) == (0, 1)
+        assert (one.status.other_prompts, one.status.running) == (0, 1)
         cluster.engines[Role.PREFILL].going.set()
         events = [event async for event in call]
-        await two.until(lambda: two.knows(alice.digest).other_prompts == two.status.other_prefills == 0)
+        await two.until(lambda: two.knows(alice.digest).other_prompts == two.status.other_prompts == 0)
         async with channel(cluster.decode, "one") as to_decode:
             stream = DecodeStream(workers_pb2_grpc.DecodeWorkerStub(to_decode), "decode", lambda: None)
             first = events[0].first_tokens.choices[0].token_ids[0]

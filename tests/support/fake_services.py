@@ -64,7 +64,7 @@ class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
 
     async def _events(self, request: workers_pb2.PrefillRequest, caller: str) -> AsyncGenerator[Any, None]:
         worker, handle = self.worker, request.target.handle
-        with worker.prompting(request.adapter.digest, caller):
+        with worker.prompting(request.adapter.digest, caller, len(request.prompt_token_ids)):
             if fault := worker.next_fault():
                 await fault.strike()
             await asyncio.sleep(worker.delay)
@@ -160,7 +160,7 @@ class DecodeService(workers_pb2_grpc.DecodeWorkerServicer):
             kv.uses -= 1
             begin = len(choice.output_token_ids)
             if worker.role is Role.COLOCATED:
-                with worker.prompting(request.adapter.digest, caller):
+                with worker.prompting(request.adapter.digest, caller, len(request.prompt_token_ids)):
                     await asyncio.sleep(worker.prompt_seconds)
             for position in range(begin, request.sampling.max_tokens):
                 if fault and fault.after == position - begin:

@@ -42,11 +42,13 @@ class FakeStatusService(workers_pb2_grpc.WorkerStatusServicer):
 
 def status_of(worker: FakeWorker, caller: str) -> StatusUpdate:
     """The whole status, as this caller is told it."""
+    prompts, tokens = worker.usage.other_work(caller)
     truth = WorkerStatus(
         draining=worker.state is WorkerState.DRAINING,
         running=worker.running,
         staging_bytes_fit=worker.staging_bytes,
-        other_prefills=worker.usage.other_prefills(caller),
+        other_prompts=prompts,
+        other_prompt_tokens=tokens,
         other_sequences=worker.usage.other_sequences(caller),
     )
     states: dict[str, AdapterState | None] = dict.fromkeys(worker.usage.prompted)

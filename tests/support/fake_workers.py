@@ -183,11 +183,11 @@ class FakeWorker:
         )
 
     @contextmanager
-    def prompting(self, digest: str, caller: str) -> Iterator[None]:
+    def prompting(self, digest: str, caller: str, tokens: int) -> Iterator[None]:
         """Within the context, a prompt is computed under this adapter ("": without one). Raises WorkerFull."""
         with ExitStack() as slot:
             try:
-                slot.enter_context(self.usage.prompt(caller, digest))
+                slot.enter_context(self.usage.prompt(caller, digest, tokens))
             except WorkerFull:
                 self.full += 1
                 raise

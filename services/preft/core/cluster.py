@@ -101,8 +101,8 @@ class WorkerStatus:
     """A worker's use at one moment, as the worker itself tells it to one router.
 
     `running` counts all requests. The `other_` counts leave out the asking router's own requests: prompts that aren't
-    computed and pushed yet, and choices that are being decoded. `staging_bytes_used` leaves out copies that new KV may
-    replace; `staging_bytes_fit` is the largest region that could be reserved now. `preemptions` is a total.
+    computed yet and their tokens, and choices that are being decoded. `staging_bytes_used` leaves out copies that new
+    KV may replace; `staging_bytes_fit` is the largest region that could be reserved now. `preemptions` is a total.
     """
 
     draining: bool = False
@@ -112,7 +112,8 @@ class WorkerStatus:
     staging_bytes_fit: int = 0
     open_handles: int = 0
     preemptions: int = 0
-    other_prefills: int = 0
+    other_prompts: int = 0
+    other_prompt_tokens: int = 0
     other_sequences: int = 0
     tiers: TierTotals = field(default_factory=TierTotals)
 

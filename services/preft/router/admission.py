@@ -234,7 +234,7 @@ class Admission:
         return line.at.is_loading(line.digest) or not self._may_load(line.at)
 
     def _share(self, worker: WorkerView) -> None:
-        """Lets requests go whose adapters have a slot of `worker` already."""
+        """Lets requests go whose adapters have a slot of `worker` already, also for another router's requests."""
         for digest in worker.slots:
             self._try(self._lines.get(digest))
 

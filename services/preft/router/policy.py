@@ -13,12 +13,11 @@ from typing import Protocol
 from preft.core.cluster import Role, Worker
 from preft.core.request import AdapterRef
 from preft.router.view import ClusterView
-from preft.router.worker_view import Order, WorkerView
+from preft.router.worker_view import Order, WorkerView, work_of
 
 RING_STEPS = 8  # places on the ring that one choice looks at
-WORK_TOKENS = 256  # of a prompt: as much work as the prompt as such
 CHEAPEST = 6  # part of `load_price` that a load costs in any case
-SHARED = 4  # prompts of one adapter at a worker that halve the price of another copy
+SHARED = 8  # prompts of one adapter at a worker that halve the price of another copy
 LOOKS = 16  # holders of a hot adapter that one choice looks at
 FIRST: Order = (float("-inf"), 0, float("inf"))
 
@@ -53,8 +52,8 @@ class Demand:
 
     @property
     def work(self) -> int:
-        """The prompt's share of a prefill worker's load: 1, and 1 more for each WORK_TOKENS tokens."""
-        return 1 + self.prompt_tokens // WORK_TOKENS
+        """The prompt's share of a prefill worker's load."""
+        return work_of(1, self.prompt_tokens)
 
     def covers(self, other: Demand) -> bool:
         """Whether this demand needs at least as much room for its KV as `other`."""
@@ -130,7 +129,7 @@ class AffinityPolicy:
     because they use the copy too.
     """
 
-    load_price: int = 38  # work; the time of a load, the adapter that the load drives out, and a slot's change
+    load_price: int = 37  # work; the time of a load, the adapter that the load drives out, and a slot's change
     patience: float = 0.5  # seconds; a request that has waited longer has its slot or memory kept from younger ones
 
     def place(self, demand: Demand, view: ClusterView, now: float) -> Placement:

@@ -15,7 +15,7 @@ from preft.core.cluster import AdapterState, Role, StatusUpdate, Worker, WorkerS
 if TYPE_CHECKING:
     from preft.router.view import ClusterView
 
-FOREIGN_WORK = 3  # of a prompt of another router, whose length is unknown
+WORK_TOKENS = 256  # of a prompt: as much work as the prompt as such
 REFUSED_SECONDS = 3.0  # until a worker that failed to load an adapter is asked again
 BREAK_SECONDS = (0.25, 30.0)  # a failing worker's pause: after the second failure in a row, and at most
 
@@ -116,8 +116,10 @@ class WorkerView:
 
     @property
     def load(self) -> int:
-        """The work of prompts that the worker computes, and of those that wait for it. Others' count FOREIGN_WORK."""
-        return self.work + self.queued + (FOREIGN_WORK * self.status.other_prefills if self.status else 0)
+        """The work of prompts that the worker computes, other routers' too, and of own ones that wait for it."""
+        status = self.status
+        others = work_of(status.other_prompts, status.other_prompt_tokens) if status else 0
+        return self.work + self.queued + others
 
     def load_for(self, digest: str) -> int:
         """The load that a request of this adapter meets: without those that wait in its own line."""
@@ -170,8 +172,8 @@ class WorkerView:
 
     @property
     def slots(self) -> list[str]:
-        """The adapters of this router's prompts that aren't computed yet."""
-        return [digest for digest in self._own_prompts if digest]
+        """The adapters of prompts that aren't computed yet, of all routers."""
+        return [digest for digest in {**self._own_prompts, **self._other_prompts} if digest]
 
     # Reservations
 
@@ -287,6 +289,11 @@ class WorkerView:
     def _moved(self) -> None:
         if self.cluster is not None:
             self.cluster.move(self)
+
+
+def work_of(prompts: int, tokens: int) -> int:
+    """The share of prompts in a prefill worker's load, given their number and all their tokens."""
+    return prompts + tokens // WORK_TOKENS
 
 
 _LOADING = AdapterState.LOADING

@@ -150,7 +150,7 @@ class WatchRequest(_message.Message):
     def __init__(self, interval: _Optional[float] = ..., content_address: _Optional[str] = ...) -> None: ...
 
 class StatusUpdate(_message.Message):
-    __slots__ = ("whole", "draining", "running", "kv_blocks_used", "staging_bytes_used", "staging_bytes_fit", "open_handles", "preemptions", "other_prefills", "other_sequences", "adapters", "tiers")
+    __slots__ = ("whole", "draining", "running", "kv_blocks_used", "staging_bytes_used", "staging_bytes_fit", "open_handles", "preemptions", "other_prompts", "other_sequences", "adapters", "tiers", "other_prompt_tokens")
     WHOLE_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
@@ -159,10 +159,11 @@ class StatusUpdate(_message.Message):
     STAGING_BYTES_FIT_FIELD_NUMBER: _ClassVar[int]
     OPEN_HANDLES_FIELD_NUMBER: _ClassVar[int]
     PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
-    OTHER_PREFILLS_FIELD_NUMBER: _ClassVar[int]
+    OTHER_PROMPTS_FIELD_NUMBER: _ClassVar[int]
     OTHER_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     TIERS_FIELD_NUMBER: _ClassVar[int]
+    OTHER_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     whole: bool
     draining: bool
     running: int
@@ -171,11 +172,12 @@ class StatusUpdate(_message.Message):
     staging_bytes_fit: int
     open_handles: int
     preemptions: int
-    other_prefills: int
+    other_prompts: int
     other_sequences: int
     adapters: _containers.RepeatedCompositeFieldContainer[AdapterStatus]
     tiers: TierTotals
-    def __init__(self, whole: _Optional[bool] = ..., draining: _Optional[bool] = ..., running: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., staging_bytes_used: _Optional[int] = ..., staging_bytes_fit: _Optional[int] = ..., open_handles: _Optional[int] = ..., preemptions: _Optional[int] = ..., other_prefills: _Optional[int] = ..., other_sequences: _Optional[int] = ..., adapters: _Optional[_Iterable[_Union[AdapterStatus, _Mapping]]] = ..., tiers: _Optional[_Union[TierTotals, _Mapping]] = ...) -> None: ...
+    other_prompt_tokens: int
+    def __init__(self, whole: _Optional[bool] = ..., draining: _Optional[bool] = ..., running: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., staging_bytes_used: _Optional[int] = ..., staging_bytes_fit: _Optional[int] = ..., open_handles: _Optional[int] = ..., preemptions: _Optional[int] = ..., other_prompts: _Optional[int] = ..., other_sequences: _Optional[int] = ..., adapters: _Optional[_Iterable[_Union[AdapterStatus, _Mapping]]] = ..., tiers: _Optional[_Union[TierTotals, _Mapping]] = ..., other_prompt_tokens: _Optional[int] = ...) -> None: ...
 
 class AdapterStatus(_message.Message):
     __slots__ = ("digest", "state", "other_prompts")

@@ -108,10 +108,12 @@ class StatusService(workers_pb2_grpc.WorkerStatusServicer):
         return self._told_to(caller, self._measure())
 
     def _told_to(self, caller: str, measured: WorkerStatus) -> WorkerStatus:
+        prompts, tokens = self._usage.other_work(caller)
         return replace(
             measured,
             draining=self._draining.is_set() and caller != self._spared,
-            other_prefills=self._usage.other_prefills(caller),
+            other_prompts=prompts,
+            other_prompt_tokens=tokens,
             other_sequences=self._usage.other_sequences(caller),
         )
 

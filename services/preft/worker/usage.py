@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from preft.core.errors import WorkerFull
 
@@ -23,7 +23,9 @@ class Usage:
         """`slots`: distinct adapters in one engine batch."""
         self._slots = slots
         self._on_prompts: OnPrompts = lambda digest, caller: None
-        self._prompts: dict[str, Counter[str]] = {}  # uncomputed prompts, by digest and caller
+        self._prompts: dict[str, Counter[str]] = {}  # uncomputed prompts with an adapter, by digest and caller
+        self._numbers: Counter[str] = Counter()  # of uncomputed prompts, by caller
+        self._tokens: Counter[str] = Counter()
         self._prefills: Counter[str] = Counter()
         self._sequences: Counter[str] = Counter()
 
@@ -32,14 +34,17 @@ class Usage:
         self._on_prompts = on_prompts
 
     @contextmanager
-    def prompt(self, caller: str, digest: str) -> Iterator[None]:
-        """Counts an uncomputed prompt with this adapter; "" (the base model) needs no slot and isn't counted.
+    def prompt(self, caller: str, digest: str, tokens: int) -> Iterator[None]:
+        """Counts an uncomputed prompt of `tokens` tokens with this adapter; "" (the base model) needs no slot.
 
         Raises WorkerFull at once if uncomputed prompts of other adapters take all slots.
         """
-        if not digest:
+        slot = self._slot(caller, digest) if digest else nullcontext()
+        with slot, _counted(self._numbers, caller), _counted(self._tokens, caller, tokens):
             yield
-            return
+
+    @contextmanager
+    def _slot(self, caller: str, digest: str) -> Iterator[None]:
         if digest not in self._prompts and len(self._prompts) >= self._slots:
             raise WorkerFull(f"all {self._slots} adapter slots of the worker are taken")
         self._prompts.setdefault(digest, Counter())[caller] += 1
@@ -80,9 +85,9 @@ class Usage:
         by_caller = self._prompts.get(digest)
         return by_caller.total() - by_caller[caller] if by_caller else 0
 
-    def other_prefills(self, caller: str) -> int:
-        """Prefills of other callers."""
-        return self._prefills.total() - self._prefills[caller]
+    def other_work(self, caller: str) -> tuple[int, int]:
+        """Number and tokens of the uncomputed prompts that other callers sent."""
+        return self._numbers.total() - self._numbers[caller], self._tokens.total() - self._tokens[caller]
 
     def other_sequences(self, caller: str) -> int:
         """Sequences of other callers."""
@@ -90,16 +95,16 @@ class Usage:
 
 
 @contextmanager
-def _counted(counts: Counter[str], caller: str) -> Iterator[None]:
-    counts[caller] += 1
+def _counted(counts: Counter[str], caller: str, number: int = 1) -> Iterator[None]:
+    counts[caller] += number
     try:
         yield
     finally:
-        _leave(counts, caller)
+        _leave(counts, caller, number)
 
 
-def _leave(counts: Counter[str], caller: str) -> None:
+def _leave(counts: Counter[str], caller: str, number: int = 1) -> None:
     """Keeps no name with a count of zero: routers come and go for as long as the worker lives."""
-    counts[caller] -= 1
+    counts[caller] -= number
     if not counts[caller]:
         del counts[caller]

@@ -42,7 +42,7 @@ def test_a_table_and_a_file_of_figures(tmp_path: Path, capsys: pytest.CaptureFix
     assert "| ours |" in capsys.readouterr().out
     (written,) = tmp_path.iterdir()
     saved = json.loads(written.read_text())
-    assert saved["runs"]["ours"]["unfinished"] == 0
+    assert saved["runs"]["ours"][0]["unfinished"] == 0
     assert saved["scenario"]["adapters"] == TINY.adapters
 
 

@@ -779,6 +779,19 @@ async def test_base_requests_need_no_slot_and_an_adapters_requests_share_one() -
     assert served(*tickets) == [True] * 6
 
 
+async def test_requests_share_a_slot_with_another_routers_requests() -> None:
+    cluster = Cluster({"p0": "abcx"}, slots=2)
+    one = cluster.view.workers["p0"]
+    one.told(a_message("abcx", others={"x": 1}))
+    await cluster.enter("a").wait(1)
+    older, *others = [cluster.enter(digest) for digest in "bcc"]
+    assert served(older, *others) == [False] * 3
+    one.told(a_message("cx", others={"x": 0, "c": 1}, whole=False))
+    cluster.admission.wake(one)
+    await settle()
+    assert served(older, *others) == [False, True, True]
+
+
 async def test_busy_adapters_dont_starve_one_that_waits_for_their_slot() -> None:
     """`a` always has a prompt in the only slot of p0. When `b` has waited long, `a` gets no more, and only there."""
     cluster = Cluster({"p0": "ab", "p1": "c"}, slots=1, patience=0.1)

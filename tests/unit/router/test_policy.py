@@ -17,7 +17,7 @@ from preft.memory.arena import span_of
 from preft.router.lease import Lease
 from preft.router.policy import Absent, AffinityPolicy, Crowded, Demand, Pair, Refusal
 from preft.router.view import ClusterView
-from preft.router.worker_view import WorkerView
+from preft.router.worker_view import WORK_TOKENS, WorkerView
 from preft.transfer.seal import SEAL
 from support.invented_cluster import Member, a_member, a_message, d, gone, p, view_of
 from support.readable_ref import ReadableRef
@@ -428,10 +428,12 @@ def test_a_busy_holder_is_left_for_the_least_loaded() -> None:
 
 
 def test_other_routers_prompts_and_waiting_requests_are_load() -> None:
-    for how in ("others", "waiting"):
+    for how in ("others", "long ones", "waiting"):
         view = view_of(p("p0", adapters="a"), p("p1"), d("d0"))
         if how == "others":
-            view.workers["p0"].told(a_message("a", other_prefills=5))
+            view.workers["p0"].told(a_message("a", other_prompts=5))
+        elif how == "long ones":
+            view.workers["p0"].told(a_message("a", other_prompts=1, other_prompt_tokens=4 * WORK_TOKENS))
         else:
             view.workers["p0"].queue("x", 1, 5)
         assert look(view) == ("Absent", "p1")
@@ -532,7 +534,7 @@ def test_a_choice_and_a_message_cost_little_in_a_large_cluster() -> None:
             leases.append(Lease(placed, demand, [0], lambda worker: None))
         if len(leases) > 3000:
             leases.pop(draw.randrange(len(leases))).release()
-        update = a_message([f"digest-{draw.randrange(100_000)}"], whole=False, other_prefills=number % 3)
+        update = a_message([f"digest-{draw.randrange(100_000)}"], whole=False, other_prompts=number % 3)
         timed(tells, lambda update=update: view.workers[f"p{draw.randrange(1000)}"].told(update))
     places.sort()
     assert median(places) < 5 * 0.3e-3

@@ -31,7 +31,7 @@ from preft.core.errors import (
 )
 from preft.core.request import GenerateRequest, TokenDelta
 from preft.router.router import Router
-from preft.router.worker_view import FOREIGN_WORK, WorkerView
+from preft.router.worker_view import WorkerView
 from preft.rpc import liveness
 from support.fake_workers import EOS, FakeDecode, Fault, a_request, digest_of, foretold
 from support.router_harness import FAST, SECRET, Harness, running
@@ -1057,10 +1057,10 @@ async def test_two_routers_never_overrun_a_workers_slots(harness: Harness) -> No
 
 
 async def test_what_other_routers_use_is_seen(harness: Harness) -> None:
-    harness.p.tell(others={digest_of("bob"): 1}, other_prefills=3)
+    harness.p.tell(others={digest_of("bob"): 1}, other_prompts=3)
     harness.d.tell(other_sequences=5)
     views = harness.router.view.workers
-    await harness.seen(lambda: views["p0"].slots_used == 1 and views["p0"].load == 3 * FOREIGN_WORK)
+    await harness.seen(lambda: views["p0"].slots_used == 1 and views["p0"].load == 3)
     assert views["p0"].in_slot(digest_of("bob"))
     await harness.seen(lambda: harness.router.view.fullness(views["d0"]) == 5 / 80)
     harness.p.tell_truth()

@@ -49,6 +49,7 @@ def test_other_routers_prompts_take_slots_too() -> None:
     one.add_prefill("a")
     one.told(a_message("b", others={"a": 2, "b": 1}))
     assert one.slots_used == 2
+    assert one.slots == ["a", "b"]
     assert one.in_slot("b")
     one.told(a_message(others={"b": 0}, whole=False))
     assert one.slots_used == 1
@@ -317,7 +318,7 @@ def test_the_indexes_agree_with_the_workers_whatever_happens(seed: int) -> None:
                     whole=whole,
                     draining=draw.random() < 0.1,
                     kv_blocks_used=draw.randint(0, 9),
-                    other_prefills=draw.randint(0, 3),
+                    other_prompts=draw.randint(0, 3),
                     other_sequences=draw.randint(0, 3),
                 )
                 one.told(message if draw.random() < 0.8 or whole else gone(*digests))

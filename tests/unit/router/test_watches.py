@@ -14,7 +14,7 @@ from preft.core.cluster import AdapterState, StatusUpdate, Worker, WorkerState
 from preft.router.channels import WorkerChannels
 from preft.router.view import ClusterView
 from preft.router.watches import Watches
-from preft.router.worker_view import FOREIGN_WORK, WorkerView
+from preft.router.worker_view import WorkerView
 from support.fake_workers import FakeCluster, FakePrefill
 from support.router_harness import SECRET
 
@@ -81,8 +81,8 @@ async def test_a_worker_is_ready_after_its_first_message() -> None:
 async def test_changes_are_told() -> None:
     async with watched() as (one, worker):
         await one.watches.settled(5.0)
-        worker.tell(other_prefills=3, adapters={"b" * 64: AdapterState.LOADING, "a" * 64: None})
-        await one.until(lambda: one.p0.load == 3 * FOREIGN_WORK)
+        worker.tell(other_prompts=3, adapters={"b" * 64: AdapterState.LOADING, "a" * 64: None})
+        await one.until(lambda: one.p0.load == 3)
         assert one.p0.is_loading("b" * 64)
         assert not one.p0.holds("a" * 64)
         assert one.news[-1] == ("p0", False)
@@ -213,8 +213,8 @@ async def test_after_an_unexpected_exception_in_one_message_the_worker_is_ready_
             monkeypatch.setattr(WorkerView, "told", breaks)
         with caplog.at_level(logging.CRITICAL):
             count = len(one.news)
-            worker.tell(other_prefills=3)
-            await one.until(lambda: len(one.news) > count and one.p0.is_ready and one.p0.load == 3 * FOREIGN_WORK)
+            worker.tell(other_prompts=3)
+            await one.until(lambda: len(one.news) > count and one.p0.is_ready and one.p0.load == 3)
             assert not one.fails
         await one.until(lambda: sum(worker.watchers.values()) == 1)
 

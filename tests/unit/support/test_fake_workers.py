@@ -44,17 +44,17 @@ async def test_a_fake_worker_tells_the_truth(worker: FakePrefill) -> None:
         await one.until(lambda: one.knows(BOB) == AdapterStatus(AdapterState.HOST))
         stub = workers_pb2_grpc.PrefillWorkerStub(channel)
         call = stub.Prefill(prefill_of("bob"))
-        await two.until(lambda: two.status.other_prefills == 1)
+        await two.until(lambda: two.status.other_prompts == 1)
         assert two.knows(BOB) == AdapterStatus(AdapterState.SLOT, 1)
         await one.until(lambda: one.status.running == 1)
-        assert one.status.other_prefills == 0
+        assert one.status.other_prompts == 0
         assert one.knows(BOB).other_prompts == 0
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await stub.Prefill(prefill_of("ada")).read()
         assert type(error_from_rpc(refused.value, "p0")) is WorkerFull
         assert worker.full == 1
         assert len([event async for event in call]) == 1
-        await two.until(lambda: two.status.other_prefills == 0 and two.knows(BOB).other_prompts == 0)
+        await two.until(lambda: two.status.other_prompts == 0 and two.knows(BOB).other_prompts == 0)
         worker.state = WorkerState.DRAINING
         worker.adapters = ()
         await one.until(lambda: one.status.draining and one.knows(ADA) == AdapterStatus(None))

@@ -168,29 +168,30 @@ async def test_other_counts_leave_out_the_caller_s_own(rig: Rig) -> None:
     rig.adapters.put(digest(1), AdapterState.HOST)
     await one.until(lambda: one.knows(digest(1)) == own)
     with (
-        rig.usage.prompt("one", digest(1)),
-        rig.usage.prompt("one", digest(1)),
-        rig.usage.prompt("two", digest(2)),
+        rig.usage.prompt("one", digest(1), 9),
+        rig.usage.prompt("one", digest(1), 9),
+        rig.usage.prompt("two", digest(2), 9),
         rig.usage.prefill("one"),
         rig.usage.sequence("two"),
     ):
-        await two.until(lambda: two.knows(digest(1)).other_prompts == 2 and two.status.other_prefills == 1)
+        await two.until(lambda: two.knows(digest(1)).other_prompts == two.status.other_prompts == 2)
         await one.until(lambda: one.knows(digest(2)) == AdapterStatus(None, 1) and one.status.other_sequences == 1)
         for watcher in (one, two):  # streams share a measurement for a moment
             await watcher.until(lambda watcher=watcher: watcher.status.running == 2)
-        assert (one.status.other_prefills, two.status.other_sequences) == (0, 0)
+        assert (one.status.other_prompts, one.status.other_prompt_tokens) == (1, 9)
+        assert (two.status.other_prompt_tokens, two.status.other_sequences) == (18, 0)
         assert one.knows(digest(1)) == own
         assert two.knows(digest(2)) == AdapterStatus(None)
         late = await rig.watch("three")
         assert late.adapters == {digest(1): replace(own, other_prompts=2), digest(2): AdapterStatus(None, 1)}
-    await two.until(lambda: two.knows(digest(1)) == own and two.status.other_prefills == 0)
+    await two.until(lambda: two.knows(digest(1)) == own and two.status.other_prompts == 0)
     await one.until(lambda: one.knows(digest(2)) == AdapterStatus(None) and one.status.other_sequences == 0)
     assert not any(digest(1) in update.adapters and update.adapters[digest(1)] != own for update in one.updates)
 
 
 async def test_a_caller_s_own_prompts_are_no_news_for_it(rig: Rig) -> None:
     one = await rig.watch("one", interval=0.1)
-    with rig.usage.prompt("one", digest(1)):
+    with rig.usage.prompt("one", digest(1), 9):
         await asyncio.sleep(0.25)
     await asyncio.sleep(0.15)
     assert len(one.updates) == 1
@@ -246,8 +247,8 @@ async def test_an_impossible_interval_is_refused(rig: Rig, interval: float) -> N
 async def test_callers_without_a_name_share_one(rig: Rig) -> None:
     async with grpc.aio.insecure_channel(rig.address) as channel:
         stub, request = workers_pb2_grpc.WorkerStatusStub(channel), workers_pb2.WatchRequest(interval=0.02)
-        with rig.usage.prefill(""), rig.usage.prefill("one"):
-            assert (await stub.Watch(request).read()).other_prefills == 1
+        with rig.usage.prompt("", "", 9), rig.usage.prompt("one", "", 9):
+            assert (await stub.Watch(request).read()).other_prompts == 1
         call = stub.Watch(request, metadata=((CALLER_KEY, "x" * 300),))
         with pytest.raises(grpc.aio.AioRpcError, match="caller is at most 256 characters"):
             await call.read()

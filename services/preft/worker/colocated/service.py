@@ -51,7 +51,8 @@ class ColocatedService(ChoiceService):
             output_token_ids=tuple(choice.output_token_ids),
         )
         with ExitStack() as slot:
-            slot.enter_context(self.usage.prompt(caller, request.adapter.digest if request.adapter else ""))
+            digest, tokens = request.adapter.digest if request.adapter else "", len(request.prompt_token_ids)
+            slot.enter_context(self.usage.prompt(caller, digest, tokens))
             async with (
                 self._adapters.using(request.adapter) if request.adapter else nullcontext(),
                 aclosing(self._engine.generate(request)) as deltas,

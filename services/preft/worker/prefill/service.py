@@ -69,7 +69,7 @@ class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
         prompt = tuple(request.prompt_token_ids)
         timeout = 60.0 if time_remaining is None else time_remaining
         with self.usage.prefill(caller), ExitStack() as slot, ExitStack() as staging:
-            slot.enter_context(self.usage.prompt(caller, adapter.digest if adapter else ""))
+            slot.enter_context(self.usage.prompt(caller, adapter.digest if adapter else "", len(prompt)))
             region = None
             if request.HasField("target"):
                 if adapter is not None:

@@ -76,7 +76,7 @@ class RouterSettings(_Strict):
     patience: Seconds = 1.0  # a request that has waited longer isn't overtaken by later ones
     poll_interval: Seconds = 1.0  # how often the state store is read, if it announces no change
     worker_timeout: Seconds = 10.0  # a worker that tells nothing for this long gets no requests
-    restart_grace: Annotated[float, Field(ge=0, le=DAY)] = 120.0  # how long begun requests wait if no worker is left
+    restart_grace: Annotated[float, Field(ge=0, le=DAY)] = 120.0  # how long requests wait if no worker is left
 
 
 class Settings(_Strict):

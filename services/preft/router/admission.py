@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from preft.core.cluster import Role
-from preft.core.errors import PreftError, QueueFull, Unavailable
+from preft.core.errors import InvalidRequest, PreftError, QueueFull, Unavailable
 from preft.core.request import AdapterRef
 from preft.router.fair_share import FairShare
 from preft.router.fits import check_fits
@@ -35,6 +35,7 @@ TRIES = 16  # lines that one look tries, and ...
 LINES = 100  # lines that it reads, until it gives up: the others are younger, and their turn comes
 HELPED = 4  # lines of other workers that a worker with room looks at
 AHEAD = 2  # times its slots: adapters that a worker loads before they have a slot
+NO_WORKERS = "no prefill and decode workers that fit together are ready"
 RETRY_AFTER = (1.0, 30.0)  # seconds, least and most
 
 
@@ -68,6 +69,7 @@ class Admission:
         self._awake: dict[WorkerView, None] = {}  # workers that may have room
         self._ready: dict[str, None] = {}  # digests whose loads have ended
         self._blocked: Demand | None = None  # refused in this look: whatever covers it needn't be tried
+        self._unchecked: list[Ticket] = []  # new requests that came while no workers were there
         self._pump_due = False
         self._serving_until = -math.inf
         self._closed: PreftError | None = None
@@ -89,16 +91,18 @@ class Admission:
         """Queues `demand`, or gives its ticket a lease at once if there is room.
 
         `demand.order` holds when the request came. A request that has `started` before and lost its workers enters
-        even a full queue, and waits for workers to restart. Raises QueueFull, Unavailable, or InvalidRequest if no
-        worker could ever hold the request. A closed queue raises the error that `close` was given.
+        even a full queue. If no workers are left, requests wait for `restart_grace` seconds since they were there.
+        Raises QueueFull, Unavailable, or InvalidRequest if no worker could ever hold the request. A closed queue raises
+        the error that `close` was given.
         """
         if self._closed is not None:
             raise self._closed
-        if not started:
-            if not self._view.serving:
-                raise Unavailable("no prefill and decode workers that fit together are ready")
-            check_fits(demand, self._view)
         ticket = Ticket(demand, choices, self)
+        if not started:
+            if self._view.serving:
+                check_fits(demand, self._view)
+            elif self._is_abandoned():
+                raise Unavailable(NO_WORKERS)
         line = self._lines.get(demand.digest)
         placed = None
         if not self._pump_due and (line is None or demand.order < line.head.demand.order):
@@ -110,6 +114,8 @@ class Admission:
             self.refused += 1
             raise QueueFull(f"{self.waiting} requests are waiting for a worker already", self._retry_after())
         line = self._lines.add(ticket)
+        if not started and not self._view.serving:
+            self._unchecked.append(ticket)
         if placed is not None:  # else a look is due, or the line's head waits already
             self._refused(line, placed)
         return ticket
@@ -130,11 +136,7 @@ class Admission:
         line = self._lines.get(digest)
         if error is not None and line is not None:
             for ticket in [ticket for ticket in line.tickets if not self._has_others(ticket)]:
-                at = line.at
-                self._lines.remove(ticket)
-                self._kept.give_up(ticket.demand.order, at)
-                ticket.fail(error)
-                self.wake(at)
+                self._fail(ticket, error)
         self._ready[digest] = None
         self.wake(worker)
 
@@ -152,15 +154,32 @@ class Admission:
         """Looks again at lines whose worker is gone, and fails all of them if none has been there for long."""
         if self._closed is not None:
             return
-        now = asyncio.get_running_loop().time()
         if self._view.serving:
-            self._serving_until = now
-        elif now - self._serving_until > self._restart_grace:
-            self._refuse_all(Unavailable("no prefill and decode workers that fit together are ready"))
+            self._serving_until = asyncio.get_running_loop().time()
+            self._check()
+        elif self._is_abandoned():
+            self._refuse_all(Unavailable(NO_WORKERS))
         for line in self._lines:
             if line.at is not None and not line.at.is_ready:
                 self._move(line, None)
         self.wake()
+
+    def _is_abandoned(self) -> bool:
+        """Whether no prefill and decode workers have been there for so long that nothing waits for them any more."""
+        return asyncio.get_running_loop().time() - self._serving_until > self._restart_grace
+
+    def _check(self) -> None:
+        """Fails the requests that came while no workers were there, and that don't fit those that are there now."""
+        unchecked, self._unchecked = self._unchecked, []
+        for ticket in unchecked:
+            try:
+                check_fits(ticket.demand, self._view)
+            except InvalidRequest as error:
+                self._fail(ticket, error)
+
+    def _fail(self, ticket: Ticket, error: PreftError) -> None:
+        self.forget(ticket)
+        ticket.fail(error)
 
     def close(self, error: PreftError) -> None:
         """Fails all waiting requests and all later ones with `error`."""
@@ -369,6 +388,7 @@ class Admission:
         return min(most, max(least, math.ceil(self.waiting / 2 * elapsed / len(self._grants))))
 
     def _refuse_all(self, error: PreftError) -> None:
+        self._unchecked.clear()
         for line in self._lines:
             for ticket in self._lines.take(line.digest):
                 self._kept.give_up(ticket.demand.order, line.at)

@@ -352,16 +352,17 @@ async def test_what_fits_nowhere_is_refused_at_once() -> None:
     assert served(queue.ask(Demand("a", 9999, 9999, decodes=False))) == [True]
 
 
-async def test_without_workers_new_requests_are_refused_and_begun_ones_wait() -> None:
+async def test_requests_wait_for_workers_that_were_there_a_moment_ago() -> None:
     queue = Queue(grace=0.1)
     with pytest.raises(Unavailable):
-        queue.enter()
+        queue.enter()  # there were none yet
     queue.become(*workers_of())
     running = queue.enter()
     waiting = queue.enter()
     queue.become()
     begun = queue.enter(started=True, age=1.0)
-    assert served(waiting, begun) == [False, False]
+    late = queue.enter()
+    assert served(waiting, begun, late) == [False] * 3
     await asyncio.sleep(0.05)
     (await running.wait(1)).release()
     queue.become(*workers_of())
@@ -369,7 +370,10 @@ async def test_without_workers_new_requests_are_refused_and_begun_ones_wait() ->
     assert served(waiting, begun) == [False, True]
     (await begun.wait(1)).release()
     await settle()
-    assert served(waiting) == [True]
+    assert served(waiting, late) == [True, False]
+    (await waiting.wait(1)).release()
+    await settle()
+    assert served(late) == [True]
 
 
 async def test_workers_that_dont_come_back_end_the_waiting() -> None:
@@ -377,10 +381,29 @@ async def test_workers_that_dont_come_back_end_the_waiting() -> None:
     queue.enter()
     waiting = queue.enter()
     queue.become()
+    late = queue.enter()
     await asyncio.sleep(0.05)
-    queue.become()
     with pytest.raises(Unavailable):
-        await waiting.wait(1)
+        queue.enter()
+    queue.become()
+    for ticket in (waiting, late):
+        with pytest.raises(Unavailable):
+            await ticket.wait(1)
+    assert queue.waiting == 0
+
+
+async def test_what_waits_for_workers_is_checked_against_those_that_come() -> None:
+    queue = Queue(*workers_of(blocks=20), grace=1.0)
+    queue.become()
+    late = [queue.enter(blocks=11), queue.enter(blocks=10)]
+    gone = queue.enter(blocks=12)
+    gone.cancel()
+    queue.become(*workers_of(blocks=10))
+    await settle()
+    with pytest.raises(InvalidRequest, match="no decode worker holds more than 160"):
+        await late[0].wait(1)
+    (await late[1].wait(1)).release()
+    assert queue.idle
     assert queue.waiting == 0
 
 

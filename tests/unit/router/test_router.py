@@ -909,14 +909,16 @@ async def test_only_fitting_workers_are_paired(harness: Harness) -> None:
     harness.d.state = WorkerState.DRAINING
     await harness.cluster.add_decode("d1", fingerprint="other model")
     await harness.seen(lambda: not harness.router.ready())
-    with pytest.raises(Unavailable, match="fit together"):
-        async with harness.router.generate(a_request()):
-            pass
+    waiting = asyncio.create_task(harness.collect(a_request()))
+    await asyncio.sleep(0.2)
+    assert not waiting.done()
+    assert harness.p.calls == 0
     p1 = await harness.cluster.add_prefill("p1", fingerprint="other model")
-    await harness.seen(harness.router.ready)
+    await waiting
+    assert p1.calls == 1
     for i in range(5):
         await harness.collect(a_request(adapter=f"a{i}"))
-    assert p1.calls == 5
+    assert p1.calls == 6
 
 
 async def test_workers_of_another_cluster_are_not_ours(harness: Harness) -> None:

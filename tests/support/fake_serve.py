@@ -11,7 +11,8 @@ from support.worker_servers import StartPaced
 
 
 def serve(arguments: list[str]) -> int:
-    os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(32)  # read at Ray's import
+    os.environ.setdefault("RAY_AUTH_MODE", "token")  # read at Ray's import
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
     from preft.cluster import ray_cluster
 

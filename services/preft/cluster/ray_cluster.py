@@ -18,16 +18,18 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
 from pydantic import SecretStr
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from preft.cluster.local_ray import start_ray
 from preft.cluster.logs import cause_in, output_to
 from preft.cluster.process import Stop
 from preft.cluster.secret import read_secret
-from preft.cluster.sizing import check_gpus, gpus_per_worker, has_gpu_build
+from preft.cluster.sizing import check_gpus, has_gpu_build, worker_resources
 from preft.cluster.worker_process import run_worker
 from preft.core.cluster import Role
 from preft.core.errors import ConfigError
@@ -125,7 +127,7 @@ def _use_folder(folder: str) -> None:
 
 
 class RayCluster:
-    """All workers of one cluster."""
+    """All workers of one cluster. Each has a placement group of its own, which follows it if its node dies."""
 
     def __init__(self, settings: Settings, cluster_id: str, logs: Path) -> None:
         self._settings = settings
@@ -133,6 +135,8 @@ class RayCluster:
         self._logs = logs
         self._folder: Path | None = None
         self._actors: dict[str, Any] = {}  # by worker id
+        self._groups: dict[str, PlacementGroup] = {}
+        self._secret = ""
         self._drain_ends: float | None = None  # monotonic; None: no drain has begun
 
     def start(self) -> None:
@@ -143,36 +147,53 @@ class RayCluster:
         ray_logger = logging.getLogger("ray")
         ray_logger.handlers.clear()  # Ray's handlers print
         ray_logger.propagate = True
-        address, secret, state = self._settings.ray_address, read_secret(self._settings), self._settings.state
-        local = address is None
+        self._secret = read_secret(self._settings)
+        address = self._settings.ray_address
         if address is None:
             self._folder = start_ray()
+            # A cluster that exists already may add machines.
+            check_gpus(self._settings, has_gpu_build(), ray.cluster_resources().get("GPU", 0.0))
         else:
-            try:
-                ray.init(address=address, log_to_driver=False, configure_logging=False)
-            except (OSError, RuntimeError, ValueError) as error:
-                raise ConfigError(f"ray_address: Ray at {address} can't be joined: {error}") from error
-        gpu_build = has_gpu_build()
-        if local:  # a cluster that exists already may add machines
-            check_gpus(self._settings, gpu_build, ray.cluster_resources().get("GPU", 0.0))
+            self._join(address)
         for role in self._settings.roles:
-            own = self._settings.engine(role)
-            gpus = gpus_per_worker(self._settings, role, gpu_build)
-            actor = ray.remote(WorkerActor).options(
-                num_cpus=own.num_cpus, num_gpus=gpus, max_restarts=-1, max_concurrency=4
+            for number in range(self._settings.engine(role).replicas):
+                self._start_worker(role, f"{role.value}-{number}")
+
+    def _join(self, address: str) -> None:
+        try:
+            ray.init(address=address, log_to_driver=False, configure_logging=False)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ConfigError(f"ray_address: Ray at {address} can't be joined: {error}") from error
+        if self._settings.state is None and sum(node["Alive"] for node in ray.nodes()) > 1:
+            raise ConfigError(
+                f"state: Ray at {address} has several nodes, whose workers can't use a file of this machine: "
+                "name a Redis server, such as redis://host:6379/0"
             )
-            for number in range(own.replicas):
-                name = f"{role.value}-{number}"
-                self._actors[self._prefix + name] = actor.remote(
-                    self._settings.model_dump_json(),
-                    secret,
-                    role.value,
-                    self._prefix + name,
-                    "127.0.0.1" if local else "",
-                    state.get_secret_value() if state else "",
-                    str(self._log(name)),
-                    str(self._folder) if local else "",
-                )
+
+    def _start_worker(self, role: Role, name: str) -> None:
+        settings, state = self._settings, self._settings.state
+        bundle = worker_resources(settings, role, has_gpu_build())
+        group = placement_group([bundle], name=self._prefix + name)
+        self._groups[self._prefix + name] = group
+        custom = {key: count for key, count in bundle.items() if key not in ("CPU", "GPU")}
+        actor = ray.remote(WorkerActor).options(
+            num_cpus=bundle["CPU"],
+            num_gpus=bundle["GPU"],
+            resources=custom,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
+            max_restarts=-1,
+            max_concurrency=4,
+        )
+        self._actors[self._prefix + name] = actor.remote(
+            settings.model_dump_json(),
+            self._secret,
+            role.value,
+            self._prefix + name,
+            "127.0.0.1" if settings.ray_address is None else "",
+            state.get_secret_value() if state else "",
+            str(self._log(name)),
+            str(self._folder) if self._folder else "",
+        )
 
     def _log(self, name: str) -> Path:
         return self._logs / f"{name}.log"
@@ -183,12 +204,27 @@ class RayCluster:
         Calls `tell` for each failed start.
         """
         watches = [asyncio.create_task(self._wait_failed(key, actor, tell)) for key, actor in self._actors.items()]
+        room = asyncio.create_task(self._tell_room(tell))
         try:
-            done, _ = await asyncio.wait(watches, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait({*watches, room}, return_when=asyncio.FIRST_COMPLETED)
             return done.pop().result()
         finally:
-            for watch in watches:
-                watch.cancel()
+            for task in (*watches, room):
+                task.cancel()
+
+    async def _tell_room(self, tell: Callable[[str], None]) -> NoReturn:
+        """Tells of each worker that no node of the Ray cluster has room for, once until the worker has a node."""
+        without: dict[str, bool] = {}  # by worker id: whether it has been told
+        while True:
+            await asyncio.sleep(CHECK_SECONDS)
+            table = await asyncio.to_thread(placement_group_table)
+            states = {key: table[group.id.hex()]["state"] for key, group in self._groups.items()}
+            lacking = [key for key, state in states.items() if state in ("PENDING", "RESCHEDULING")]
+            for key in lacking:
+                if without.get(key) is False:  # for two looks
+                    needs = ", ".join(f"{count:g} {name}" for name, count in self._groups[key].bundle_specs[0].items())
+                    tell(f"  {key.removeprefix(self._prefix)}: it waits for a node of the Ray cluster with {needs}")
+            without = {key: key in without for key in lacking}
 
     async def _wait_failed(self, worker_id: str, actor: Any, tell: Callable[[str], None]) -> str:
         name = worker_id.removeprefix(self._prefix)
@@ -234,9 +270,10 @@ class RayCluster:
 
     def close(self) -> None:
         """Kills what is left of the workers, and ends Ray if this process started it."""
-        for actor in self._actors.values():
+        for key, actor in self._actors.items():
             with contextlib.suppress(ray.exceptions.RayError):
                 ray.kill(actor)
+                remove_placement_group(self._groups[key])
         ray.shutdown()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)

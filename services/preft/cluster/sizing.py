@@ -17,6 +17,7 @@ from preft.core.cluster import Role
 from preft.core.errors import ConfigError
 from preft.core.settings import GiB, MiB, Settings
 
+LEAST_CPUS = 0.001  # of a worker in Ray's books
 STAGED_PROMPTS = 4  # the longest prompts for which a worker has staging memory
 STAGING_SHARE = 4  # all workers together get at most this fraction (1/4) of the machine's memory
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
@@ -26,6 +27,12 @@ def gpus_per_worker(settings: Settings, role: Role, gpu_build: bool) -> float:
     """GPUs that Ray reserves for each worker of `role`: by default 1 with vLLM's GPU build, 0 with the CPU build."""
     own = settings.engine(role).num_gpus
     return own if own is not None else float(gpu_build)
+
+
+def worker_resources(settings: Settings, role: Role, gpu_build: bool) -> dict[str, float]:
+    """What Ray reserves for each worker of `role`, on one node. Ray has no room for a worker that needs nothing."""
+    own = settings.engine(role)
+    return {"CPU": max(own.num_cpus, LEAST_CPUS), "GPU": gpus_per_worker(settings, role, gpu_build), **own.resources}
 
 
 def check_gpus(settings: Settings, gpu_build: bool, present: float) -> None:

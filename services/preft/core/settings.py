@@ -40,6 +40,7 @@ class EngineSettings(_Strict):
     staging_bytes: Annotated[int, Field(ge=1 * MiB)] | None = None  # host memory for KV under way; None: by model
     num_cpus: Annotated[float, Field(ge=0)] = 0  # reserved in Ray per worker
     num_gpus: Annotated[float, Field(ge=0)] | None = None  # reserved too; None: 1 with vLLM's GPU build, else 0
+    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)  # custom ones, reserved too
 
 
 class PrefillSettings(EngineSettings):

@@ -1,0 +1,144 @@
+"""Workers on several Ray nodes. The nodes are real Ray processes with addresses of their own, engines are fake."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import httpx
+import pytest
+
+from preft.cluster.ray_folder import new_ray_folder
+from preft_loadgen.child import bound
+from support.lora_folders import write_base
+from support.processes import TESTS, ServerProcess, running
+from support.redis_server import free_port, running_redis
+from support.small_tokenizers import byte_level
+
+pytestmark = pytest.mark.timeout(240)
+
+BUSY = 90.0  # seconds, on a machine that does other things too
+ONE_EACH = {"prefill": 1.0, "decode": 1.0}
+
+
+class Nodes:
+    """A Ray cluster of this machine: a head that runs nothing, and nodes with custom resources."""
+
+    def __init__(self, stack: ExitStack, folder: Path) -> None:
+        self._stack, self._folder = stack, folder
+        self.address = f"127.0.0.1:{free_port()}"
+        self._nodes: dict[str, subprocess.Popen[bytes]] = {}
+        self.environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([TESTS, *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "RAY_AUTH_MODE": "disabled",
+        }
+        port = self.address.rpartition(":")[2]
+        self._start("127.0.0.1", "--head", "--port", port, "--include-dashboard=false", "--num-cpus=0")
+
+    def add(self, host: str, resources: dict[str, float]) -> None:
+        self._start(host, "--address", self.address, "--num-cpus=1", f"--resources={json.dumps(resources)}")
+
+    def kill(self, host: str) -> None:
+        """The machine is gone: all its processes end at once."""
+        node = self._nodes.pop(host)
+        os.killpg(node.pid, signal.SIGKILL)
+        node.wait()
+
+    def _start(self, host: str, *arguments: str) -> None:
+        folder = new_ray_folder()
+        self._stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        command = [str(Path(sys.executable).with_name("ray")), "start", "--block", f"--node-ip-address={host}"]
+        command += [f"--temp-dir={folder}", "--object-store-memory=80000000", "--disable-usage-stats", *arguments]
+        log = (self._folder / f"ray-{host}.log").open("wb")
+        self._stack.callback(log.close)
+        node = subprocess.Popen(
+            bound(command), env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        self._nodes[host] = node
+        self._stack.callback(self._end, host)
+
+    def _end(self, host: str) -> None:
+        if (node := self._nodes.pop(host, None)) is not None:
+            os.killpg(node.pid, signal.SIGKILL)
+            node.wait()
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+    with ExitStack() as stack:
+        yield Nodes(stack, tmp_path_factory.mktemp("ray"))
+
+
+def settings_of(folder: Path, nodes: Nodes, **changes: object) -> Path:
+    """A settings file. Each worker takes a node's resource of its role's name."""
+    model = write_base(byte_level(folder / "base"))
+    given: dict[str, object] = {
+        "model": str(model),
+        "served_model_name": "base",
+        "state_dir": str(folder / "state"),
+        "port": 0,
+        "max_model_len": 128,
+        "ray_address": nodes.address,
+        "prefill": {"resources": {"prefill": 1}, "staging_bytes": 1 << 20},
+        "decode": {"resources": {"decode": 1}, "staging_bytes": 1 << 20},
+        **changes,
+    }
+    path = folder / "settings.json"
+    path.write_text(json.dumps(given))
+    return path
+
+
+def ask(url: str, number: int) -> list[int]:
+    """The tokens of one answer. Waits while workers are replaced."""
+    body = {"model": "base", "prompt": [5, 6, number], "max_tokens": 40, "temperature": 0, "ignore_eos": True}
+    reply = httpx.post(f"{url}/v1/completions", json=body | {"return_token_ids": True}, timeout=BUSY, trust_env=False)
+    assert reply.status_code == 200, reply.text
+    return list(reply.json()["choices"][0]["token_ids"])
+
+
+def hosts(url: str) -> dict[str, str]:
+    """Where the ready workers are, by role."""
+    workers = httpx.get(f"{url}/v1/workers", timeout=BUSY, trust_env=False).json()["workers"]
+    return {one["role"]: one["address"].rpartition(":")[0] for one in workers if one["state"] == "ready"}
+
+
+def serve(stack: ExitStack, nodes: Nodes, config: Path) -> ServerProcess:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        return stack.enter_context(running(["--config", str(config)], config.with_suffix(".log"), "support.fake_serve"))
+
+
+def test_a_dead_nodes_workers_come_back_elsewhere_once_there_is_room(nodes: Nodes, tmp_path: Path) -> None:
+    with running_redis(tmp_path / "redis") as redis, ThreadPoolExecutor() as threads, ExitStack() as stack:
+        nodes.add("127.0.0.3", ONE_EACH)
+        server = serve(stack, nodes, settings_of(tmp_path, nodes, state=redis.url()))
+        url = server.said(r"is ready on (http://\S+)", BUSY)
+        assert hosts(url) == {"prefill": "127.0.0.3", "decode": "127.0.0.3"}
+        before = list(map(partial(ask, url), range(3)))
+        begun = threads.submit(ask, url, 1)
+        time.sleep(0.3)  # it decodes
+        assert not begun.done()
+        nodes.kill("127.0.0.3")
+        new = threads.submit(ask, url, 2)
+        server.said(r"(prefill-0: it waits for a node of the Ray cluster with .*1 prefill)", BUSY)
+        nodes.add("127.0.0.4", ONE_EACH)
+        assert [ask(url, 0), begun.result(), new.result()] == before
+        assert hosts(url) == {"prefill": "127.0.0.4", "decode": "127.0.0.4"}
+
+
+def test_several_nodes_need_a_state_that_all_reach(nodes: Nodes, tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        server = serve(stack, nodes, settings_of(tmp_path, nodes))
+        assert server.ended(BUSY) == 1
+        assert f"state: Ray at {nodes.address} has several nodes" in server.output

@@ -54,16 +54,21 @@ class Console:
 class WorkerProgress:
     """Reports each worker's stages to the console: process, engine, ready, end."""
 
-    def __init__(self, console: Console, worker_ids: Sequence[str], prefix: str) -> None:
+    def __init__(self, console: Console, prefix: str) -> None:
         self._console = console
         self._prefix = prefix
-        self._stages: dict[str, tuple[int, WorkerState | None]] = dict.fromkeys(worker_ids, (0, None))
-        self._since = dict.fromkeys(worker_ids, time.monotonic())
-        for worker_id in worker_ids:
-            self._say(worker_id, "its process starts")
+        self._stages: dict[str, tuple[int, WorkerState | None]] = {}
+        self._since: dict[str, float] = {}
 
-    def observe(self, workers: Iterable[WorkerSeen]) -> None:
-        """Takes over the router's current view."""
+    def observe(self, workers: Iterable[WorkerSeen], members: Sequence[str]) -> None:
+        """Takes over the router's current view. `members` are the ids of the workers that were started."""
+        for worker_id in members:
+            if worker_id not in self._stages:
+                self._stages[worker_id], self._since[worker_id] = (0, None), time.monotonic()
+                self._say(worker_id, "its process starts")
+        for worker_id in self._stages.keys() - members:
+            del self._stages[worker_id]
+            self._say(worker_id, "it ends")
         known = {seen.worker.id: seen for seen in workers}
         for worker_id, (pid, state) in self._stages.items():
             seen = known.get(worker_id)

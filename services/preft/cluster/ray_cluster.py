@@ -16,6 +16,7 @@ import shutil
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -137,6 +138,11 @@ class RayCluster:
         self._actors: dict[str, Any] = {}  # by worker id
         self._groups: dict[str, PlacementGroup] = {}
         self._secret = ""
+        self._watches: dict[str, asyncio.Task[None]] = {}
+        self._numbers: Counter[Role] = Counter()  # of workers started so far
+        self._ending: set[str] = set()
+        self._tell: Callable[[str], None] = lambda text: None
+        self._failed: asyncio.Future[str] | None = None
         self._drain_ends: float | None = None  # monotonic; None: no drain has begun
 
     def start(self) -> None:
@@ -156,8 +162,10 @@ class RayCluster:
         else:
             self._join(address)
         for role in self._settings.roles:
-            for number in range(self._settings.engine(role).replicas):
-                self._start_worker(role, f"{role.value}-{number}")
+            for _ in range(self._settings.engine(role).replicas):
+                name = self._name(role)
+                key = self._prefix + name
+                self._actors[key], self._groups[key] = self._start_worker(role, name)
 
     def _join(self, address: str) -> None:
         try:
@@ -170,11 +178,16 @@ class RayCluster:
                 "name a Redis server, such as redis://host:6379/0"
             )
 
-    def _start_worker(self, role: Role, name: str) -> None:
+    def _name(self, role: Role) -> str:
+        name = f"{role.value}-{self._numbers[role]}"
+        self._numbers[role] += 1
+        return name
+
+    def _start_worker(self, role: Role, name: str) -> tuple[Any, PlacementGroup]:
+        """Makes Ray start a worker where there is room; returns at once."""
         settings, state = self._settings, self._settings.state
         bundle = worker_resources(settings, role, has_gpu_build())
         group = placement_group([bundle], name=self._prefix + name)
-        self._groups[self._prefix + name] = group
         custom = {key: count for key, count in bundle.items() if key not in ("CPU", "GPU")}
         actor = ray.remote(WorkerActor).options(
             num_cpus=bundle["CPU"],
@@ -184,7 +197,7 @@ class RayCluster:
             max_restarts=-1,
             max_concurrency=4,
         )
-        self._actors[self._prefix + name] = actor.remote(
+        started = actor.remote(
             settings.model_dump_json(),
             self._secret,
             role.value,
@@ -194,6 +207,31 @@ class RayCluster:
             str(self._log(name)),
             str(self._folder) if self._folder else "",
         )
+        return started, group
+
+    def members(self, *roles: Role) -> list[str]:
+        """Ids of the workers of these roles, without those that end."""
+        begins = tuple(f"{self._prefix}{role.value}-" for role in roles)
+        return [key for key in self._actors if key.startswith(begins) and key not in self._ending]
+
+    async def add(self, role: Role) -> str:
+        """Starts one more worker, and returns its id while its engine loads."""
+        name = self._name(role)
+        worker_id = self._prefix + name
+        self._actors[worker_id], self._groups[worker_id] = await asyncio.to_thread(self._start_worker, role, name)
+        self._watch(worker_id)
+        return worker_id
+
+    async def remove(self, worker_id: str) -> None:
+        """Ends a worker after its running requests, which have `shutdown_timeout`."""
+        self._ending.add(worker_id)
+        self._watches.pop(worker_id).cancel()
+        seconds = self._settings.shutdown_timeout
+        with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
+            async with asyncio.timeout(seconds + CLOSE_SECONDS + REPLY_SECONDS):  # it may not have begun
+                await self._actors[worker_id].end.remote(seconds)
+        self._ending.discard(worker_id)
+        await asyncio.to_thread(_kill, self._actors.pop(worker_id), self._groups.pop(worker_id))
 
     def _log(self, name: str) -> Path:
         return self._logs / f"{name}.log"
@@ -203,31 +241,39 @@ class RayCluster:
 
         Calls `tell` for each failed start.
         """
-        watches = [asyncio.create_task(self._wait_failed(key, actor, tell)) for key, actor in self._actors.items()]
-        room = asyncio.create_task(self._tell_room(tell))
+        self._tell, self._failed = tell, asyncio.get_running_loop().create_future()
+        for worker_id in self._actors:
+            self._watch(worker_id)
+        room = asyncio.create_task(self._tell_room())
         try:
-            done, _ = await asyncio.wait({*watches, room}, return_when=asyncio.FIRST_COMPLETED)
-            return done.pop().result()
+            return await self._failed
         finally:
-            for task in (*watches, room):
+            tasks = [*self._watches.values(), room]
+            for task in tasks:
                 task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _tell_room(self, tell: Callable[[str], None]) -> NoReturn:
+    def _watch(self, worker_id: str) -> None:
+        self._watches[worker_id] = asyncio.create_task(self._wait_failed(worker_id), name=f"watch of {worker_id}")
+
+    async def _tell_room(self) -> NoReturn:
         """Tells of each worker that no node of the Ray cluster has room for, once until the worker has a node."""
         without: dict[str, bool] = {}  # by worker id: whether it has been told
         while True:
             await asyncio.sleep(CHECK_SECONDS)
             table = await asyncio.to_thread(placement_group_table)
-            states = {key: table[group.id.hex()]["state"] for key, group in self._groups.items()}
+            states = {key: table.get(group.id.hex(), {}).get("state") for key, group in self._groups.items()}
             lacking = [key for key, state in states.items() if state in ("PENDING", "RESCHEDULING")]
             for key in lacking:
                 if without.get(key) is False:  # for two looks
-                    needs = ", ".join(f"{count:g} {name}" for name, count in self._groups[key].bundle_specs[0].items())
-                    tell(f"  {key.removeprefix(self._prefix)}: it waits for a node of the Ray cluster with {needs}")
+                    bundle = self._groups[key].bundle_specs[0].items()
+                    needs = ", ".join(f"{count:g} {what}" for what, count in bundle)
+                    name = key.removeprefix(self._prefix)
+                    self._tell(f"  {name}: it waits for a node of the Ray cluster with {needs}")
             without = {key: key in without for key in lacking}
 
-    async def _wait_failed(self, worker_id: str, actor: Any, tell: Callable[[str], None]) -> str:
-        name = worker_id.removeprefix(self._prefix)
+    async def _wait_failed(self, worker_id: str) -> None:
+        actor, name = self._actors[worker_id], worker_id.removeprefix(self._prefix)
         failures = 0
         while True:
             try:
@@ -237,12 +283,13 @@ class RayCluster:
             else:
                 failures = failures + 1 if failure else 0
             if failure:
-                tell(f"  {name}: it couldn't be started ({failures} of {START_ATTEMPTS} attempts): {failure}")
-            if failures == START_ATTEMPTS:
-                return (
+                self._tell(f"  {name}: it couldn't be started ({failures} of {START_ATTEMPTS} attempts): {failure}")
+            if failures == START_ATTEMPTS and self._failed is not None and not self._failed.done():
+                self._failed.set_result(
                     f"the worker {name} couldn't be started, several times in a row: {failure}; "
                     f"its log is {self._log(name)}"
                 )
+                return
             await asyncio.sleep(2 * REPLY_SECONDS if failure else CHECK_SECONDS)  # until Ray has noticed the end
 
     def drain(self, but: str) -> None:
@@ -271,9 +318,13 @@ class RayCluster:
     def close(self) -> None:
         """Kills what is left of the workers, and ends Ray if this process started it."""
         for key, actor in self._actors.items():
-            with contextlib.suppress(ray.exceptions.RayError):
-                ray.kill(actor)
-                remove_placement_group(self._groups[key])
+            _kill(actor, self._groups[key])
         ray.shutdown()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _kill(actor: Any, group: PlacementGroup) -> None:
+    with contextlib.suppress(ray.exceptions.RayError):
+        ray.kill(actor)
+        remove_placement_group(group)

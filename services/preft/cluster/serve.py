@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from pathlib import Path
 
+from preft.cluster.autoscale import Autoscaler
 from preft.cluster.console import Console, WorkerProgress
 from preft.cluster.gateway_process import RunningGateway
 from preft.cluster.logs import logging_to, new_log_folder
@@ -72,24 +73,31 @@ async def _serve_with_workers(
     from preft.cluster.ray_cluster import RayCluster
 
     loop = asyncio.get_running_loop()
-    names = [f"{role.value}-{number}" for role in settings.roles for number in range(settings.engine(role).replicas)]
     cluster = RayCluster(settings, cluster_id, logs)
+    scaler = Autoscaler(settings, gateway.router, cluster, console.line)
     with ThreadPoolExecutor(1, "ray") as thread:  # Ray's own, so that no other work delays the end
         try:
             await _start_cluster(loop.run_in_executor(thread, cluster.start), stop)
-            progress = WorkerProgress(console, [f"{cluster_id}-{name}" for name in names], f"{cluster_id}-")
+            progress = WorkerProgress(console, f"{cluster_id}-")
+            scaler.start()
+
+            def drain() -> None:
+                scaler.stop()
+                cluster.drain(gateway.router.name)
+
             await serve_until_stopped(
                 settings,
                 gateway,
                 stop,
                 console,
                 cluster.wait_failed(console.line),
-                lambda: progress.observe(gateway.router.workers()),
-                lambda: cluster.drain(gateway.router.name),
+                lambda: progress.observe(gateway.router.workers(), cluster.members(*settings.roles)),
+                drain,
             )
             await cluster.end(stop.at_once)
         finally:
             console.status("")
+            await scaler.close()
             await loop.run_in_executor(thread, cluster.close)
             await _remove_registrations(store, cluster_id)
 

@@ -31,6 +31,7 @@ class EngineSettings(_Strict):
     """vLLM's settings for a worker of any role. Sizes in bytes, lengths in tokens."""
 
     replicas: Annotated[int, Field(ge=1, le=1024)] = 1
+    max_replicas: Annotated[int, Field(ge=1, le=1024)] | None = None  # None: always `replicas`
     max_num_seqs: Annotated[int, Field(ge=1)] = 64
     max_num_batched_tokens: Annotated[int, Field(ge=1)] = 2048
     kv_cache_bytes: Annotated[int, Field(ge=1 * MiB)] | None = None  # None: 1 GiB on CPU, vLLM's own choice on GPU
@@ -80,6 +81,15 @@ class RouterSettings(_Strict):
     restart_grace: Annotated[float, Field(ge=0, le=DAY)] = 120.0  # how long requests wait if no worker is left
 
 
+class ScalingSettings(_Strict):
+    """When `preft serve` starts and ends workers of a role that has `max_replicas`. See `router.pressure`."""
+
+    target: Annotated[float, Field(gt=0, le=1)] = 0.8  # pressure that the number of workers aims at
+    queue_seconds: Seconds = 1.0  # a wait in the queue of this length is a pressure of 1
+    up_seconds: Seconds = 10.0  # for so long the pressure must ask for more workers
+    down_seconds: Seconds = 300.0  # ... and for fewer, before one ends
+
+
 class Settings(_Strict):
     """One cluster. `model` is a local folder with config.json, weights and tokenizer.json."""
 
@@ -108,6 +118,7 @@ class Settings(_Strict):
     prefill: PrefillSettings = Field(default_factory=PrefillSettings)
     decode: DecodeSettings = Field(default_factory=DecodeSettings)
     router: RouterSettings = Field(default_factory=RouterSettings)
+    scaling: ScalingSettings = Field(default_factory=ScalingSettings)
     colocated: bool = False  # one kind of worker for prefill and decode, with the settings of `prefill`
 
     @field_validator("model", "state_dir", "adapter_dir")
@@ -158,6 +169,15 @@ class Settings(_Strict):
         return value and tuple(
             source if "://" in source else os.path.abspath(os.path.expanduser(source)) for source in value
         )
+
+    @model_validator(mode="after")
+    def _replicas_are_in_order(self) -> Settings:
+        for role in self.roles:
+            own = self.engine(role)
+            if own.max_replicas is not None and own.max_replicas < own.replicas:
+                key = "decode" if role is Role.DECODE else "prefill"
+                raise ValueError(f"{key}.max_replicas: {own.max_replicas} is less than replicas, {own.replicas}")
+        return self
 
     @model_validator(mode="after")
     def _names_are_distinct(self) -> Settings:

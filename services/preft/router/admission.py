@@ -78,6 +78,10 @@ class Admission:
     def waiting(self) -> int:
         return self._lines.waiting
 
+    def oldest(self) -> float | None:
+        """When the oldest waiting request came; None if none waits."""
+        return min((line.head.demand.order[2] for line in self._lines), default=None)
+
     @property
     def closed(self) -> bool:
         return self._closed is not None

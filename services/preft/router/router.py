@@ -127,6 +127,11 @@ class Router:
             self._admission.refused,
         )
 
+    def longest_wait(self) -> float:
+        """Seconds that the oldest request has waited for a worker."""
+        came = self._admission.oldest()
+        return asyncio.get_running_loop().time() - came if came is not None else 0.0
+
     @asynccontextmanager
     async def _generate(self, request: GenerateRequest) -> AsyncIterator[Generation]:
         generation = RoutedGeneration(request, self._admission, self._channels, self._settings, self._counters)

@@ -24,12 +24,12 @@ def worker(name: str, state: WorkerState, pid: int = 5) -> WorkerSeen:
 
 
 def observed(progress: WorkerProgress, **states: tuple[WorkerState, int]) -> None:
-    progress.observe([worker(f"x-{role}-0", *now) for role, now in states.items()])
+    progress.observe([worker(f"x-{role}-0", *now) for role, now in states.items()], IDS)
 
 
 def test_one_line_per_worker_and_stage() -> None:
     out = io.StringIO()
-    progress = WorkerProgress(Console(out), IDS, "x-")
+    progress = WorkerProgress(Console(out), "x-")
     starting, ready, dead = WorkerState.STARTING, WorkerState.READY, WorkerState.DEAD
     for _ in range(3):  # no line comes twice
         observed(progress)
@@ -54,20 +54,34 @@ def test_one_line_per_worker_and_stage() -> None:
 
 def test_a_worker_that_was_silent_for_a_while_is_ready_again() -> None:
     out = io.StringIO()
-    progress = WorkerProgress(Console(out), IDS[:1], "x-")
+    progress = WorkerProgress(Console(out), "x-")
     for state in (WorkerState.READY, WorkerState.DEAD, WorkerState.READY):
         observed(progress, prefill=(state, 5))
-    assert out.getvalue().splitlines()[1:] == [
+    assert out.getvalue().splitlines()[2:] == [
         "  prefill-0: it is ready after 0 s",
         "  prefill-0: it has ended, and starts again",
         "  prefill-0: it is ready after 0 s",
     ]
 
 
+def test_workers_come_and_go() -> None:
+    out = io.StringIO()
+    progress = WorkerProgress(Console(out), "x-")
+    for members in ((), ("x-decode-0",), ("x-decode-0", "x-decode-1"), ("x-decode-1",), ("x-decode-1",)):
+        progress.observe([worker(name, WorkerState.READY) for name in members], members)
+    assert out.getvalue().splitlines() == [
+        "  decode-0: its process starts",
+        "  decode-0: it is ready after 0 s",
+        "  decode-1: its process starts",
+        "  decode-1: it is ready after 0 s",
+        "  decode-0: it ends",
+    ]
+
+
 def test_a_terminal_shows_what_goes_on() -> None:
     out = Terminal()
     console = Console(out)
-    progress = WorkerProgress(console, IDS, "x-")
+    progress = WorkerProgress(console, "x-")
     observed(progress, prefill=(WorkerState.STARTING, 5))
     assert out.getvalue().endswith("  prefill-0: engine 0 s, decode-0: process 0 s")
     console.line("news")

@@ -18,6 +18,7 @@ import pytest
 
 from preft.cluster.serve import _serve
 from preft.cluster.stores import open_catalog_store
+from preft.core.cluster import Role
 from preft.core.errors import ConfigError, EngineFailed, PreftError
 from preft.core.settings import Settings, load_settings
 from support.faulty_http import Faults, FaultyServer, serve_folder
@@ -38,6 +39,9 @@ class FakeRay:
 
     def start(self) -> None:
         self.done.append("start")
+
+    def members(self, *roles: Role) -> list[str]:
+        return []
 
     def drain(self, but: str) -> None:
         self.done.append("drain")

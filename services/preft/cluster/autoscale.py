@@ -1,0 +1,121 @@
+"""Starts and ends workers as the load asks for it, each role by itself, between `replicas` and `max_replicas`.
+
+The formula is that of the Kubernetes HorizontalPodAutoscaler: workers x pressure / target, rounded up, with no change
+near the target (https://kubernetes.io/docs/tasks/run-application/horizontal-pod-autoscale/#algorithm-details). Workers
+are added as soon as the pressure has asked for them for `up_seconds`. They end one at a time, after `down_seconds`, and
+drain before they end. Owns the decision and its timing; `ray_cluster` owns the workers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+from preft.core.background import Background
+from preft.core.cluster import Role
+from preft.core.settings import ScalingSettings, Settings
+from preft.router.pressure import decode_pressure, least_used, prefill_pressure
+from preft.router.router import Router
+
+LOOK_SECONDS = 1.0
+TOLERANCE = 0.1  # of the target: no change within it
+
+
+class Workers(Protocol):
+    """The workers that this process has started."""
+
+    def members(self, *roles: Role) -> list[str]:
+        """Ids of the workers of these roles, without those that end."""
+
+    async def add(self, role: Role) -> str:
+        """Starts one more worker, and returns its id while its engine loads."""
+
+    async def remove(self, worker_id: str) -> None:
+        """Ends a worker after its running requests."""
+
+
+class Scale:
+    """Decides for one role. Times are in loop time."""
+
+    def __init__(self, settings: ScalingSettings, least: int, most: int) -> None:
+        self._settings = settings
+        self._least, self._most = least, most
+        self._since: dict[int, float] = {}  # by sign of the wanted change: since when it has been asked for
+
+    def change(self, pressure: float, members: int, ready: int, now: float) -> int:
+        """How many workers to add, or -1 to end one, or 0.
+
+        `pressure` is the mean over the `ready` ones of all `members`. None is added while another one starts.
+        """
+        wanted = self._wanted(pressure, members)
+        sign = (wanted > members) - (wanted < members)
+        self._since = {sign: self._since.get(sign, now)} if sign else {}
+        waited = now - self._since.get(sign, now)
+        if not sign or (sign > 0 and ready < members):
+            return 0
+        if waited < (self._settings.up_seconds if sign > 0 else self._settings.down_seconds):
+            return 0
+        self._since = {}
+        return wanted - members if sign > 0 else -1
+
+    def _wanted(self, pressure: float, members: int) -> int:
+        ratio = pressure / self._settings.target
+        wanted = members if abs(ratio - 1) <= TOLERANCE else math.ceil(members * ratio)
+        return max(self._least, min(self._most, wanted))
+
+
+class Autoscaler:
+    """Looks at the load until `stop`. The owner calls `close`, which abandons the waits for ending workers."""
+
+    def __init__(self, settings: Settings, router: Router, workers: Workers, tell: Callable[[str], None]) -> None:
+        """Calls `tell` for each change."""
+        self._scaling = settings.scaling
+        self._router, self._workers, self._tell = router, workers, tell
+        self._background = Background()
+        self._is_stopped = False
+        self._scales = {
+            role: Scale(settings.scaling, settings.engine(role).replicas, most)
+            for role in settings.roles
+            if (most := settings.engine(role).max_replicas) is not None
+        }
+
+    def start(self) -> None:
+        if self._scales:
+            self._background.every(LOOK_SECONDS, self._look, "the number of workers stays as it is")
+
+    def stop(self) -> None:
+        """From now on the workers stay as they are."""
+        self._is_stopped = True
+
+    async def close(self) -> None:
+        await self._background.close()
+
+    async def _look(self) -> None:
+        """Adds or ends workers if the load has asked for it for long enough."""
+        for role, scale in self._scales.items():
+            members = self._workers.members(role)
+            ready = [one for one in self._router.view.ready(role) if one.id in members]
+            pressure = pressure_of(self._router, role, self._scaling)
+            change = scale.change(pressure, len(members), len(ready), asyncio.get_running_loop().time())
+            if self._is_stopped or not change:
+                continue
+            number = f"{change} more" if change > 0 else "one less"
+            self._tell(f"  {role}: {number}, the workers have a pressure of {pressure:.2f}")
+            for _ in range(change):
+                await self._workers.add(role)
+            if change < 0:
+                starting = [one for one in members if one not in {worker.id for worker in ready}]
+                ending = starting[-1] if starting else least_used(ready, role).id
+                self._background.start(self._workers.remove(ending), f"{ending} is not ended")
+
+
+def pressure_of(router: Router, role: Role, settings: ScalingSettings) -> float:
+    """The pressure on a role's workers. Requests wait for prefill workers, unless decode workers are full."""
+    decode = decode_pressure(router.view)
+    if role is Role.DECODE:
+        return decode
+    queued = 0.0 if decode >= settings.target else router.longest_wait() / settings.queue_seconds
+    prefill = prefill_pressure(router.view, queued)
+    return max(prefill, decode) if role is Role.COLOCATED else prefill

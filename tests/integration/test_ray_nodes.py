@@ -25,7 +25,7 @@ from support.processes import TESTS, ServerProcess, running
 from support.redis_server import free_port, running_redis
 from support.small_tokenizers import byte_level
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.timeout(240), pytest.mark.long]
 
 BUSY = 90.0  # seconds, on a machine that does other things too
 ONE_EACH = {"prefill": 1.0, "decode": 1.0}
@@ -135,6 +135,22 @@ def test_a_dead_nodes_workers_come_back_elsewhere_once_there_is_room(nodes: Node
         nodes.add("127.0.0.4", ONE_EACH)
         assert [ask(url, 0), begun.result(), new.result()] == before
         assert hosts(url) == {"prefill": "127.0.0.4", "decode": "127.0.0.4"}
+
+
+def test_nodes_that_join_get_workers(nodes: Nodes, tmp_path: Path) -> None:
+    engine = {"fill_nodes": True, "staging_bytes": 1 << 20}
+    roles = {role: {**engine, "resources": {role: 1}} for role in ("prefill", "decode")}
+    with running_redis(tmp_path / "redis") as redis, ExitStack() as stack:
+        server = serve(stack, nodes, settings_of(tmp_path, nodes, state=redis.url(), **roles))
+        url = server.said(r"is ready on (http://\S+)", BUSY)  # on the node of the test before
+        before = ask(url, 0)
+        nodes.add("127.0.0.5", {"decode": 1.0})
+        server.said(r"(decode-1: it is ready)", BUSY)
+        nodes.kill("127.0.0.4")
+        server.said(r"(decode-0: it ends)", BUSY)
+        nodes.add("127.0.0.6", {"prefill": 1.0})
+        assert ask(url, 0) == before
+        assert hosts(url) == {"prefill": "127.0.0.6", "decode": "127.0.0.5"}
 
 
 def test_several_nodes_need_a_state_that_all_reach(nodes: Nodes, tmp_path: Path) -> None:

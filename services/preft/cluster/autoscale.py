@@ -1,9 +1,10 @@
-"""Starts and ends workers as the load asks for it, each role by itself, between `replicas` and `max_replicas`.
+"""Starts and ends workers, each role by itself: as the load asks for it, or as nodes of Ray come and go.
 
-The formula is that of the Kubernetes HorizontalPodAutoscaler: workers x pressure / target, rounded up, with no change
-near the target (https://kubernetes.io/docs/tasks/run-application/horizontal-pod-autoscale/#algorithm-details). Workers
-are added as soon as the pressure has asked for them for `up_seconds`. They end one at a time, after `down_seconds`, and
-drain before they end. Owns the decision and its timing; `ray_cluster` owns the workers.
+The formula for the load is that of the Kubernetes HorizontalPodAutoscaler: workers x pressure / target, rounded up,
+with no change near the target. Source:
+https://kubernetes.io/docs/tasks/run-application/horizontal-pod-autoscale/#algorithm-details
+Workers are added once the pressure has asked for them for `up_seconds`. They end one at a time, after `down_seconds`,
+and drain before they end. Owns the decision and its timing; `ray_cluster` owns the workers.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ class Workers(Protocol):
 
     def members(self, *roles: Role) -> list[str]:
         """Ids of the workers of these roles, without those that end."""
+
+    async def room(self, role: Role) -> int:
+        """How many workers of the role all nodes of Ray together have room for."""
 
     async def add(self, role: Role) -> str:
         """Starts one more worker, and returns its id while its engine loads."""
@@ -80,9 +84,12 @@ class Autoscaler:
             for role in settings.roles
             if (most := settings.engine(role).max_replicas) is not None
         }
+        self._filled = {
+            role: settings.engine(role).replicas for role in settings.roles if settings.engine(role).fill_nodes
+        }
 
     def start(self) -> None:
-        if self._scales:
+        if self._scales or self._filled:
             self._background.every(LOOK_SECONDS, self._look, "the number of workers stays as it is")
 
     def stop(self) -> None:
@@ -93,22 +100,41 @@ class Autoscaler:
         await self._background.close()
 
     async def _look(self) -> None:
-        """Adds or ends workers if the load has asked for it for long enough."""
+        for role, least in self._filled.items():
+            await self._fill(role, max(least, await self._workers.room(role)))
         for role, scale in self._scales.items():
-            members = self._workers.members(role)
-            ready = [one for one in self._router.view.ready(role) if one.id in members]
-            pressure = pressure_of(self._router, role, self._scaling)
-            change = scale.change(pressure, len(members), len(ready), asyncio.get_running_loop().time())
-            if self._is_stopped or not change:
-                continue
-            number = f"{change} more" if change > 0 else "one less"
-            self._tell(f"  {role}: {number}, the workers have a pressure of {pressure:.2f}")
-            for _ in range(change):
-                await self._workers.add(role)
-            if change < 0:
-                starting = [one for one in members if one not in {worker.id for worker in ready}]
-                ending = starting[-1] if starting else least_used(ready, role).id
-                self._background.start(self._workers.remove(ending), f"{ending} is not ended")
+            await self._scale(role, scale)
+
+    async def _fill(self, role: Role, room: int) -> None:
+        """Adds workers until they fill the `room`; ends those that have lost theirs."""
+        members = self._workers.members(role)
+        ready = {one.id for one in self._router.view.ready(role)}
+        homeless = [one for one in members if one not in ready]
+        if self._is_stopped:
+            return
+        for _ in range(room - len(members)):
+            await self._workers.add(role)
+        for worker_id in homeless[: max(0, len(members) - room)]:
+            self._end(worker_id)
+
+    async def _scale(self, role: Role, scale: Scale) -> None:
+        """Adds or ends workers if the load has asked for it for long enough."""
+        members = self._workers.members(role)
+        ready = [one for one in self._router.view.ready(role) if one.id in members]
+        pressure = pressure_of(self._router, role, self._scaling)
+        change = scale.change(pressure, len(members), len(ready), asyncio.get_running_loop().time())
+        if self._is_stopped or not change:
+            return
+        number = f"{change} more" if change > 0 else "one less"
+        self._tell(f"  {role}: {number}, the workers have a pressure of {pressure:.2f}")
+        for _ in range(change):
+            await self._workers.add(role)
+        if change < 0:
+            starting = [one for one in members if one not in {worker.id for worker in ready}]
+            self._end(starting[-1] if starting else least_used(ready, role).id)
+
+    def _end(self, worker_id: str) -> None:
+        self._background.start(self._workers.remove(worker_id), f"{worker_id} is not ended")
 
 
 def pressure_of(router: Router, role: Role, settings: ScalingSettings) -> float:

@@ -214,6 +214,12 @@ class RayCluster:
         begins = tuple(f"{self._prefix}{role.value}-" for role in roles)
         return [key for key in self._actors if key.startswith(begins) and key not in self._ending]
 
+    async def room(self, role: Role) -> int:
+        """How many workers all nodes of Ray together have room for, by the custom resources of the role."""
+        needs = self._settings.engine(role).resources
+        nodes = [node["Resources"] for node in await asyncio.to_thread(ray.nodes) if node["Alive"]]
+        return sum(int(min(node.get(key, 0.0) / need for key, need in needs.items())) for node in nodes)
+
     async def add(self, role: Role) -> str:
         """Starts one more worker, and returns its id while its engine loads."""
         name = self._name(role)

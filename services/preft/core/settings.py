@@ -32,6 +32,7 @@ class EngineSettings(_Strict):
 
     replicas: Annotated[int, Field(ge=1, le=1024)] = 1
     max_replicas: Annotated[int, Field(ge=1, le=1024)] | None = None  # None: always `replicas`
+    fill_nodes: bool = False  # as many workers as Ray's nodes have `resources` for, and at least `replicas`
     max_num_seqs: Annotated[int, Field(ge=1)] = 64
     max_num_batched_tokens: Annotated[int, Field(ge=1)] = 2048
     kv_cache_bytes: Annotated[int, Field(ge=1 * MiB)] | None = None  # None: 1 GiB on CPU, vLLM's own choice on GPU
@@ -173,9 +174,10 @@ class Settings(_Strict):
     @model_validator(mode="after")
     def _replicas_are_in_order(self) -> Settings:
         for role in self.roles:
-            own = self.engine(role)
+            own, key = self.engine(role), "decode" if role is Role.DECODE else "prefill"
+            if own.fill_nodes and (self.ray_address is None or not own.resources or own.max_replicas is not None):
+                raise ValueError(f"{key}.fill_nodes: it needs ray_address and {key}.resources, and no max_replicas")
             if own.max_replicas is not None and own.max_replicas < own.replicas:
-                key = "decode" if role is Role.DECODE else "prefill"
                 raise ValueError(f"{key}.max_replicas: {own.max_replicas} is less than replicas, {own.replicas}")
         return self
 

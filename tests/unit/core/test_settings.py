@@ -43,6 +43,8 @@ def test_an_empty_file_sets_nothing(tmp_path: Path) -> None:
         ({"model": "/m", "port": "high"}, "port"),
         ({"model": "/m", "port": 65536}, "port"),
         ({"model": "/m", "decode": {"replicas": 0}}, "decode.replicas"),
+        ({"model": "/m", "decode": {"replicas": 3, "max_replicas": 2}}, "decode.max_replicas: 2 is less"),
+        ({"model": "/m", "prefill": {"fill_nodes": True}}, "prefill.fill_nodes: it needs ray_address"),
         ({"model": "/m", "decode": {"staging_bytes": 10}}, "decode.staging_bytes"),
         ({"model": "/m", "router": {"request_timeout": 0}}, "router.request_timeout"),
         ({"model": "/m", "dtype": "int8"}, "dtype"),

@@ -64,11 +64,10 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """The data that all attempts at a request share. `deadline` and `since` are in loop time."""
+    """The data that all attempts at a request share. `deadline` is in loop time."""
 
     request: GenerateRequest
     sampling: common_pb2.Sampling
-    since: float
     deadline: float
 
     @property

@@ -63,7 +63,7 @@ class RoutedGeneration:
         if request.deadline is not None:
             limit = min(limit, request.deadline - time.time())
         since = asyncio.get_running_loop().time()
-        self._job = Job(request, sampling_to_proto(request.sampling), since, since + limit)
+        self._job = Job(request, sampling_to_proto(request.sampling), since + limit)
         cost = len(request.prompt_token_ids) + min(request.sampling.max_tokens, KV_ALLOWANCE)
         self._order = admission.shares.order(since, request.tenant, request.priority, cost)
         self._beginnings = beginnings(self._job.digest, request.prompt_token_ids) if admission.has_choice else ()

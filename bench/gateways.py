@@ -8,14 +8,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import shutil
-import socket
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -23,9 +19,9 @@ from typing import Any
 
 from bench.cluster_rig import CONCURRENCY, HOW, SLOTS, check, disk_loads, requests_of, write_cluster
 from bench.comparison import Comparison, comparison_table, take_turns, turns
+from bench.redis_server import running_redis
 from bench.saving import RESULTS, save
 from preft.core.errors import PreftError
-from preft_loadgen.child import bound
 from preft_loadgen.driver import closed_loop, completions
 from preft_loadgen.errors import LoadgenError
 from preft_loadgen.http_stream import HttpClient, Reply
@@ -58,35 +54,19 @@ async def _tiers(client: HttpClient) -> list[dict[str, Any]]:
     return [worker["status"]["tiers"] for worker in workers]
 
 
-@contextmanager
-def _redis(folder: Path) -> Iterator[str]:
-    """A Redis server of this benchmark alone. Yields its URL."""
-    if shutil.which("redis-server") is None:
-        raise PreftError("redis-server isn't installed: apt install redis-server")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    options = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)]
-    server = subprocess.Popen(bound(["redis-server", *options]), stdout=subprocess.DEVNULL)
-    try:
-        yield f"redis://127.0.0.1:{port}/0"
-    finally:
-        server.terminate()
-        server.wait()
-
-
 async def _measure(folder: Path, requests: int, rounds: int) -> tuple[list[Comparison], dict[str, Any]]:
     settings, config, model = await asyncio.to_thread(write_cluster, folder)
     command = (sys.executable, "-m", "preft.cli", "gateway")
     with (
-        _redis(folder) as url,
+        running_redis(folder / "redis") as redis,
         served(
-            ["--config", str(config), "--state", url],
+            ["--config", str(config), "--state", redis.url],
             state_dir=folder / "state",
             log=folder / "serve.log",
             ready_seconds=600,
         ) as first,
         served(
-            ["--config", str(config), "--state", url],
+            ["--config", str(config), "--state", redis.url],
             state_dir=folder / "state",
             log=folder / "gateway.log",
             command=command,

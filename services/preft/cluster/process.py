@@ -1,4 +1,4 @@
-"""What each server process of a cluster has: signals that stop it, a log folder, a console, one sentence per error.
+"""What each server process of a cluster has: signals that stop it, a socket to listen on, one sentence per error.
 
 `preft serve`, `preft gateway` and `preft worker` run inside `server_process`. Owns no part of a server.
 """
@@ -6,14 +6,17 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import resource
 import signal
+import socket
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from preft.core.errors import ConfigError, PreftError
+from preft.core.settings import host_and_port
 
 T = TypeVar("T")
 
@@ -57,6 +60,28 @@ def raise_file_limit() -> None:
     """Lets this process have as many open files and connections as its hard limit allows: each stream needs one."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def listen_on(host: str, port: int, group: str = "") -> socket.socket:
+    """A bound socket. Raises ConfigError, which names the setting, with `group` before it, and the flag."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        family, *_, place = min(found, key=lambda each: each[0] != socket.AF_INET)
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(place)
+        except OSError:
+            listener.close()
+            raise
+    except (OSError, ValueError) as error:  # ValueError: malformed names
+        is_about_port = isinstance(error, OSError) and error.errno in (errno.EADDRINUSE, errno.EACCES)
+        name = "port" if is_about_port else "host"
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(
+            f"{group}{name}: can't listen on {host_and_port(host, port)}: {reason}; choose another with --{name}"
+        ) from error
+    return listener
 
 
 @contextmanager

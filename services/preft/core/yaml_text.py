@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -11,11 +12,29 @@ from preft.core.errors import ConfigError
 _MERGE = "tag:yaml.org,2002:merge"  # `<<` may be repeated: later ones overwrite nothing
 
 
-def read_yaml(text: str, place: str) -> Any:
-    """The value of one YAML document. `place` begins the message about a key that occurs twice in one mapping.
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, empty for an empty file. Raises ConfigError."""
+    try:
+        loaded = _read(path.read_text(), str(path))
+    except OSError as error:
+        raise ConfigError(f"can't read the config file {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if loaded is not None and not isinstance(loaded, dict):
+        raise ConfigError(f"{path} must hold a mapping of settings, not {type(loaded).__name__}")
+    return loaded or {}
 
-    Raises ConfigError for such a key, and yaml.YAMLError for invalid YAML.
-    """
+
+def read_value(text: str, place: str) -> Any:
+    """`text` as YAML: 3 is a number, null is None, [a, b] is a list. Raises ConfigError, which begins with `place`."""
+    try:
+        return _read(text, place)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{place}: {text!r} is not a YAML value") from error
+
+
+def _read(text: str, place: str) -> Any:
+    """The value of one document. Raises ConfigError for a key that occurs twice in one mapping, and yaml.YAMLError."""
     loader = _Loader(text)
     loader.place = place
     try:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 import sys
 
 from preft.cli import main
+from preft.cluster.ray_environment import set_ray_environment
 from support.worker_servers import StartPaced
 
 
 def serve(arguments: list[str]) -> int:
-    os.environ.setdefault("RAY_AUTH_MODE", "token")  # read at Ray's import
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    set_ray_environment()
 
     from preft.cluster import ray_cluster
 

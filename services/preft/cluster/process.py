@@ -22,6 +22,9 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
+LEAST_FILES = 256  # a server with two workers starts with them, and the workers of one with 64 don't
+ENOUGH_FILES = 4096  # by default, 1024 requests may wait, beside those that run
+RAISED_BY = "`ulimit -Hn` in a shell, LimitNOFILE= in systemd, --ulimit nofile= in Docker"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -57,9 +60,20 @@ async def unless(stop: asyncio.Event, start: Coroutine[Any, Any, T]) -> T | None
 
 
 def raise_file_limit() -> None:
-    """Lets this process have as many open files and connections as its hard limit allows: each stream needs one."""
+    """Lets this process have as many open files and connections as its hard limit allows: each stream needs one.
+
+    Warns of a limit that is low, and raises ConfigError for one with which Ray's processes can't start.
+    """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    if most == resource.RLIM_INFINITY or most >= ENOUGH_FILES:
+        return
+    advice = f"raise the hard limit to {ENOUGH_FILES} or more ({RAISED_BY})"
+    if most < LEAST_FILES:
+        raise ConfigError(f"this process may open {most} files at once, and needs {LEAST_FILES} at least: {advice}")
+    logger.warning(
+        "this process may open %d files at once, and each connection of a client needs one: %s", most, advice
+    )
 
 
 def listen_on(host: str, port: int, group: str = "") -> socket.socket:

@@ -84,8 +84,10 @@ def _is_of_a_service(name: str, text: str) -> bool:
 def _settings(model: type[BaseModel], group: Key = ()) -> Iterator[tuple[Key, bool]]:
     """Path of names -> whether the setting is a text."""
     for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _settings(field.annotation, (*group, name))
+        kinds = get_args(field.annotation) or (field.annotation,)
+        inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if inner:  # a group, or an optional group
+            yield from _settings(inner[0], (*group, name))
         else:
             yield (*group, name), _is_text(field.annotation)
 

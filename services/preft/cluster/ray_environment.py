@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import MutableMapping
 
 OWN = {
     "RAY_AUTH_MODE": "token",  # Ray without a token runs code for every caller
@@ -17,9 +18,9 @@ OWN = {
 OF_OTHERS = ("RAY_ADDRESS", "RAY_TMPDIR", "RAY_NAMESPACE", "RAY_RUNTIME_ENV_HOOK", "RAY_JOB_CONFIG_JSON_ENV_VAR")
 
 
-def set_ray_environment() -> None:
-    """Prepares this process and its children for a Ray of their own."""
+def set_ray_environment(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Prepares this process, whose variables are `environ`, and its children for a Ray of their own."""
     for name in OF_OTHERS:
-        os.environ.pop(name, None)
-    os.environ.update(OWN)
-    os.environ["RAY_AUTH_TOKEN"] = os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32)
+        environ.pop(name, None)
+    environ.update(OWN)
+    environ["RAY_AUTH_TOKEN"] = environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32)

@@ -326,6 +326,7 @@ _PROBLEMS = {  # pydantic's kind of error -> words for the user of a settings fi
     "extra_forbidden": "there is no such setting",
     "missing": "this setting must be given",
     "model_type": "this is a group of settings: give a mapping, such as {replicas: 2}",
+    "too_short": "a secret has 16 characters or more",
     "list_type": "this is a list: write it as [first, second]",
     "tuple_type": "this is a list: write it as [first, second]",
     "dict_type": "this is a mapping: write it as {name: value}",

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
 from preft.cluster.ray_environment import set_ray_environment
 
 
-@pytest.fixture
-def environ(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """Takes the place of this process's environment."""
-    environ: dict[str, str] = {}
-    monkeypatch.setattr(os, "environ", environ)
-    return environ
-
-
-def test_the_user_s_variables_for_others_go(environ: dict[str, str]) -> None:
-    environ |= {"RAY_ADDRESS": "ray://10.0.0.1:10001", "RAY_TMPDIR": "/x", "RAY_NAMESPACE": "x", "HOME": "/h"}
+def test_the_user_s_variables_for_others_go() -> None:
+    environ = {"RAY_ADDRESS": "ray://10.0.0.1:10001", "RAY_TMPDIR": "/x", "RAY_NAMESPACE": "x", "HOME": "/h"}
     environ |= {"RAY_RUNTIME_ENV_HOOK": "no.such", "RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}
     environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USE_TLS": "1", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "1"}
-    set_ray_environment()
+    set_ray_environment(environ)
     assert len(environ.pop("RAY_AUTH_TOKEN")) == 64
     assert environ.pop("HOME") == "/h"
     assert environ == {
@@ -33,10 +23,10 @@ def test_the_user_s_variables_for_others_go(environ: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(("given", "kept"), [("a token", True), ("", False)])
-def test_a_token_of_the_user_stays(environ: dict[str, str], given: str, kept: bool) -> None:
-    environ["RAY_AUTH_TOKEN"] = given
-    set_ray_environment()
+def test_a_token_of_the_user_stays(given: str, kept: bool) -> None:
+    environ = {"RAY_AUTH_TOKEN": given}
+    set_ray_environment(environ)
     token = environ["RAY_AUTH_TOKEN"]
     assert (token == given) is kept
-    set_ray_environment()
+    set_ray_environment(environ)
     assert environ["RAY_AUTH_TOKEN"] == token

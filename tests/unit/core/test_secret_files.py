@@ -104,3 +104,8 @@ def test_no_traceback_shows_a_wrong_one(given: dict[str, Any]) -> None:
     with pytest.raises(ConfigError) as said:
         load_settings(None, {"model": "/m", **given})
     assert "hidden" not in "".join(traceback.format_exception(said.value))
+
+
+def test_a_short_one_is_said() -> None:
+    with pytest.raises(ConfigError, match=r"^cluster_secret: a secret has 16 characters or more$"):
+        load_settings(None, {"model": "/m", "cluster_secret": "of 15 letters.."})

@@ -1,6 +1,6 @@
 """What each server process of a cluster has: signals that stop it, a socket to listen on, one sentence per error.
 
-`preft serve`, `preft gateway` and `preft worker` run inside `server_process`. Owns no part of a server.
+`preft serve`, `preft gateway` and `preft worker` run inside `told_in_a_sentence`. Owns no part of a server.
 """
 
 from __future__ import annotations

@@ -19,15 +19,16 @@ from preft.core.settings import Key, Settings, variable_of
 PREFIX = "PREFT_"
 CONFIG, URL = "PREFT_CONFIG", "PREFT_URL"
 OTHERS = {
-    CONFIG: "the settings file, where no --config is given",
-    URL: "the server's address, for commands that take --url and don't have it",
-    "PREFT_KERNEL_TUNING": "a folder with tuning files of the GPU kernels",
-    "PREFT_SERVED_BY": "marks the processes that a benchmark has started",
+    CONFIG,  # the settings file, for commands without --config
+    URL,  # the server's address, for commands without --url
+    "PREFT_KERNEL_TUNING",  # a folder with tuning files of the GPU kernels
+    "PREFT_SERVED_BY",  # marks the processes that a benchmark has started
 }
+"""The variables that are no settings."""
 
 # Kubernetes gives every container such variables for every Service, and a Service may well be named "preft".
 _OF_A_SERVICE = re.compile(
-    r"\w+_SERVICE_(HOST|PORT(_\w+)?)|PREFT_SERVICE_(HOST|PORT(_\w+)?)|\w+_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?"
+    r"PREFT_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
 )
 _ADDRESS_OF_A_SERVICE = re.compile(r"(tcp|udp|sctp)://")
 

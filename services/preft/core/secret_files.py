@@ -29,7 +29,7 @@ def with_secrets(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def without_other_form(settings: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
     """`settings` without each secret that `layer`, which goes on top, gives in the other form."""
-    return {name: value for name, value in settings.items() if OTHER_FORM.get(name) not in layer}
+    return {name: value for name, value in settings.items() if layer.get(OTHER_FORM.get(name, "")) is None}
 
 
 def _text_of(name: str, path: object) -> str:

@@ -283,7 +283,7 @@ def load_settings(
     """
     environment, overrides = environment or {}, overrides or {}
     merged: dict[str, Any] = {}
-    for layer in ({} if config is None else _in_file(config), *map(_nested, environment.items()), overrides):
+    for layer in ({} if config is None else _in_file(config), _nested(environment), overrides):
         merged = _merge(without_other_form(merged, layer), layer)
     try:
         return Settings.model_validate(merged)
@@ -303,11 +303,14 @@ def _in_file(config: Path) -> dict[str, Any]:
     return read_mapping(config)
 
 
-def _nested(setting: tuple[Key, Any]) -> dict[str, Any]:
-    key, value = setting
-    for name in reversed(key):
-        value = {name: value}
-    return dict(value)
+def _nested(settings: Mapping[Key, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for (*groups, name), value in settings.items():
+        place = nested
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[name] = value
+    return nested
 
 
 def _has(settings: dict[str, Any], key: Key) -> bool:

@@ -1,4 +1,7 @@
-"""Reads YAML more strictly than PyYAML, which silently keeps the last value of a repeated key."""
+"""Reads YAML more strictly than PyYAML, which silently keeps the last value of a repeated key.
+
+No error shows a value: PyYAML's own errors quote the line, and a line of a settings file may hold a secret.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,10 @@ def read_mapping(path: Path) -> dict[str, Any]:
         loaded = _read(path.read_text(), str(path))
     except OSError as error:
         raise ConfigError(f"can't read the config file {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not valid YAML: it is not UTF-8 text") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML{_place_of(error)}") from None
     if loaded is not None and not isinstance(loaded, dict):
         raise ConfigError(f"{path} must hold a mapping of settings, not {type(loaded).__name__}")
     return loaded or {}
@@ -29,8 +34,16 @@ def read_value(text: str, place: str) -> Any:
     """`text` as YAML: 3 is a number, null is None, [a, b] is a list. Raises ConfigError, which begins with `place`."""
     try:
         return _read(text, place)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{place}: {text!r} is not a YAML value") from error
+    except yaml.YAMLError:
+        raise ConfigError(f"{place}: the value is not valid YAML") from None
+
+
+def _place_of(error: yaml.YAMLError) -> str:
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark is None:
+        return ""
+    is_about_syntax = isinstance(error, yaml.scanner.ScannerError | yaml.parser.ParserError)
+    return f": line {mark.line + 1}, column {mark.column + 1}" + (f": {problem}" if is_about_syntax else "")
 
 
 def _read(text: str, place: str) -> Any:

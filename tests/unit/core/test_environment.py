@@ -194,7 +194,7 @@ def test_all_other_variables_are_known() -> None:
         for path in (ROOT / folder).rglob("*.py"):
             named |= set(re.findall(r"\bPREFT_[A-Z][A-Z_]+", path.read_text()))
     settings = {variable_of(key) for key in keys()}
-    assert named - settings - {"PREFT_ROUTER__MAX_QUEUE", "PREFT_SERVICE_"} == set(OTHERS)
+    assert named - settings - {"PREFT_ROUTER__MAX_QUEUE", "PREFT_SERVICE_"} == OTHERS
     page = (ROOT / "docs" / "configuration.md").read_text()
     assert [name for name in OTHERS if f"| `{name}` |" not in page] == []
     check_names(dict.fromkeys(OTHERS, "x"))

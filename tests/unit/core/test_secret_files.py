@@ -80,6 +80,12 @@ def test_both_forms_at_once_are_a_mistake(files: dict[str, str]) -> None:
         load_settings(None, {"model": "/m", "cluster_secret": SECRET, **files})
 
 
+def test_both_variables_at_once_are_a_mistake(files: dict[str, str]) -> None:
+    environ = {"PREFT_STATE": "/s", "PREFT_STATE_FILE": files["state_file"]}
+    with pytest.raises(ConfigError, match=r"^state: state_file is set too: set only one of them$"):
+        load_settings(None, {"model": "/m"}, read_environment(environ))
+
+
 def test_the_higher_layer_s_form_counts(files: dict[str, str], tmp_path: Path) -> None:
     config = tmp_path / "cluster.yaml"
     config.write_text(f"model: /m\ncluster_secret: of the settings file\nstate_file: {files['state_file']}\n")
@@ -87,6 +93,7 @@ def test_the_higher_layer_s_form_counts(files: dict[str, str], tmp_path: Path) -
     assert secrets_of(load_settings(config)) == ("of the settings file", URL)
     assert secrets_of(load_settings(config, None, read_environment(environ))) == (SECRET, "/s.sqlite")
     assert secrets_of(load_settings(config, {"state": "/t.sqlite"})) == ("of the settings file", "/t.sqlite")
+    assert secrets_of(load_settings(config, {"cluster_secret_file": None})) == ("of the settings file", URL)
     assert secrets_of(load_settings(None, {"model": "/m", "state_file": None, "state": "/t"})) == (None, "/t")
 
 
@@ -103,6 +110,27 @@ def test_nothing_shows_them(files: dict[str, str]) -> None:
 def test_no_traceback_shows_a_wrong_one(given: dict[str, Any]) -> None:
     with pytest.raises(ConfigError) as said:
         load_settings(None, {"model": "/m", **given})
+    assert "hidden" not in "".join(traceback.format_exception(said.value))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '"hidden',
+        "*hidden",
+        "!hidden x",
+        "{hidden",
+        "@hidden",
+        "hidden: hidden",
+        "&hidden x\nb: *c",
+        "\thidden\n- hidden",
+    ],
+)
+def test_no_error_about_a_file_shows_its_lines(tmp_path: Path, line: str) -> None:
+    config = tmp_path / "cluster.yaml"
+    config.write_text(f"model: /m\ncluster_secret: {line}\n")
+    with pytest.raises(ConfigError, match=rf"^{config} is not valid YAML: line [234], column ") as said:
+        load_settings(config)
     assert "hidden" not in "".join(traceback.format_exception(said.value))
 
 

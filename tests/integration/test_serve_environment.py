@@ -144,3 +144,9 @@ def test_no_secret_is_seen(served: Served, capsys: pytest.CaptureFixture[str]) -
     files = [process / name for process in below for name in ("cmdline", "comm", "environ")] + logs
     shown += map(text_of, files)
     assert [secret for secret in (SECRET, PASSWORD) if any(secret in text for text in shown)] == []
+
+
+def test_a_signal_to_ray_s_processes_too_ends_the_server(served: Served) -> None:
+    """So do service supervisors that signal a whole group. A call to the killed Ray would take a minute."""
+    os.killpg(served.process.pid, signal.SIGTERM)
+    assert served.process.ended(50) == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import BaseModel
@@ -23,8 +23,10 @@ def settings_in(environ: dict[str, str], overrides: dict[str, Any] | None = None
 
 def keys(model: type[BaseModel] = Settings, group: Key = ()) -> Iterator[Key]:
     for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from keys(field.annotation, (*group, name))
+        for kind in get_args(field.annotation) or (field.annotation,):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from keys(kind, (*group, name))
+                break
         else:
             yield *group, name
 

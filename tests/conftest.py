@@ -1,10 +1,11 @@
-"""What all tests share: Ctrl-C as a terminal has it, and a Redis server.
+"""What all tests share: Ctrl-C as a terminal has it, no settings from the environment, and a Redis server.
 
 A shell's background job ignores SIGINT, and so would every process that tests start.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 
@@ -14,6 +15,9 @@ from support import redis_server as redis
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+for name in [name for name in os.environ if name.startswith("PREFT_")]:
+    del os.environ[name]
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

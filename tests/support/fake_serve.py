@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 import sys
+from typing import Any
 
 from preft.cli import main
+from preft.cluster import serve as server
 from support.worker_servers import StartPaced
 
 
 def serve(arguments: list[str]) -> int:
-    os.environ.setdefault("RAY_AUTH_MODE", "token")  # read at Ray's import
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    start = server._serve_with_workers
 
-    from preft.cluster import ray_cluster
+    async def start_with_fake_engines(*given: Any) -> None:
+        from preft.cluster import ray_cluster  # imports Ray, which reads the environment that the server has prepared
 
-    class PacedActor(ray_cluster.WorkerActor):
-        start_engine = StartPaced
+        class PacedActor(ray_cluster.WorkerActor):
+            start_engine = StartPaced
 
-    ray_cluster.WorkerActor = PacedActor  # type: ignore[misc]
+        ray_cluster.WorkerActor = PacedActor  # type: ignore[misc]
+        await start(*given)
+
+    server._serve_with_workers = start_with_fake_engines
     return main(["serve", *arguments])
 
 

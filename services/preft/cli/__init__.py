@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import preft
 from preft.cli import adapter, doctor, gateway, loadgen, serve, status, worker
+from preft.core.environment import check_names
 from preft.core.errors import PreftError
 
 
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. `argv` excludes the program's name; None means this process's arguments."""
     args = parser().parse_args(argv)
     try:
+        check_names(os.environ)
         status: int = args.run(args)
         sys.stdout.flush()
     except PreftError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from preft.cli.settings_flags import FLAGS, add_adapters, add_settings, settings_from
+from preft.cli.settings_flags import SERVE, add_adapters, add_settings, settings_from
 from preft.core.errors import ConfigError
 
 
@@ -15,7 +15,7 @@ def add_parser(commands: Any) -> None:
         help="serve a base model and its adapters",
         description="Starts the workers and the HTTP server, and runs until Ctrl-C.",
     )
-    add_settings(parser, FLAGS)
+    add_settings(parser, SERVE)
     add_adapters(parser)
     parser.set_defaults(run=run)
 

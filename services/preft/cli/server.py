@@ -9,24 +9,33 @@ import argparse
 import http.client
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from preft.core.environment import URL, value_of
 from preft.core.errors import ConfigError, PreftError, Unavailable
+from preft.core.settings import host_and_port, variable_of
+from preft.core.web import reachable
 
-DEFAULT_URL = "http://127.0.0.1:8000"
+DEFAULT_PORT = 8000
 TIMEOUT_SECONDS = 120.0  # of silence
 UPLOAD_TIMEOUT_SECONDS = 600.0  # the server sends nothing while it checks and stores an upload
 _JSON = {"Content-Type": "application/json"}
 
 
 def add_url(parser: argparse.ArgumentParser) -> None:
-    """Adds `--url`. Its default is PREFT_URL, or else a server on this machine."""
-    default = os.environ.get("PREFT_URL", DEFAULT_URL)
+    """Adds `--url`. Its default is PREFT_URL, or else the server that the same environment starts on this machine."""
+    default = value_of(os.environ, URL) or _url_of_settings(os.environ)
     parser.add_argument("--url", default=default, help=f"the server's address (default: {default})")
+
+
+def _url_of_settings(environ: Mapping[str, str]) -> str:
+    host = value_of(environ, variable_of(("host",))) or "127.0.0.1"
+    port = value_of(environ, variable_of(("port",))) or ""
+    return f"http://{host_and_port(reachable(host), int(port) if port.isdecimal() else DEFAULT_PORT)}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
-"""The settings on the command line: a YAML file with flags on top. Each server command takes the flags of its process.
+"""The settings of a server command: a YAML file, with the environment on top, and flags on top of both.
 
-Owns the flags' names, help and order. `core.settings` owns the settings.
+Owns the flags' names, help and order. Each command takes the flags of its process. `core.settings` owns the settings.
 """
 
 from __future__ import annotations
@@ -11,19 +11,25 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from preft.core.environment import config_file, read_environment
 from preft.core.errors import ConfigError
-from preft.core.settings import Settings, load_settings
+from preft.core.secret_files import SECRETS
+from preft.core.settings import Settings, load_settings, variable_of
 
-READABLE = "every user of this machine can read flags"
+READABLE = "every user of this machine can read flags: put it into the --config file, or into a file of its own and set"
 
 
 class Flag(NamedTuple):
-    """A flag for the setting with this dotted name. A flag without a `metavar` is a switch."""
+    """A flag for the setting with this dotted name. A flag without a `metavar` is a switch.
+
+    `name` is the flag's own if two commands have the same flag for different settings.
+    """
 
     setting: str
     metavar: str | None
     help: str
     type: type[int] | type[str] = str
+    name: str = ""
 
 
 FLAGS = {  # by the flag's name in the parsed arguments
@@ -42,10 +48,22 @@ FLAGS = {  # by the flag's name in the parsed arguments
     "max_model_len": Flag("max_model_len", "N", "longest prompt + output, in tokens", int),
     "state_dir": Flag("state_dir", "DIR", "where adapters and the cluster's state are kept"),
     "state": Flag("state", "URL", "state store: a file, or redis://host:6379/0 for many machines; no password here"),
+    "worker_host": Flag("worker.host", "H", "address to listen on (default: 127.0.0.1)", name="host"),
+    "worker_port": Flag("worker.port", "P", "port to listen on (default: any free one)", int, name="port"),
+    "advertise_host": Flag(
+        "worker.advertise_host", "H", "address or DNS name for the cluster's other processes (default: that of --host)"
+    ),
 }
+WORKER_ALONE = ("worker_host", "worker_port", "advertise_host")
+SERVE = tuple(name for name in FLAGS if name not in WORKER_ALONE)
 GATEWAY = ("model", "adapter_dir", "served_model_name", "host", "port", "grpc_port", "max_model_len")
-WORKER = ("model", "dtype", "max_model_len")
+WORKER = (*WORKER_ALONE, "model", "dtype", "max_model_len")
 SHARED = ("state_dir", "state")
+
+
+def option(name: str) -> str:
+    """The flag as it is typed."""
+    return f"--{(FLAGS[name].name or name).replace('_', '-')}"
 
 
 def add_settings(parser: argparse.ArgumentParser, flags: Collection[str]) -> None:
@@ -55,8 +73,10 @@ def add_settings(parser: argparse.ArgumentParser, flags: Collection[str]) -> Non
             kind: dict[str, Any] = {"metavar": flag.metavar, "type": flag.type}
             if flag.metavar is None:
                 kind = {"action": "store_const", "const": True}
-            parser.add_argument(f"--{name.replace('_', '-')}", help=flag.help, **kind)
-    parser.add_argument("--config", metavar="F", type=Path, help="YAML file with any of the settings")
+            parser.add_argument(option(name), dest=name, help=flag.help, **kind)
+    parser.add_argument(
+        "--config", metavar="F", type=Path, help="YAML file with any of the settings (default: PREFT_CONFIG)"
+    )
     parser.add_argument(
         "--set",
         metavar="KEY=VALUE",
@@ -82,10 +102,13 @@ def add_adapters(parser: argparse.ArgumentParser) -> None:
 def settings_from(args: argparse.Namespace) -> Settings:
     """The settings of a server process. Raises ConfigError for settings that can't be used."""
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC would print; it reads this variable at import
-    overrides = overrides_from(args)
-    if args.config is None and "model" not in overrides:
+    overrides, environment = overrides_from(args), read_environment(os.environ)
+    config = args.config or config_file(os.environ)
+    if config is None and "model" not in overrides and ("model",) not in environment:
         raise ConfigError("name the base model's folder with --model DIR, or a file with all settings with --config F")
-    return load_settings(args.config, overrides)
+    for secret in SECRETS:  # so that Ray and engines, which this process starts, don't inherit them
+        os.environ.pop(variable_of((secret,)), None)
+    return load_settings(config, overrides, environment)
 
 
 def shared_settings_from(args: argparse.Namespace) -> Settings:
@@ -98,17 +121,19 @@ def shared_settings_from(args: argparse.Namespace) -> Settings:
 
 def overrides_from(args: argparse.Namespace) -> dict[str, Any]:
     """The flags as nested settings: `--set` first, the named flags on top. Raises ConfigError."""
+    from preft.core.yaml_text import read_value
+
     overrides: dict[str, Any] = {}
     for key, text in args.set:
         if key == "cluster_secret":
-            raise ConfigError(f"cluster_secret: {READABLE}: put it into the --config file")
-        _put(overrides, key, _value(key, text))
+            raise ConfigError(f"cluster_secret: {READABLE} cluster_secret_file")
+        _put(overrides, key, read_value(text, key))
     for name, flag in FLAGS.items():
         value = getattr(args, name, None)
         if value is not None:
             _put(overrides, flag.setting, value)
     if _has_password(overrides.get("state")):
-        raise ConfigError(f"state: {READABLE}: put a URL with a password into the --config file")
+        raise ConfigError(f"state: {READABLE} state_file")
     folders: dict[str, str] = {}
     for name, folder in getattr(args, "adapter", ()):
         if name in folders:
@@ -135,18 +160,6 @@ def _put(overrides: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(place, dict):
             raise ConfigError(f"{key}: {parent} is already set to a single value")
     place[last] = value
-
-
-def _value(key: str, text: str) -> Any:
-    """`text` as YAML: 3 is a number, null is None, [a, b] is a list."""
-    import yaml
-
-    from preft.core.yaml_text import read_yaml
-
-    try:
-        return read_yaml(text, key)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{key}: {text!r} is not a YAML value") from error
 
 
 def _adapter(text: str) -> tuple[str, str]:

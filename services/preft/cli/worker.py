@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-from ipaddress import ip_address
 from typing import Any
 
 from preft.cli.settings_flags import SHARED, WORKER, add_settings, shared_settings_from
@@ -20,13 +19,6 @@ def add_parser(commands: Any) -> None:
         description="Runs one worker until Ctrl-C or until its engine dies (status 1).",
     )
     parser.add_argument("--role", choices=[role.value for role in Role], required=True, help="kind of worker")
-    parser.add_argument(
-        "--host",
-        metavar="H",
-        type=_host,
-        default="127.0.0.1",
-        help="this machine's address for the cluster's other processes (default: 127.0.0.1)",
-    )
     parser.add_argument("--id", metavar="NAME", type=_id, help="the worker's name, unlike all others (default: random)")
     add_settings(parser, (*WORKER, *SHARED))
     parser.set_defaults(run=run)
@@ -34,23 +26,12 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Works until a signal. Raises ConfigError for settings that can't be used, and EngineFailed."""
-    role, host, name = Role(args.role), args.host, args.id
-    del args.host  # the setting `host` is the gateways' address
     settings = shared_settings_from(args)
 
     from preft.cluster.worker_process import work
 
-    work(settings, role, host, name)
+    work(settings, Role(args.role), args.id)
     return 0
-
-
-def _host(text: str) -> str:
-    try:
-        if ip_address(text).is_unspecified:
-            raise argparse.ArgumentTypeError(f"other machines can't reach {text}: name an address of this machine")
-    except ValueError:
-        pass  # a name
-    return text
 
 
 def _id(text: str) -> str:

@@ -15,9 +15,10 @@ from io import TextIOWrapper
 from typing import TextIO
 
 from preft.core.cluster import WorkerSeen, WorkerState
+from preft.core.settings import host_and_port
+from preft.core.web import reachable
 
 FIRST_TOKENS = 64  # of the answer to the example
-ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}
 
 
 class Console:
@@ -116,5 +117,5 @@ def first_question(address: str, model: str, *, is_chat: bool, max_model_len: in
         body["prompt"] = "Hello"
     body["max_tokens"] = max(1, min(FIRST_TOKENS, max_model_len // 4))
     path = "chat/completions" if is_chat else "completions"
-    url = f"http://{ANY_ADDRESS.get(host, host)}:{port}/v1/{path}"
+    url = f"http://{host_and_port(reachable(host.strip('[]')), int(port))}/v1/{path}"
     return f"curl -s {url} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
-import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -20,8 +18,8 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from preft.adapters.catalog.adapter_catalog import Catalog
 from preft.cluster.adapters import uploads_folder
+from preft.cluster.process import listen_on
 from preft.cluster.secret import cluster_secret
-from preft.core.errors import ConfigError
 from preft.core.ports import StateStore
 from preft.core.settings import MiB, Settings, host_and_port
 from preft.gateway.deps import GatewayDeps
@@ -90,7 +88,7 @@ async def run_gateway(
     """
     assert settings.max_model_len is not None
     tokenizer = await asyncio.to_thread(Tokenizer.load, settings.model)
-    listener = _listen(settings.host, settings.port)
+    listener = listen_on(settings.host, settings.port)
     secret = cluster_secret(settings)
     router = Router(store, settings.router, secret, cluster_id=cluster_id, content_address=content_address)
     deps = GatewayDeps(
@@ -175,20 +173,3 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except (OSError, ValueError, TypeError) as error:  # ValueError and TypeError: malformed names
-        listener.close()
-        is_about_port = isinstance(error, OSError) and error.errno in (errno.EADDRINUSE, errno.EACCES)
-        name = "port" if is_about_port else "host"
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(
-            f"{name}: can't listen on {host_and_port(host, port)}: {reason}; choose another with --{name}"
-        ) from error
-    return listener

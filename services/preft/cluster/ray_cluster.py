@@ -324,13 +324,15 @@ class RayCluster:
     def close(self) -> None:
         """Kills what is left of the workers, and ends Ray if this process started it."""
         for key, actor in self._actors.items():
-            _kill(actor, self._groups[key])
+            # This process's Ray ends with its groups. If it has been killed, the removal of one would take a minute.
+            _kill(actor, self._groups[key] if self._folder is None else None)
         ray.shutdown()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def _kill(actor: Any, group: PlacementGroup) -> None:
+def _kill(actor: Any, group: PlacementGroup | None) -> None:
     with contextlib.suppress(ray.exceptions.RayError):
         ray.kill(actor)
-        remove_placement_group(group)
+        if group is not None:
+            remove_placement_group(group)

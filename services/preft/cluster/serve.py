@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import secrets
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
@@ -21,6 +19,7 @@ from preft.cluster.gateway_process import RunningGateway
 from preft.cluster.logs import logging_to, new_log_folder
 from preft.cluster.model import with_model_length
 from preft.cluster.process import Stop, told_in_a_sentence
+from preft.cluster.ray_environment import set_ray_environment
 from preft.cluster.serving import open_gateway, serve_until_stopped
 from preft.cluster.stores import open_registrations
 from preft.core.errors import Unavailable
@@ -45,9 +44,7 @@ async def _serve(settings: Settings) -> None:
     console = Console()
     cluster_id = uuid.uuid4().hex[:8]
     if settings.ray_address is None:
-        # Ray without a token runs code for every caller. Ray reads these variables at import.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        set_ray_environment()
     logs = new_log_folder(settings.state_dir, cluster_id)
     with logging_to(logs / "serve.log"), told_in_a_sentence("the server"):
         console.line(f"PreFT Serve starts; log files are in {logs}")

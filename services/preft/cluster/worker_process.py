@@ -19,13 +19,14 @@ from preft.cluster.adapters import open_adapters
 from preft.cluster.console import Console
 from preft.cluster.logs import cause_in, new_log_folder, output_in
 from preft.cluster.model import model_identity, with_model_length
-from preft.cluster.process import Stop, told_in_a_sentence, unless
+from preft.cluster.process import Stop, listen_on, told_in_a_sentence, unless
 from preft.cluster.secret import cluster_secret
 from preft.cluster.sizing import staging_bytes
 from preft.cluster.stores import open_registrations
 from preft.core.cluster import Role, Worker
-from preft.core.errors import EngineFailed, PreftError
-from preft.core.settings import Settings
+from preft.core.errors import ConfigError, EngineFailed, PreftError
+from preft.core.settings import Settings, WorkerSettings
+from preft.core.web import is_unspecified, reachable
 from preft.worker.server import StartEngine, WorkerServer
 from preft.worker.setup import WorkerSetup
 
@@ -51,16 +52,29 @@ async def run_worker(
     stop: Stop,
     on_ready: Callable[[WorkerServer], None],
     start_engine: StartEngine | None = None,
+    *,
+    port: int = 0,
+    advertise_host: str | None = None,
 ) -> str | None:
     """Runs a worker until its engine dies (returns the reason), or until it has stopped (returns None).
 
+    The addresses are those of `WorkerServer.start`.
+
     A stop while the engine loads abandons the load, whose thread goes on. Raises the errors of `WorkerServer.start`.
     """
-    os.environ["VLLM_HOST_IP"] = host
+    os.environ["VLLM_HOST_IP"] = reachable(host)
     store = open_registrations(settings)
     try:
         setup = worker_setup(settings, role)
-        starting = WorkerServer.start(setup, worker_id, host, store, start_engine or StartEngine())
+        starting = WorkerServer.start(
+            setup,
+            worker_id,
+            host,
+            store,
+            start_engine or StartEngine(),
+            port=port,
+            advertise_host=advertise_host,
+        )
         worker = await unless(stop.asked, starting)
         if worker is None:
             return None
@@ -93,11 +107,12 @@ async def _until_stopped(worker: WorkerServer, seconds: float, stop: Stop) -> st
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def work(settings: Settings, role: Role, host: str, worker_id: str | None = None) -> None:
+def work(settings: Settings, role: Role, worker_id: str | None = None) -> None:
     """Runs a worker in this process until SIGINT, SIGTERM or SIGHUP; reports on stdout. `settings.state` must be set.
 
     Raises EngineFailed if the engine can't be started or dies, and PreftError if the worker can't work.
     """
+    check_addresses(settings.worker)
     settings = with_model_length(settings)
     worker_id = worker_id or f"{role.value}-{uuid.uuid4().hex[:8]}"
     logs = new_log_folder(settings.state_dir, worker_id)
@@ -108,7 +123,7 @@ def work(settings: Settings, role: Role, host: str, worker_id: str | None = None
         started: list[Worker] = []
         try:
             with asyncio.Runner() as runner:
-                reason = runner.run(_work(settings, role, host, worker_id, console, started))
+                reason = runner.run(_work(settings, role, worker_id, console, started))
                 if reason is None and not started:
                     _leave_the_load()
         except Exception as error:
@@ -122,6 +137,19 @@ def work(settings: Settings, role: Role, host: str, worker_id: str | None = None
             )
 
 
+def check_addresses(worker: WorkerSettings) -> None:
+    """Raises ConfigError if the worker can't listen, or would register an address that no other process can reach.
+
+    Says so before the engine loads, which takes long.
+    """
+    if worker.advertise_host is None and is_unspecified(worker.host):
+        raise ConfigError(
+            f"worker.host: other processes can't reach a worker at {worker.host}: name this machine's address or DNS "
+            "name with --advertise-host"
+        )
+    listen_on(worker.host, worker.port, "worker.").close()
+
+
 def _leave_the_load() -> NoReturn:
     """Ends this process and its engine while the engine loads. The thread that loads it can't be stopped."""
     for child in multiprocessing.active_children():
@@ -130,9 +158,7 @@ def _leave_the_load() -> NoReturn:
     os._exit(0)
 
 
-async def _work(
-    settings: Settings, role: Role, host: str, worker_id: str, console: Console, started: list[Worker]
-) -> str | None:
+async def _work(settings: Settings, role: Role, worker_id: str, console: Console, started: list[Worker]) -> str | None:
     stop = Stop()
     stop.arm()
 
@@ -140,4 +166,7 @@ async def _work(
         started.append(worker.record)
         console.line(f"The worker {worker_id} is ready on {worker.record.address}")
 
-    return await run_worker(settings, role, worker_id, host, stop, say_ready)
+    own = settings.worker
+    return await run_worker(
+        settings, role, worker_id, own.host, stop, say_ready, port=own.port, advertise_host=own.advertise_host
+    )

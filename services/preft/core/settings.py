@@ -1,45 +1,82 @@
-"""All settings of a cluster: one frozen object, read once from YAML and flags, strict about names and values."""
+"""All settings of a cluster: one frozen object, read once from a YAML file, environment and flags, and strict.
+
+Owns the settings' names, values and order of precedence. Flags and environment variables are read elsewhere.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from preft.core.cluster import Role
 from preft.core.errors import ConfigError, InvalidAdapter
 from preft.core.names import adapter_name, normal_name
-from preft.core.web import read_host, read_origin
+from preft.core.secret_files import with_secrets, without_other_form
+from preft.core.units import read_bytes, read_seconds
+from preft.core.web import is_unspecified, read_host, read_origin
 
 GiB = 1 << 30
 MiB = 1 << 20
 DAY = 86_400.0  # seconds
 SCHEMES = ("s3", "gs", "http", "https", "hf")  # of adapters outside local folders
 
-Seconds = Annotated[float, Field(gt=0, le=DAY)]
+Bytes = Annotated[int, BeforeValidator(read_bytes), Field(ge=1, le=1 << 60)]
+"""A size in bytes. No operating system handles files beyond the limit."""
+
+Seconds = Annotated[float, BeforeValidator(read_seconds), Field(gt=0, le=DAY)]
 """A duration in seconds. The limit of one day exists because timers overflow with far longer durations."""
+
+SecondsOrZero = Annotated[float, BeforeValidator(read_seconds), Field(ge=0, le=DAY)]
+
+Key = tuple[str, ...]
+"""A setting's path of names, such as ("router", "max_queue")."""
+
+
+def _reachable(host: str) -> str:
+    name = str(read_host(host))
+    if "*" in name or is_unspecified(host):
+        raise ValueError(f"other processes can't reach {host}: name an address of this machine, or its DNS name")
+    return name
+
+
+ReachableHost = Annotated[str, AfterValidator(_reachable)]
+"""An address or a DNS name under which other processes reach this one."""
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, hide_input_in_errors=True
+    )
 
 
 class EngineSettings(_Strict):
-    """vLLM's settings for a worker of any role. Sizes in bytes, lengths in tokens."""
+    """vLLM's settings for a worker of any role. Lengths in tokens."""
 
     replicas: Annotated[int, Field(ge=1, le=1024)] = 1
     max_replicas: Annotated[int, Field(ge=1, le=1024)] | None = None  # None: always `replicas`
     fill_nodes: bool = False  # as many workers as Ray's nodes have `resources` for, and at least `replicas`
     max_num_seqs: Annotated[int, Field(ge=1)] = 64
     max_num_batched_tokens: Annotated[int, Field(ge=1)] = 2048
-    kv_cache_bytes: Annotated[int, Field(ge=1 * MiB)] | None = None  # None: 1 GiB on CPU, vLLM's own choice on GPU
+    kv_cache_bytes: Annotated[Bytes, Field(ge=1 * MiB)] | None = None  # None: 1 GiB on CPU, vLLM's own choice on GPU
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
     enable_prefix_caching: bool = True
     enforce_eager: bool | None = None  # None: eager on CPU, compiled on GPU
-    staging_bytes: Annotated[int, Field(ge=1 * MiB)] | None = None  # host memory for KV under way; None: by model
+    staging_bytes: Annotated[Bytes, Field(ge=1 * MiB)] | None = None  # host memory for KV under way; None: by model
     num_cpus: Annotated[float, Field(ge=0)] = 0  # reserved in Ray per worker
     num_gpus: Annotated[float, Field(ge=0)] | None = None  # reserved too; None: 1 with vLLM's GPU build, else 0
     resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)  # custom ones, reserved too
@@ -57,18 +94,18 @@ class DecodeSettings(EngineSettings):
 
 
 class StoreSettings(_Strict):
-    """Storage of adapters. Sizes in bytes, times in seconds."""
+    """Storage of adapters."""
 
-    disk_bytes: Annotated[int, Field(ge=1 * MiB)] = 64 * GiB  # copies on disk, per machine
-    host_bytes: Annotated[int, Field(ge=1 * MiB)] = 4 * GiB  # in host memory, per prefill worker
-    max_adapter_bytes: Annotated[int, Field(ge=1)] = 2 * GiB  # a larger one is refused
+    disk_bytes: Annotated[Bytes, Field(ge=1 * MiB)] = 64 * GiB  # copies on disk, per machine
+    host_bytes: Annotated[Bytes, Field(ge=1 * MiB)] = 4 * GiB  # in host memory, per prefill worker
+    max_adapter_bytes: Bytes = 2 * GiB  # a larger one is refused
     source_timeout: Seconds = 30.0  # a source that sends nothing for this long has failed
-    source_min_rate: Annotated[int, Field(ge=1)] = 64 << 10  # bytes per second; a slower remote source has failed
+    source_min_rate: Bytes = 64 << 10  # per second; a slower remote source has failed
     catalog_timeout: Seconds = 60.0  # without a catalog refresh for this long, requests for adapters get 503
 
 
 class RouterSettings(_Strict):
-    """Admission limits and time-outs, in requests and seconds."""
+    """Admission limits, in requests, and time-outs."""
 
     max_queue: Annotated[int, Field(ge=1)] = 1024  # requests waiting for a worker; more get 429
     max_inflight_prefills: Annotated[int, Field(ge=1)] = 64  # per prefill worker
@@ -79,7 +116,15 @@ class RouterSettings(_Strict):
     patience: Seconds = 1.0  # a request that has waited longer isn't overtaken by later ones
     poll_interval: Seconds = 1.0  # how often the state store is read, if it announces no change
     worker_timeout: Seconds = 10.0  # a worker that tells nothing for this long gets no requests
-    restart_grace: Annotated[float, Field(ge=0, le=DAY)] = 120.0  # how long requests wait if no worker is left
+    restart_grace: SecondsOrZero = 120.0  # how long requests wait if no worker is left
+
+
+class WorkerSettings(_Strict):
+    """The addresses of a `preft worker`. The workers of `preft serve` don't use them."""
+
+    host: str = "127.0.0.1"  # to listen on
+    port: Annotated[int, Field(ge=0, le=65535)] = 0  # 0 means any free port
+    advertise_host: ReachableHost | None = None  # for the cluster's other processes; None: `host`
 
 
 class ScalingSettings(_Strict):
@@ -105,12 +150,14 @@ class Settings(_Strict):
     max_model_len: Annotated[int, Field(ge=1)] | None = None  # None: the model's own
     block_size: Literal[16, 32, 64, 128] | None = None  # tokens per KV block; None: 32 on CPU (its smallest), 16 on GPU
     seed: int = 0
-    shutdown_timeout: Annotated[float, Field(ge=0, le=DAY)] = 20.0  # for running requests, after a stop signal
+    shutdown_timeout: SecondsOrZero = 20.0  # for running requests, after a stop signal
     state_dir: Path = Path("~/.preft")
     # `state` and `cluster_secret` are never written out with the other settings. None: files in `state_dir`.
     state: SecretStr | None = Field(default=None, exclude=True, repr=False)  # file, or a URL that may hold a password
+    state_file: Path | None = Field(default=None, exclude=True)  # the file that holds `state`
     cluster_secret: Annotated[SecretStr, Field(min_length=16)] | None = Field(default=None, exclude=True, repr=False)
-    peer_host: str | None = None  # a gateway's address for workers; None: the one from which it reaches `state`
+    cluster_secret_file: Path | None = Field(default=None, exclude=True)  # the file that holds `cluster_secret`
+    peer_host: ReachableHost | None = None  # a gateway's, for workers; None: the one from which it reaches `state`
     ray_address: str | None = None  # None: `preft serve` starts Ray on this machine
     adapters: dict[str, str] = Field(default_factory=dict)  # name: folder or URI
     adapter_dir: Path | None = None  # a folder of adapters, watched
@@ -120,9 +167,15 @@ class Settings(_Strict):
     decode: DecodeSettings = Field(default_factory=DecodeSettings)
     router: RouterSettings = Field(default_factory=RouterSettings)
     scaling: ScalingSettings = Field(default_factory=ScalingSettings)
+    worker: WorkerSettings = Field(default_factory=WorkerSettings)
     colocated: bool = False  # one kind of worker for prefill and decode, with the settings of `prefill`
 
-    @field_validator("model", "state_dir", "adapter_dir")
+    @model_validator(mode="before")
+    @classmethod
+    def _read_secrets(cls, given: Any) -> Any:
+        return with_secrets(given) if isinstance(given, dict) else given
+
+    @field_validator("model", "state_dir", "adapter_dir", "state_file", "cluster_secret_file")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
         return value and Path(os.path.abspath(value.expanduser()))
@@ -213,40 +266,73 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def load_settings(config: Path | None = None, overrides: dict[str, Any] | None = None) -> Settings:
-    """Settings from a YAML file, with `overrides` (nested dicts, from flags) on top.
+def variable_of(key: Key) -> str:
+    """The environment variable of a setting."""
+    return f"PREFT_{'__'.join(key).upper()}"
+
+
+def load_settings(
+    config: Path | None = None,
+    overrides: dict[str, Any] | None = None,
+    environment: Mapping[Key, Any] | None = None,
+) -> Settings:
+    """Settings from a YAML file, with those of the environment on top, and `overrides` (nested, from flags) on these.
 
     Raises ConfigError with a key's dotted name if the key is unknown or missing, or its value is malformed, and with
     its line if the key is repeated.
     """
-    data: dict[str, Any] = {}
-    if config is not None:
-        import yaml
-
-        from preft.core.yaml_text import read_yaml
-
-        try:
-            loaded = read_yaml(config.read_text(), str(config))
-        except OSError as error:
-            raise ConfigError(f"can't read the config file {config}: {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{config} is not valid YAML: {' '.join(str(error).split())}") from error
-        if loaded is not None and not isinstance(loaded, dict):
-            raise ConfigError(f"{config} must hold a mapping of settings, not {type(loaded).__name__}")
-        data = loaded or {}
-    merged = _merge(data, overrides or {})
+    environment, overrides = environment or {}, overrides or {}
+    merged: dict[str, Any] = {}
+    for layer in ({} if config is None else _in_file(config), _nested(environment), overrides):
+        merged = _merge(without_other_form(merged, layer), layer)
     try:
         return Settings.model_validate(merged)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = error.errors(include_input=False)[0]
+        key = tuple(map(str, first["loc"]))
         problem = _PROBLEMS.get(first["type"], first["msg"].removeprefix("Value error, "))
-        raise ConfigError(": ".join(filter(None, [".".join(map(str, first["loc"])), problem]))) from error
+        variables = [variable_of(name) for name in environment if key[: len(name)] == name]
+        if variables and not _has(overrides, key):
+            problem += f" (the environment variable {variables[0]} sets it)"
+        raise ConfigError(": ".join(filter(None, [".".join(key), problem]))) from error
+
+
+def _in_file(config: Path) -> dict[str, Any]:
+    from preft.core.yaml_text import read_mapping
+
+    return read_mapping(config)
+
+
+def _nested(settings: Mapping[Key, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for (*groups, name), value in settings.items():
+        place = nested
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[name] = value
+    return nested
+
+
+def _has(settings: dict[str, Any], key: Key) -> bool:
+    """Whether the nested `settings` have a value at `key`, or where the path to `key` ends."""
+    place: Any = settings
+    for name in key:
+        if not isinstance(place, dict):
+            return True
+        if name not in place:
+            return False
+        place = place[name]
+    return True
 
 
 _PROBLEMS = {  # pydantic's kind of error -> words for the user of a settings file
     "extra_forbidden": "there is no such setting",
     "missing": "this setting must be given",
     "model_type": "this is a group of settings: give a mapping, such as {replicas: 2}",
+    "too_short": "a secret has 16 characters or more",
+    "list_type": "this is a list: write it as [first, second]",
+    "tuple_type": "this is a list: write it as [first, second]",
+    "dict_type": "this is a mapping: write it as {name: value}",
     "model_attributes_type": "this is a group of settings: give a mapping, such as {replicas: 2}",
 }
 

@@ -50,6 +50,21 @@ def without_usual_port(authority: str, scheme: str) -> str:
     return authority.removesuffix(f":{_PORTS[scheme]}") if scheme in _PORTS else authority
 
 
+def is_unspecified(host: str) -> bool:
+    """Whether `host` stands for all addresses of the machine that listens: 0.0.0.0, :: or another spelling of them."""
+    try:
+        return read_host(host) in (IPv4Address(0), IPv6Address(0)) or socket.inet_aton(host) == bytes(4)
+    except (OSError, ValueError):
+        return False
+
+
+def reachable(host: str) -> str:
+    """The address under which this machine reaches a server that listens on `host`."""
+    if not is_unspecified(host):
+        return host
+    return "::1" if ":" in host else "127.0.0.1"
+
+
 class AllowedHosts:
     """The hosts under which clients may reach a server: loopback, the host it listens on, and further hosts.
 

@@ -104,8 +104,13 @@ class WorkerServer:
         store: StateStore,
         start_engine: StartEngine,
         sender: KvSender | None = None,
+        *,
+        port: int = 0,
+        advertise_host: str | None = None,
     ) -> WorkerServer:
-        """Starts the engine (25-45 s on CPU), then serves on a free port of `host` and registers its address.
+        """Starts the engine (25-45 s on CPU), then serves on `host` and registers its address for other processes.
+
+        `port` 0 is any free one. `advertise_host` replaces `host` in the registered address.
 
         Raises the errors of `start_engine`; then nothing is left running.
         """
@@ -155,15 +160,15 @@ class WorkerServer:
             names = worker._add_services(settings, role, secret)
             if worker._handles is not None:
                 opened.callback(worker._handles.close)
-            port = server.add_insecure_port(host_and_port(host, 0))
-            worker._record = dataclasses.replace(worker._record, address=host_and_port(host, port))
+            port = server.add_insecure_port(host_and_port(host, port))
+            address = host_and_port(advertise_host or host, port)
+            worker._record = dataclasses.replace(worker._record, address=address)
             guard.serve_at(worker._record.address)
             await server.start()
             opened.push_async_callback(server.stop, 0)
             await worker._register()
             worker._opened = opened.pop_all()
         worker._background.every(worker._until_renewal, worker._register, f"the registration of {worker_id}")
-        address = worker._record.address
         logger.info("%s worker %s serves %s on %s", role.value, worker_id, ", ".join(names), address)
         return worker
 

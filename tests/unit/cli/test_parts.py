@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -27,7 +28,7 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
 
 @pytest.fixture
 def worked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """Settings, role, host and name of each worker."""
+    """Settings, role and name of each worker."""
     received: list[tuple[Any, ...]] = []
     module = ModuleType("preft.cluster.worker_process")
     module.work = lambda *arguments: received.append(arguments)  # type: ignore[attr-defined]
@@ -55,9 +56,12 @@ def test_every_flag_of_a_worker_arrives(worked: list[tuple[Any, ...]], tmp_path:
     config.write_text("model: /m\nhost: 10.0.0.9\nstate: redis://:hidden@host/0\n")
     argv = ["worker", "--role", "decode", "--config", str(config), "--host", "10.0.0.5", "--id", "rack-3.d_1"]
     argv += ["--dtype", "bfloat16", "--max-model-len", "512", "--state-dir", str(tmp_path)]
+    argv += ["--port", "7000", "--advertise-host", "Decode-1.example.com"]
     assert main([*argv, "--set", "decode.max_num_seqs=7"]) == 0
-    ((settings, role, host, name),) = worked
-    assert (role, host, name) == (Role.DECODE, "10.0.0.5", "rack-3.d_1")
+    ((settings, role, name),) = worked
+    assert (role, name) == (Role.DECODE, "rack-3.d_1")
+    own = settings.worker
+    assert (own.host, own.port, own.advertise_host) == ("10.0.0.5", 7000, "decode-1.example.com")
     assert settings.host == "10.0.0.9"  # the gateways' own
     assert (settings.dtype, settings.max_model_len, settings.decode.max_num_seqs) == ("bfloat16", 512, 7)
     assert settings.state.get_secret_value() == "redis://:hidden@host/0"
@@ -65,7 +69,9 @@ def test_every_flag_of_a_worker_arrives(worked: list[tuple[Any, ...]], tmp_path:
 
 def test_a_worker_is_of_this_machine_by_default(worked: list[tuple[Any, ...]]) -> None:
     assert main(["worker", "--role", "prefill", "--model", "/m", *STATE]) == 0
-    assert worked[0][1:] == (Role.PREFILL, "127.0.0.1", None)
+    assert worked[0][1:] == (Role.PREFILL, None)
+    own = worked[0][0].worker
+    assert (own.host, own.port, own.advertise_host) == ("127.0.0.1", 0, None)
 
 
 @pytest.mark.parametrize("command", [["gateway"], ["worker", "--role", "decode"]])
@@ -85,15 +91,34 @@ def test_what_a_part_needs_is_said(
     assert joined == worked == []
 
 
+def test_the_environment_counts_for_both(
+    joined: list[Settings], worked: list[tuple[Any, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "cluster.yaml"
+    config.write_text("model: /m\nseed: 1\nport: 1\n")
+    (tmp_path / "url").write_text("redis://:hidden@host/0\n")
+    given = {"CONFIG": str(config), "STATE_FILE": str(tmp_path / "url"), "CLUSTER_SECRET": "hidden in a variable"}
+    given |= {"ROUTER__RETRIES": "3", "PORT": "2", "WORKER__HOST": "0.0.0.0", "WORKER__ADVERTISE_HOST": "[fd00::5]"}
+    for name, text in given.items():
+        monkeypatch.setenv(f"PREFT_{name}", text)
+    assert main(["gateway", "--port", "3"]) == 0
+    assert "PREFT_CLUSTER_SECRET" not in os.environ  # no child process gets it
+    monkeypatch.setenv("PREFT_CLUSTER_SECRET", given["CLUSTER_SECRET"])
+    assert main(["worker", "--role", "prefill"]) == 0
+    for settings, port in ((joined[0], 3), (worked[0][0], 2)):
+        assert (settings.model, settings.seed, settings.router.retries, settings.port) == (Path("/m"), 1, 3, port)
+        assert settings.state.get_secret_value() == "redis://:hidden@host/0"
+        assert settings.cluster_secret.get_secret_value() == given["CLUSTER_SECRET"]
+        assert (settings.worker.host, settings.worker.advertise_host) == ("0.0.0.0", "fd00::5")
+
+
 @pytest.mark.parametrize(
     "argv",
     [
         ["worker", "--model", "/m", *STATE],
         ["worker", "--model", "/m", *STATE, "--role", "cook"],
-        ["worker", "--model", "/m", *STATE, "--role", "decode", "--host", "0.0.0.0"],
-        ["worker", "--model", "/m", *STATE, "--role", "decode", "--host", "::"],
         ["worker", "--model", "/m", *STATE, "--role", "decode", "--id", "a b"],
-        ["worker", "--model", "/m", *STATE, "--role", "decode", "--port", "1"],
+        ["worker", "--model", "/m", *STATE, "--role", "decode", "--port", "high"],
         ["gateway", "--model", "/m", *STATE, "--prefill", "2"],
     ],
 )

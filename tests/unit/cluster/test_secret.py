@@ -77,7 +77,7 @@ def test_flags_can_not_carry_it() -> None:
     """Every user of the machine may read them."""
     from argparse import Namespace
 
-    with pytest.raises(ConfigError, match=r"^cluster_secret: .*--config"):
+    with pytest.raises(ConfigError, match=r"^cluster_secret: .*--config file.* cluster_secret_file$"):
         overrides_from(Namespace(set=[("cluster_secret", OWN)]))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +12,16 @@ import pytest
 
 from preft.cluster.process import Stop
 from preft.cluster.stores import open_registrations
-from preft.cluster.worker_process import run_worker
+from preft.cluster.worker_process import check_addresses, run_worker
 from preft.core.cluster import Role, Worker
+from preft.core.errors import ConfigError
 from preft.core.request import Sampling
-from preft.core.settings import Settings
+from preft.core.settings import Settings, WorkerSettings, load_settings
 from preft.router.decode_stream import DecodeStream
 from preft.rpc import workers_pb2, workers_pb2_grpc
 from preft.rpc.convert import sampling_to_proto
 from preft.rpc.secret import ClusterChannel
+from support.redis_server import free_port
 from support.worker_servers import SECRET, StartFake, settings_for
 from support.worker_services import rest, until
 
@@ -129,3 +132,63 @@ async def test_the_engine_s_death_ends_the_worker(running: Running, drains: bool
     assert await asyncio.wait_for(running.task, 5) == "no more memory"
     await asyncio.gather(request, return_exceptions=True)
     assert await running.registered() == []
+
+
+PLACES = [
+    ("127.0.0.3", None, "127.0.0.3"),
+    ("::1", None, "[::1]"),
+    ("localhost", None, "localhost"),
+    ("127.0.0.1", "localhost", "localhost"),
+    ("0.0.0.0", "127.0.0.3", "127.0.0.3"),
+    ("::", "::1", "[::1]"),
+    ("::", "127.0.0.3", "127.0.0.3"),
+]
+
+
+@pytest.mark.parametrize(("host", "advertised", "registered"), PLACES)
+async def test_a_worker_serves_under_the_address_that_it_registers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str, advertised: str | None, registered: str
+) -> None:
+    """A router calls the registered address, and the worker takes calls for that address alone."""
+    monkeypatch.setenv("VLLM_HOST_IP", "")  # set back afterwards
+    settings = settings_for(tmp_path, state=str(tmp_path / "shared.sqlite"), max_model_len=128)
+    stop, ready, port = Stop(), list[Worker](), free_port()
+    work = run_worker(
+        settings,
+        Role.COLOCATED,
+        "w",
+        host,
+        stop,
+        lambda worker: ready.append(worker.record),
+        StartFake(),
+        port=port,
+        advertise_host=advertised,
+    )
+    task = asyncio.create_task(work)
+    await until(lambda: bool(ready))
+    assert ready[0].address == f"{registered}:{port}"
+    assert os.environ["VLLM_HOST_IP"] == {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    assert len(await asked(ready[0])) == 4
+    stop.at_once.set()
+    stop.asked.set()
+    assert await asyncio.wait_for(task, 5) is None
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "[::]", "0", "::ffff:0.0.0.0"])
+def test_an_address_that_means_every_address_is_not_registered(host: str) -> None:
+    with pytest.raises(ConfigError, match=r"^worker\.host: other processes can't reach .* with --advertise-host$"):
+        check_addresses(WorkerSettings(host=host))
+    for name in ("worker", "peer_host"):
+        key = "worker.advertise_host" if name == "worker" else name
+        given = {"advertise_host": host} if name == "worker" else host
+        with pytest.raises(ConfigError, match=rf"^{key}: other processes can't reach "):
+            load_settings(None, {"model": "/m", name: given})
+
+
+def test_a_worker_s_addresses_are_checked_before_its_engine_loads() -> None:
+    check_addresses(WorkerSettings(host="0.0.0.0", advertise_host="decode-1"))
+    with pytest.raises(ConfigError, match=r"^worker\.host: can't listen on 192\.0\.2\.1:0: "):
+        check_addresses(WorkerSettings(host="192.0.2.1"))
+    for host in ("http://decode-1", "decode-1:80", "", "*.example.com", "a b"):
+        with pytest.raises(ConfigError, match=r"^worker\.advertise_host: "):
+            load_settings(None, {"model": "/m", "worker": {"advertise_host": host}})

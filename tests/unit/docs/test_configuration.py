@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from preft.cli.settings_flags import FLAGS
+from preft.cli.settings_flags import FLAGS, option
 from preft.core.settings import Settings
 
 PAGE = Path(__file__).parents[3] / "docs" / "configuration.md"
@@ -51,6 +51,6 @@ def test_defaults_are_the_real_ones() -> None:
 
 
 def test_flags_are_the_real_ones() -> None:
-    flags = {flag.setting: f"--{name.replace('_', '-')}" for name, flag in FLAGS.items()}
+    flags = {flag.setting: option(name) for name, flag in FLAGS.items()}
     flags["adapters"] = "--adapter NAME=SOURCE"
     assert {key: flag for key, (_, flag) in documented().items() if flag} == flags

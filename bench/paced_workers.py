@@ -66,8 +66,11 @@ class PacedEngine:
     def forget_adapter(self, digest: str) -> None:
         """See `Engine.forget_adapter`."""
 
-    async def aborted(self) -> None:
-        """See `Engine.aborted`."""
+    async def between_steps(self) -> None:
+        """See `Engine.between_steps`."""
+
+    def kill(self, reason: str) -> None:
+        """See `Engine.kill`: there is no process."""
 
     async def wait_dead(self) -> str:
         """See `Engine.wait_dead`: it lives on."""

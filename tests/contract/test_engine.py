@@ -470,7 +470,7 @@ async def test_a_broken_adapter_is_refused(pair: Pair) -> None:
     await pair.served()
 
 
-async def test_after_aborted_nobody_needs_the_adapter(pair: Pair) -> None:
+async def test_between_steps_nobody_needs_the_adapter_of_given_up_requests(pair: Pair) -> None:
     """Requests are given up at once, and their adapters' memory, in no slot as a third is used, is taken by others."""
     for adapter in (*pair.adapters, *pair.adapters):
         await pair.place(pair.spare)
@@ -481,7 +481,7 @@ async def test_after_aborted_nobody_needs_the_adapter(pair: Pair) -> None:
             await asyncio.sleep(0)
             waiting.cancel()
             await asyncio.wait({waiting})
-        await pair.prefill.aborted()
+        await pair.prefill.between_steps()
         pair.take_away(pair.spare)
     await pair.served()
 

@@ -409,6 +409,23 @@ async def test_knows_when_its_engine_has_died(cluster: Cluster) -> None:
     assert await died == "killed"
 
 
+async def test_tells_that_its_engine_stalls_and_kills_it_in_the_end(
+    settings: Settings, store: FakeStore, start_engine: StartFake
+) -> None:
+    decode = settings.decode.model_copy(update={"engine_timeout": 2.0})
+    worker = await start(Role.DECODE, settings.model_copy(update={"decode": decode}), store, start_engine)
+    died = asyncio.create_task(worker.died())
+    async with watching(worker.record.address, "router", SECRET) as (watcher, _):
+        await watcher.until(lambda: bool(watcher.updates))
+        assert watcher.status.stalled_seconds == 0
+        start_engine.engines[Role.DECODE].answering.clear()
+        await watcher.until(lambda: watcher.status.stalled_seconds > 0)
+        assert not died.done()
+        async with asyncio.timeout(20):
+            assert await died == "it hung, and was killed after 2 s without a step"
+    await worker.close()
+
+
 @pytest.mark.parametrize(("staging", "warned"), [(MiB, False), (5 * 96, True)])
 async def test_warns_of_staging_memory_that_long_prompts_do_not_fit_into(
     settings: Settings, store: FakeStore, start_engine: StartFake, caplog: Any, staging: int, warned: bool

@@ -1,7 +1,7 @@
 """A peer of VllmEngine without a model: KV bytes and tokens are hashes, so that lost or swapped ones show at once.
 
 A prompt's KV depends on adapter digest and tokens. Every output token depends on the KV bytes that the engine really
-has. Tests script failures and pace through `failing`, `die`, `preempt`, `going` and `one_by_one`.
+has. Tests script failures and pace through `failing`, `die`, `preempt`, `going`, `one_by_one` and `answering`.
 """
 
 from __future__ import annotations
@@ -98,6 +98,8 @@ class FakeEngine:
         self.going = asyncio.Event()  # tokens come only while it is set
         self.going.set()
         self.one_by_one: asyncio.Semaphore | None = None  # if set, each token acquires it once
+        self.answering = asyncio.Event()  # the engine's process hangs while it is cleared
+        self.answering.set()
         self.failing: Callable[[EngineRequest, int], PreftError | None] = lambda request, made: None
         self.requests: list[EngineRequest] = []
         self.aborts = 0  # generators closed before their end
@@ -116,6 +118,7 @@ class FakeEngine:
         """Simulates the death of the engine's process: every request fails, now and later."""
         self._dead.set_result(reason)
         self.going.set()
+        self.answering.set()
 
     def preempt(self) -> None:
         """Takes the KV of every running request; each request loads it from its region again before it goes on."""
@@ -139,9 +142,7 @@ class FakeEngine:
             self._account(-1, -blocks)
 
     async def place_adapter(self, adapter: AdapterRef, region: Region) -> None:
-        if self._dead.done():
-            raise WorkerLost(f"the engine died: {self._dead.result()}")
-        await asyncio.sleep(0)
+        await self._step()
         if adapter.digest in self.refused:
             raise InvalidAdapter(f"adapter {adapter.name!r} was refused by the engine")
         self._regions[adapter.digest] = region
@@ -151,8 +152,17 @@ class FakeEngine:
     def forget_adapter(self, digest: str) -> None:
         self._regions.pop(digest, None)
 
-    async def aborted(self) -> None:
+    async def between_steps(self) -> None:
+        await self._step()
+
+    async def _step(self) -> None:
+        await self.answering.wait()
+        if self._dead.done():
+            raise WorkerLost(f"the engine died: {self._dead.result()}")
         await asyncio.sleep(0)
+
+    def kill(self, reason: str) -> None:
+        self.die(reason)
 
     def _find_adapter(self, digest: str) -> None:
         """Fails the test unless the adapter's region holds its content."""
@@ -184,6 +194,7 @@ class FakeEngine:
         kv, preemptions = b"", -1
         while True:
             await self.going.wait()
+            await self.answering.wait()
             await (self.one_by_one.acquire() if self.one_by_one else asyncio.sleep(0))
             if self._dead.done():
                 raise WorkerLost(f"the engine died: {self._dead.result()}")

@@ -85,10 +85,12 @@ def a_member(
     adapters: Iterable[str] = (),
     used: int = 0,
     running: int = 0,
+    stalled: int = 0,
     **worker: Any,
 ) -> Member:
     draining = state is WorkerState.DRAINING
-    update = a_message(adapters, draining=draining, kv_blocks_used=used, running=running)
+    status = {"draining": draining, "kv_blocks_used": used, "running": running, "stalled_seconds": stalled}
+    update = a_message(adapters, **status)
     tells = draining or state is WorkerState.READY
     return Member(a_worker(worker_id, role, **worker), update if tells else None)
 
@@ -123,6 +125,7 @@ def check_indexes(view: ClusterView) -> None:
     for one in decoding:
         levels.setdefault(one.worker.fingerprint, {})[one.id] = int(64 * view.fullness(one))
     assert {fingerprint: index._level_of for fingerprint, index in view.decode.items()} == levels
+    assert view.stalled == {one.id for one in ready if one.is_stalled}
     assert set(view.ring._numbers) == {one.id for one in prompting}
     assert set(view.ring._owners.tolist()) == view.ring._members.keys()
     assert {one.id for one in view.prompting()} == {one.id for one in prompting}

@@ -103,6 +103,8 @@ class WorkerStatus:
     `running` counts all requests. The `other_` counts leave out the asking router's own requests: prompts that aren't
     computed yet and their tokens, and choices that are being decoded. `staging_bytes_used` leaves out copies that new
     KV may replace; `staging_bytes_fit` is the largest region that could be reserved now. `preemptions` is a total.
+    `stalled_seconds` counts the time for which the engine hasn't answered, once it is longer than any usual step; 0: it
+    answers.
     """
 
     draining: bool = False
@@ -112,6 +114,7 @@ class WorkerStatus:
     staging_bytes_fit: int = 0
     open_handles: int = 0
     preemptions: int = 0
+    stalled_seconds: int = 0
     other_prompts: int = 0
     other_prompt_tokens: int = 0
     other_sequences: int = 0

@@ -89,11 +89,18 @@ class Engine(Protocol):
     def forget_adapter(self, digest: str) -> None:
         """Tells the engine that the content left the arena. No request uses it until the next `place_adapter`."""
 
-    async def aborted(self) -> None:
-        """Returns when no step can contain a request whose generator was closed before this call."""
+    async def between_steps(self) -> None:
+        """Returns once the engine has answered between two steps, or while it is idle.
+
+        No later step contains a request whose generator was closed before this call. Raises WorkerLost if the engine is
+        dead; may wait for ever if it dies now.
+        """
+
+    def kill(self, reason: str) -> None:
+        """Ends the engine's processes at once, whatever they do. `wait_dead` returns `reason` then."""
 
     async def wait_dead(self) -> str:
-        """Waits until the engine has died, and returns the reason."""
+        """Waits until the engine has died or was killed, and returns the reason."""
 
     async def close(self) -> None:
         """Ends the engine's processes."""

@@ -9,9 +9,10 @@ import asyncio
 import dataclasses
 import itertools
 import os
+import signal
 import threading
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 from vllm.config import KVTransferConfig, VllmConfig
@@ -165,6 +166,7 @@ class VllmEngine:
         self._next_lora_id = itertools.count(1)
         self._counts_from_end: dict[str, bool] = {}  # digest -> whether its ReFT acts on the last positions
         self._adapter_arena = adapter_arena
+        self._killed: str | None = None  # why `kill` was called
 
     @classmethod
     async def start(
@@ -216,9 +218,9 @@ class VllmEngine:
         if (lora_id := self._lora_ids.pop(digest, None)) is not None:
             self._gone.append(lora_id)
 
-    async def aborted(self) -> None:
+    async def between_steps(self) -> None:
         try:
-            await self._llm.collective_rpc("describe_kv")  # reaches the engine after the aborts, between two steps
+            await self._llm.collective_rpc("describe_kv")  # reaches the engine after all aborts
         except EngineDeadError as error:
             raise WorkerLost(f"the engine died: {error}") from error
 
@@ -264,10 +266,16 @@ class VllmEngine:
         except VLLMClientError as error:
             raise InvalidRequest(f"the engine refuses the request: {error}") from error
 
+    def kill(self, reason: str) -> None:
+        self._killed = reason
+        for pid in self.info.pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
     async def wait_dead(self) -> str:
-        while not self._llm.errored:
+        while self._killed is None and not self._llm.errored:
             await asyncio.sleep(0.2)
-        return str(self._llm.dead_error)
+        return self._killed or str(self._llm.dead_error)
 
     async def close(self) -> None:
         await asyncio.to_thread(self._llm.shutdown)

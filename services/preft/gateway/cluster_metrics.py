@@ -56,6 +56,9 @@ def _worker_metrics(workers: Sequence[WorkerSeen], stats: RouterStats) -> Iterat
     staging = GaugeMetricFamily("preft_staging_bytes", "Memory for KV on its way.", labels=label)
     staged = GaugeMetricFamily("preft_staging_bytes_used", "Of it, what can't make room for other KV.", labels=label)
     preemptions = CounterMetricFamily("preft_preemptions", "Requests that lost their KV blocks.", labels=label)
+    stalled = GaugeMetricFamily(
+        "preft_engine_stalled_seconds", "Seconds for which the engine hasn't answered; 0: it answers.", labels=label
+    )
     for seen in workers:
         key, status = [seen.worker.id], seen.status
         ready.add_metric(key, seen.state is WorkerState.READY)
@@ -69,7 +72,8 @@ def _worker_metrics(workers: Sequence[WorkerSeen], stats: RouterStats) -> Iterat
         staging.add_metric(key, seen.worker.staging_bytes)
         staged.add_metric(key, status.staging_bytes_used)
         preemptions.add_metric(key, status.preemptions)
-    yield from (ready, draining, running, own, free, total, staging, staged, preemptions)
+        stalled.add_metric(key, status.stalled_seconds)
+    yield from (ready, draining, running, own, free, total, staging, staged, preemptions, stalled)
 
 
 def _adapter_metrics(totals: list[tuple[str, int, TierTotals]]) -> Iterator[Metric]:

@@ -155,7 +155,7 @@ class Admission:
             asyncio.get_running_loop().call_soon(self._pump)
 
     def workers_changed(self) -> None:
-        """Looks again at lines whose worker is gone, and fails all of them if none has been there for long."""
+        """Looks again at lines whose worker is gone or stalls, and fails all if no worker has been there for long."""
         if self._closed is not None:
             return
         if self._view.serving:
@@ -164,7 +164,7 @@ class Admission:
         elif self._is_abandoned():
             self._refuse_all(Unavailable(NO_WORKERS))
         for line in self._lines:
-            if line.at is not None and not line.at.is_ready:
+            if line.at is not None and (not line.at.is_ready or line.at.is_stalled):
                 self._move(line, None)
         self.wake()
 
@@ -351,7 +351,7 @@ class Admission:
         The line counts as load where it waits. Without this rule it would look better elsewhere, wherever it is.
         """
         at, digest = line.at, line.digest
-        if at is None or not at.is_ready or at.id in line.head.demand.avoid:
+        if at is None or not at.is_ready or at.is_stalled or at.id in line.head.demand.avoid:
             return False
         here, there = ((one.holds(digest), one.is_loading(digest)) for one in (at, worker))
         return here > there or (here == there and at.load_for(digest) <= worker.load)

@@ -24,10 +24,10 @@ class KeptRoom:
             return
         if refusal is Refusal.NO_STAGING:
             able = (one for one in self._view.prompting() if demand.staging(one.worker) <= one.worker.staging_bytes)
-            chosen = min(able, key=lambda one: one.staging.taken, default=None)
+            chosen = min(able, key=lambda one: (one.is_stalled, one.staging.taken), default=None)
         else:
             able = (one for one in self._view.decoding() if could_hold(one.worker, demand))
-            chosen = min(able, key=self._view.fullness, default=None)
+            chosen = min(able, key=lambda one: (one.is_stalled, self._view.fullness(one)), default=None)
         if chosen is not None:
             self.keep(refusal, chosen, demand.order)
 

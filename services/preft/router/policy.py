@@ -5,7 +5,7 @@ The policy owns the choice alone, keeps no state and changes nothing. `admission
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Protocol
@@ -104,8 +104,8 @@ class Policy(Protocol):
     def place(self, demand: Demand, view: ClusterView, now: float) -> Placement:
         """Returns two workers of equal fingerprint with room for `demand`, or why there are none.
 
-        Workers in `demand.avoid` are used only if no other is ready. With an empty `avoid`, a Refusal also holds for
-        every younger demand that `covers` this one. `now` is in loop time.
+        Stalled workers, and those in `demand.avoid`, are used only if no other is ready. With an empty `avoid`, a
+        Refusal also holds for every younger demand that `covers` this one. `now` is in loop time.
         """
 
     def home(self, demand: Demand, view: ClusterView, now: float) -> WorkerView | None:
@@ -143,7 +143,8 @@ class AffinityPolicy:
         for key in view.ring.places(demand.digest, RING_STEPS):
             worker = view.workers[key]
             matched = not demand.decodes or worker.worker.fingerprint in view.decode
-            if matched and worker.id not in demand.avoid and not worker.refused(demand.digest, now):
+            is_avoided = worker.is_stalled or worker.id in demand.avoid
+            if matched and not is_avoided and not worker.refused(demand.digest, now):
                 return worker
         return None
 
@@ -160,9 +161,7 @@ class _Choice:
         self._now = now
         self._decode: dict[str, WorkerView | None] = {}  # by fingerprint, as is
         self._staging: dict[str, int] = {}
-        self._avoided = demand.avoid
-        if self._avoided and all(other.id in self._avoided for other in view.prompting()):
-            self._avoided = frozenset()
+        self._avoided = _avoided(demand, view, view.prompting)
 
     def place(self) -> Placement:
         least = self._least()
@@ -327,10 +326,8 @@ class _Choice:
 
     def _emptiest(self, fingerprint: str) -> WorkerView | None:
         workers = self._view.decode.get(fingerprint, ())
-        avoid = self._demand.avoid
-        if avoid and all(worker.id in avoid for worker in workers):
-            avoid = frozenset()
-        return next((one for one in workers if one.id not in avoid and self._has_room(one)), None)
+        avoided = _avoided(self._demand, self._view, lambda: workers)
+        return next((one for one in workers if one.id not in avoided and self._has_room(one)), None)
 
     def _has_room(self, view: WorkerView) -> bool:
         demand, worker = self._demand, view.worker
@@ -344,6 +341,15 @@ class _Choice:
             and not self._kept(view.memory_for)
             and view.paused_until <= self._now
         )
+
+
+def _avoided(demand: Demand, view: ClusterView, workers: Callable[[], Iterable[WorkerView]]) -> Set[str]:
+    """The ids of those of `workers` that the request shouldn't use: as many kinds of them as leave a worker."""
+    if demand.avoid or view.stalled:
+        for ids in (demand.avoid | view.stalled, view.stalled, demand.avoid):
+            if any(worker.id not in ids for worker in workers()):
+                return ids
+    return frozenset()
 
 
 def _load(worker: WorkerView) -> tuple[int, int, str]:

@@ -36,6 +36,7 @@ class ClusterView:
         self.prefixes = PrefixIndex()
         self.holders: dict[str, dict[str, WorkerView]] = {}
         self.loaders: dict[str, dict[str, WorkerView]] = {}
+        self.stalled: set[str] = set()  # ids of ready workers whose engines make no step
         self._prompting: Counter[str] = Counter()  # ready workers that compute prompts, by fingerprint
         self._shapes: tuple[list[Worker], list[Worker]] | None = None
         self._members: dict[str, str] = {}  # of the ring: id -> fingerprint
@@ -111,6 +112,10 @@ class ClusterView:
             self.decode[fingerprint].remove(view.id)
             if not len(self.decode[fingerprint]):
                 del self.decode[fingerprint]
+        if ready and view.is_stalled:
+            self.stalled.add(view.id)
+        else:
+            self.stalled.discard(view.id)
         if ready:
             self.move(view)
         else:

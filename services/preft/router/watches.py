@@ -32,7 +32,10 @@ class Watches:
     def __init__(
         self, channels: WorkerChannels, view: ClusterView, timeout: float, on_news: Callable[[WorkerView, bool], None]
     ) -> None:
-        """`on_news` is called after each message or loss, with whether the worker came or went by it."""
+        """`on_news` is called after each message or loss, with whether the worker came or went by it.
+
+        A worker whose engine stalls has gone, too, in this sense.
+        """
         self._channels = channels
         self._view = view
         self._timeout = timeout
@@ -87,11 +90,11 @@ class Watches:
                 async with aclosing(self._channels.watch(view.worker, self._interval(), self._timeout)) as updates:
                     async for update in updates:
                         pause, is_said = least, False
-                        was_ready = view.is_ready
+                        was = view.is_ready, view.is_stalled
                         view.told(update)
                         view.heard = asyncio.get_running_loop().time()
                         self._first_of(view)
-                        self._tell(view, view.is_ready != was_ready)
+                        self._tell(view, (view.is_ready, view.is_stalled) != was)
                 reason: PreftError = WorkerLost(f"worker {view.id} ended its status stream")
             except PreftError as error:
                 reason = error

@@ -105,6 +105,11 @@ class WorkerView:
     def is_ready(self) -> bool:
         return self.status is not None and not self.status.draining
 
+    @property
+    def is_stalled(self) -> bool:
+        """Whether the worker's engine makes no step now: the worker gets requests only if no other takes them."""
+        return self.status is not None and self.status.stalled_seconds > 0
+
     def seen(self, now: float) -> WorkerSeen:
         """The worker's state for people and programs outside."""
         return WorkerSeen(self.worker, self.state, self.status or WorkerStatus(), now - self.heard)
@@ -233,7 +238,7 @@ class WorkerView:
 
     def told(self, update: StatusUpdate) -> None:
         """Takes one message of the worker's status stream."""
-        before = self.status
+        before, was_stalled = self.status, self.is_stalled
         self.status = update.status
         self.is_full = False
         if self.worker.role is not Role.PREFILL:  # KV blocks of prefill workers are not reserved
@@ -250,7 +255,7 @@ class WorkerView:
         self._loaded -= changed
         for digest in changed:
             self._place(digest)
-        if before is None or before.draining != update.status.draining:
+        if before is None or before.draining != update.status.draining or was_stalled != self.is_stalled:
             self._entered()
         else:
             self._moved()

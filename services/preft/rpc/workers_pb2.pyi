@@ -150,7 +150,7 @@ class WatchRequest(_message.Message):
     def __init__(self, interval: _Optional[float] = ..., content_address: _Optional[str] = ...) -> None: ...
 
 class StatusUpdate(_message.Message):
-    __slots__ = ("whole", "draining", "running", "kv_blocks_used", "staging_bytes_used", "staging_bytes_fit", "open_handles", "preemptions", "other_prompts", "other_sequences", "adapters", "tiers", "other_prompt_tokens")
+    __slots__ = ("whole", "draining", "running", "kv_blocks_used", "staging_bytes_used", "staging_bytes_fit", "open_handles", "preemptions", "other_prompts", "other_sequences", "adapters", "tiers", "other_prompt_tokens", "stalled_seconds")
     WHOLE_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
@@ -164,6 +164,7 @@ class StatusUpdate(_message.Message):
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     TIERS_FIELD_NUMBER: _ClassVar[int]
     OTHER_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STALLED_SECONDS_FIELD_NUMBER: _ClassVar[int]
     whole: bool
     draining: bool
     running: int
@@ -177,7 +178,8 @@ class StatusUpdate(_message.Message):
     adapters: _containers.RepeatedCompositeFieldContainer[AdapterStatus]
     tiers: TierTotals
     other_prompt_tokens: int
-    def __init__(self, whole: _Optional[bool] = ..., draining: _Optional[bool] = ..., running: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., staging_bytes_used: _Optional[int] = ..., staging_bytes_fit: _Optional[int] = ..., open_handles: _Optional[int] = ..., preemptions: _Optional[int] = ..., other_prompts: _Optional[int] = ..., other_sequences: _Optional[int] = ..., adapters: _Optional[_Iterable[_Union[AdapterStatus, _Mapping]]] = ..., tiers: _Optional[_Union[TierTotals, _Mapping]] = ..., other_prompt_tokens: _Optional[int] = ...) -> None: ...
+    stalled_seconds: int
+    def __init__(self, whole: _Optional[bool] = ..., draining: _Optional[bool] = ..., running: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., staging_bytes_used: _Optional[int] = ..., staging_bytes_fit: _Optional[int] = ..., open_handles: _Optional[int] = ..., preemptions: _Optional[int] = ..., other_prompts: _Optional[int] = ..., other_sequences: _Optional[int] = ..., adapters: _Optional[_Iterable[_Union[AdapterStatus, _Mapping]]] = ..., tiers: _Optional[_Union[TierTotals, _Mapping]] = ..., other_prompt_tokens: _Optional[int] = ..., stalled_seconds: _Optional[int] = ...) -> None: ...
 
 class AdapterStatus(_message.Message):
     __slots__ = ("digest", "state", "other_prompts")

@@ -39,6 +39,7 @@ from preft.transfer.handles import HandleTable
 from preft.transfer.port import KvSender
 from preft.worker.colocated import wiring as colocated
 from preft.worker.decode import wiring as decode
+from preft.worker.engine_watch import EngineWatch
 from preft.worker.prefill import wiring as prefill
 from preft.worker.role import AddServices, Parts
 from preft.worker.setup import WorkerSetup
@@ -66,7 +67,7 @@ QUIET_SECONDS = 1.0  # without requests, until a drained worker counts as idle: 
 
 
 class WorkerServer:
-    """A started worker: `start` makes it, `close` ends it, `died` returns when its engine has died."""
+    """A started worker: `start` makes it, `close` ends it, `died` returns when its engine has died or hung too long."""
 
     def __init__(
         self,
@@ -79,8 +80,10 @@ class WorkerServer:
         disk: DiskTier | None,
         adapters: AdapterStore | None,
         peers: Peers | None,
+        engine_timeout: float,
     ) -> None:
         self._engine = engine
+        self._engine_watch = EngineWatch(engine, engine_timeout)
         self._server = server
         self._store = store
         self._record = record
@@ -156,7 +159,7 @@ class WorkerServer:
             opened.push_async_callback(sender.close)
             guard = OnlyTheCluster(secret)
             server = grpc.aio.server(options=WORKER_SERVER_OPTIONS, interceptors=[guard])
-            worker = cls(engine, server, store, record, sender, arena, disk, adapters, peers)
+            worker = cls(engine, server, store, record, sender, arena, disk, adapters, peers, own.engine_timeout)
             names = worker._add_services(settings, role, secret)
             if worker._handles is not None:
                 opened.callback(worker._handles.close)
@@ -169,6 +172,7 @@ class WorkerServer:
             await worker._register()
             worker._opened = opened.pop_all()
         worker._background.every(worker._until_renewal, worker._register, f"the registration of {worker_id}")
+        worker._background.start(worker._engine_watch.run(), f"the watch on the engine of {worker_id}")
         logger.info("%s worker %s serves %s on %s", role.value, worker_id, ", ".join(names), address)
         return worker
 
@@ -178,7 +182,7 @@ class WorkerServer:
         return self._record
 
     async def died(self) -> str:
-        """Returns the reason once the engine has died."""
+        """Returns the reason once the engine has died, or was killed because it hung."""
         return await self._engine.wait_dead()
 
     async def close(self) -> None:
@@ -219,6 +223,7 @@ class WorkerServer:
             staging_bytes_fit=self._arena.fit,
             open_handles=self._handles.open_handles if self._handles is not None else self._arena.regions,
             preemptions=stats.preemptions,
+            stalled_seconds=self._engine_watch.stalled_seconds,
             tiers=self._adapters.totals() if self._adapters is not None else TierTotals(),
         )
 

@@ -28,7 +28,7 @@ def test_every_figure_of_every_worker() -> None:
     )
     prefill = Worker("p", Role.PREFILL, "h:1", kv_blocks=9, adapter_slots=8)
     decode = Worker("d", Role.DECODE, "h:2", kv_blocks=7, staging_bytes=900)
-    drained = WorkerStatus(draining=True, running=2, staging_bytes_used=300, preemptions=3)
+    drained = WorkerStatus(draining=True, running=2, staging_bytes_used=300, preemptions=3, stalled_seconds=12)
     workers = [
         WorkerSeen(prefill, WorkerState.READY, WorkerStatus(kv_blocks_used=5, tiers=tiers), 0.1),
         WorkerSeen(decode, WorkerState.DRAINING, drained, 0.1),
@@ -53,6 +53,8 @@ def test_every_figure_of_every_worker() -> None:
         ("preft_staging_bytes", "d", ""): 900,
         ("preft_staging_bytes_used", "d", ""): 300,
         ("preft_preemptions_total", "d", ""): 3,
+        ("preft_engine_stalled_seconds", "p", ""): 0,
+        ("preft_engine_stalled_seconds", "d", ""): 12,
         ("preft_adapter_slots", "p", ""): 8,
         ("preft_adapter_slots_used", "p", ""): 3,
         ("preft_adapters_in_memory", "p", ""): 5,
@@ -93,5 +95,5 @@ def test_every_metric_is_documented() -> None:
     text = (DOCS / "http.md").read_text() + (DOCS / "adapter-store.md").read_text()
     kinds = {"counter": "_total"}
     names = [family.name + kinds.get(family.type, "") for family in registry.collect()]
-    assert len(names) == 20
+    assert len(names) == 21
     assert [name for name in names if f"`{name}" not in text] == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import replace
 from statistics import median
 from typing import Any
@@ -75,6 +76,7 @@ members = st.lists(
         max_num_seqs=st.integers(0, 3),
         slots=st.integers(0, 2),
         staging=st.integers(0, 5),
+        stalled=st.sampled_from([0, 0, 9]),
     ),
     max_size=8,
     unique_by=lambda member: member.worker.id,
@@ -99,6 +101,17 @@ def filled(members: list[Member], before: list[Demand]) -> ClusterView:
         if isinstance(pair, Pair):
             Lease(pair, demand, range(demand.choices), lambda worker: None)
     return view
+
+
+def answering(member: Member) -> Member:
+    """The same worker, whose engine doesn't stall."""
+    if member.update is None:
+        return member
+    return replace(member, update=replace(member.update, status=replace(member.update.status, stalled_seconds=0)))
+
+
+def not_in(ids: Collection[str], workers: list[WorkerView]) -> list[WorkerView]:
+    return [one for one in workers if one.id not in ids]
 
 
 @st.composite
@@ -128,7 +141,7 @@ def picture(view: ClusterView) -> str:
     workers = [replace(one, cluster=None) for one in view.workers.values()]
     orders = [one.id for one in view.prefill], [[one.id for one in index] for index in view.decode.values()]
     lists = [{digest: list(places) for digest, places in index.items()} for index in (view.holders, view.loaders)]
-    return repr((workers, orders, lists))
+    return repr((workers, orders, lists, sorted(view.stalled)))
 
 
 @given(views(), demands, avoids)
@@ -156,6 +169,7 @@ def test_a_choice_always_fits(
     assert pair.prefill.worker.role is not Role.DECODE
     assert pair.prefill.state is WorkerState.READY
     assert pair.prefill.prefills < view.max_prefills
+    assert not pair.prefill.is_stalled or all(one.is_stalled for one in view.prompting())
     if not demand.decodes:
         assert pair.decode is None
         return
@@ -163,6 +177,7 @@ def test_a_choice_always_fits(
     assert (pair.decode is pair.prefill) is (pair.prefill.worker.role is Role.COLOCATED)
     assert pair.decode.worker.role is not Role.PREFILL
     assert pair.decode.state is WorkerState.READY
+    assert not pair.decode.is_stalled or all(one.is_stalled for one in view.decode[pair.decode.worker.fingerprint])
     assert pair.decode.worker.fingerprint == pair.prefill.worker.fingerprint
     needed = demand.blocks(pair.decode.worker) * demand.choices
     assert pair.decode.blocks.taken + needed <= pair.decode.worker.kv_blocks
@@ -175,13 +190,15 @@ def test_a_choice_always_fits(
 def test_a_refusal_is_the_truth(
     members: list[Member], before: list[Demand], demand: Demand, avoid: frozenset[str]
 ) -> None:
-    """Without limits on batch and slots: refused only if no pair fits; and a failed worker is better than none.
+    """Without limits on batch and slots, and without stalled workers: refused only if no pair fits.
+
+    A failed worker is better than none.
 
     The base model's requests alone: an adapter's may wait for a worker that has it.
     """
     demand = replace(demand, digest="")
     members = [replace(one, worker=replace(one.worker, max_num_seqs=0, adapter_slots=0)) for one in members]
-    view = filled(members, before)
+    view = filled([answering(one) for one in members], before)
 
     def stages(one: WorkerView) -> bool:
         taken = one.staging.taken + demand.staging(one.worker)
@@ -252,7 +269,8 @@ def test_an_adapters_request_goes_only_where_the_adapter_is_and_has_a_slot(
         assert not no_slot
     if isinstance(placed, Absent) and one.refused(digest, NOW):  # not asked again where others have it
         ready = list(view.prompting())
-        ready = [each for each in ready if each.id not in avoid] or ready
+        healthy = [each for each in ready if not each.is_stalled]
+        ready = not_in(avoid, healthy) or healthy or not_in(avoid, ready) or ready
         ready = [each for each in ready if not demand.decodes or each.worker.fingerprint == worker.fingerprint]
         ready = [each for each in ready if demand.staging(each.worker) <= each.worker.staging_bytes]
         assert not any(each.holds(digest) for each in ready)
@@ -444,6 +462,30 @@ def test_failed_workers_are_avoided_unless_alone() -> None:
     pair = place(view, replace(a_demand(), avoid=frozenset({"p0", "d1"})))
     assert (pair.prefill.id, decoder(pair)) == ("p1", "d0")
     assert place(view, replace(a_demand(), avoid=frozenset({"p0", "p1", "d0", "d1"}))).decode is not None
+
+
+def test_stalled_workers_are_avoided_unless_alone() -> None:
+    view = view_of(p("p0", stalled=9), p("p1"), d("d0"), d("d1", stalled=9))
+    for digest in "abcdefgh":
+        pair = place(view, a_demand(digest))
+        assert (pair.prefill.id, decoder(pair)) == ("p1", "d0")
+    failed = replace(a_demand(), avoid=frozenset({"p1", "d0"}))
+    assert place(view, failed).prefill.id == "p1"  # a worker that failed works again more likely than a stalled one
+    for one in ("p1", "d0"):
+        view.workers[one].told(a_message(stalled_seconds=9))
+    pair = place(view, failed)
+    assert (pair.prefill.id, decoder(pair)) == ("p0", "d1")
+    assert place(view, a_demand()).decode is not None
+    view.workers["p0"].told(a_message())
+    assert place(view, failed).prefill.id == "p0"
+
+
+def test_an_adapter_of_a_stalled_worker_is_loaded_elsewhere() -> None:
+    view = view_of(p("p0", stalled=9, adapters="a"), p("p1"), p("p2", stalled=9), d("d0"))
+    assert look(view) == ("Absent", "p1")
+    assert look(view, "b") == ("Absent", "p1")
+    view.workers["p0"].told(a_message("a"))
+    assert look(view) == ("Pair", "p0")
 
 
 def test_a_new_worker_moves_few_adapters() -> None:

@@ -942,6 +942,44 @@ async def test_a_silent_worker_takes_nothing() -> None:
         await harness.seen(harness.router.ready)
 
 
+async def test_new_requests_go_past_stalled_workers(harness: Harness) -> None:
+    p1, d1 = await harness.second()
+    harness.p.tell(stalled_seconds=5)
+    d1.tell(stalled_seconds=9)
+    await harness.seen(lambda: harness.router.view.stalled == {"p0", "d1"})
+    for adapter in ("ada", "bob", "new", None):  # p0 has the first two
+        request = a_request(adapter=adapter)
+        assert await harness.collect(request) == foretold(request)
+    assert (harness.p.calls, p1.calls, harness.d.calls, d1.calls) == (0, 4, 4, 0)
+    harness.p.tell(stalled_seconds=0)
+    p1.tell(stalled_seconds=5)
+    await harness.seen(lambda: harness.router.view.stalled == {"p1", "d1"})
+    assert await harness.collect(a_request()) == foretold(a_request())
+    assert harness.p.calls == 1
+
+
+async def test_the_only_workers_take_requests_though_they_stall(harness: Harness) -> None:
+    for worker in (harness.p, harness.d):
+        worker.tell(stalled_seconds=5)
+    await harness.seen(lambda: harness.router.view.stalled == {"p0", "d0"})
+    assert harness.router.ready()
+    assert await harness.collect(a_request()) == foretold(a_request())
+
+
+async def test_a_request_that_waits_for_a_load_goes_elsewhere_if_the_worker_stalls(harness: Harness) -> None:
+    harness.p.load_seconds = 60.0
+    request = a_request(adapter="new")
+    waiting = asyncio.create_task(harness.collect(request))
+    await harness.seen(lambda: harness.p.prefetched)
+    p1, _ = await harness.second()
+    await asyncio.sleep(0.1)
+    assert not p1.prefetched
+    harness.p.tell(stalled_seconds=5)
+    async with asyncio.timeout(10):
+        assert await waiting == foretold(request)
+    assert (harness.p.calls, p1.calls) == (0, 1)
+
+
 async def test_a_worker_that_broke_a_call_is_used_again() -> None:
     async with running(Harness()) as harness:
         harness.p.faults = [Fault(WorkerLost("a broken connection"))]

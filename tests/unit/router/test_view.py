@@ -317,6 +317,7 @@ def test_the_indexes_agree_with_the_workers_whatever_happens(seed: int) -> None:
                     others=others,
                     whole=whole,
                     draining=draw.random() < 0.1,
+                    stalled_seconds=draw.choice([0, 0, 7]),
                     kv_blocks_used=draw.randint(0, 9),
                     other_prompts=draw.randint(0, 3),
                     other_sequences=draw.randint(0, 3),

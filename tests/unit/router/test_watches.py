@@ -91,6 +91,22 @@ async def test_changes_are_told() -> None:
         assert one.news[-1] == ("p0", True)
 
 
+async def test_a_worker_whose_engine_stalls_has_gone_until_the_engine_goes_on() -> None:
+    async with watched() as (one, worker):
+        await one.watches.settled(5.0)
+        worker.tell(stalled_seconds=5)
+        await one.until(lambda: one.p0.is_stalled)
+        assert one.p0.is_ready
+        assert one.view.stalled == {"p0"}
+        assert one.news[-1] == ("p0", True)
+        worker.tell(stalled_seconds=6)
+        await one.until(lambda: one.news[-1] == ("p0", False))
+        worker.tell(stalled_seconds=0)
+        await one.until(lambda: not one.p0.is_stalled)
+        assert one.view.stalled == set()
+        assert one.news[-1] == ("p0", True)
+
+
 async def test_a_silent_worker_is_dead_until_it_speaks_again() -> None:
     async with watched() as (one, worker):
         await one.watches.settled(5.0)

@@ -41,7 +41,7 @@ class AdapterEngine(Protocol):
 
     async def place_adapter(self, adapter: AdapterRef, region: Region) -> None: ...
 
-    async def aborted(self) -> None: ...
+    async def between_steps(self) -> None: ...
 
     def forget_adapter(self, digest: str) -> None: ...
 
@@ -131,7 +131,7 @@ class AdapterStore:
     async def _end_aborted_use(self, digest: str) -> None:
         """Ends the use after the engine has dropped the aborted request, which may still be in the next step."""
         with suppress(PreftError):
-            await self._engine.aborted()
+            await self._engine.between_steps()
         self._end_use(digest)
 
     def _end_use(self, digest: str) -> None:

@@ -60,7 +60,7 @@ class HesitantEngine(FakeEngine):
         self.settled = asyncio.Event()
         self.asked = 0
 
-    async def aborted(self) -> None:
+    async def between_steps(self) -> None:
         self.asked += 1
         await self.settled.wait()
 
@@ -81,7 +81,7 @@ class SlowEngine(FakeEngine):
 class LostEngine(FakeEngine):
     """Is gone when it is asked about aborted requests."""
 
-    async def aborted(self) -> None:
+    async def between_steps(self) -> None:
         raise WorkerLost("the engine died")
 
 

@@ -26,6 +26,9 @@ class AnswersWorker:
         placed: bool = manager.place_adapter(lora_id, arena, Region(offset, size, nonce))
         return placed
 
+    def between_steps(self) -> None:
+        """Only answers: the engine's core makes such calls between two steps, or while it is idle."""
+
     def describe_kv(self: Any) -> dict[str, Any]:
         """`{"layout": text, "block_bytes": int, "pids": [int, int]}`, see `StagedKvConnector.describe`.
 

@@ -220,7 +220,7 @@ class VllmEngine:
 
     async def between_steps(self) -> None:
         try:
-            await self._llm.collective_rpc("describe_kv")  # reaches the engine after all aborts
+            await self._llm.collective_rpc("between_steps")  # reaches the engine after all aborts
         except EngineDeadError as error:
             raise WorkerLost(f"the engine died: {error}") from error
 

@@ -41,6 +41,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.core import EngineCoreProc
 from vllm.v1.executor.abstract import Executor
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
@@ -419,6 +420,22 @@ def test_the_engine_s_own_interface() -> None:
     assert {"skip_tokenizer_init", "worker_cls", "additional_config", "kv_transfer_config"} <= {
         field.name for field in dataclasses.fields(AsyncEngineArgs)
     }
+
+
+def test_calls_are_answered_between_steps_alone() -> None:
+    """By the thread that makes the steps: an engine that hangs in a step doesn't answer. Idle engines answer too."""
+    assert in_order(EngineCoreProc.run_busy_loop, "self._process_input_queue()", "self._process_engine_step()")
+    assert in_order(
+        EngineCoreProc._process_input_queue,
+        "while not self.has_work()",
+        "self._handle_client_request(",
+        "while not self.input_queue.empty()",
+        "self._handle_client_request(",
+    )
+    assert "EngineCoreRequestType.UTILITY" in inspect.getsource(EngineCoreProc._handle_client_request)
+    assert "self.input_queue.put_nowait((request_type, request))" in inspect.getsource(
+        EngineCoreProc.process_input_sockets
+    )
 
 
 def test_what_we_read_after_each_step() -> None:

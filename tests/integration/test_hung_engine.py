@@ -137,16 +137,16 @@ async def test_requests_of_a_prefill_engine_that_hangs_are_tried_elsewhere(rig: 
         await until(lambda: rig.ready == 3)
 
 
-@pytest.mark.parametrize("role", [Role.PREFILL, Role.DECODE])
-async def test_an_idle_engine_that_hangs_is_found_before_it_gets_a_request(rig: Rig, role: Role) -> None:
-    hung = rig.engines[role][0]
-    rig.hang(hung)
-    await until(lambda: len(rig.stalled) == 1)
-    await until(lambda: rig.ready == 3)
+async def test_idle_engines_that_hang_are_found_before_they_get_requests(rig: Rig) -> None:
+    hung = [engines[0] for engines in rig.engines.values()]
+    for engine in hung:
+        rig.hang(engine)
+    await until(lambda: len(rig.stalled) == 2)
+    await until(lambda: rig.ready == 2)
     async with client_of(rig) as client:
         for stream in [rig.stream(client, number) for number in range(6)]:
             await stream.check()
-    assert hung.requests == []
+    assert [engine.requests for engine in hung] == [[], []]
 
 
 async def test_an_engine_that_goes_on_in_time_keeps_its_streams(rig: Rig) -> None:

@@ -26,7 +26,7 @@ from support.streams import Stream
 from support.worker_servers import StartPaced, settings_for, start
 from support.worker_services import until
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(180)]
 
 TOKENS = 100
 STOPPED_SECONDS = 20.0  # longer than the router and gRPC wait for a worker

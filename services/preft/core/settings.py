@@ -80,7 +80,7 @@ class EngineSettings(_Strict):
     num_cpus: Annotated[float, Field(ge=0)] = 0  # reserved in Ray per worker
     num_gpus: Annotated[float, Field(ge=0)] | None = None  # reserved too; None: 1 with vLLM's GPU build, else 0
     resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)  # custom ones, reserved too
-    engine_timeout: Annotated[float, Field(ge=1, le=DAY)] = 120.0  # an engine that doesn't answer so long is replaced
+    engine_timeout: Annotated[Seconds, Field(ge=1)] = 120.0  # an engine without an answer for so long is replaced
 
 
 class PrefillSettings(EngineSettings):

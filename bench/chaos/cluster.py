@@ -108,7 +108,7 @@ async def chaos_cluster(folder: Path) -> AsyncIterator[ChaosCluster]:
         "max_num_seqs": 32,
         "kv_cache_bytes": 64 * MiB,
         "staging_bytes": 64 * MiB,
-
+        "engine_timeout": ENGINE_TIMEOUT,
     }
     settings = {
         "model": str(EXAMPLE / "model"),

@@ -75,8 +75,7 @@ async def serving(service: ContentService, secret: ClusterSecret = SECRET) -> As
     guard = OnlyTheCluster(secret)
     server = grpc.aio.server(options=WORKER_SERVER_OPTIONS, interceptors=[guard])
     add_AdapterContentServicer_to_server(service, server)
-    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-    guard.serve_at(address)
+    address = guard.listen(server, "127.0.0.1")
     if isinstance(service, FaultyContent):
         service.server = server
     await server.start()

@@ -12,7 +12,7 @@ from preft.adapters.catalog.adapter_catalog import Catalog
 from preft.adapters.sources.content_service import ContentService
 from preft.cluster.secret import cluster_secret
 from preft.core.errors import ConfigError
-from preft.core.settings import Settings, host_and_port
+from preft.core.settings import Settings
 from preft.rpc.adapter_content_pb2_grpc import add_AdapterContentServicer_to_server
 from preft.rpc.secret import OnlyTheCluster
 from preft.rpc.server_options import WORKER_SERVER_OPTIONS
@@ -24,7 +24,7 @@ async def serve_content(settings: Settings, catalog: Catalog) -> AsyncIterator[s
     """Serves within the context, at the yielded `host:port`.
 
     Without the setting `state`, all workers are on this machine: nothing is served, and the address is empty. Raises
-    ConfigError if `peer_host` isn't an address of this machine.
+    ConfigError if `peer_host` isn't an address of this machine, or needs `tls`.
     """
     if settings.state is None:
         yield ""
@@ -32,15 +32,14 @@ async def serve_content(settings: Settings, catalog: Catalog) -> AsyncIterator[s
     host = settings.peer_host
     if host is None:
         host = await asyncio.to_thread(local_address, settings.state.get_secret_value())
+    settings.check_internal_host(host)
     guard = OnlyTheCluster(cluster_secret(settings))
     server = grpc.aio.server(options=WORKER_SERVER_OPTIONS, interceptors=[guard])
     add_AdapterContentServicer_to_server(ContentService(catalog.folders), server)  # type: ignore[no-untyped-call]
     try:
-        port = server.add_insecure_port(host_and_port(host, 0))
+        address = guard.listen(server, host)
     except RuntimeError as error:
         raise ConfigError(f"peer_host: can't listen on {host}: name an address of this machine") from error
-    address = host_and_port(host, port)
-    guard.serve_at(address)
     await server.start()
     try:
         yield address

@@ -148,7 +148,7 @@ class RayCluster:
     def start(self) -> None:
         """Starts or joins Ray and starts all workers; returns while their engines load.
 
-        Raises ConfigError, also if the workers need more GPUs than this machine has.
+        Raises ConfigError, also if the workers need more GPUs than this machine has, or a machine of Ray needs `tls`.
         """
         ray_logger = logging.getLogger("ray")
         ray_logger.handlers.clear()  # Ray's handlers print
@@ -172,7 +172,10 @@ class RayCluster:
             ray.init(address=address, log_to_driver=False, configure_logging=False)
         except (OSError, RuntimeError, ValueError) as error:
             raise ConfigError(f"ray_address: Ray at {address} can't be joined: {error}") from error
-        if self._settings.state is None and sum(node["Alive"] for node in ray.nodes()) > 1:
+        hosts = [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]
+        for host in hosts:
+            self._settings.check_internal_host(host)
+        if self._settings.state is None and len(hosts) > 1:
             raise ConfigError(
                 f"state: Ray at {address} has several nodes, whose workers can't use a file of this machine: "
                 "name a Redis server, such as redis://host:6379/0"

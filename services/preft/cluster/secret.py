@@ -10,6 +10,7 @@ from pathlib import Path
 from preft.core.errors import ConfigError
 from preft.core.settings import Settings
 from preft.rpc.secret import ClusterSecret
+from preft.rpc.tls import Certificates
 
 FILE = "cluster_secret"
 
@@ -38,8 +39,12 @@ def stored_secret(state_dir: Path) -> str:
 
 
 def cluster_secret(settings: Settings) -> ClusterSecret:
-    """The secret in the form for channels and servers. Raises as `read_secret`."""
-    return ClusterSecret(read_secret(settings))
+    """The secret and the certificates in the form for channels and servers.
+
+    Raises ConfigError as `read_secret` and `Certificates` do.
+    """
+    certificates = None if settings.tls is None else Certificates(settings.tls)
+    return ClusterSecret(read_secret(settings), certificates)
 
 
 def _make(path: Path) -> None:

@@ -137,6 +137,19 @@ class ScalingSettings(_Strict):
     down_seconds: Seconds = 300.0  # ... and for fewer, before one ends
 
 
+class TlsSettings(_Strict):
+    """Files in PEM form, by which the cluster's processes know each other: see `preft.rpc.tls`."""
+
+    ca: Path
+    cert: Path
+    key: Path
+
+    @field_validator("ca", "cert", "key")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        return absolute(value)
+
+
 class Settings(_Strict):
     """One cluster. `model` is a local folder with config.json, weights and tokenizer.json."""
 
@@ -158,6 +171,8 @@ class Settings(_Strict):
     state_file: Path | None = Field(default=None, exclude=True)  # the file that holds `state`
     cluster_secret: Annotated[SecretStr, Field(min_length=16)] | None = Field(default=None, exclude=True, repr=False)
     cluster_secret_file: Path | None = Field(default=None, exclude=True)  # the file that holds `cluster_secret`
+    tls: TlsSettings | None = None  # None: calls between the cluster's processes aren't encrypted
+    insecure: bool = False  # without `tls`, workers may listen where other machines reach them
     peer_host: ReachableHost | None = None  # a gateway's, for workers; None: the one from which it reaches `state`
     ray_address: str | None = None  # None: `preft serve` starts Ray on this machine
     adapters: dict[str, str] = Field(default_factory=dict)  # name: folder or URI
@@ -179,7 +194,7 @@ class Settings(_Strict):
     @field_validator("model", "state_dir", "adapter_dir", "state_file", "cluster_secret_file")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
-        return value and Path(os.path.abspath(value.expanduser()))
+        return value and absolute(value)
 
     @field_validator("state")
     @classmethod
@@ -252,6 +267,18 @@ class Settings(_Strict):
     def model_name(self) -> str:
         """The base model's name in the API."""
         return self.served_model_name or self.model.name
+
+    def check_internal_host(self, host: str) -> None:
+        """Raises ConfigError if a port for the cluster's processes on `host` would let strangers read along."""
+        if self.tls is None and not self.insecure and not is_loopback(host):
+            raise ConfigError(
+                f"tls: other machines reach {host}, and calls between the cluster's processes aren't encrypted: "
+                "set tls, or insecure: true if no stranger is in the network"
+            )
+
+
+def absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path.expanduser()))
 
 
 def host_and_port(host: str, port: int) -> str:

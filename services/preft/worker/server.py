@@ -25,7 +25,7 @@ from preft.core.background import Background
 from preft.core.cluster import Role, TierTotals, Worker, WorkerStatus
 from preft.core.errors import PreftError
 from preft.core.ports import StateStore
-from preft.core.settings import PrefillSettings, Settings, host_and_port
+from preft.core.settings import PrefillSettings, Settings
 from preft.engine.port import Engine, EngineInfo
 from preft.memory.arena import StagingArena
 from preft.rpc import adapter_content_pb2, common_pb2, workers_pb2, workers_pb2_grpc
@@ -115,9 +115,10 @@ class WorkerServer:
 
         `port` 0 is any free one. `advertise_host` replaces `host` in the registered address.
 
-        Raises the errors of `start_engine`; then nothing is left running.
+        Raises the errors of `start_engine`, and ConfigError if `host` needs `tls`; then nothing is left running.
         """
         settings, role, secret = setup.settings, setup.role, setup.secret
+        settings.check_internal_host(host)
         own = settings.engine(role)
         record = Worker(
             id=worker_id,
@@ -163,10 +164,8 @@ class WorkerServer:
             names = worker._add_services(settings, role, secret)
             if worker._handles is not None:
                 opened.callback(worker._handles.close)
-            port = server.add_insecure_port(host_and_port(host, port))
-            address = host_and_port(advertise_host or host, port)
+            address = guard.listen(server, host, port, advertise_host)
             worker._record = dataclasses.replace(worker._record, address=address)
-            guard.serve_at(worker._record.address)
             await server.start()
             opened.push_async_callback(server.stop, 0)
             await worker._register()

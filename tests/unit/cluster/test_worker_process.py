@@ -151,7 +151,7 @@ async def test_a_worker_serves_under_the_address_that_it_registers(
 ) -> None:
     """A router calls the registered address, and the worker takes calls for that address alone."""
     monkeypatch.setenv("VLLM_HOST_IP", "")  # set back afterwards
-    settings = settings_for(tmp_path, state=str(tmp_path / "shared.sqlite"), max_model_len=128)
+    settings = settings_for(tmp_path, state=str(tmp_path / "shared.sqlite"), max_model_len=128, insecure=True)
     stop, ready, port = Stop(), list[Worker](), free_port()
     work = run_worker(
         settings,

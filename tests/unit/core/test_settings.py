@@ -56,6 +56,9 @@ def test_an_empty_file_sets_nothing(tmp_path: Path) -> None:
         ({"model": "/m", "adapters": {"name@5": "/a"}}, "adapters"),
         ({"model": "/m", "adapters": {"a/../b": "/a"}}, "adapters"),
         ({"model": "/m", "adapters": {"\u00e9": "/a", "e\u0301": "/b"}}, "adapters"),
+        ({"model": "/m", "tls": {"ca": "/ca.pem", "cert": "/cert.pem"}}, "tls.key"),
+        ({"model": "/m", "tls": {"ca": "/a", "cert": "/b", "key": "/c", "name": "d"}}, "tls.name"),
+        ({"model": "/m", "tls": "/ca.pem"}, "tls"),
         ({"model": "/\u00e9", "adapters": {"e\u0301": "/a"}}, "adapters"),
     ],
 )
@@ -113,10 +116,15 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_paths_are_absolute_and_home_is_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    settings = load_settings(overrides={"model": "m", "adapters": {"alice": "~/a", "bob": "s3://b/ob"}})
+    files = {"ca": "~/ca.pem", "cert": "certs/cert.pem", "key": "/run/key.pem"}
+    adapters = {"alice": "~/a", "bob": "s3://b/ob"}
+    settings = load_settings(overrides={"model": "m", "adapters": adapters, "tls": files})
     assert settings.model == tmp_path / "m"
     assert settings.adapters == {"alice": str(tmp_path / "a"), "bob": "s3://b/ob"}
     assert settings.state_dir == tmp_path / ".preft"
+    assert settings.tls is not None
+    paths = (settings.tls.ca, settings.tls.cert, settings.tls.key)
+    assert paths == (tmp_path / "ca.pem", tmp_path / "certs" / "cert.pem", Path("/run/key.pem"))
 
 
 def test_a_state_file_is_absolute_and_a_url_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -189,3 +197,19 @@ def test_a_key_may_occur_once_in_each_mapping(tmp_path: Path) -> None:
 def test_numbers_in_quotes_are_numbers(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text('model: /m\nport: "8123"')
     assert load_settings(tmp_path / "c.yaml").port == 8123
+
+
+INSIDE = ["127.0.0.1", "127.0.0.2", "::1", "localhost"]
+OUTSIDE = ["10.0.0.5", "192.168.1.1", "0.0.0.0", "::", "fd00::1", "gpu1.lan", ""]
+
+
+@pytest.mark.parametrize("host", INSIDE + OUTSIDE)
+@pytest.mark.parametrize("insecure", [False, True])
+@pytest.mark.parametrize("tls", [None, {"ca": "/ca.pem", "cert": "/cert.pem", "key": "/key.pem"}])
+def test_ports_that_other_machines_reach_need_tls(host: str, insecure: bool, tls: dict[str, str] | None) -> None:
+    settings = load_settings(overrides={"model": "/m", "insecure": insecure, "tls": tls})
+    if host in INSIDE or insecure or tls:
+        settings.check_internal_host(host)
+    else:
+        with pytest.raises(ConfigError, match=rf"^tls: other machines reach {host}, .*insecure: true"):
+            settings.check_internal_host(host)

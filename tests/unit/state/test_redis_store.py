@@ -17,7 +17,7 @@ from preft.core.cluster import Adapter, Role, Worker
 from preft.core.errors import ConfigError, PreftError, Unavailable
 from preft.state import open_store
 from preft.state.redis_store import RedisStore
-from support.certificates import write_certificate
+from support.certificates import Authority, write_certificate
 from support.redis_server import PROGRAM, RedisServer, free_port, running_redis
 
 WORKER = Worker("w", Role.PREFILL, "127.0.0.1:4000", "f", 1)
@@ -365,3 +365,20 @@ def sentinel(folder: Path, server: RedisServer) -> Iterator[int]:
 def _sentinel_replicas(port: int) -> str:
     words = ["redis-cli", "-p", str(port), "sentinel", "replicas", "main"]
     return subprocess.run(words, capture_output=True, check=False).stdout.decode()
+
+
+async def test_a_server_that_asks_for_a_certificate(tmp_path: Path) -> None:
+    certificate, key = write_certificate(tmp_path)
+    own, port = Authority().issue(tmp_path / "own"), free_port()
+    tls = ["--tls-port", str(port), "--tls-cert-file", str(certificate), "--tls-key-file", str(key)]
+    with running_redis(tmp_path / "data", *tls, "--tls-ca-cert-file", own["ca"], password=PASSWORD):
+        url = f"rediss://:{PASSWORD}@127.0.0.1:{port}/0?ssl_ca_certs={certificate}"
+        store = open_store(f"{url}&ssl_certfile={own['cert']}&ssl_keyfile={own['key']}", "test")
+        await store.put_worker(WORKER, 60)
+        await store.wait_changed(5)
+        assert await store.workers() == [WORKER]
+        await store.close()
+        stranger = open_store(url, "test")
+        with pytest.raises(Unavailable):
+            await stranger.workers()
+        await stranger.close()

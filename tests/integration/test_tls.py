@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import random
 import socket
@@ -305,6 +306,25 @@ def open_sockets() -> int:
 
 
 # Without TLS
+
+
+async def test_a_worker_without_tls_is_named_and_gets_no_requests(
+    settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "preft")
+    plain = settings.model_copy(update={"tls": None})
+    async with AsyncExitStack() as stack:
+        store = open_registrations(settings)
+        stack.push_async_callback(store.close)
+        for role, own in ((Role.PREFILL, settings), (Role.DECODE, plain)):
+            worker = await start(role, own, store, StartFake())
+            stack.push_async_callback(worker.close)
+        gateway = await open_gateway(stack, settings, store, "", Stop(), Console())
+        assert gateway is not None
+        await until(lambda: [seen.state.value for seen in gateway.router.workers()] == ["dead", "ready"])
+        [said] = [record.getMessage() for record in caplog.records]
+        assert said.startswith("worker decode gets no requests: worker decode: ")
+        assert "Tls handshake failed" in said
 
 
 async def test_a_port_that_others_reach_needs_tls(tmp_path: Path) -> None:

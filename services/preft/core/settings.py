@@ -278,6 +278,7 @@ class Settings(_Strict):
 
 
 def absolute(path: Path) -> Path:
+    """The path from the root, with ~ replaced. Links stay."""
     return Path(os.path.abspath(path.expanduser()))
 
 

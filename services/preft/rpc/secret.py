@@ -82,7 +82,8 @@ class OnlyTheCluster(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 class ClusterChannel:
     """A channel to the worker at `address` that adds the call code to each call.
 
-    After a change of the certificates, new calls open a new connection. The calls that run stay on theirs.
+    After a change of the certificates, new calls open a new connection. Running calls stay on theirs, which ends with
+    the last of them; `close` doesn't cancel these.
     With grpc.aio, a client interceptor would put a queue and a task around each stream.
     """
 

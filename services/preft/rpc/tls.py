@@ -22,7 +22,6 @@ logger = logging.getLogger(__name__)
 
 NAME = "preft"  # in the certificate of every process, because the addresses of workers change
 LOOK_SECONDS = 1.0  # between two looks at the files
-FLIGHTS = 4  # of messages in a whole handshake, and one more for an error
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +150,7 @@ def _shake_hands(client: ssl.SSLContext, server: ssl.SSLContext) -> None:
     to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
     caller = client.wrap_bio(to_client, to_server, server_hostname=NAME)
     called = server.wrap_bio(to_server, to_client, server_side=True)
-    for _ in range(FLIGHTS):
-        for end in (caller, called):
-            with suppress(ssl.SSLWantReadError):
-                end.do_handshake()
+    for end in (caller, called, caller):
+        with suppress(ssl.SSLWantReadError):
+            end.do_handshake()
+    called.do_handshake()

@@ -230,7 +230,7 @@ async def test_a_new_certificate_disturbs_no_stream_and_new_connections_use_it(
     folder, begun = tmp_path / "tls", asyncio.Event()
     async with cluster(settings, settings) as gateway:
         addresses = [seen.worker.address for seen in gateway.router.workers()]
-        running = asyncio.create_task(streamed(gateway, "base", 60, begun))
+        running = asyncio.create_task(streamed(gateway, "base", 110, begun))
         await asyncio.wait_for(begun.wait(), 20)
         before = [await asyncio.to_thread(shown_by, address, folder) for address in addresses]
         Authority("the next one").issue(folder)  # no file of before is good any more
@@ -238,7 +238,7 @@ async def test_a_new_certificate_disturbs_no_stream_and_new_connections_use_it(
         assert not running.done()
         assert after == [certificate_in(folder)] * 2 != before
         assert await streamed(gateway, "base", 5) == expected("", 5)
-        assert await running == expected("", 60)
+        assert await running == expected("", 110)
         assert [seen.state.value for seen in gateway.router.workers()] == ["ready", "ready"]
 
 

@@ -13,7 +13,7 @@ EXAMPLE_ARGS = --model $(EXAMPLE)/model --served-model-name personal-memory $(fo
 
 .DEFAULT_GOAL := help
 .PHONY: help demo serve test test-long test-fast test-gpu check bench bench-kernels bench-store bench-cluster bench-gpu \
-	simulate tune-gpu proto install clean
+	chaos simulate tune-gpu proto install clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -55,6 +55,9 @@ bench-cluster: install ## measure the router's policy, two gateways, and thousan
 	$(BIN)/python -m bench.streams $(ARGS)
 	$(BIN)/python -m bench.routing $(ARGS)
 	$(BIN)/python -m bench.gateways $(ARGS)
+
+chaos: install ## kill, stop and empty parts of a cluster under load; compare all answers (needs redis-server)
+	$(BIN)/python -m bench.chaos $(ARGS)
 
 simulate: install ## compare the router's policy with others over simulated workers
 	$(BIN)/python -m bench.simulate $(ARGS)

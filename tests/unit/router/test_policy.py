@@ -64,23 +64,27 @@ def decoder(pair: Pair) -> str:
     return pair.decode.id if pair.decode else ""
 
 
-members = st.lists(
-    st.builds(
-        a_member,
-        worker_id=IDS,
-        role=st.sampled_from(Role),
-        fingerprint=st.sampled_from(["f", "g"]),
-        blocks=st.integers(0, 20),
-        state=st.sampled_from([WorkerState.READY, *WorkerState]),
-        adapters=st.sets(st.sampled_from(["a", "b", "c"])).map(tuple),
-        max_num_seqs=st.integers(0, 3),
-        slots=st.integers(0, 2),
-        staging=st.integers(0, 5),
-        stalled=st.sampled_from([0, 0, 9]),
-    ),
-    max_size=8,
-    unique_by=lambda member: member.worker.id,
-)
+def clusters(staging: st.SearchStrategy[int]) -> st.SearchStrategy[list[Member]]:
+    return st.lists(
+        st.builds(
+            a_member,
+            worker_id=IDS,
+            role=st.sampled_from(Role),
+            fingerprint=st.sampled_from(["f", "g"]),
+            blocks=st.integers(0, 20),
+            state=st.sampled_from([WorkerState.READY, *WorkerState]),
+            adapters=st.sets(st.sampled_from(["a", "b", "c"])).map(tuple),
+            max_num_seqs=st.integers(0, 3),
+            slots=st.integers(0, 2),
+            staging=staging,
+            stalled=st.sampled_from([0, 0, 9]),
+        ),
+        max_size=8,
+        unique_by=lambda member: member.worker.id,
+    )
+
+
+members = clusters(st.just(0)) | clusters(st.integers(1, 5))  # workers of one fingerprint have KV blocks of one size
 demands = st.builds(
     Demand,
     digest=st.sampled_from(["", "a", "b", "c"]),

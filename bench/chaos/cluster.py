@@ -25,6 +25,7 @@ ADAPTERS = ("alice", "bruno", "chen-loreft", "dalia-loreft", "emil-direft", "fat
 EACH = 2  # workers of a role
 ENGINE_TIMEOUT = 15.0  # seconds; far below the default, so that a hung engine is replaced within the run
 READY_SECONDS = 600.0
+NOTICED_SECONDS = 30.0
 LOOK_SECONDS = 0.25
 
 
@@ -81,6 +82,14 @@ class ChaosCluster:
         """Whether all workers are ready."""
         ready = [one for one in await self.workers() if one["state"] == "ready"]
         return len(ready) == 2 * EACH
+
+    async def wait_broken(self) -> None:
+        """Waits until the gateway has noticed that a worker is gone. Raises PreftError after a while."""
+        end = time.monotonic() + NOTICED_SECONDS
+        while await self.whole():
+            if time.monotonic() > end:
+                raise PreftError("no gateway notices that a worker is gone")
+            await asyncio.sleep(LOOK_SECONDS)
 
     async def wait_whole(self) -> float:
         """Waits until all workers are ready for two looks; returns the seconds. Raises PreftError after a while."""

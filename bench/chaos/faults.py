@@ -32,6 +32,7 @@ class Fault:
 def kill_worker(role: str) -> Act:
     async def act(cluster: ChaosCluster, load: Load) -> None:
         os.kill((await cluster.worker(role))["pid"], signal.SIGKILL)
+        await cluster.wait_broken()
 
     return act
 
@@ -39,6 +40,7 @@ def kill_worker(role: str) -> Act:
 def kill_engine(role: str) -> Act:
     async def act(cluster: ChaosCluster, load: Load) -> None:
         os.kill((await cluster.worker(role))["engine_pids"][0], signal.SIGKILL)
+        await cluster.wait_broken()
 
     return act
 

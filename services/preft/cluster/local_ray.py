@@ -1,4 +1,4 @@
-"""Starts Ray on this machine, for this process alone."""
+"""Starts Ray on this machine, for this process alone. Owns the start, and what a failed start leaves."""
 
 from __future__ import annotations
 

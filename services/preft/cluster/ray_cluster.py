@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import ray
 from pydantic import SecretStr
@@ -32,6 +32,7 @@ from preft.cluster.process import Stop
 from preft.cluster.secret import read_secret
 from preft.cluster.sizing import check_gpus, has_gpu_build, worker_resources
 from preft.cluster.worker_process import run_worker
+from preft.core.background import Background
 from preft.core.cluster import Role
 from preft.core.errors import ConfigError
 from preft.core.settings import Settings
@@ -138,7 +139,9 @@ class RayCluster:
         self._actors: dict[str, Any] = {}  # by worker id
         self._groups: dict[str, PlacementGroup] = {}
         self._secret = ""
+        self._background = Background()
         self._watches: dict[str, asyncio.Task[None]] = {}
+        self._added: set[str] = set()  # workers beyond those of the start
         self._numbers: Counter[Role] = Counter()  # of workers started so far
         self._ending: set[str] = set()
         self._tell: Callable[[str], None] = lambda text: None
@@ -228,6 +231,7 @@ class RayCluster:
         name = self._name(role)
         worker_id = self._prefix + name
         self._actors[worker_id], self._groups[worker_id] = await asyncio.to_thread(self._start_worker, role, name)
+        self._added.add(worker_id)
         self._watch(worker_id)
         return worker_id
 
@@ -240,6 +244,7 @@ class RayCluster:
             async with asyncio.timeout(seconds + CLOSE_SECONDS + REPLY_SECONDS):  # it may not have begun
                 await self._actors[worker_id].end.remote(seconds)
         self._ending.discard(worker_id)
+        self._added.discard(worker_id)
         await asyncio.to_thread(_kill, self._actors.pop(worker_id), self._groups.pop(worker_id))
 
     def _log(self, name: str) -> Path:
@@ -253,33 +258,33 @@ class RayCluster:
         self._tell, self._failed = tell, asyncio.get_running_loop().create_future()
         for worker_id in self._actors:
             self._watch(worker_id)
-        room = asyncio.create_task(self._tell_room())
+        without: dict[str, bool] = {}
+        self._background.every(CHECK_SECONDS, lambda: self._tell_room(without), "workers without room aren't told of")
         try:
             return await self._failed
         finally:
-            tasks = [*self._watches.values(), room]
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await self._background.close()
 
     def _watch(self, worker_id: str) -> None:
-        self._watches[worker_id] = asyncio.create_task(self._wait_failed(worker_id), name=f"watch of {worker_id}")
+        self._watches[worker_id] = self._background.start(self._wait_failed(worker_id), f"the watch of {worker_id}")
 
-    async def _tell_room(self) -> NoReturn:
-        """Tells of each worker that no node of the Ray cluster has room for, once until the worker has a node."""
-        without: dict[str, bool] = {}  # by worker id: whether it has been told
-        while True:
-            await asyncio.sleep(CHECK_SECONDS)
-            table = await asyncio.to_thread(placement_group_table)
-            states = {key: table.get(group.id.hex(), {}).get("state") for key, group in self._groups.items()}
-            lacking = [key for key, state in states.items() if state in ("PENDING", "RESCHEDULING")]
-            for key in lacking:
-                if without.get(key) is False:  # for two looks
-                    bundle = self._groups[key].bundle_specs[0].items()
-                    needs = ", ".join(f"{count:g} {what}" for what, count in bundle)
-                    name = key.removeprefix(self._prefix)
-                    self._tell(f"  {name}: it waits for a node of the Ray cluster with {needs}")
-            without = {key: key in without for key in lacking}
+    async def _tell_room(self, without: dict[str, bool]) -> None:
+        """Tells of each worker that no node of the Ray cluster has room for, once until the worker has a node.
+
+        `without` has the workers that lacked room at the last look, and whether they had been told of.
+        """
+        table = await asyncio.to_thread(placement_group_table)
+        states = {key: table.get(group.id.hex(), {}).get("state") for key, group in self._groups.items()}
+        lacking = [key for key, state in states.items() if state in ("PENDING", "RESCHEDULING")]
+        for key in lacking:
+            if without.get(key) is False:  # for two looks
+                bundle = self._groups[key].bundle_specs[0].items()
+                needs = ", ".join(f"{count:g} {what}" for what, count in bundle)
+                name = key.removeprefix(self._prefix)
+                self._tell(f"  {name}: it waits for a node of the Ray cluster with {needs}")
+        told = {key: key in without for key in lacking}
+        without.clear()
+        without.update(told)
 
     async def _wait_failed(self, worker_id: str) -> None:
         actor, name = self._actors[worker_id], worker_id.removeprefix(self._prefix)
@@ -293,6 +298,10 @@ class RayCluster:
                 failures = failures + 1 if failure else 0
             if failure:
                 self._tell(f"  {name}: it couldn't be started ({failures} of {START_ATTEMPTS} attempts): {failure}")
+            if failures == START_ATTEMPTS and worker_id in self._added:  # the others serve without it
+                self._tell(f"  {name}: it is given up; its log is {self._log(name)}")
+                self._background.start(self.remove(worker_id), f"{worker_id} is not ended")
+                return
             if failures == START_ATTEMPTS and self._failed is not None and not self._failed.done():
                 self._failed.set_result(
                     f"the worker {name} couldn't be started, several times in a row: {failure}; "

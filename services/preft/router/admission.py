@@ -95,9 +95,8 @@ class Admission:
         """Queues `demand`, or gives its ticket a lease at once if there is room.
 
         `demand.order` holds when the request came. A request that has `started` before and lost its workers enters
-        even a full queue. If no workers are left, requests wait for `restart_grace` seconds since they were there.
-        Raises QueueFull, Unavailable, or InvalidRequest if no worker could ever hold the request. A closed queue raises
-        the error that `close` was given.
+        even a full queue. Requests wait for `restart_grace` seconds for workers that are gone. Raises QueueFull,
+        Unavailable, the error of a closed queue, or InvalidRequest if no worker could ever hold the request.
         """
         if self._closed is not None:
             raise self._closed
@@ -169,7 +168,7 @@ class Admission:
         self.wake()
 
     def _is_abandoned(self) -> bool:
-        """Whether no prefill and decode workers have been there for so long that nothing waits for them any more."""
+        """Whether the workers have been gone for so long that nothing waits for them any more."""
         return asyncio.get_running_loop().time() - self._serving_until > self._restart_grace
 
     def _check(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,9 @@ class SlowRay:
     def __call__(self, *, _temp_dir: str, **options: object) -> None:
         self.folders.append(Path(_temp_dir))
         command = ["python3", "-c", "import time; time.sleep(60)", f"--session={_temp_dir}/session"]
-        self.processes.append(subprocess.Popen(command))
+        self.processes.append(process := subprocess.Popen(command))
+        while _temp_dir.encode() not in Path(f"/proc/{process.pid}/cmdline").read_bytes():
+            time.sleep(0.01)  # `Popen` returns a moment before the kernel shows the arguments
         if len(self.folders) <= self.failures:
             raise Exception("The current node timed out during startup.")  # Ray's own class
 

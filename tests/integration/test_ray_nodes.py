@@ -36,7 +36,7 @@ class Nodes:
 
     def __init__(self, stack: ExitStack, folder: Path) -> None:
         self._stack, self._folder = stack, folder
-        self.address = f"127.0.0.1:{free_port()}"
+        self.address = f"127.0.0.2:{free_port()}"  # Ray would replace 127.0.0.1 by the machine's outside address
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}
         self.environment = {
             **os.environ,
@@ -44,7 +44,7 @@ class Nodes:
             "RAY_AUTH_MODE": "disabled",
         }
         port = self.address.rpartition(":")[2]
-        self._start("127.0.0.1", "--head", "--port", port, "--include-dashboard=false", "--num-cpus=0")
+        self._start("127.0.0.2", "--head", "--port", port, "--include-dashboard=false", "--num-cpus=0")
 
     def add(self, host: str, resources: dict[str, float]) -> None:
         self._start(host, "--address", self.address, "--num-cpus=1", f"--resources={json.dumps(resources)}")

@@ -90,7 +90,8 @@ class Scenario:
     """`load` is the share of the prefill workers' token rate that the requests ask for, before any adapter's cost.
 
     The popularity of adapters is Zipf with exponent `zipf`. Every `drift_seconds`, `drift_share` of the adapters change
-    places with others. Figures count from `warmup` seconds on, for `seconds`.
+    places with others. Figures count from `warmup` seconds on, for `seconds`. `routers` get the requests in turn. With
+    `clients`, so many requests are under way at any time, and the times of arrivals and `load` have no effect.
     """
 
     name: str = "small"
@@ -109,6 +110,8 @@ class Scenario:
     bursts: tuple[Burst, ...] = ()
     losses: tuple[Loss, ...] = ()
     max_queue: int = 100_000
+    routers: int = 1
+    clients: int = 0
     seed: int = 1
     engine: Engine = Engine()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Collection
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Set
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -85,13 +85,15 @@ class WorkerChannels:
         except grpc.aio.AioRpcError as rpc_error:
             raise self._error(rpc_error, worker) from rpc_error
 
-    async def watch(self, worker: Worker, interval: float, silence: float) -> AsyncGenerator[StatusUpdate, None]:
+    async def watch(
+        self, worker: Worker, interval: float, silence: float, wants: AsyncIterator[tuple[Set[str], Set[str]]]
+    ) -> AsyncGenerator[StatusUpdate, None]:
         """Yields the worker's status updates, at most one per `interval` seconds.
 
-        Raises the call's PreftError, and WorkerLost after `silence` seconds without an update.
+        `wants` gives digests of adapters that this router begins and ceases to want at the worker. Raises the call's
+        PreftError, and WorkerLost after `silence` seconds without an update.
         """
-        request = workers_pb2.WatchRequest(interval=interval, content_address=self._content_address)
-        call = self._stubs_of(worker.address).status.Watch(request)
+        call = self._stubs_of(worker.address).status.Watch(self._watch_requests(interval, wants))
         status = WorkerStatus()
         try:
             while True:
@@ -108,6 +110,13 @@ class WorkerChannels:
             raise error_from_rpc(rpc_error, worker.id) from rpc_error
         finally:
             call.cancel()
+
+    async def _watch_requests(
+        self, interval: float, wants: AsyncIterator[tuple[Set[str], Set[str]]]
+    ) -> AsyncIterator[workers_pb2.WatchRequest]:
+        yield workers_pb2.WatchRequest(interval=interval, content_address=self._content_address)
+        async for wanted, unwanted in wants:
+            yield workers_pb2.WatchRequest(wanted=wanted, unwanted=unwanted)
 
     def decode(self, worker: Worker, request: workers_pb2.DecodeRequest, timeout: float) -> list[DecodeCall]:
         """Starts to decode the request's choices; the calls are in the order of the choices."""

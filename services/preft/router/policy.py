@@ -307,8 +307,8 @@ class _Choice:
         slots = worker.worker.adapter_slots
         if not slots:
             return True
-        if self._kept(worker.slot_for):
-            return False
+        if self._kept(worker.slot_for):  # but those that came before go with other routers' prompts, as in one line
+            return self._demand.order[2] < worker.slot_shared(self._demand.digest)
         return worker.in_slot(self._demand.digest) or (worker.slots_used < slots and not worker.is_full)
 
     def _kept(self, waiting: Order | None) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Set
 from contextlib import aclosing
 
 from preft.core.background import Background
@@ -87,12 +87,13 @@ class Watches:
         is_said = False
         while True:
             try:
-                async with aclosing(self._channels.watch(view.worker, self._interval(), self._timeout)) as updates:
+                interval = self._interval()
+                watch = self._channels.watch(view.worker, interval, self._timeout, _wants(view, interval))
+                async with aclosing(watch) as updates:
                     async for update in updates:
                         pause, is_said = least, False
                         was = view.is_ready, view.is_stalled
-                        view.told(update)
-                        view.heard = asyncio.get_running_loop().time()
+                        view.told(update, asyncio.get_running_loop().time())
                         self._first_of(view)
                         self._tell(view, (view.is_ready, view.is_stalled) != was)
                 reason: PreftError = WorkerLost(f"worker {view.id} ended its status stream")
@@ -128,3 +129,16 @@ class Watches:
     def _interval(self) -> float:
         least, most = INTERVALS
         return min(most, max(least, len(self._view.workers) / MESSAGES))
+
+
+async def _wants(view: WorkerView, interval: float) -> AsyncIterator[tuple[Set[str], Set[str]]]:
+    """Adapters for which requests begin and cease to wait for the worker, at most once per `interval` seconds."""
+    told: frozenset[str] = frozenset()
+    while True:
+        view.wants_changed.clear()
+        wanted = frozenset(view.wanted)
+        if wanted != told:
+            yield wanted - told, told - wanted
+            told = wanted
+            await asyncio.sleep(interval)
+        await view.wants_changed.wait()

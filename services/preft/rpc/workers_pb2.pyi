@@ -142,12 +142,16 @@ class ReleaseReply(_message.Message):
     def __init__(self) -> None: ...
 
 class WatchRequest(_message.Message):
-    __slots__ = ("interval", "content_address")
+    __slots__ = ("interval", "content_address", "wanted", "unwanted")
     INTERVAL_FIELD_NUMBER: _ClassVar[int]
     CONTENT_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    WANTED_FIELD_NUMBER: _ClassVar[int]
+    UNWANTED_FIELD_NUMBER: _ClassVar[int]
     interval: float
     content_address: str
-    def __init__(self, interval: _Optional[float] = ..., content_address: _Optional[str] = ...) -> None: ...
+    wanted: _containers.RepeatedScalarFieldContainer[str]
+    unwanted: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, interval: _Optional[float] = ..., content_address: _Optional[str] = ..., wanted: _Optional[_Iterable[str]] = ..., unwanted: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class StatusUpdate(_message.Message):
     __slots__ = ("whole", "draining", "running", "kv_blocks_used", "staging_bytes_used", "staging_bytes_fit", "open_handles", "preemptions", "other_prompts", "other_sequences", "adapters", "tiers", "other_prompt_tokens", "stalled_seconds")

@@ -20,7 +20,7 @@ from preft.adapters.store.adapter_store import AdapterStore
 from preft.core.cluster import AdapterStatus, StatusUpdate, WorkerStatus
 from preft.rpc import workers_pb2, workers_pb2_grpc
 from preft.rpc.caller import caller_of
-from preft.rpc.checked import address_of, number_of
+from preft.rpc.checked import address_of, count_of, digest_of, number_of
 from preft.rpc.convert import status_to_proto
 from preft.rpc.status import errors_reported
 from preft.worker.usage import Usage
@@ -39,6 +39,7 @@ class _Watcher:
     changed: set[str] = field(default_factory=set)  # digests
     is_behind: bool = True  # the next message is a whole one
     knows_draining: bool = False
+    wanted: set[str] = field(default_factory=set)  # digests of adapters for which the caller's requests wait
 
 
 class StatusService(workers_pb2_grpc.WorkerStatusServicer):
@@ -71,21 +72,31 @@ class StatusService(workers_pb2_grpc.WorkerStatusServicer):
             adapters.observe(self._changed)
 
     async def Watch(
-        self, request: workers_pb2.WatchRequest, context: grpc.aio.ServicerContext
+        self, requests: AsyncIterator[workers_pb2.WatchRequest], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[workers_pb2.StatusUpdate]:
         async with errors_reported(context):
+            request = await anext(requests, workers_pb2.WatchRequest())
             interval = number_of(request.interval, "interval", LEAST_INTERVAL, MOST_INTERVAL)
             watcher = _Watcher(caller_of(context))
             address = address_of(request.content_address) if request.content_address else ""
             self._watchers.add(watcher)
+            reading = asyncio.create_task(self._read(watcher, requests), name=f"the wants of {watcher.caller}")
             try:
+                self._want(watcher, request)
                 with self._peers.gateway(address) if self._peers is not None and address else nullcontext():
                     async with aclosing(self._messages(watcher, interval)) as messages:
                         async for message in messages:
                             yield message
+                            if reading.done():
+                                reading.result()
             finally:
+                reading.cancel()
                 self._watchers.discard(watcher)
                 self._told.set()
+                if self._adapters is not None:
+                    self._adapters.unwant(watcher.wanted)
+                    watcher.wanted = set()
+                await asyncio.gather(reading, return_exceptions=True)
 
     def drain(self, but: str | None = None) -> None:
         """Tells all streams at once, without waiting for their intervals, that the worker takes no more requests.
@@ -106,6 +117,20 @@ class StatusService(workers_pb2_grpc.WorkerStatusServicer):
     def status(self, caller: str) -> WorkerStatus:
         """The worker's figures at this moment, as this caller is told them."""
         return self._told_to(caller, self._measure())
+
+    async def _read(self, watcher: _Watcher, requests: AsyncIterator[workers_pb2.WatchRequest]) -> None:
+        async for request in requests:
+            self._want(watcher, request)
+
+    def _want(self, watcher: _Watcher, request: workers_pb2.WatchRequest) -> None:
+        """Takes over what the caller wants. Raises InvalidRequest."""
+        new = {digest_of(digest, "wanted") for digest in request.wanted} - watcher.wanted
+        old = watcher.wanted & set(request.unwanted)
+        count_of(len(watcher.wanted) + len(new), "wanted", 0, MOST_ADAPTERS)
+        watcher.wanted = (watcher.wanted - old) | new
+        if self._adapters is not None:
+            self._adapters.want(new)
+            self._adapters.unwant(old)
 
     def _told_to(self, caller: str, measured: WorkerStatus) -> WorkerStatus:
         prompts, tokens = self._usage.other_work(caller)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
 
 from bench.simulate.__main__ import main
 from bench.simulate.policies import POLICIES
-from bench.simulate.scenario import TINY, Engine
+from bench.simulate.scenario import TINY, Engine, Lengths
 from bench.simulate.simulation import simulate
 
 QUICK = replace(TINY, seconds=2.5)
@@ -28,6 +29,34 @@ def test_no_request_is_lost(policy: str) -> None:
     assert figures["retried"] > 0
     assert 1 <= figures["adapters_per_step"] <= TINY.engine.slots
     assert figures["loads_per_1000"] > 0
+
+
+@pytest.mark.parametrize("routers", [2, 5])
+def test_several_routers_lose_no_request_and_no_slot(routers: int) -> None:
+    run = simulate(replace(QUICK, routers=routers), "ours", 1.0)
+    figures = run.figures()
+    assert (figures["unfinished"], figures["refused"], run.in_flight) == (0, 0, {})
+    assert figures["requests"] == simulate(QUICK, "ours", 1.0).figures()["requests"]
+    assert all(one.tokens == one.arrival.output for one in run.requests)
+    assert {one.router.name for one in run.requests} == {f"router-{number}" for number in range(routers)}
+    assert figures["adapters_per_step"] <= TINY.engine.slots
+
+
+def test_two_routers_load_hardly_more_adapters_than_one() -> None:
+    """With full slots and queues, where requests of one adapter wait at both."""
+    engine = replace(TINY.engine, slots=4, host_adapters=20, disk_rate=4e8, step_seconds=0.12, adapter_seconds=0.02)
+    crowded = replace(TINY, prefill=2, decode=1, adapters=64, clients=64, seconds=60.0, losses=(), engine=engine)
+    crowded = replace(crowded, prompts=Lengths(18, 0.4, 8, 32), outputs=Lengths(15, 0.3, 8, 24), base_share=0.0)
+    one, two = (simulate(replace(crowded, routers=number), "ours", 1.0).figures() for number in (1, 2))
+    assert two["loads_per_1000"] <= 1.1 * one["loads_per_1000"]
+    assert two["requests"] >= 0.95 * one["requests"]
+
+
+def test_clients_keep_their_number_of_requests_under_way() -> None:
+    run = simulate(replace(QUICK, clients=7, losses=()), "ours", 1.0)
+    moments = [(one.arrival.at, 1) for one in run.requests] + [(one.finished, -1) for one in run.requests]
+    under_way = [number for number in accumulate(change for _, change in sorted(moments))]
+    assert 6 <= max(under_way) <= 7
 
 
 def test_equal_seeds_give_equal_figures() -> None:

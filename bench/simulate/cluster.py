@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from asyncio import AbstractEventLoop
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -146,6 +147,7 @@ class Cluster:
         if isinstance(node, PrefillWorker) and view.wants_changed.is_set():
             view.wants_changed.clear()
             node.memory.wanted[router.name] = frozenset(view.wanted)
+            node.waits[router.name] = view.slot_for[0] if view.slot_for else math.inf
         if update.adapters or update.status != view.status or now >= view.heard + SIGN_OF_LIFE:
             with self._watch:
                 view.told(update, now)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from asyncio import AbstractEventLoop
 from collections import OrderedDict
 from collections.abc import Callable
@@ -26,6 +27,7 @@ class PrefillWorker:
         self.memory = AdapterMemory(engine, loop)
         self.usage = Usage(slots)
         self.usage.observe(self.memory.changed)
+        self.waits: dict[str, float] = {}  # since when a request of each router has waited for a slot
         self.staging_used = 0
         self.busy = 0.0  # seconds of steps
         self.steps = 0  # with an adapter
@@ -54,12 +56,14 @@ class PrefillWorker:
         """What to tell this router."""
         fit = self._engine.staging_bytes - self.staging_used
         prompts, tokens = self.usage.other_work(router)
+        since = min((one for name, one in self.waits.items() if name != router), default=math.inf)
         status = WorkerStatus(
             running=len(self.prompts),
             staging_bytes_used=self.staging_used,
             staging_bytes_fit=max(0, fit),
             other_prompts=prompts,
             other_prompt_tokens=tokens,
+            other_slot_wait_ms=int(1000 * max(0.0, self._loop.time() - since)),
         )
         adapters = {
             digest: AdapterStatus(self.memory.state(digest), self.usage.other_prompts(router, digest))

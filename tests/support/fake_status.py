@@ -49,6 +49,7 @@ class FakeStatusService(workers_pb2_grpc.WorkerStatusServicer):
         async for request in requests:
             self.worker.wanted[caller] -= set(request.unwanted)
             self.worker.wanted[caller] |= set(request.wanted)
+            self.worker.slot_waits.append(request.slot_wait_ms)
 
 
 def status_of(worker: FakeWorker, caller: str) -> StatusUpdate:

@@ -10,19 +10,21 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Set
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 
 from preft.core.background import Background
 from preft.core.cluster import Worker, WorkerState
 from preft.core.errors import EngineFailed, PreftError, WorkerLost
-from preft.router.channels import WorkerChannels
+from preft.router.channels import Wants, WorkerChannels
 from preft.router.view import ClusterView
-from preft.router.worker_view import WorkerView
+from preft.router.worker_view import Order, WorkerView
 
 logger = logging.getLogger(__name__)
 
 MESSAGES = 4000  # a second, of all workers together, as far as the routers' asking decides it
 INTERVALS = (0.05, 1.0)  # seconds, least and most, between two messages of one worker
+REPEAT_SECONDS = 1.0
+MOST_WAIT = 3600.0  # seconds that are told
 RETRY_SECONDS = (0.1, 1.0)  # between two attempts to open a stream: after the first failure, and at most
 
 
@@ -131,14 +133,21 @@ class Watches:
         return min(most, max(least, len(self._view.workers) / MESSAGES))
 
 
-async def _wants(view: WorkerView, interval: float) -> AsyncIterator[tuple[Set[str], Set[str]]]:
-    """Adapters for which requests begin and cease to wait for the worker, at most once per `interval` seconds."""
-    told: frozenset[str] = frozenset()
+async def _wants(view: WorkerView, interval: float) -> AsyncIterator[Wants]:
+    """What changes in the router's wants of one worker, at most once per `interval` seconds.
+
+    A wait for a slot is told again each second, so that the worker doesn't believe a router that hangs.
+    """
+    told: tuple[Set[str], Order | None] = frozenset(), None
     while True:
         view.wants_changed.clear()
-        wanted = frozenset(view.wanted)
-        if wanted != told:
-            yield wanted - told, told - wanted
-            told = wanted
+        now = frozenset(view.wanted), view.slot_for
+        if now != told or view.slot_for:
+            (wanted, oldest), (before, _) = now, told
+            waited = asyncio.get_running_loop().time() - oldest[0] if oldest else 0.0
+            yield Wants(wanted - before, before - wanted, int(1000 * min(MOST_WAIT, max(0.0, waited))))
+            told = now
             await asyncio.sleep(interval)
-        await view.wants_changed.wait()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(REPEAT_SECONDS if view.slot_for else None):
+                await view.wants_changed.wait()

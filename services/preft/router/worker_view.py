@@ -62,8 +62,8 @@ class Memory:
 class WorkerView:
     """One worker. Times are in loop time.
 
-    `queued` is the work of the waiting requests that the queue has assigned to the worker. `slot_for` is the oldest
-    request that waits for one of its adapter slots, and `memory_for` the one for which its memory is kept.
+    `queued` is the work of the waiting requests that the queue has assigned to the worker. `memory_for` is the oldest
+    request for which its memory is kept. `wants_changed` is set at each change of `wanted` and `slot_for`.
     """
 
     worker: Worker
@@ -79,7 +79,8 @@ class WorkerView:
     blocks: Memory = field(default_factory=Memory)
     staging: Memory = field(default_factory=Memory)
     queued: int = 0
-    slot_for: Order | None = None
+    _slot_for: Order | None = None
+    other_slot_for: float = math.inf  # since when another router's request has waited for a slot
     memory_for: Order | None = None
     _waiting: dict[str, tuple[int, int]] = field(default_factory=dict)  # requests and their work, by digest
     _own_prompts: Counter[str] = field(default_factory=Counter)
@@ -189,8 +190,18 @@ class WorkerView:
 
     @property
     def wanted(self) -> Set[str]:
-        """Adapters for which requests of this router wait for the worker. `wants_changed` is set at each change."""
+        """Adapters for which requests of this router wait for the worker."""
         return self._waiting.keys() - {""}
+
+    @property
+    def slot_for(self) -> Order | None:
+        """The oldest request of this router that waits for one of the worker's adapter slots."""
+        return self._slot_for
+
+    @slot_for.setter
+    def slot_for(self, order: Order | None) -> None:
+        self._slot_for = order
+        self.wants_changed.set()
 
     @property
     def slots(self) -> list[str]:
@@ -262,6 +273,8 @@ class WorkerView:
         before, was_stalled = self.status, self.is_stalled
         self.heard = now
         self.status = update.status
+        waited = update.status.other_slot_wait_ms / 1000
+        self.other_slot_for = now - waited if waited else math.inf
         self.is_full = False
         if self.worker.role is not Role.PREFILL:  # KV blocks of prefill workers are not reserved
             self.blocks.told(update.status.kv_blocks_used)

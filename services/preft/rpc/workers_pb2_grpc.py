@@ -201,7 +201,7 @@ class WorkerStatusServicer:
 
     def Watch(self, request_iterator, context):
         """The worker's state: first the whole of it, then each change, at most one message per interval and at least one a second.
-        The caller's first message has the interval; all messages tell which adapters the caller wants.
+        The caller's first message has the interval; all messages tell what the caller's requests wait for.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -28,6 +28,8 @@ from preft.worker.usage import Usage
 LEAST_INTERVAL, MOST_INTERVAL = 0.01, 10.0  # seconds between two messages
 SIGN_OF_LIFE = 1.0  # seconds without a message, unless the interval is longer
 MEASURE_SECONDS = 0.02  # for so long, all streams use the same measurement
+WAIT_VALID = 3.0  # seconds after which a caller that hasn't said again that it waits for a slot may hang
+MOST_WAIT_MS = 3_600_000
 MOST_ADAPTERS = 10_000  # in one message of some 400 kB; the next message has the others
 
 
@@ -40,6 +42,8 @@ class _Watcher:
     is_behind: bool = True  # the next message is a whole one
     knows_draining: bool = False
     wanted: set[str] = field(default_factory=set)  # digests of adapters for which the caller's requests wait
+    slot_since: float = math.inf  # loop time since which the oldest of them waits for a slot, ...
+    slot_told: float = -math.inf  # ... as told at this time
 
 
 class StatusService(workers_pb2_grpc.WorkerStatusServicer):
@@ -131,15 +135,21 @@ class StatusService(workers_pb2_grpc.WorkerStatusServicer):
         if self._adapters is not None:
             self._adapters.want(new)
             self._adapters.unwant(old)
+        waits, now = request.slot_wait_ms, asyncio.get_running_loop().time()
+        watcher.slot_since, watcher.slot_told = (now - waits / 1000 if waits else math.inf), now
 
     def _told_to(self, caller: str, measured: WorkerStatus) -> WorkerStatus:
         prompts, tokens = self._usage.other_work(caller)
+        now = asyncio.get_running_loop().time()
+        others = (one for one in self._watchers if one.caller != caller and now - one.slot_told < WAIT_VALID)
+        waited = now - min((one.slot_since for one in others), default=math.inf)
         return replace(
             measured,
             draining=self._draining.is_set() and caller != self._spared,
             other_prompts=prompts,
             other_prompt_tokens=tokens,
             other_sequences=self._usage.other_sequences(caller),
+            other_slot_wait_ms=min(MOST_WAIT_MS, int(1000 * max(0.0, waited))),
         )
 
     async def _messages(self, watcher: _Watcher, interval: float) -> AsyncGenerator[workers_pb2.StatusUpdate, None]:

@@ -713,6 +713,16 @@ def test_who_came_before_another_router_s_prompts_shares_their_slot_though_it_is
     assert look(view) == ("Crowded", "p0")
 
 
+def test_another_router_s_request_is_overtaken_by_twice_the_patience_at_most() -> None:
+    view = view_of(p("p0", adapters="ab", slots=1), d("d0"))
+    for waited, seen in ((0.0, "Pair"), (1.9 * POLICY.patience, "Pair"), (2.1 * POLICY.patience, "Crowded")):
+        view.workers["p0"].told(StatusUpdate(WorkerStatus(other_slot_wait_ms=int(1000 * waited))), NOW)
+        assert look(view) == (seen, "p0")
+    old = replace(loaded_demand(), order=WAITED_LONG)
+    assert isinstance(POLICY.place(old, view, NOW), Pair)  # older than the other one
+    assert place(view, a_demand("")).prefill.id == "p0"  # needs no slot
+
+
 def test_who_came_before_an_own_prompt_does_not_share_a_slot_that_is_kept() -> None:
     view = view_of(p("p0", adapters="a", slots=1), d("d0"))
     fill(view, "p0", "a")

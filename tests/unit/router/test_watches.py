@@ -247,6 +247,21 @@ async def test_a_worker_hears_for_which_adapters_requests_wait() -> None:
         await one.until(lambda: worker.wanted["router"] == {"b"})
 
 
+async def test_a_worker_hears_again_and_again_for_how_long_a_request_waits_for_a_slot() -> None:
+    async with watched() as (one, worker):
+        await one.watches.settled(5.0)
+        came = asyncio.get_running_loop().time() - 5.0
+        one.p0.slot_for = (came, 1, came)
+        await one.until(lambda: len(worker.slot_waits) >= 3)
+        assert worker.slot_waits == sorted(worker.slot_waits)
+        assert 5000 <= worker.slot_waits[0] < worker.slot_waits[-1] < 15_000
+        one.p0.slot_for = None
+        await one.until(lambda: worker.slot_waits[-1] == 0)
+        count = len(worker.slot_waits)
+        await asyncio.sleep(1.5)
+        assert len(worker.slot_waits) == count
+
+
 async def test_a_worker_hears_all_wants_again_after_its_stream_broke() -> None:
     async with watched() as (one, worker):
         await one.watches.settled(5.0)

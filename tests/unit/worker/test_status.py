@@ -21,7 +21,7 @@ from preft.core.cluster import AdapterState, AdapterStatus, Role, TierTotals, Wo
 from preft.core.errors import InvalidRequest
 from preft.memory.arena import StagingArena
 from preft.rpc import workers_pb2, workers_pb2_grpc
-from preft.rpc.secret import CALLER_KEY
+from preft.rpc.secret import CALLER_KEY, ClusterChannel
 from preft.rpc.status import error_from_rpc
 from preft.worker import status as status_module
 from preft.worker.status import StatusService
@@ -284,6 +284,27 @@ async def test_callers_tell_which_adapters_they_want(rig: Rig) -> None:
         assert +rig.adapters.wanted == {digest(1): 1}
         two.cancel()
         await until(lambda: not +rig.adapters.wanted)
+
+
+async def test_others_are_told_for_how_long_a_caller_waits_for_a_slot(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(status_module, "WAIT_VALID", 1.0)
+    one = await rig.watch("one")
+    async with ClusterChannel(rig.address, SECRET, caller="two") as channel:
+        two = workers_pb2_grpc.WorkerStatusStub(channel).Watch()
+        await two.write(workers_pb2.WatchRequest(interval=0.02, slot_wait_ms=5000))
+        await one.until(lambda: 5000 <= one.status.other_slot_wait_ms < 10_000)
+        assert (await two.read()).other_slot_wait_ms == 0  # its own
+        await two.write(workers_pb2.WatchRequest())
+        await one.until(lambda: one.status.other_slot_wait_ms == 0)
+        await two.write(workers_pb2.WatchRequest(slot_wait_ms=2**32 - 1))
+        await one.until(lambda: one.status.other_slot_wait_ms == status_module.MOST_WAIT_MS)
+        await one.until(lambda: one.status.other_slot_wait_ms == 0)  # it has said nothing since, and may hang
+        await two.write(workers_pb2.WatchRequest(slot_wait_ms=7))
+        await one.until(lambda: one.status.other_slot_wait_ms > 0)
+        two.cancel()
+        await one.until(lambda: one.status.other_slot_wait_ms == 0)
 
 
 async def end_of(call: grpc.aio.StreamStreamCall[workers_pb2.WatchRequest, workers_pb2.StatusUpdate]) -> None:

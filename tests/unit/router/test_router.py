@@ -905,20 +905,21 @@ async def test_a_busy_home_is_left(harness: Harness) -> None:
     assert p1.calls > 4
 
 
-async def test_only_fitting_workers_are_paired(harness: Harness) -> None:
-    harness.d.state = WorkerState.DRAINING
-    await harness.cluster.add_decode("d1", fingerprint="other model")
-    await harness.seen(lambda: not harness.router.ready())
-    waiting = asyncio.create_task(harness.collect(a_request()))
-    await asyncio.sleep(0.2)
-    assert not waiting.done()
-    assert harness.p.calls == 0
-    p1 = await harness.cluster.add_prefill("p1", fingerprint="other model")
-    await waiting
-    assert p1.calls == 1
-    for i in range(5):
-        await harness.collect(a_request(adapter=f"a{i}"))
-    assert p1.calls == 6
+async def test_only_fitting_workers_are_paired() -> None:
+    async with running(Harness(), restart_grace=30.0) as harness:
+        harness.d.state = WorkerState.DRAINING
+        await harness.cluster.add_decode("d1", fingerprint="other model")
+        await harness.seen(lambda: not harness.router.ready())
+        waiting = asyncio.create_task(harness.collect(a_request()))
+        await asyncio.sleep(0.2)
+        assert not waiting.done()
+        assert harness.p.calls == 0
+        p1 = await harness.cluster.add_prefill("p1", fingerprint="other model")
+        await waiting
+        assert p1.calls == 1
+        for i in range(5):
+            await harness.collect(a_request(adapter=f"a{i}"))
+        assert p1.calls == 6
 
 
 async def test_workers_of_another_cluster_are_not_ours(harness: Harness) -> None:

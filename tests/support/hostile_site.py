@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
@@ -15,17 +16,21 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from preft.adapters.formats.digest import LORA_FILES
 from preft.core.cluster import Role
 from preft.core.request import Sampling
-from preft.rpc import adapter_content_pb2, common_pb2, kv_transfer_pb2, workers_pb2
+from preft.rpc import adapter_content_pb2, common_pb2, kv_transfer_pb2, workers_pb2, workers_pb2_grpc
+from preft.router.decode_stream import DecodeStream
 from preft.rpc.convert import sampling_to_proto
 from preft.rpc.secret import ClusterChannel
 from preft.transfer.grpc_push import HEADER_KEY, METHOD, status_of
 from preft.worker.server import WorkerServer
+from support.fake_engine import tokens_of
 from support.fakes import FakeStore
+from support.mutations import varint
 from support.worker_servers import SECRET, StartFake, settings_for, start
-from support.worker_services import write_adapter
+from support.worker_services import rest, write_adapter
 
 PROMPT = (5, 6, 7, 8, 9)
 DIGEST = "d0" * 32
+LEASE = 3.0  # seconds for which KV that nobody fetches stays
 SECONDS = 1.0  # for a call: what is left of it then has nothing to say
 DONE = {grpc.StatusCode.OK, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED}
 REFUSALS = {
@@ -41,7 +46,7 @@ async def workers(folder: Path) -> AsyncIterator[dict[Role, WorkerServer]]:
     async with AsyncExitStack() as stack:
         started = {}
         for role in Role:
-            settings = settings_for(folder, colocated=role is Role.COLOCATED)
+            settings = settings_for(folder, colocated=role is Role.COLOCATED, router={"transfer_timeout": LEASE})
             started[role] = await start(role, settings, FakeStore(), StartFake())
             stack.push_async_callback(started[role].close)
         yield started
@@ -164,10 +169,10 @@ async def call(site: Site, role: Role, rpc: str, message: bytes, caller: str = "
                 await stream.read()
             return await ended
         elif rpc.endswith("Decode"):
-            command = workers_pb2.DecodeCommand(start=workers_pb2.DecodeRequest.FromString(message))
+            command = b"\x12" + varint(len(message)) + message  # a DecodeCommand with it as `start`
             stream = channel.stream_stream(f"/preft.v1.{rpc}")(timeout=SECONDS)
             with suppress(grpc.aio.AioRpcError):  # the call may be refused before the first command
-                await stream.write(command.SerializeToString())
+                await stream.write(command)
                 await stream.done_writing()
         else:
             stream = channel.unary_stream(f"/preft.v1.{rpc}")(message, timeout=SECONDS)
@@ -186,3 +191,34 @@ async def healthy(site: Site, role: Role) -> bool:
     async with grpc.aio.insecure_channel(site.workers[role].record.address) as channel:
         reply = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10)
     return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+async def answered_right(site: Site) -> None:
+    """A good request beside the others: prefill with the adapter, KV to the decode worker, its tokens."""
+    handle, sampling = uuid.uuid4().hex, Sampling(max_tokens=6, temperature=0.0, ignore_eos=True)
+    expected = tokens_of(site.alice.digest, PROMPT, sampling)
+    request = a_prefill(site)
+    request.request_id = handle
+    request.sampling.CopyFrom(sampling_to_proto(sampling))
+    request.target.handle = handle
+    async with ClusterChannel(site.workers[Role.PREFILL].record.address, SECRET) as channel:
+        events = [event async for event in workers_pb2_grpc.PrefillWorkerStub(channel).Prefill(request, timeout=60)]
+    [first] = events[0].first_tokens.choices[0].token_ids
+    decode = a_decode(site)
+    decode.request_id, decode.handle, decode.kv_timeout = handle, handle, 20
+    decode.sampling.CopyFrom(request.sampling)
+    decode.choices[0].output_token_ids[:] = [first]
+    async with ClusterChannel(site.workers[Role.DECODE].record.address, SECRET) as channel:
+        stream = DecodeStream(workers_pb2_grpc.DecodeWorkerStub(channel), "decode", lambda: None)
+        [choice] = stream.start(decode, 60)
+        assert [first, *await rest(choice)] == expected
+        await stream.close()
+    colocated = a_decode(site)
+    colocated.request_id = handle
+    colocated.sampling.CopyFrom(request.sampling)
+    del colocated.choices[0].output_token_ids[:]
+    async with ClusterChannel(site.workers[Role.COLOCATED].record.address, SECRET) as channel:
+        stream = DecodeStream(workers_pb2_grpc.DecodeWorkerStub(channel), "colocated", lambda: None)
+        [choice] = stream.start(colocated, 60)
+        assert await rest(choice) == expected
+        await stream.close()

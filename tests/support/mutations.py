@@ -205,11 +205,12 @@ def wire_bytes(source: random.Random, message: Message) -> bytes:
         content = damaged(source, content)
     if kind > 0.9:
         tag = source.choice((1, 2, 3, 15, 16, 2000)) << 3 | source.choice((0, 1, 2, 3, 4, 5))
-        content += _varint(tag) + source.choice((b"", b"\x01", bytes(8), b"\xff" * 10, b"\x05hello"))
+        content += varint(tag) + source.choice((b"", b"\x01", bytes(8), b"\xff" * 10, b"\x05hello"))
     return content
 
 
-def _varint(number: int) -> bytes:
+def varint(number: int) -> bytes:
+    """The number as protobuf writes it."""
     parts = []
     while number > 127:
         parts.append(number & 127 | 128)

@@ -16,8 +16,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from preft.adapters.formats.digest import LORA_FILES
 from preft.core.cluster import Role
 from preft.core.request import Sampling
-from preft.rpc import adapter_content_pb2, common_pb2, kv_transfer_pb2, workers_pb2, workers_pb2_grpc
 from preft.router.decode_stream import DecodeStream
+from preft.rpc import adapter_content_pb2, common_pb2, kv_transfer_pb2, workers_pb2, workers_pb2_grpc
 from preft.rpc.convert import sampling_to_proto
 from preft.rpc.secret import ClusterChannel
 from preft.transfer.grpc_push import HEADER_KEY, METHOD, status_of

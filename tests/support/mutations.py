@@ -100,6 +100,20 @@ def changed(source: random.Random, value: Any) -> Any:
     return value
 
 
+def _near(source: random.Random, value: Any) -> Any:
+    """Another value of the same type, perhaps a valid one."""
+    match value:
+        case bool():
+            return not value
+        case int():
+            return source.choice((value + 1, value - 1, 2 * value, source.randint(0, 20)))
+        case float():
+            return source.choice((value / 2, value * 1.5, 0.0, 1.0))
+        case str():
+            return source.choice((value[:-1], value + "a", value.upper(), value * 2))
+    return value
+
+
 def _changed_once(source: random.Random, value: Any) -> Any:
     if isinstance(value, dict) and value and source.random() < 0.8:
         key = source.choice(list(value))
@@ -124,6 +138,7 @@ def _changed_once(source: random.Random, value: Any) -> Any:
     other: list[Callable[[], Any]] = [
         lambda: source.choice(VALUES),
         lambda: source.choice(VALUES),
+        *[lambda: _near(source, value)] * 4,
         lambda: [value] * source.choice((1, 2, 100)),
         lambda: {source.choice(TEXTS): value},
         lambda: str(value),

@@ -128,7 +128,7 @@ class ChaosCluster:
 
 def mark_children() -> str:
     """Marks the environment of all processes that are started from now on; returns the mark."""
-    name, value = "PREFT_CHAOS_RUN", uuid.uuid4().hex
+    name, value = "CHAOS_RUN", uuid.uuid4().hex
     os.environ[name] = value
     return f"{name}={value}"
 

@@ -18,6 +18,7 @@ from preft.core.errors import PreftError
 NEEDS = ("ip", "tc", "iptables")
 PREFIX = "10.231"  # of all addresses
 SMALL_BURST = "32k"
+MTU = 1500  # bytes
 
 
 def missing() -> str | None:
@@ -120,6 +121,6 @@ class Network:
         near, far = f"kv{number}", "kv"
         self.prefill.run("ip", "link", "add", near, "type", "veth", "peer", "name", far, "netns", other.name)
         for space, device, peer in ((self.prefill, near, other), (other, far, self.prefill)):
-            space.run("ip", "link", "set", device, "up")
+            space.run("ip", "link", "set", device, "gso_max_size", str(MTU), "up")  # each packet may be lost alone
             space.run("ip", "route", "add", f"{peer.host}/32", "dev", device, "src", space.host)
         return KvLink(((self.prefill, near), (other, far)))

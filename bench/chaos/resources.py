@@ -1,4 +1,4 @@
-"""What the processes of a cluster hold: processes, open files, and files on disk and in shared memory. Linux only."""
+"""What a cluster holds: processes, open files, files on disk, and what ended processes left in shared memory. Linux."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 from preft_loadgen.served import marked_processes
 
 SHARED = Path("/dev/shm")
-FOLDERS = ("adapters", "uploads", "models")  # of a state_dir
+SHARED_NAMES = ("psm_", "sem.mp-", "torch_", "plasma", "ray", "vllm", "preft")  # other programs have others
 MORE_DESCRIPTORS = 1.25  # of the start value: connections come and go
 
 
 def held(mark: str, servers: Iterable[int], state_dir: Path) -> dict[str, int]:
-    """Counts of the marked processes, the descriptors of `servers` (pids), files in `state_dir`, and shared memory.
+    """Counts of the marked processes, of the descriptors of `servers` (pids), and of files that are left behind:
 
-    Log files and the store's own files aren't counted.
+    uploads and unfinished copies of adapters in `state_dir`, and shared memory that no process uses.
     """
     return {
         "processes": len(marked_processes(mark)),
@@ -25,7 +25,7 @@ def held(mark: str, servers: Iterable[int], state_dir: Path) -> dict[str, int]:
         "files": sum(
             _files(folder) for folder in (state_dir / "adapters", state_dir / "uploads", state_dir / "models")
         ),
-        "shared_memory_files": len(list(SHARED.iterdir())),
+        "abandoned_shared_memory": len(_abandoned()),
     }
 
 
@@ -41,5 +41,12 @@ def _descriptors(pid: int) -> int:
     return 0
 
 
-def _files(folder: Path) -> int:
-    return sum(len(files) for _, _, files in os.walk(folder))
+def _abandoned() -> set[str]:
+    """Files in shared memory that no process has mapped or open."""
+    files = {str(path) for path in SHARED.iterdir() if path.name.startswith(SHARED_NAMES)}
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            maps = (process / "maps").read_text(errors="replace")
+            files -= {path for path in files if path in maps}
+            files -= {os.readlink(link) for link in (process / "fd").iterdir()}
+    return files

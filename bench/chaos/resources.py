@@ -17,14 +17,12 @@ MORE_DESCRIPTORS = 1.25  # of the start value: connections come and go
 def held(mark: str, servers: Iterable[int], state_dir: Path) -> dict[str, int]:
     """Counts of the marked processes, of the descriptors of `servers` (pids), and of files that are left behind:
 
-    uploads and unfinished copies of adapters in `state_dir`, and shared memory that no process uses.
+    unfinished copies of adapters in `state_dir`, and shared memory that no process uses.
     """
     return {
         "processes": len(marked_processes(mark)),
         "descriptors": sum(map(_descriptors, servers)),
-        "files": sum(
-            _files(folder) for folder in (state_dir / "adapters", state_dir / "uploads", state_dir / "models")
-        ),
+        "unfinished_copies": len(list(state_dir.rglob(".unfinished-*"))),
         "abandoned_shared_memory": len(_abandoned()),
     }
 

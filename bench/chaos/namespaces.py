@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from preft.core.errors import PreftError
 
 NEEDS = ("ip", "tc", "iptables")
-PREFIX = "10.231"  # of all addresses
+PREFIX = f"10.{100 + os.getpid() % 100}"  # of all addresses; another run has others
 SMALL_BURST = "32k"
 MTU = 1500  # bytes
 

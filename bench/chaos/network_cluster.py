@@ -17,14 +17,11 @@ from pathlib import Path
 
 from bench.chaos.cluster import ADAPTERS, EACH, LOOK_SECONDS, ChaosCluster, mark_children, write_settings
 from bench.chaos.namespaces import Namespace, Network
+from bench.chaos.wrong_clock import clock_ahead
 from bench.redis_server import RedisServer, running_redis
 from preft_loadgen.child import bound
 
 STOP_SECONDS = 60.0
-LIBFAKETIME = (
-    Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1"),
-    Path("/usr/lib/aarch64-linux-gnu/faketime/libfaketimeMT.so.1"),
-)
 
 
 @dataclass(slots=True)
@@ -81,20 +78,10 @@ class NetworkCluster(ChaosCluster):
         worker += ["--config", str(self.config), "--state", self.state, "--state-dir", str(self.state_dir)]
         environment = dict(os.environ)
         if place.clock_ahead:
-            environment |= {
-                "LD_PRELOAD": str(faketime()),
-                "FAKETIME": f"+{place.clock_ahead}s",
-                "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-                "DONT_FAKE_MONOTONIC": "1",
-            }
+            environment |= clock_ahead(place.clock_ahead, self.folder)
         with log.open("wb") as output:
             command = bound(place.space.command(*worker))
             return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-
-
-def faketime() -> Path | None:
-    """The library that shifts a process's clock; None if it isn't installed."""
-    return next((path for path in LIBFAKETIME if path.exists()), None)
 
 
 @asynccontextmanager

@@ -8,10 +8,11 @@ import signal
 import time
 from typing import Any
 
+from bench.chaos import wrong_clock
 from bench.chaos.faults import Act, Fault, Site
 from bench.chaos.load import Load
 from bench.chaos.namespaces import missing
-from bench.chaos.network_cluster import NetworkCluster, faketime
+from bench.chaos.network_cluster import NetworkCluster
 from bench.chaos.nodes_cluster import NODES, NodesCluster
 from preft.core.errors import PreftError
 
@@ -77,8 +78,8 @@ async def clock_ahead(cluster: NetworkCluster, load: Load) -> None:
             await asyncio.sleep(AHEAD_SECONDS)
 
 
-def no_faketime() -> str | None:
-    return missing() or (None if faketime() else "a wrong clock needs libfaketime (apt install faketime)")
+def no_wrong_clock() -> str | None:
+    return missing() or wrong_clock.missing()
 
 
 async def kill_raylet(cluster: NodesCluster, load: Load) -> None:
@@ -101,6 +102,6 @@ def site_faults() -> list[Fault]:
         _network("network between prefill and decode at 1 MB/s for 30 s", slow),
         _network("network between prefill and decode loses 5% for 30 s", lossy),
         _network("KV receiver killed in the middle of a transfer", kill_receiver),
-        Fault("clocks of a prefill and a decode worker 10 min ahead", clock_ahead, Site.NETWORK, unless=no_faketime),
+        Fault("clocks of a prefill and a decode worker 10 min ahead", clock_ahead, Site.NETWORK, unless=no_wrong_clock),
         Fault("raylet of a node killed", kill_raylet, Site.NODES),
     ]

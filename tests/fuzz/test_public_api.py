@@ -19,6 +19,8 @@ import grpc.aio
 import httpx
 import pytest
 from google.protobuf.message import Message
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2
 
 from preft.core.cluster import Role
 from preft.core.request import Sampling
@@ -40,6 +42,7 @@ AT_ONCE = 8
 PROMPT = [5, 6, 7, 8, 9]
 GREEDY = Sampling(max_tokens=8, temperature=0.0, eos_token_ids=(EOS,))
 BAD_CODES = {grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.DATA_LOSS, grpc.StatusCode.UNAVAILABLE}
+REFLECTION = "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 COMPLETION = {
     "model": "alice",
     "prompt": PROMPT,
@@ -108,7 +111,7 @@ class Public:
 
     def messages(self) -> Mapping[str, Message]:
         return {
-            "Inference/Generate": inference_pb2.GenerateRequest(
+            "preft.v1.Inference/Generate": inference_pb2.GenerateRequest(
                 model="alice",
                 tokens=inference_pb2.TokenIds(ids=PROMPT),
                 n=2,
@@ -117,11 +120,15 @@ class Public:
                 timeout_seconds=5,
                 user="u",
             ),
-            "Adapters/Add": adapters_pb2.AddAdapterRequest(name="bob", source=str(self.folder / "bob"), replace=True),
-            "Adapters/List": adapters_pb2.ListAdaptersRequest(limit=3, after="a", search="b"),
-            "Adapters/Get": adapters_pb2.GetAdapterRequest(name="alice"),
-            "Adapters/Pin": adapters_pb2.PinAdapterRequest(name="bob", pinned=False),
-            "Adapters/Remove": adapters_pb2.RemoveAdapterRequest(name="bob"),
+            "preft.v1.Adapters/Add": adapters_pb2.AddAdapterRequest(
+                name="bob", source=str(self.folder / "bob"), replace=True
+            ),
+            "preft.v1.Adapters/List": adapters_pb2.ListAdaptersRequest(limit=3, after="a", search="b"),
+            "preft.v1.Adapters/Get": adapters_pb2.GetAdapterRequest(name="alice"),
+            "preft.v1.Adapters/Pin": adapters_pb2.PinAdapterRequest(name="bob", pinned=False),
+            "preft.v1.Adapters/Remove": adapters_pb2.RemoveAdapterRequest(name="bob"),
+            "grpc.health.v1.Health/Check": health_pb2.HealthCheckRequest(service="preft.v1.Inference"),
+            REFLECTION: reflection_pb2.ServerReflectionRequest(file_containing_symbol="preft.v1.Inference"),
         }
 
     def held(self) -> tuple[int, int, int]:
@@ -270,16 +277,23 @@ def test_http_bodies(public: Public, number: int, whole: bool) -> None:
     assert settled(public, before), (before, public.held())
 
 
+def begun(channel: grpc.aio.Channel, rpc: str, content: bytes) -> Any:
+    """The call with one message."""
+    if rpc == REFLECTION:
+        return channel.stream_stream(f"/{rpc}")(iter([content]), timeout=20)
+    return channel.unary_stream(f"/{rpc}")(content, timeout=20)
+
+
 @share
-@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize("number", range(8))
 def test_public_grpc(public: Public, number: int, whole: bool) -> None:
     rpc, message = list(public.messages().items())[number]
-    inputs = Inputs("public gRPC", whole, parts=6, part=number)
+    inputs = Inputs("public gRPC", whole, parts=8, part=number)
 
     async def one(channel: grpc.aio.Channel, source: random.Random) -> None:
         content = wire_bytes(source, message)
         with told(content):
-            stream = channel.unary_stream(f"/preft.v1.{rpc}")(content, timeout=20)
+            stream = begun(channel, rpc, content)
             replies = []
             with suppress(grpc.aio.AioRpcError):
                 async for reply in stream:
@@ -301,7 +315,7 @@ def test_public_grpc(public: Public, number: int, whole: bool) -> None:
 
     async def undamaged() -> None:
         async with grpc.aio.insecure_channel(public.grpc) as channel:
-            stream = channel.unary_stream(f"/preft.v1.{rpc}")(message.SerializeToString(), timeout=20)
+            stream = begun(channel, rpc, message.SerializeToString())
             assert [reply async for reply in stream] or rpc.endswith("List")
 
     public.add("bob")

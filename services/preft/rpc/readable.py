@@ -14,7 +14,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from preft.core.errors import InvalidRequest
-from preft.rpc.status import abort
+from preft.rpc.status import abort, errors_reported
 
 _MAKE = {  # by whether requests and replies are streams
     (False, False): grpc.unary_unary_rpc_method_handler,
@@ -25,7 +25,7 @@ _MAKE = {  # by whether requests and replies are streams
 
 
 class ReadableMessages(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """Passes on what can be read. Handlers of streams get InvalidRequest in the place of the unreadable message."""
+    """Passes on what can be read. A handler of a stream gets InvalidRequest in the place of the unreadable message."""
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
@@ -86,13 +86,15 @@ def _reading_stream(run: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]
     if inspect.isasyncgenfunction(run):
 
         async def generate(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
-            async for reply in run(_readable(requests), context):
-                yield reply
+            async with errors_reported(context):
+                async for reply in run(_readable(requests), context):
+                    yield reply
 
         return generate
 
     async def answer(requests: AsyncIterator[Any], context: Any) -> Any:
-        return await run(_readable(requests), context)
+        async with errors_reported(context):
+            return await run(_readable(requests), context)
 
     return answer
 

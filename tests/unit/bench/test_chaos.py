@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from bench.chaos.faults import Fault, kill_redis
 from bench.chaos.load import AnswerFailed, Load, make_cases
 from bench.chaos.namespaces import Network, missing
 from bench.chaos.resources import held, more_than
+from bench.chaos.wrong_clock import clock_ahead
 from preft.core.errors import PreftError
 
 RIGHT = [7, 8, 9]
@@ -80,7 +82,7 @@ async def answers() -> AsyncIterator[Answers]:
     app.router.add_post("/v1/completions", answers.complete)
     app.router.add_post("/v1/adapters", answers.adapter)
     app.router.add_delete("/v1/adapters/swap", answers.adapter)
-    runner = web.AppRunner(app)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
@@ -243,6 +245,27 @@ def test_what_is_held_is_counted(tmp_path: Path) -> None:
     assert now["processes"] == 1
     assert now["descriptors"] > before["descriptors"]
     assert (before["unfinished_copies"], now["unfinished_copies"]) == (0, 1)
+
+
+CLOCKS = """
+import queue, time, threading
+before = time.monotonic(), time.time()
+time.sleep(0.05)
+threading.Lock().acquire(timeout=0.05) and threading.Event().wait(0.05)
+try:
+    queue.Queue().get(timeout=0.05)
+except queue.Empty:
+    print(time.time(), time.monotonic() - before[0], time.time() - before[1])
+"""
+
+
+def test_a_wrong_clock_is_ahead_and_as_fast(tmp_path: Path) -> None:
+    environment = {**os.environ, **clock_ahead(600, tmp_path)}
+    ran = subprocess.run([sys.executable, "-c", CLOCKS], env=environment, capture_output=True, text=True, check=True)
+    now, steady, shown = map(float, ran.stdout.split())
+    assert now - time.time() == pytest.approx(600, abs=30)
+    assert steady == pytest.approx(shown, abs=0.5)
+    assert steady < 30
 
 
 @pytest.mark.long

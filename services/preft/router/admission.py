@@ -265,9 +265,8 @@ class Admission:
         if worker.id in self._view.prefill and not self._lines.number_at(worker):
             self._share(worker)
             for line in self._lines.elsewhere(worker, HELPED):
-                if not line.tickets or self._is_blocked(line) or self._is_absent(line):
-                    continue
-                if self._can_help(worker, line):
+                can_go = line.tickets and not (self._is_blocked(line) or self._is_absent(line))
+                if can_go and self._can_help(worker, line):
                     self._try(line)
 
     def _can_help(self, worker: WorkerView, line: Line) -> bool:
@@ -276,8 +275,7 @@ class Admission:
             return True
         if worker.load >= line.at.load_for(line.digest):
             return False
-        loaders = self._view.loaders.get(line.digest, {}).values()
-        return not any(line.digest in one.loads for one in loaders)
+        return not any(line.digest in one.loads for one in self._view.loaders.get(line.digest, {}).values())
 
     def _try(self, line: Line | None) -> None:
         """Lets a line's requests go out of turn."""

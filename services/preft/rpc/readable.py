@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -69,8 +70,9 @@ def _reading_one(run: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         async def generate(request: Any, context: Any) -> AsyncIterator[Any]:
             if request is _UNREADABLE:
                 await abort(context, _error())
-            async for reply in run(request, context):
-                yield reply
+            async with aclosing(run(request, context)) as replies:
+                async for reply in replies:
+                    yield reply
 
         return generate
 
@@ -86,8 +88,8 @@ def _reading_stream(run: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]
     if inspect.isasyncgenfunction(run):
 
         async def generate(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
-            async with errors_reported(context):
-                async for reply in run(_readable(requests), context):
+            async with errors_reported(context), aclosing(run(_readable(requests), context)) as replies:
+                async for reply in replies:
                     yield reply
 
         return generate

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,8 +41,14 @@ class NetworkCluster(ChaosCluster):
     def __init__(self, redis: RedisServer, config: Path, folder: Path, network: Network) -> None:
         super().__init__(redis, redis.socket_url, config, folder)
         self.network = network
+        self.supervisor: asyncio.Task[None] | None = None
         self.places = [Place("prefill", network.prefill) for _ in range(EACH)]
         self.places += [Place("decode", space) for space in network.decode]
+
+    async def whole(self) -> bool:
+        if self.supervisor is not None and self.supervisor.done():
+            self.supervisor.result()  # raises its error: no worker comes back any more
+        return await super().whole()
 
     def keep_running(self) -> None:
         """Starts each worker that doesn't run."""
@@ -94,19 +100,17 @@ async def network_cluster(folder: Path) -> AsyncIterator[NetworkCluster]:
             config = write_settings(folder, ADAPTERS, insecure=True)
             cluster = NetworkCluster(redis, config, folder, network)
             cluster.mark = mark
-            supervisor = None
             try:
                 cluster.keep_running()
-                supervisor = asyncio.create_task(_supervise(cluster))
+                cluster.supervisor = asyncio.create_task(_supervise(cluster))
                 for _ in range(2):
                     cluster.start_server()
                 await cluster.wait_whole()
                 yield cluster
             finally:
-                if supervisor is not None:
-                    supervisor.cancel()
-                    with suppress(asyncio.CancelledError):
-                        await supervisor
+                if cluster.supervisor is not None:
+                    cluster.supervisor.cancel()
+                    await asyncio.gather(cluster.supervisor, return_exceptions=True)
                 cluster.close()
     finally:
         network.close()

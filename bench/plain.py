@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from preft.core.errors import PreftError
 from preft_loadgen.child import bound
+from preft_loadgen.errors import LoadgenError
 
 COMMAND = (sys.executable, "-m", "bench.plain_engine")
 TAIL_CHARACTERS = 4000
@@ -22,7 +22,7 @@ START_SECONDS = 600.0
 STOP_SECONDS = 30.0
 
 
-class PlainEngineFailed(PreftError):
+class PlainEngineFailed(LoadgenError):
     """The reference engine didn't start or died."""
 
 

@@ -18,7 +18,10 @@ START_SECONDS = 20.0
 
 
 class RedisServer:
-    """Keeps its data on disk: a killed server that starts again has them all. `stop` ends the process."""
+    """Keeps its data on disk: a killed server that starts again has them all. `stop` ends the process.
+
+    `url` is a port of this machine, `socket_url` a socket in the file system.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Starts the server. Raises PreftError if `redis-server` isn't installed or doesn't start."""
@@ -27,6 +30,7 @@ class RedisServer:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self._port: int = free.getsockname()[1]
         self._folder = folder
+        self.socket_url = f"unix://{folder / 'redis.sock'}?db=0"
         folder.mkdir(exist_ok=True)
         self.start()
 
@@ -36,7 +40,7 @@ class RedisServer:
 
     def start(self) -> None:
         options = ["--port", str(self._port), "--bind", "127.0.0.1", "--dir", str(self._folder)]
-        options += ["--appendonly", "yes", "--save", ""]
+        options += ["--unixsocket", "redis.sock", "--appendonly", "yes", "--save", ""]
         self._process = subprocess.Popen(bound(["redis-server", *options]), stdout=subprocess.DEVNULL)
         end = time.monotonic() + START_SECONDS
         while not self._answers():

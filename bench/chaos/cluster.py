@@ -1,23 +1,23 @@
-"""The cluster of `make chaos`: Redis, `preft serve` with two workers of each role under Ray, and a second gateway."""
+"""What the clusters of `make chaos` have in common: two workers of each role, gateways, Redis, and their state."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import os
-import signal
 import sys
 import time
-from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager, suppress
+import uuid
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from bench.redis_server import RedisServer, running_redis
+from bench.chaos.resources import held, more_than
+from bench.redis_server import RedisServer
 from preft.core.errors import PreftError
 from preft.core.settings import MiB
 from preft_loadgen.http_stream import HttpClient
-from preft_loadgen.served import Served, ServeFailed, served
+from preft_loadgen.served import Served, served
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "personal_memory"
 MODEL_NAME = "base"
@@ -27,56 +27,65 @@ ENGINE_TIMEOUT = 15.0  # seconds; far below the default, so that a hung engine i
 READY_SECONDS = 600.0
 NOTICED_SECONDS = 30.0
 LOOK_SECONDS = 0.25
+GATEWAY = (sys.executable, "-m", "preft.cli", "gateway")
 
 
 class ChaosCluster:
     """The running processes. `gateways` are the URLs of those that live."""
 
-    def __init__(self, redis: RedisServer, serve: Served, config: Path, folder: Path) -> None:
-        self.redis = redis
-        self._serve, self._config, self._folder = serve, config, folder
-        self._second = ExitStack()
-        self._gateway: Served | None = None
+    def __init__(self, redis: RedisServer, state: str, config: Path, folder: Path) -> None:
+        """`state` is the URL of `redis` for all processes."""
+        self.redis, self.state = redis, state
+        self.config, self.folder = config, folder
+        self.mark = ""  # of all processes, in their environment
+        self.start_figures: dict[str, int] = {}  # `held` before the first fault
+        self._servers: dict[str, tuple[Served, ExitStack]] = {}  # gateways by URL, in order of their start
         self._number = 0
 
     @property
     def gateways(self) -> list[str]:
-        return [one.url for one in (self._serve, self._gateway) if one is not None]
+        return list(self._servers)
 
-    def start_gateway(self) -> None:
-        """Starts the second gateway, and returns once it is ready."""
+    @property
+    def state_dir(self) -> Path:
+        return self.folder / "state"
+
+    def start_server(self, command: tuple[str, ...] = GATEWAY) -> str:
+        """Starts a gateway, alone or with its workers; returns its URL once it is ready."""
         self._number += 1
-        self._gateway = self._second.enter_context(
+        stack = ExitStack()
+        server = stack.enter_context(
             served(
-                ["--config", str(self._config), "--state", self.redis.url],
-                state_dir=self._folder / "state",
-                log=self._folder / f"gateway-{self._number}.log",
-                command=(sys.executable, "-m", "preft.cli", "gateway"),
+                ["--config", str(self.config), "--state", self.state],
+                state_dir=self.state_dir,
+                log=self.folder / f"server-{self._number}.log",
+                command=command,
                 ready_seconds=READY_SECONDS,
             )
         )
+        self._servers[server.url] = (server, stack)
+        return server.url
 
-    def kill_gateway(self) -> str:
-        """Kills the second gateway; returns its URL."""
-        if self._gateway is None:
-            raise PreftError("there is no second gateway")
-        gateway, self._gateway = self._gateway, None
-        os.kill(gateway.pid, signal.SIGKILL)
-        with suppress(ServeFailed):  # that it was killed
-            self._second.close()
-        return gateway.url
+    def forget_server(self, url: str) -> tuple[Served, ExitStack]:
+        """The gateway is no longer one of `gateways`; the stack ends it."""
+        return self._servers.pop(url)
 
     def close(self) -> None:
-        self._second.close()
+        for url in reversed(self.gateways):
+            _, stack = self.forget_server(url)
+            stack.close()
 
     async def workers(self) -> list[dict[str, Any]]:
         """The workers, as the first gateway sees them."""
-        found: list[dict[str, Any]] = (await HttpClient(self._serve.url).get_json("/v1/workers"))["workers"]
+        found: list[dict[str, Any]] = (await HttpClient(self.gateways[0]).get_json("/v1/workers"))["workers"]
         return found
+
+    async def ready_workers(self, role: str) -> list[dict[str, Any]]:
+        return [one for one in await self.workers() if one["role"] == role and one["state"] == "ready"]
 
     async def worker(self, role: str) -> dict[str, Any]:
         """A ready worker of the role."""
-        return next(one for one in await self.workers() if one["role"] == role and one["state"] == "ready")
+        return (await self.ready_workers(role))[0]
 
     async def whole(self) -> bool:
         """Whether all workers are ready."""
@@ -102,16 +111,30 @@ class ChaosCluster:
             await asyncio.sleep(LOOK_SECONDS)
         return time.monotonic() - began
 
-    async def leftovers(self) -> dict[str, int]:
-        """What idle workers still hold: requests, handles, staging bytes and KV blocks. Empty if all is given back."""
-        keys = ("running", "open_handles", "staging_bytes_used")
-        held = {key: sum(one["status"][key] for one in await self.workers()) for key in keys}
-        return {key: value for key, value in held.items() if value}
+    async def held(self) -> dict[str, int]:
+        """What the processes hold, beside what requests hold."""
+        pids = [server.pid for server, _ in self._servers.values()]
+        for worker in await self.workers():
+            pids += [worker["pid"], *worker["engine_pids"]]
+        return await asyncio.to_thread(held, self.mark, pids, self.state_dir)
+
+    async def leftovers(self) -> dict[str, Any]:
+        """What idle workers still hold for requests, and what there is more of than at the start. Empty if nothing."""
+        keys = ("running", "open_handles", "staging_bytes_used", "kv_blocks_used")
+        used = {key: sum(one["status"][key] for one in await self.workers()) for key in keys}
+        left: dict[str, Any] = {key: value for key, value in used.items() if value}
+        return left | (more_than(self.start_figures, await self.held()) if self.start_figures else {})
 
 
-@asynccontextmanager
-async def chaos_cluster(folder: Path) -> AsyncIterator[ChaosCluster]:
-    """Starts everything in `folder`, and ends it with the context. Raises PreftError or LoadgenError."""
+def mark_children() -> str:
+    """Marks the environment of all processes that are started from now on; returns the mark."""
+    name, value = "CHAOS_RUN", uuid.uuid4().hex
+    os.environ[name] = value
+    return f"{name}={value}"
+
+
+def write_settings(folder: Path, names: tuple[str, ...], **changes: Any) -> Path:
+    """A settings file for the example model and these adapters. `changes` of a role are added to the role's."""
     engine = {
         "replicas": EACH,
         "max_num_seqs": 32,
@@ -119,24 +142,16 @@ async def chaos_cluster(folder: Path) -> AsyncIterator[ChaosCluster]:
         "staging_bytes": 64 * MiB,
         "engine_timeout": ENGINE_TIMEOUT,
     }
+    prefill, decode = changes.pop("prefill", {}), changes.pop("decode", {})
     settings = {
         "model": str(EXAMPLE / "model"),
         "served_model_name": MODEL_NAME,
-        "adapters": {name: str(EXAMPLE / "adapters" / name) for name in ADAPTERS},
-        "prefill": {**engine, "max_loras": 4, "max_lora_rank": 8},
-        "decode": engine,
+        "adapters": {name: str(EXAMPLE / "adapters" / name) for name in names},
+        "prefill": {**engine, "max_loras": 4, "max_lora_rank": 8, **prefill},
+        "decode": {**engine, **decode},
         "store": {"host_bytes": 64 * MiB},
+        **changes,
     }
     config = folder / "settings.json"
     config.write_text(json.dumps(settings))  # JSON is YAML
-    with running_redis(folder / "redis") as redis:
-        arguments = ["--config", str(config), "--state", redis.url]
-        log = folder / "serve.log"
-        with served(arguments, state_dir=folder / "state", log=log, ready_seconds=READY_SECONDS) as serve:
-            cluster = ChaosCluster(redis, serve, config, folder)
-            try:
-                cluster.start_gateway()
-                await cluster.wait_whole()
-                yield cluster
-            finally:
-                cluster.close()
+    return config

@@ -41,6 +41,7 @@ class Counts:
     sent: int = 0
     failed: int = 0
     cut: int = 0
+    cancelled: int = 0  # by the client itself
     wrong: int = 0
     duplicated: int = 0  # answers with more tokens than without the fault
     missing: int = 0  # answers with fewer, and no error
@@ -84,32 +85,48 @@ async def ask(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) ->
     return tokens
 
 
+def compare(counts: Counts, tokens: Tokens, expected: Tokens) -> None:
+    """Counts what differs from the answer without a fault."""
+    lengths = [(len(tokens.get(index, ())), len(known)) for index, known in expected.items()]
+    counts.duplicated += any(got > known for got, known in lengths)
+    counts.missing += any(got < known for got, known in lengths)
+    counts.wrong += tokens != expected
+
+
 class Load:
     """Clients that send one case after the other, each to the next gateway, until `stop`."""
 
     def __init__(self, urls: Sequence[str], cases: Sequence[dict[str, Any]]) -> None:
         self.urls = list(urls)
         self.counts = Counts()
-        self.answers = 0  # so far
-        self._cases = cases
-        self._expected: dict[int, Tokens] = {}
+        self.cases = cases
+        self.expected: dict[int, Tokens] = {}  # by the case's number
         self._order = random.Random(0)
+        self._turn = itertools.count()
         self._going = False
         self._clients: list[asyncio.Task[None]] = []
+
+    @property
+    def next_url(self) -> str:
+        return self.urls[next(self._turn) % len(self.urls)]
 
     async def learn(self) -> None:
         """Asks each case at each gateway without a fault. Raises AnswerFailed if two answers differ."""
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(REQUEST_SECONDS)) as session:
             for url in self.urls:
-                answers = await asyncio.gather(*(ask(session, url, case) for case in self._cases))
+                answers = await asyncio.gather(*(ask(session, url, case) for case in self.cases))
                 for number, tokens in enumerate(answers):
-                    if self._expected.setdefault(number, tokens) != tokens:
+                    if self.expected.setdefault(number, tokens) != tokens:
                         raise AnswerFailed(f"case {number} has two answers without a fault")
+
+    async def probe(self) -> None:
+        """Waits for an answer of each gateway. Raises AnswerFailed."""
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(REQUEST_SECONDS)) as session:
+            await asyncio.gather(*(ask(session, url, self.cases[-1]) for url in self.urls))
 
     def start(self, clients: int) -> None:
         self.counts, self._going = Counts(), True
-        turn = itertools.count()
-        self._clients = [asyncio.create_task(self._run(turn)) for _ in range(clients)]
+        self._clients = [asyncio.create_task(self._run()) for _ in range(clients)]
 
     async def stop(self) -> Counts:
         """Waits for the last answers."""
@@ -117,18 +134,12 @@ class Load:
         await asyncio.gather(*self._clients)
         return self.counts
 
-    async def _run(self, turn: itertools.count[int]) -> None:
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(REQUEST_SECONDS)) as session:
-            while self._going:
-                number = self._order.randrange(len(self._cases))
-                url = self.urls[next(turn) % len(self.urls)]
-                await self._one(session, url, number)
-
-    async def _one(self, session: aiohttp.ClientSession, url: str, number: int) -> None:
-        counts, expected = self.counts, self._expected[number]
+    async def one(self, session: aiohttp.ClientSession, number: int) -> None:
+        """Sends one case, and counts its answer."""
+        url, counts = self.next_url, self.counts
         counts.sent += 1
         try:
-            tokens = await ask(session, url, self._cases[number])
+            tokens = await ask(session, url, self.cases[number])
         except AnswerFailed as error:
             if error.is_cut and url not in self.urls:  # the gateway was killed
                 counts.cut += 1
@@ -136,8 +147,12 @@ class Load:
                 counts.failed += 1
                 counts.errors.append(str(error)[:300])
             return
-        self.answers += 1
-        lengths = [(len(tokens.get(index, ())), len(known)) for index, known in expected.items()]
-        counts.duplicated += any(got > known for got, known in lengths)
-        counts.missing += any(got < known for got, known in lengths)
-        counts.wrong += tokens != expected
+        except asyncio.CancelledError:
+            counts.cancelled += 1
+            raise
+        compare(counts, tokens, self.expected[number])
+
+    async def _run(self) -> None:
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(REQUEST_SECONDS)) as session:
+            while self._going:
+                await self.one(session, self._order.randrange(len(self.cases)))

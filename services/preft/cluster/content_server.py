@@ -14,6 +14,7 @@ from preft.cluster.secret import cluster_secret
 from preft.core.errors import ConfigError
 from preft.core.settings import Settings
 from preft.rpc.adapter_content_pb2_grpc import add_AdapterContentServicer_to_server
+from preft.rpc.readable import ReadableMessages
 from preft.rpc.secret import OnlyTheCluster
 from preft.rpc.server_options import WORKER_SERVER_OPTIONS
 from preft.state import local_address
@@ -34,7 +35,7 @@ async def serve_content(settings: Settings, catalog: Catalog) -> AsyncIterator[s
         host = await asyncio.to_thread(local_address, settings.state.get_secret_value())
     settings.check_internal_host(host)
     guard = OnlyTheCluster(cluster_secret(settings))
-    server = grpc.aio.server(options=WORKER_SERVER_OPTIONS, interceptors=[guard])
+    server = grpc.aio.server(options=WORKER_SERVER_OPTIONS, interceptors=[guard, ReadableMessages()])
     add_AdapterContentServicer_to_server(ContentService(catalog.folders), server)  # type: ignore[no-untyped-call]
     try:
         address = guard.listen(server, host)

@@ -27,11 +27,13 @@ from dataclasses import dataclass
 class PreftError(Exception):
     """Root of all errors raised on purpose. `str(error)` is one sentence for the user.
 
-    The sentence may quote names in files, and escapes their lone surrogates, which no reply and no log can hold.
+    The sentence may quote names in files. It escapes what can't be printed in them: control characters end or hide a
+    line of a log, and no reply and no log can hold lone surrogates.
     """
 
     def __str__(self) -> str:
-        return super().__str__().encode(errors="backslashreplace").decode()
+        text = super().__str__()
+        return text if text.isprintable() else "".join(map(_shown, text))
 
 
 class InvalidRequest(PreftError):
@@ -118,6 +120,10 @@ class ErrorMapping:
     type: str
     code: str
     grpc: str
+
+
+def _shown(character: str) -> str:
+    return character if character.isprintable() else ascii(character)[1:-1]
 
 
 MESSAGE_CHARS = 1000

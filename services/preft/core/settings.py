@@ -203,7 +203,7 @@ class Settings(_Strict):
             return value
         if not value:
             raise ValueError("give a file path or a URL")
-        return SecretStr(os.path.abspath(os.path.expanduser(value.get_secret_value())))
+        return SecretStr(_from_root(value.get_secret_value()))
 
     @field_validator("allowed_hosts")
     @classmethod
@@ -224,10 +224,7 @@ class Settings(_Strict):
             raise ValueError(str(error)) from None
         if len(set(names.values())) < len(names):
             raise ValueError("two names differ only in how Unicode writes the same letters")
-        return {
-            names[name]: source if "://" in source else os.path.abspath(os.path.expanduser(source))
-            for name, source in value.items()
-        }
+        return {names[name]: source if "://" in source else _from_root(source) for name, source in value.items()}
 
     @field_validator("adapter_sources")
     @classmethod
@@ -236,9 +233,7 @@ class Settings(_Strict):
             scheme, separator, place = source.partition("://")
             if separator and (scheme not in SCHEMES or "/.." in place):
                 raise ValueError(f"{source!r} is neither a folder nor starts with {', '.join(SCHEMES)} and ://")
-        return value and tuple(
-            source if "://" in source else os.path.abspath(os.path.expanduser(source)) for source in value
-        )
+        return value and tuple(source if "://" in source else _from_root(source) for source in value)
 
     @model_validator(mode="after")
     def _replicas_are_in_order(self) -> Settings:
@@ -278,8 +273,14 @@ class Settings(_Strict):
 
 
 def absolute(path: Path) -> Path:
-    """The path from the root, with ~ replaced. Links stay."""
-    return Path(os.path.abspath(path.expanduser()))
+    """The path from the root, with ~ replaced. Links stay. Raises ValueError if no file can have the path."""
+    return Path(_from_root(str(path)))
+
+
+def _from_root(path: str) -> str:
+    if "\0" in path:
+        raise ValueError("no path holds a NUL character")
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def host_and_port(host: str, port: int) -> str:

@@ -13,6 +13,7 @@ import yaml
 from preft.core.errors import ConfigError
 
 _MERGE = "tag:yaml.org,2002:merge"  # `<<` may be repeated: later ones overwrite nothing
+_NO_VALUE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)  # of PyYAML for `!!int x`, 2001-99-99
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -52,12 +53,20 @@ def _read(text: str, place: str) -> Any:
     loader.place = place
     try:
         return loader.get_single_data()
+    except RecursionError:
+        raise yaml.YAMLError("too many levels") from None
     finally:
         loader.dispose()
 
 
 class _Loader(yaml.SafeLoader):
     place = ""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep=deep)
+        except _NO_VALUE:
+            raise yaml.constructor.ConstructorError(problem_mark=node.start_mark) from None
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)

@@ -31,6 +31,7 @@ from preft.memory.arena import StagingArena
 from preft.rpc import adapter_content_pb2, common_pb2, workers_pb2, workers_pb2_grpc
 from preft.rpc.adapter_content_pb2_grpc import add_AdapterContentServicer_to_server
 from preft.rpc.convert import adapter_from_proto
+from preft.rpc.readable import ReadableMessages
 from preft.rpc.secret import ClusterSecret, OnlyTheCluster
 from preft.rpc.server_options import WORKER_SERVER_OPTIONS
 from preft.rpc.status import errors_reported
@@ -159,7 +160,7 @@ class WorkerServer:
             sender = sender or GrpcKvSender(secret)
             opened.push_async_callback(sender.close)
             guard = OnlyTheCluster(secret)
-            server = grpc.aio.server(options=WORKER_SERVER_OPTIONS, interceptors=[guard])
+            server = grpc.aio.server(options=WORKER_SERVER_OPTIONS, interceptors=[guard, ReadableMessages()])
             worker = cls(engine, server, store, record, sender, arena, disk, adapters, peers, own.engine_timeout)
             names = worker._add_services(settings, role, secret)
             if worker._handles is not None:

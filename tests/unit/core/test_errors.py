@@ -60,3 +60,9 @@ def test_the_message_is_the_sentence_and_details_travel_along() -> None:
     assert str(QueueFull("full", 3.0)) == "full"
     assert QueueFull("full", 3.0).retry_after == 3.0
     assert InvalidRequest("bad", "n").param == "n"
+
+
+def test_what_can_t_be_printed_is_escaped() -> None:
+    error = PreftError("tensor a\nb\x1b[31m of \u202eadapter \udcff is \u00e9")
+    assert str(error) == r"tensor a\nb\x1b[31m of \u202eadapter \udcff is \u00e9".replace(r"\u00e9", "\u00e9")
+    assert str(error).isprintable()

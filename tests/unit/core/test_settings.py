@@ -96,7 +96,20 @@ def test_ipv6_addresses_have_brackets() -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"model: [", b"- model", b"just words", b"3: 4\nmodel: /m", b"\xff\xfe\x00", b"model: !!python/none x"]
+    "content",
+    [
+        *(b"model: [", b"- model", b"just words", b"3: 4\nmodel: /m", b"\xff\xfe\x00", b"model: !!python/none x"),
+        *(
+            b"port: !!int x",
+            b"port: !!float",
+            b"port: 0x",
+            b"port: 2001-99-99",
+            b"port: !!timestamp x",
+            b"port: !!bool x",
+        ),
+        *(b"port: !!binary x", b"[" * 3000, b"a: {" * 3000, b"port: " + b"9" * 5000, b"? [a]\n: b", b"a: !!omap [b]"),
+    ],
+    ids=lambda content: repr(content[:20]),
 )
 def test_a_broken_file_is_a_config_error(tmp_path: Path, content: bytes) -> None:
     config = tmp_path / "cluster.yaml"
@@ -104,6 +117,16 @@ def test_a_broken_file_is_a_config_error(tmp_path: Path, content: bytes) -> None
     with pytest.raises(ConfigError) as caught:
         load_settings(config)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["model", "state_dir", "adapter_dir", "state"])
+def test_no_path_holds_a_nul(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{key}: no path holds a NUL character"):
+        load_settings(overrides={"model": "/m", key: "/a\0b"})
+
+
+def test_a_home_of_nobody_is_a_name() -> None:
+    assert load_settings(overrides={"model": "~no-such-user/m"}).model == Path("~no-such-user/m").absolute()
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

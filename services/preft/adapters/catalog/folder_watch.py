@@ -47,7 +47,7 @@ class FolderWatch:
 
     def __init__(self, folder: Path, catalog: AdapterCatalog, *, interval: float = 1.0) -> None:
         """`interval` is the shortest pause between two scans, in seconds."""
-        self._folder = os.path.abspath(folder.expanduser())
+        self._folder = os.path.abspath(os.path.expanduser(folder))
         self._catalog = catalog
         self._interval = interval
         self._pause = interval

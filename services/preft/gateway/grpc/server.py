@@ -18,6 +18,7 @@ from preft.gateway.grpc.adapters import AdaptersService
 from preft.gateway.grpc.inference import InferenceService
 from preft.rpc import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 from preft.rpc.liveness import ACCEPT_PINGS
+from preft.rpc.readable import ReadableMessages
 
 _INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 _ADAPTERS = adapters_pb2.DESCRIPTOR.services_by_name["Adapters"].full_name
@@ -40,7 +41,8 @@ class RpcServer:
 async def serve_grpc(deps: GatewayDeps, host: str, port: int) -> RpcServer:
     """Starts Inference and Adapters on `host:port`; port 0 means any free port. Raises ConfigError for a taken port."""
     limit = ("grpc.max_receive_message_length", deps.max_body_bytes)
-    server = grpc.aio.server(options=[("grpc.so_reuseport", 0), limit, *ACCEPT_PINGS])
+    options = [("grpc.so_reuseport", 0), limit, *ACCEPT_PINGS]
+    server = grpc.aio.server(options=options, interceptors=[ReadableMessages()])
     inference_pb2_grpc.add_InferenceServicer_to_server(InferenceService(deps), server)  # type: ignore[no-untyped-call]
     adapters_pb2_grpc.add_AdaptersServicer_to_server(AdaptersService(deps), server)  # type: ignore[no-untyped-call]
     health_pb2_grpc.add_HealthServicer_to_server(_Health(deps), server)

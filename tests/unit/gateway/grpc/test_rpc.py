@@ -218,6 +218,14 @@ async def test_refused_requests(served, request_, code, param):
     assert served.generator.requests == []
 
 
+@pytest.mark.parametrize("rpc", ["Inference/Generate", "Adapters/Get", "Adapters/Add"])
+async def test_a_message_that_cant_be_read_is_the_callers_fault(served, rpc, caplog):
+    stream = served.channel.unary_stream(f"/preft.v1.{rpc}")(b"\x0a\xff\xff")
+    assert await stream.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert await stream.details() == "the message can't be read: it isn't of the type that this call takes"
+    assert not caplog.records
+
+
 async def test_failures_have_their_code(served):
     served.script = Script(served.hello, fail=TransferFailed("checksum"), fail_after=2)
     with pytest.raises(grpc.aio.AioRpcError, match="checksum") as caught:

@@ -101,6 +101,7 @@ async def run_gateway(
         places=router.places,
         workers=router.workers,
         stats=router.stats,
+        catalog_age=lambda: catalog.age,
         model_root=str(settings.model),
         max_adapter_bytes=settings.store.max_adapter_bytes,
         upload_folder=uploads_folder(settings),

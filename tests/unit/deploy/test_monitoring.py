@@ -140,5 +140,7 @@ def test_alerts_fire_when_they_should() -> None:
     assert tested.returncode == 0, tested.stdout + tested.stderr
     asked = [test["promql_expr_test"][0] for test in yaml.safe_load(cases.read_text())["tests"]]
     for fires in (True, False):
-        alerting = [re.findall(r'alertname="(\w+)"', one["expr"])[0] for one in asked if bool(one["exp_samples"]) is fires]
+        alerting = [
+            re.findall(r'alertname="(\w+)"', one["expr"])[0] for one in asked if bool(one["exp_samples"]) is fires
+        ]
         assert alerting == [rule["alert"] for rule in alerts()]

@@ -34,7 +34,9 @@ def test_every_figure_of_every_worker() -> None:
         WorkerSeen(prefill, WorkerState.READY, WorkerStatus(kv_blocks_used=5, tiers=tiers), 0.1),
         WorkerSeen(decode, WorkerState.DRAINING, drained, 0.1),
     ]
-    stats = RouterStats(waiting=4, in_flight={"p": 6}, retries=1, resumes=2, refused=3, longest_wait=1.5, leases=6, waited=7.5)
+    stats = RouterStats(
+        waiting=4, in_flight={"p": 6}, retries=1, resumes=2, refused=3, longest_wait=1.5, leases=6, waited=7.5
+    )
     registry = CollectorRegistry()
     own = OwnFigures(lambda: stats, lambda: False, lambda: 12.5)
     ClusterMetrics(lambda: workers, own, BOTH, registry)
@@ -97,7 +99,9 @@ def test_a_silent_worker_has_no_figures(state: WorkerState) -> None:
     worker = WorkerSeen(Worker("p", Role.PREFILL, kv_blocks=9, adapter_slots=8), state, WorkerStatus(), 9.0)
     registry = CollectorRegistry()
     ClusterMetrics(lambda: [worker], OwnFigures(lambda: RouterStats(0, {"p": 2}, 0, 0, 0)), BOTH, registry)
-    samples = [sample for family in registry.collect() for sample in family.samples if list(sample.labels) == ["worker"]]
+    samples = [
+        sample for family in registry.collect() for sample in family.samples if list(sample.labels) == ["worker"]
+    ]
     values = {sample.name: sample.value for sample in samples}
     assert values == {"preft_worker_ready": 0, "preft_worker_draining": 0, "preft_worker_in_flight": 2}
 

@@ -153,6 +153,7 @@ def test_the_documented_commands_make_what_the_pods_mount() -> None:
     page = (DEPLOY.parent / "docs" / "operations.md").read_text()
     used = {item["key"] for name in pods() for volume in pods()[name]["spec"]["volumes"]
             for item in volume.get("secret", {}).get("items", ())}  # fmt: skip
-    assert set(re.findall(r"--from-file=(\w[\w.]*)", page)) == used
+    tls = set(re.findall(r"/run/secrets/preft-tls/([\w.]+)", (FOLDER / "cluster.yaml").read_text()))
+    assert set(re.findall(r"--from-file=(\w[\w.]*)", page)) == used | tls
     for name in ("preft", "preft-tls"):
         assert re.search(rf"create secret \w+ {name} ", page)

@@ -1,7 +1,7 @@
-"""The `preft` command as a newer version might be: `python -m support.newer_version ARGUMENTS`.
+"""The `preft` command, as a newer version might be: `python -m support.newer_version newer|same real|fake ARGUMENTS`.
 
-Its registrations and catalog entries, the messages of its calls and answers, and its KV headers have a field that this
-version doesn't know.
+The registrations, catalog entries, calls, answers and KV headers of a newer version have a field that this version
+doesn't know. `fake` engines are those of `fake_worker`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from preft.cli import main
 from preft.rpc.secret import ClusterChannel
 from preft.state.records import Records
 from preft.transfer import grpc_push
+from support.fake_worker import fake_engines
 
 FIELD = "added_by_a_newer_version"
 NUMBER = 1000  # of the field in every message
@@ -65,5 +66,9 @@ def become_newer() -> None:
 
 
 if __name__ == "__main__":
-    become_newer()
-    sys.exit(main(sys.argv[1:]))
+    version, engines, *arguments = sys.argv[1:]
+    if version == "newer":
+        become_newer()
+    if engines == "fake":
+        fake_engines()
+    sys.exit(main(arguments))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
@@ -22,6 +24,8 @@ FOLDER = DEPLOY / "kubernetes"
 KUSTOMIZATION = yaml.safe_load((FOLDER / "kustomization.yaml").read_text())
 STOP_SECONDS = 15  # of a stop, beside shutdown_timeout: docs/configuration.md
 PODS = ("gateway", "prefill", "decode")
+KUBERAY = "kuberay.yaml"  # instead of prefill.yaml and decode.yaml
+KUBERAY_SCHEMA = Path(__file__).parents[2] / "data" / "kuberay" / "raycluster.json"
 
 
 def manifests(*kinds: str) -> Iterator[dict[str, Any]]:
@@ -59,7 +63,7 @@ def test_kubernetes_knows_every_field() -> None:
 
 def test_kustomize_has_every_file_and_image() -> None:
     files = {*KUSTOMIZATION["resources"], *KUSTOMIZATION["configMapGenerator"][0]["files"], "kustomization.yaml"}
-    assert files == {path.name for path in FOLDER.iterdir()}
+    assert files | {KUBERAY} == {path.name for path in FOLDER.iterdir()}
     images = {image["name"] for image in KUSTOMIZATION["images"]}
     assert {container(name)["image"] for name in PODS} == images
 
@@ -147,6 +151,57 @@ def test_a_container_can_do_little(name: str) -> None:
         spec["automountServiceAccountToken"] is spec["enableServiceLinks"] is own["allowPrivilegeEscalation"] is False
     )
     assert own["capabilities"] == {"drop": ["ALL"]}
+
+
+@pytest.fixture
+def kuberay() -> list[dict[str, Any]]:
+    """The RayCluster, and the manifests beside it."""
+    return list(yaml.safe_load_all((FOLDER / KUBERAY).read_text()))
+
+
+def groups(cluster: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {"head": cluster["spec"]["headGroupSpec"]} | {
+        group["groupName"]: group for group in cluster["spec"]["workerGroupSpecs"]
+    }
+
+
+def test_kuberay_knows_every_field(kuberay: list[dict[str, Any]]) -> None:
+    cluster, *others = kuberay
+    schema = json.loads(KUBERAY_SCHEMA.read_text())
+    jsonschema.validate(cluster, schema)
+    for manifest in others:
+        kubernetes_validate.validate(manifest, kubernetes_validate.latest_version(), strict=True)
+    for name, group in groups(cluster).items():
+        pod = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": name}, "template": group["template"]}
+        kubernetes_validate.validate(pod, kubernetes_validate.latest_version(), strict=True)
+    cluster["spec"]["workerGroupSpecs"][0]["replica"] = 2
+    with pytest.raises(jsonschema.ValidationError, match="'replica' was unexpected"):
+        jsonschema.validate(cluster, schema)
+
+
+def test_kuberay_pods_start_what_the_settings_ask_for(kuberay: list[dict[str, Any]], tmp_path: Path) -> None:
+    cluster, serve, *budgets = kuberay
+    (own,) = serve["spec"]["template"]["spec"]["containers"]
+    environment = {one["name"]: one.get("value", "10.1.2.3") for one in own["env"] if one["name"].startswith("PREFT_")}
+    assert environment.pop("PREFT_CONFIG") == "/etc/preft/cluster.yaml"
+    settings = read_deployed(FOLDER / "cluster.yaml", tmp_path, environment)
+    assert settings.ray_address == f"{cluster['metadata']['name']}-head-svc:6379"
+    for role in settings.roles:
+        group = groups(cluster)[role]
+        assert settings.engine(role).fill_nodes
+        assert json.loads(json.loads(group["rayStartParams"]["resources"])) == settings.engine(role).resources
+        spec = group["template"]["spec"]
+        (ray,) = spec["containers"]
+        drain = {one["name"]: one["value"] for one in ray["env"]}["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"]
+        assert settings.shutdown_timeout < float(drain) < spec["terminationGracePeriodSeconds"]
+        assert str(ray["readinessProbe"]["tcpSocket"]["port"]) == group["rayStartParams"]["node-manager-port"]
+        assert {one["mountPath"] for one in ray["volumeMounts"]} > {"/model", "/run/secrets/preft-tls", "/dev/shm"}
+    labels = [groups(cluster)[role]["template"]["metadata"]["labels"] for role in settings.roles]
+    wanted = [budget["spec"]["selector"]["matchLabels"] for budget in budgets]
+    assert sorted(map(str, wanted)) == sorted(str({"app": label["app"]}) for label in labels)
+    grace = serve["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+    assert grace >= settings.shutdown_timeout + STOP_SECONDS
+    assert {image["name"] for image in KUSTOMIZATION["images"]} == {own["image"], ray["image"]}
 
 
 def test_the_documented_commands_make_what_the_pods_mount() -> None:

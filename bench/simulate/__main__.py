@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, default=1, help="runs of each policy, with one seed each (default: 1)")
     parser.add_argument("--patience", type=float, default=RouterSettings().patience, help="the router's setting")
     parser.add_argument("--engine", type=Path, metavar="FILE", help="JSON object with measured values of Engine")
+    parser.add_argument("--routers", type=int, help="that get the requests in turn")
     parser.add_argument("--calm", action="store_true", help="without bursts and losses of workers")
     parser.add_argument("--out", metavar="DIR", type=Path, nargs="?", const=RESULTS, help=f"save figures ({RESULTS})")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="save a plot as SVG; needs the extra `train`")
@@ -57,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _scenario(arguments: argparse.Namespace) -> Scenario:
     scenario = PRESETS[arguments.preset]
-    given = {key: getattr(arguments, key) for key in ("load", "zipf", "seconds", "seed")}
+    given = {key: getattr(arguments, key) for key in ("load", "zipf", "seconds", "seed", "routers")}
     scenario = replace(scenario, **{key: value for key, value in given.items() if value is not None})
     if arguments.engine is not None:
         scenario = replace(scenario, engine=Engine.read(arguments.engine))

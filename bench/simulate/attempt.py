@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 
 from bench.simulate.workload import Arrival
 from preft.core.request import AdapterRef
+from preft.router.admission import Admission
 from preft.router.lease import Lease
+from preft.router.view import ClusterView
 from preft.router.worker_view import Order
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SimRouter:
+    """One router: its name, its view of the workers, and its queue."""
+
+    name: str
+    view: ClusterView
+    queue: Admission
 
 
 @dataclass(slots=True, eq=False)
@@ -15,6 +27,7 @@ class SimRequest:
     """Times are -1 until they happen. `tokens` counts output tokens."""
 
     arrival: Arrival
+    router: SimRouter
     adapter: AdapterRef | None
     order: Order
     avoid: frozenset[str] = frozenset()
@@ -36,6 +49,7 @@ class SimAttempt:
     request: SimRequest
     lease: Lease
     left: int  # prompt tokens that aren't computed
+    slot: ExitStack = field(default_factory=ExitStack)  # the worker's count of it, until its prompt is computed
     open: bool = True
 
     @property

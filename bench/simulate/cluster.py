@@ -1,20 +1,19 @@
-"""The simulated workers of one run, and what the router's view hears of them: registrations, status, loss, loads."""
+"""The simulated workers of one run, and what the routers hear of them: registrations, status, loss, loads."""
 
 from __future__ import annotations
 
+import math
 from asyncio import AbstractEventLoop
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from bench.simulate.attempt import SimAttempt
+from bench.simulate.attempt import SimAttempt, SimRouter
 from bench.simulate.clock import Stopwatch
 from bench.simulate.decode import DecodeWorker
 from bench.simulate.prefill import PrefillWorker
 from bench.simulate.scenario import Scenario
 from preft.core.cluster import Role, Worker
 from preft.core.request import AdapterRef
-from preft.router.admission import Admission
-from preft.router.view import ClusterView
 from preft.router.watches import INTERVALS, MESSAGES
 from preft.router.worker_view import WorkerView
 
@@ -23,24 +22,25 @@ Node = PrefillWorker | DecodeWorker
 
 
 class Cluster:
-    """Owns the workers. The router's turns are measured by `watch`."""
+    """Owns the workers. The routers' turns are measured by `watch`."""
 
     def __init__(
         self,
         scenario: Scenario,
+        slots: int,
         loop: AbstractEventLoop,
-        view: ClusterView,
         watch: Stopwatch,
         on_prompt: Callable[[SimAttempt], None],
         on_end: Callable[[SimAttempt], None],
     ) -> None:
+        """Prefill workers refuse prompts of more than `slots` adapters at once."""
         self.prefill: dict[str, PrefillWorker] = {}
         self.decode: dict[str, DecodeWorker] = {}
         self.gone: list[PrefillWorker] = []
-        self.queue: Admission | None = None  # set before `start`
+        self.routers: list[SimRouter] = []  # set before `start`
         self._scenario = scenario
+        self._slots = slots
         self._loop = loop
-        self._view = view
         self._watch = watch
         self._on_prompt = on_prompt
         self._on_end = on_end
@@ -54,13 +54,12 @@ class Cluster:
             for index in range(number):
                 worker = self._registration(role, worker_id(role, index))
                 self._registered[worker.id] = worker
-        self._view.register(self._registered.values())
-        for place, view in enumerate(self._view.workers.values()):
-            self._begin(view, self._interval * place / len(self._registered))
+        self._register()
+        for place, worker in enumerate(self._registered.values()):
+            self._begin(worker, self._interval * place / len(self._registered))
 
     def lose(self, lost: str) -> None:
-        """The worker's process ends: its calls break, and the router hears it at once."""
-        view = self._view.workers[lost]
+        """The worker's process ends: its calls break, and the routers hear it at once."""
         prefill = self.prefill.pop(lost, None)
         decode = self.decode.pop(lost, None)
         if prefill is not None:
@@ -69,29 +68,31 @@ class Cluster:
         if decode is not None:
             decode.close()
         with self._watch:
-            view.lost(self._loop.time())
-            self._admission.workers_changed()
-            for digest in list(view.loads):
-                view.load_ended(digest, self._loop.time(), done=False)
-                self._admission.load_ended(view, digest, None)
+            for router in self.routers:
+                view = router.view.workers[lost]
+                view.lost(self._loop.time())
+                router.queue.workers_changed()
+                for digest in list(view.loads):
+                    view.load_ended(digest, self._loop.time(), done=False)
+                    router.queue.load_ended(view, digest, None)
 
     def restart(self, lost: str) -> None:
         """The worker is back, with another process and empty memory."""
         before = self._registered[lost]
         self._registered[lost] = replace(before, pid=before.pid + 1)
+        self._register()
+        self._begin(self._registered[lost], 0.0)
         with self._watch:
-            self._view.register(self._registered.values())
-        self._begin(self._view.workers[lost], 0.0)
-        with self._watch:
-            self._admission.workers_changed()
+            for router in self.routers:
+                router.queue.workers_changed()
 
-    def prefetch(self, view: WorkerView, adapter: AdapterRef) -> None:
-        """Loads the adapter at the worker, as the router's Prefetcher asks for it."""
+    def prefetch(self, router: SimRouter, view: WorkerView, adapter: AdapterRef) -> None:
+        """Loads the adapter at the worker, as a router's Prefetcher asks for it."""
         node = self.prefill.get(view.id)
         if node is None or adapter.digest in view.loads:
             return
         view.load_begins(adapter.digest)
-        self.later(node.memory.load, adapter.digest, lambda: self.later(self._loaded, view, adapter.digest))
+        self.later(node.memory.load, adapter.digest, lambda: self.later(self._loaded, router, view, adapter.digest))
 
     def later(self, do: Callable[..., object], *arguments: object) -> None:
         """Does something when a message has gone over the network."""
@@ -102,13 +103,13 @@ class Cluster:
         for view, adapter in placed:
             node = self.prefill[view.id]
             node.memory.fill(adapter.digest)
-            view.told(node.status())
+            for router in self.routers:
+                router.view.workers[view.id].told(node.status(router.name))
 
-    @property
-    def _admission(self) -> Admission:
-        if self.queue is None:
-            raise RuntimeError("the cluster has no queue")
-        return self.queue
+    def _register(self) -> None:
+        with self._watch:
+            for router in self.routers:
+                router.view.register(self._registered.values())
 
     def _registration(self, role: Role, name: str) -> Worker:
         engine = self._scenario.engine
@@ -125,32 +126,39 @@ class Cluster:
             adapter_slots=engine.slots if role is Role.PREFILL else 0,
         )
 
-    def _begin(self, view: WorkerView, delay: float) -> None:
+    def _begin(self, worker: Worker, delay: float) -> None:
+        engine = self._scenario.engine
         node: Node
-        if view.worker.role is Role.PREFILL:
-            node = self.prefill[view.id] = PrefillWorker(self._scenario.engine, self._loop, self._on_prompt)
+        if worker.role is Role.PREFILL:
+            node = self.prefill[worker.id] = PrefillWorker(engine, self._slots, self._loop, self._on_prompt)
         else:
-            node = self.decode[view.id] = DecodeWorker(self._scenario.engine, self._loop, self._on_end)
-        with self._watch:
-            view.told(node.status(whole=True))
-        self._loop.call_later(self._interval + delay, self._tell, view, node)
+            node = self.decode[worker.id] = DecodeWorker(engine, self._loop, self._on_end)
+        for place, router in enumerate(self.routers):
+            view = router.view.workers[worker.id]
+            with self._watch:
+                view.told(node.status(router.name, whole=True))
+            wait = self._interval * (1 + place / len(self.routers)) + delay
+            self._loop.call_later(wait, self._tell, router, view, node)
 
-    def _tell(self, view: WorkerView, node: Node) -> None:
+    def _tell(self, router: SimRouter, view: WorkerView, node: Node) -> None:
         if (self.prefill.get(view.id) or self.decode.get(view.id)) is not node:
             return
-        update, now = node.status(), self._loop.time()
+        update, now = node.status(router.name), self._loop.time()
+        if isinstance(node, PrefillWorker) and view.wants_changed.is_set():
+            view.wants_changed.clear()
+            node.memory.wanted[router.name] = frozenset(view.wanted)
+            node.waits[router.name] = view.slot_for[0] if view.slot_for else math.inf
         if update.adapters or update.status != view.status or now >= view.heard + SIGN_OF_LIFE:
-            view.heard = now
             with self._watch:
-                view.told(update)
-                self._admission.wake(view)
-        self._loop.call_later(self._interval, self._tell, view, node)
+                view.told(update, now)
+                router.queue.wake(view)
+        self._loop.call_later(self._interval, self._tell, router, view, node)
 
-    def _loaded(self, view: WorkerView, digest: str) -> None:
+    def _loaded(self, router: SimRouter, view: WorkerView, digest: str) -> None:
         if digest in view.loads:
             with self._watch:
                 view.load_ended(digest, self._loop.time(), done=True)
-                self._admission.load_ended(view, digest, None)
+                router.queue.load_ended(view, digest, None)
 
 
 def worker_id(role: Role, index: int) -> str:

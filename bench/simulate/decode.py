@@ -51,13 +51,15 @@ class DecodeWorker:
         self._pass()
         self._plan()
 
-    def status(self, *, whole: bool = False) -> StatusUpdate:
+    def status(self, router: str, *, whole: bool = False) -> StatusUpdate:
+        """What to tell this router."""
         fit = self._engine.staging_bytes - self.staging_used
         status = WorkerStatus(
             running=len(self._attempts),
             kv_blocks_used=self.blocks_used,
             staging_bytes_used=self.staging_used,
             staging_bytes_fit=max(0, fit),
+            other_sequences=sum(one.request.router.name != router for one in self._attempts),
         )
         return StatusUpdate(status, {}, whole)
 

@@ -48,8 +48,9 @@ class Run:
     finished: int = 0
     refused: int = 0
     retried: int = 0
+    full: int = 0  # refused by a worker whose slots another router's prompts had
     unfinished: int = 0
-    in_flight: Mapping[str, int] = field(default_factory=dict)
+    in_flight: dict[tuple[str, str], int] = field(default_factory=dict)
     before: Totals = Totals()
     after: Totals = Totals()
     turns: array[float] = field(default_factory=lambda: array("d"))
@@ -73,6 +74,7 @@ class Run:
             "requests": len(self.requests),
             "refused": self.refused,
             "retried": self.retried,
+            "full": self.full,
             "unfinished": self.unfinished,
             "loads_per_1000": 1000 * (self.after.loads - self.before.loads) / max(1, len(self.requests)),
             "adapters_per_step": (self.after.step_adapters - self.before.step_adapters) / max(1, steps),

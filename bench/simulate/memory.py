@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from asyncio import AbstractEventLoop
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Set
 
 from bench.simulate.scenario import Engine
-from preft.core.cluster import AdapterState, AdapterStatus
+from preft.core.cluster import AdapterState
 
 
 class AdapterMemory:
@@ -16,12 +16,13 @@ class AdapterMemory:
     def __init__(self, engine: Engine, loop: AbstractEventLoop) -> None:
         self.loads = 0  # begun, in total
         self.users: Counter[str] = Counter()
+        self.wanted: dict[str, Set[str]] = {}  # by router
         self._engine = engine
         self._loop = loop
         self._held: OrderedDict[str, None] = OrderedDict()  # most recently used last
         self._loading: dict[str, list[Callable[[], None]]] = {}
         self._waiting: deque[str] = deque()
-        self._changed: dict[str, None] = {}
+        self._changed: dict[str, dict[str, None]] = {}  # since the last message, by router
         self._running = 0
         self._gone = False
 
@@ -54,22 +55,27 @@ class AdapterMemory:
         else:
             self.loads += 1
             self._loading[digest] = [on_end]
-            self._changed[digest] = None
+            self.changed(digest)
             self._waiting.append(digest)
             self._begin()
 
-    def changes(self, *, whole: bool = False) -> dict[str, AdapterStatus]:
-        """What to tell the router: changes since the last call, or everything."""
-        changed = {**self._held, **dict.fromkeys(self._loading)} if whole else self._changed
-        told = {digest: AdapterStatus(self._state(digest)) for digest in changed}
-        self._changed = {}
-        return told
+    def changed(self, digest: str, by: str | None = None) -> None:
+        """Notes a change, for all routers but `by`."""
+        for router, changed in self._changed.items():
+            if router != by:
+                changed[digest] = None
+
+    def changes(self, router: str, *, whole: bool) -> list[str]:
+        """Adapters that changed since the router's last call, or all adapters."""
+        changed = {**self._held, **dict.fromkeys(self._loading)} if whole else self._changed[router]
+        self._changed[router] = {}
+        return list(changed)
 
     def close(self) -> None:
         """The worker is gone: nothing ends any more."""
         self._gone = True
 
-    def _state(self, digest: str) -> AdapterState | None:
+    def state(self, digest: str) -> AdapterState | None:
         if digest in self._held:
             return AdapterState.HOST
         return AdapterState.LOADING if digest in self._loading else None
@@ -90,9 +96,11 @@ class AdapterMemory:
 
     def _put(self, digest: str) -> None:
         self._held[digest] = None
-        self._changed[digest] = None
+        self.changed(digest)
         if len(self._held) > self._engine.host_adapters:
-            out = next((one for one in self._held if one not in self.users and one != digest), None)
+            unused = [one for one in self._held if one not in self.users and one != digest]
+            wanted = frozenset().union(*self.wanted.values())
+            out = next((one for one in unused if one not in wanted), unused[0] if unused else None)
             if out is not None:
                 del self._held[out]
-                self._changed[out] = None
+                self.changed(out)

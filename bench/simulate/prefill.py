@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from asyncio import AbstractEventLoop
 from collections import OrderedDict
 from collections.abc import Callable
@@ -10,14 +11,23 @@ from bench.simulate.attempt import SimAttempt
 from bench.simulate.memory import AdapterMemory
 from bench.simulate.scenario import Engine
 from preft.core.cluster import AdapterStatus, StatusUpdate, WorkerStatus
+from preft.worker.usage import Usage
 
 
 class PrefillWorker:
     """A step takes prompts in order of arrival, until its tokens or its slots are used up."""
 
-    def __init__(self, engine: Engine, loop: AbstractEventLoop, on_prompt: Callable[[SimAttempt], None]) -> None:
-        """`on_prompt` gets each attempt whose prompt has just been computed."""
+    def __init__(
+        self, engine: Engine, slots: int, loop: AbstractEventLoop, on_prompt: Callable[[SimAttempt], None]
+    ) -> None:
+        """`on_prompt` gets each attempt whose prompt has just been computed.
+
+        The worker refuses prompts of more than `slots` adapters; those of more than the engine has wait for a slot.
+        """
         self.memory = AdapterMemory(engine, loop)
+        self.usage = Usage(slots)
+        self.usage.observe(self.memory.changed)
+        self.waits: dict[str, float] = {}  # since when a request of each router has waited for a slot
         self.staging_used = 0
         self.busy = 0.0  # seconds of steps
         self.steps = 0  # with an adapter
@@ -31,21 +41,34 @@ class PrefillWorker:
         self._gone = False
 
     def submit(self, attempt: SimAttempt) -> None:
-        """Takes a prompt. A worker without the adapter loads it first."""
+        """Takes a prompt. A worker without the adapter loads it first. Raises WorkerFull."""
+        request, digest = attempt.request, attempt.digest
+        attempt.slot.enter_context(self.usage.prompt(request.router.name, digest, request.arrival.prompt))
+        self.staging_used += attempt.staged
         self.prompts.append(attempt)
-        digest = attempt.digest
         if digest:
             self.memory.use(digest)
             if digest not in self.memory:
                 self.memory.load(digest, self._step)
         self._step()
 
-    def status(self, *, whole: bool = False) -> StatusUpdate:
+    def status(self, router: str, *, whole: bool = False) -> StatusUpdate:
+        """What to tell this router."""
         fit = self._engine.staging_bytes - self.staging_used
+        prompts, tokens = self.usage.other_work(router)
+        since = min((one for name, one in self.waits.items() if name != router), default=math.inf)
         status = WorkerStatus(
-            running=len(self.prompts), staging_bytes_used=self.staging_used, staging_bytes_fit=max(0, fit)
+            running=len(self.prompts),
+            staging_bytes_used=self.staging_used,
+            staging_bytes_fit=max(0, fit),
+            other_prompts=prompts,
+            other_prompt_tokens=tokens,
+            other_slot_wait_ms=int(1000 * max(0.0, self._loop.time() - since)),
         )
-        adapters: dict[str, AdapterStatus] = self.memory.changes(whole=whole)
+        adapters = {
+            digest: AdapterStatus(self.memory.state(digest), self.usage.other_prompts(router, digest))
+            for digest in self.memory.changes(router, whole=whole)
+        }
         return StatusUpdate(status, adapters, whole)
 
     def close(self) -> list[SimAttempt]:
@@ -95,6 +118,7 @@ class PrefillWorker:
             attempt.left -= tokens
             if not attempt.left:
                 self.prompts.remove(attempt)
+                attempt.slot.close()
                 if attempt.digest:
                     self.memory.leave(attempt.digest)
                 self._on_prompt(attempt)

@@ -90,7 +90,8 @@ class Scenario:
     """`load` is the share of the prefill workers' token rate that the requests ask for, before any adapter's cost.
 
     The popularity of adapters is Zipf with exponent `zipf`. Every `drift_seconds`, `drift_share` of the adapters change
-    places with others. Figures count from `warmup` seconds on, for `seconds`.
+    places with others. Figures count from `warmup` seconds on, for `seconds`. `routers` get the requests in turn. With
+    `clients`, so many requests are under way at any time, and the times of arrivals and `load` have no effect.
     """
 
     name: str = "small"
@@ -109,6 +110,8 @@ class Scenario:
     bursts: tuple[Burst, ...] = ()
     losses: tuple[Loss, ...] = ()
     max_queue: int = 100_000
+    routers: int = 1
+    clients: int = 0
     seed: int = 1
     engine: Engine = Engine()
 
@@ -152,4 +155,35 @@ TINY = replace(
     losses=(Loss(3, 1, 1), Loss(3.5, 1, 2, decode=True)),
     engine=Engine(host_adapters=8, slots=2),
 )
-PRESETS = {preset.name: preset for preset in (TINY, SMALL, LARGE)}
+CROWDED = Scenario(  # like the cluster of `make bench-cluster`: two CPU workers, and more requests than they can take
+    name="crowded",
+    prefill=2,
+    decode=1,
+    adapters=64,
+    base_share=0.0,
+    seconds=120.0,
+    prompts=Lengths(18, 0.4, 8, 32),
+    outputs=Lengths(15, 0.3, 8, 24),
+    drift_share=0.0,
+    clients=64,
+    engine=Engine(
+        step_tokens=2048,
+        step_seconds=0.12,
+        token_seconds=0.002,
+        adapter_seconds=0.02,
+        slots=4,
+        host_adapters=20,
+        adapter_bytes=21_000_000,
+        disk_rate=0.4e9,
+        slot_rate=0.5e9,
+        decode_seconds=0.03,
+        decode_sequence_seconds=0.001,
+        decode_batch=64,
+        kv_tokens=20_000,
+        kv_token_bytes=8192,
+        block_size=32,
+        staging_bytes=GiB,
+        rpc_seconds=0.004,
+    ),
+)
+PRESETS = {preset.name: preset for preset in (TINY, SMALL, LARGE, CROWDED)}

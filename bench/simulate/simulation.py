@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import cycle
 
-from bench.simulate.attempt import SimAttempt, SimRequest
+from bench.simulate.attempt import SimAttempt, SimRequest, SimRouter
 from bench.simulate.clock import Stopwatch, VirtualLoop
 from bench.simulate.cluster import Cluster, worker_id
 from bench.simulate.figures import Run, Totals
@@ -20,7 +23,7 @@ from bench.simulate.scenario import Loss, Scenario
 from bench.simulate.timed import TimedAdmission, TimedPolicy
 from bench.simulate.workload import Arrival, Workload, adapter_refs
 from preft.core.cluster import Role
-from preft.core.errors import QueueFull
+from preft.core.errors import QueueFull, WorkerFull
 from preft.core.request import AdapterRef
 from preft.router.generation import KV_ALLOWANCE
 from preft.router.policy import Absent, Crowded, Demand, Pair
@@ -30,6 +33,7 @@ from preft.router.view import ClusterView
 from preft.router.worker_view import WorkerView
 
 MAX_PREFILLS = 64  # the default of `router.max_inflight_prefills`
+OURS = "ours"  # the policy that sends a worker no more adapters than it has slots
 DRAIN_SECONDS = 600.0  # for the requests that are left after the last arrival
 
 
@@ -54,13 +58,14 @@ class _Simulation:
         self._scenario = scenario
         self._loop = loop
         self._workload = Workload(scenario)
+        self._arrivals = self._workload.arrivals()
         self._refs = adapter_refs(scenario.adapters)
         self._watch = Stopwatch()
-        self._view = ClusterView(MAX_PREFILLS, QUEUED_SHARE)
         self._policy = TimedPolicy(POLICIES[policy](patience))
-        self._cluster = Cluster(scenario, loop, self._view, self._watch, self._prompted, self._finished)
-        self._queue = TimedAdmission(self._policy, self._view, scenario.max_queue, self._cluster.prefetch, self._watch)
-        self._cluster.queue = self._queue
+        slots = scenario.engine.slots if policy == OURS else sys.maxsize
+        self._cluster = Cluster(scenario, slots, loop, self._watch, self._prompted, self._finished)
+        self._cluster.routers = [self._router(f"router-{number}") for number in range(scenario.routers)]
+        self._turns = cycle(self._cluster.routers)
         self._attempts: dict[SimAttempt, None] = {}
         self._running = 0  # requests that aren't finished
         self._run = Run(scenario, policy, patience)
@@ -73,21 +78,34 @@ class _Simulation:
             self._loop.call_at(loss.start, self._lose, loss)
         self._loop.call_at(scenario.warmup, self._measure)
         self._loop.call_at(scenario.end, self._measured)
-        self._next(self._workload.arrivals())
+        for _ in range(scenario.clients or 1):
+            self._next()
         await asyncio.sleep(scenario.end)
         limit = scenario.end + DRAIN_SECONDS
         while self._running and self._loop.time() < limit:
             await asyncio.sleep(1.0)
         self._run.unfinished = self._running
-        self._run.in_flight = dict(self._view.in_flight())
+        for router in self._cluster.routers:
+            self._run.in_flight |= {(router.name, key): number for key, number in router.view.in_flight().items()}
         return self._run
+
+    def _router(self, name: str) -> SimRouter:
+        view = ClusterView(MAX_PREFILLS, QUEUED_SHARE)
+
+        def prefetch(worker: WorkerView, adapter: AdapterRef) -> None:
+            self._cluster.prefetch(router, worker, adapter)
+
+        queue = TimedAdmission(self._policy, view, self._scenario.max_queue, prefetch, self._watch)
+        router = SimRouter(name, view, queue)
+        return router
 
     def _first_places(self) -> Iterator[tuple[WorkerView, AdapterRef]]:
         """Where the policy places the adapters that fit, one by one in the idle cluster, the most popular ones last."""
         room = self._scenario.engine.host_adapters * self._scenario.prefill
+        view = self._cluster.routers[0].view
         for number in reversed(self._workload.by_rank[:room]):
             adapter = self._refs[number]
-            placed = self._policy.place(Demand(adapter.digest, 100, 200, 50, adapter=adapter), self._view, 0.0)
+            placed = self._policy.place(Demand(adapter.digest, 100, 200, 50, adapter=adapter), view, 0.0)
             if isinstance(placed, Pair):
                 yield placed.prefill, adapter
             elif isinstance(placed, Absent | Crowded):
@@ -95,16 +113,22 @@ class _Simulation:
 
     # Requests
 
-    def _next(self, arrivals: Iterator[Arrival]) -> None:
-        arrival = next(arrivals, None)
-        if arrival is not None:
-            self._loop.call_at(arrival.at, self._arrive, arrival, arrivals)
+    def _next(self) -> None:
+        arrival = next(self._arrivals, None)
+        if arrival is None:
+            return
+        if self._scenario.clients:
+            arrival = replace(arrival, at=self._loop.time())
+        if arrival.at < self._scenario.end:
+            self._loop.call_at(arrival.at, self._arrive, arrival)
 
-    def _arrive(self, arrival: Arrival, arrivals: Iterator[Arrival]) -> None:
-        self._next(arrivals)
+    def _arrive(self, arrival: Arrival) -> None:
+        if not self._scenario.clients:
+            self._next()
+        router = next(self._turns)
         with self._watch:
-            order = self._queue.shares.order(arrival.at, "", 0, arrival.prompt + arrival.output)
-        request = SimRequest(arrival, self._refs[arrival.adapter] if arrival.adapter >= 0 else None, order)
+            order = router.queue.shares.order(arrival.at, "", 0, arrival.prompt + arrival.output)
+        request = SimRequest(arrival, router, self._refs[arrival.adapter] if arrival.adapter >= 0 else None, order)
         if arrival.at >= self._scenario.warmup:
             self._run.requests.append(request)
         self._running += 1
@@ -123,7 +147,7 @@ class _Simulation:
             avoid=request.avoid,
         )
         try:
-            ticket = self._queue.enter(demand, [0], started=request.attempts > 0)
+            ticket = request.router.queue.enter(demand, [0], started=request.attempts > 0)
         except QueueFull:
             self._run.refused += 1
             self._running -= 1
@@ -142,8 +166,18 @@ class _Simulation:
         if node is None:
             self._fail(attempt, attempt.lease.prefill.id)
         elif attempt.open:
-            node.staging_used += attempt.staged
-            node.submit(attempt)
+            try:
+                node.submit(attempt)
+            except WorkerFull:
+                self._cluster.later(self._full, attempt)
+
+    def _full(self, attempt: SimAttempt) -> None:
+        """Prompts of another router have the slots: the request enters the queue again."""
+        if attempt.open:
+            self._run.full += 1
+            self._end(attempt)
+            attempt.lease.prefill.is_full = True
+            self._enter(attempt.request)
 
     def _prompted(self, attempt: SimAttempt) -> None:
         """The prompt is computed: the first token goes to the client, and the KV to the decode worker."""
@@ -187,6 +221,8 @@ class _Simulation:
         attempt.request.finished = self._loop.time()
         self._run.finished += 1
         self._running -= 1
+        if self._scenario.clients:
+            self._next()
 
     def _fail(self, attempt: SimAttempt, at: str) -> None:
         """A worker of the attempt is gone: the request enters the queue again, with its old place."""

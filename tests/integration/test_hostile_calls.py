@@ -206,7 +206,10 @@ def request_for(site: Site, rpc: str) -> Message:
         case "Push":
             return a_header(site)
         case "Watch":
-            return workers_pb2.WatchRequest(interval=0.05, content_address="127.0.0.1:1")
+            wanted = [site.alice.digest]
+            return workers_pb2.WatchRequest(
+                interval=0.05, content_address="127.0.0.1:1", wanted=wanted, unwanted=wanted
+            )
         case "Find":
             return adapter_content_pb2.FindContent(digest=site.alice.digest)
         case "Read":

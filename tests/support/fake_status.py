@@ -22,8 +22,12 @@ class FakeStatusService(workers_pb2_grpc.WorkerStatusServicer):
     def __init__(self, worker: FakeWorker) -> None:
         self.worker = worker
 
-    async def Watch(self, request: workers_pb2.WatchRequest, context: Any) -> AsyncIterator[workers_pb2.StatusUpdate]:
+    async def Watch(
+        self, requests: AsyncIterator[workers_pb2.WatchRequest], context: Any
+    ) -> AsyncIterator[workers_pb2.StatusUpdate]:
         worker, caller = self.worker, caller_of(context)
+        request = await anext(requests)
+        reading = asyncio.create_task(self._read(requests, caller))
         worker.watchers[caller] += 1
         loop = asyncio.get_running_loop()
         last: StatusUpdate | None = None
@@ -37,7 +41,15 @@ class FakeStatusService(workers_pb2_grpc.WorkerStatusServicer):
                     last, told_at = now, loop.time()
                 await asyncio.sleep(request.interval)
         finally:
+            reading.cancel()
+            worker.wanted[caller].clear()
             worker.watchers[caller] -= 1
+
+    async def _read(self, requests: AsyncIterator[workers_pb2.WatchRequest], caller: str) -> None:
+        async for request in requests:
+            self.worker.wanted[caller] -= set(request.unwanted)
+            self.worker.wanted[caller] |= set(request.wanted)
+            self.worker.slot_waits.append(request.slot_wait_ms)
 
 
 def status_of(worker: FakeWorker, caller: str) -> StatusUpdate:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -116,6 +116,8 @@ class FakeWorker:
     silent_since: float | None = None  # any number: its watchers hear nothing more
     registered: bool = True  # in the registry, also after its death
     watchers: Counter[str] = field(default_factory=Counter)  # open status streams, by caller
+    slot_waits: list[int] = field(default_factory=list)  # in ms, as all callers told
+    wanted: defaultdict[str, set[str]] = field(default_factory=lambda: defaultdict(set))  # digests, by caller
     callers: set[str] = field(default_factory=set)  # all names in calls so far
     told: dict[str, Any] = field(default_factory=dict)
     told_adapters: dict[str, AdapterState | None] = field(default_factory=dict)

@@ -50,7 +50,7 @@ async def watching(
     """A watcher of the worker at `address`, and a channel to it under the same name."""
     watcher = Watcher()
     async with ClusterChannel(address, secret, caller=caller) as channel:
-        stream = workers_pb2_grpc.WorkerStatusStub(channel).Watch(workers_pb2.WatchRequest(interval=interval))
+        stream = workers_pb2_grpc.WorkerStatusStub(channel).Watch([workers_pb2.WatchRequest(interval=interval)])
         reading = asyncio.create_task(watcher.read(stream))
         try:
             yield watcher, channel

@@ -104,7 +104,8 @@ class WorkerStatus:
     computed yet and their tokens, and choices that are being decoded. `staging_bytes_used` leaves out copies that new
     KV may replace; `staging_bytes_fit` is the largest region that could be reserved now. `preemptions` is a total.
     `stalled_seconds` counts the time for which the engine hasn't answered, once it is longer than any usual step; 0: it
-    answers.
+    answers. `other_slot_wait_ms` counts the milliseconds for which another router's request has waited for a slot; 0:
+    none waits.
     """
 
     draining: bool = False
@@ -118,6 +119,7 @@ class WorkerStatus:
     other_prompts: int = 0
     other_prompt_tokens: int = 0
     other_sequences: int = 0
+    other_slot_wait_ms: int = 0
     tiers: TierTotals = field(default_factory=TierTotals)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Collection
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Set
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -56,6 +56,15 @@ class WorkerStubs:
         await self.channel.close(grace)
 
 
+@dataclass(frozen=True, slots=True)
+class Wants:
+    """Digests of adapters for which requests begin and cease to wait for one worker, and the oldest wait for a slot."""
+
+    wanted: Set[str]
+    unwanted: Set[str]
+    slot_wait_ms: int  # 0: none waits for a slot
+
+
 class WorkerChannels:
     """Calls to workers. Use it inside one event loop."""
 
@@ -85,13 +94,15 @@ class WorkerChannels:
         except grpc.aio.AioRpcError as rpc_error:
             raise self._error(rpc_error, worker) from rpc_error
 
-    async def watch(self, worker: Worker, interval: float, silence: float) -> AsyncGenerator[StatusUpdate, None]:
+    async def watch(
+        self, worker: Worker, interval: float, silence: float, wants: AsyncIterator[Wants]
+    ) -> AsyncGenerator[StatusUpdate, None]:
         """Yields the worker's status updates, at most one per `interval` seconds.
 
-        Raises the call's PreftError, and WorkerLost after `silence` seconds without an update.
+        `wants` is what the worker is told meanwhile. Raises the call's PreftError, and WorkerLost after `silence`
+        seconds without an update.
         """
-        request = workers_pb2.WatchRequest(interval=interval, content_address=self._content_address)
-        call = self._stubs_of(worker.address).status.Watch(request)
+        call = self._stubs_of(worker.address).status.Watch(self._watch_requests(interval, wants))
         status = WorkerStatus()
         try:
             while True:
@@ -108,6 +119,15 @@ class WorkerChannels:
             raise error_from_rpc(rpc_error, worker.id) from rpc_error
         finally:
             call.cancel()
+
+    async def _watch_requests(
+        self, interval: float, wants: AsyncIterator[Wants]
+    ) -> AsyncIterator[workers_pb2.WatchRequest]:
+        yield workers_pb2.WatchRequest(interval=interval, content_address=self._content_address)
+        async for change in wants:
+            yield workers_pb2.WatchRequest(
+                wanted=change.wanted, unwanted=change.unwanted, slot_wait_ms=change.slot_wait_ms
+            )
 
     def decode(self, worker: Worker, request: workers_pb2.DecodeRequest, timeout: float) -> list[DecodeCall]:
         """Starts to decode the request's choices; the calls are in the order of the choices."""

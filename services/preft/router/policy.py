@@ -18,6 +18,7 @@ from preft.router.worker_view import Order, WorkerView, work_of
 RING_STEPS = 8  # places on the ring that one choice looks at
 CHEAPEST = 6  # part of `load_price` that a load costs in any case
 SHARED = 8  # prompts of one adapter at a worker that halve the price of another copy
+OTHERS = 2  # times the patience: by how much another router's request may be overtaken
 LOOKS = 16  # holders of a hot adapter that one choice looks at
 FIRST: Order = (float("-inf"), 0, float("inf"))
 
@@ -307,8 +308,9 @@ class _Choice:
         slots = worker.worker.adapter_slots
         if not slots:
             return True
-        if self._kept(worker.slot_for):
-            return False
+        if self._kept(worker.slot_for) or self._overtakes(worker):
+            # but those that came before go with other routers' prompts, as in one line
+            return self._demand.order[2] < worker.slot_shared(self._demand.digest)
         return worker.in_slot(self._demand.digest) or (worker.slots_used < slots and not worker.is_full)
 
     def _kept(self, waiting: Order | None) -> bool:
@@ -316,6 +318,13 @@ class _Choice:
         if waiting is None or self._demand.order <= waiting:
             return False
         return self._now - waiting[2] > self._policy.patience
+
+    def _overtakes(self, worker: WorkerView) -> bool:
+        """Whether another router's request has waited for a slot for much longer, so that this one must not take it.
+
+        News of it is late. If requests of about the same age kept slots for each other, slots would be idle meanwhile.
+        """
+        return self._demand.order[0] - worker.other_slot_for > OTHERS * self._policy.patience
 
     def _decode_of(self, prefill: WorkerView) -> WorkerView | None:
         """The emptiest decode worker with room that takes KV from `prefill`."""

@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Callable, Set
+from contextlib import aclosing, suppress
 
 from preft.core.background import Background
 from preft.core.cluster import Worker, WorkerState
 from preft.core.errors import EngineFailed, PreftError, WorkerLost
-from preft.router.channels import WorkerChannels
+from preft.router.channels import Wants, WorkerChannels
 from preft.router.view import ClusterView
-from preft.router.worker_view import WorkerView
+from preft.router.worker_view import Order, WorkerView
 
 logger = logging.getLogger(__name__)
 
 MESSAGES = 4000  # a second, of all workers together, as far as the routers' asking decides it
 INTERVALS = (0.05, 1.0)  # seconds, least and most, between two messages of one worker
+REPEAT_SECONDS = 1.0
+MOST_WAIT = 3600.0  # seconds that are told
 RETRY_SECONDS = (0.1, 1.0)  # between two attempts to open a stream: after the first failure, and at most
 
 
@@ -87,12 +89,13 @@ class Watches:
         is_said = False
         while True:
             try:
-                async with aclosing(self._channels.watch(view.worker, self._interval(), self._timeout)) as updates:
+                interval = self._interval()
+                watch = self._channels.watch(view.worker, interval, self._timeout, _wants(view, interval))
+                async with aclosing(watch) as updates:
                     async for update in updates:
                         pause, is_said = least, False
                         was = view.is_ready, view.is_stalled
-                        view.told(update)
-                        view.heard = asyncio.get_running_loop().time()
+                        view.told(update, asyncio.get_running_loop().time())
                         self._first_of(view)
                         self._tell(view, (view.is_ready, view.is_stalled) != was)
                 reason: PreftError = WorkerLost(f"worker {view.id} ended its status stream")
@@ -128,3 +131,23 @@ class Watches:
     def _interval(self) -> float:
         least, most = INTERVALS
         return min(most, max(least, len(self._view.workers) / MESSAGES))
+
+
+async def _wants(view: WorkerView, interval: float) -> AsyncIterator[Wants]:
+    """What changes in the router's wants of one worker, at most once per `interval` seconds.
+
+    A wait for a slot is told again each second, so that the worker doesn't believe a router that hangs.
+    """
+    told: tuple[Set[str], Order | None] = frozenset(), None
+    while True:
+        view.wants_changed.clear()
+        now = frozenset(view.wanted), view.slot_for
+        if now != told or view.slot_for:
+            (wanted, oldest), (before, _) = now, told
+            waited = asyncio.get_running_loop().time() - oldest[0] if oldest else 0.0
+            yield Wants(wanted - before, before - wanted, int(1000 * min(MOST_WAIT, max(0.0, waited))))
+            told = now
+            await asyncio.sleep(interval)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(REPEAT_SECONDS if view.slot_for else None):
+                await view.wants_changed.wait()

@@ -6,7 +6,10 @@ needn't wait for news. It only records; `view.ClusterView` holds all workers, wi
 
 from __future__ import annotations
 
+import asyncio
+import math
 from collections import Counter
+from collections.abc import Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
@@ -59,8 +62,8 @@ class Memory:
 class WorkerView:
     """One worker. Times are in loop time.
 
-    `queued` is the work of the waiting requests that the queue has assigned to the worker. `slot_for` is the oldest
-    request that waits for one of its adapter slots, and `memory_for` the one for which its memory is kept.
+    `queued` is the work of the waiting requests that the queue has assigned to the worker. `memory_for` is the oldest
+    request for which its memory is kept. `wants_changed` is set at each change of `wanted` and `slot_for`.
     """
 
     worker: Worker
@@ -76,11 +79,14 @@ class WorkerView:
     blocks: Memory = field(default_factory=Memory)
     staging: Memory = field(default_factory=Memory)
     queued: int = 0
-    slot_for: Order | None = None
+    _slot_for: Order | None = None
+    other_slot_for: float = math.inf  # since when another router's request has waited for a slot
     memory_for: Order | None = None
     _waiting: dict[str, tuple[int, int]] = field(default_factory=dict)  # requests and their work, by digest
     _own_prompts: Counter[str] = field(default_factory=Counter)
     _other_prompts: dict[str, int] = field(default_factory=dict)
+    _slot_shared: dict[str, float] = field(default_factory=dict)  # see `slot_shared`
+    wants_changed: asyncio.Event = field(default_factory=asyncio.Event)
     # Loads that this router has asked for:
     loads: set[str] = field(default_factory=set)
     _loaded: set[str] = field(default_factory=set)  # ended, and not told yet
@@ -175,6 +181,28 @@ class WorkerView:
         waiting, _ = self._waiting.get(digest, (0, 0))
         return self._own_prompts[digest] + self._other_prompts.get(digest, 0) + waiting
 
+    def slot_shared(self, digest: str) -> float:
+        """When the worker told that the adapter had got a slot for other routers' prompts; -inf if this hasn't been so.
+
+        It holds until the adapter leaves its slot.
+        """
+        return self._slot_shared.get(digest, -math.inf)
+
+    @property
+    def wanted(self) -> Set[str]:
+        """Adapters for which requests of this router wait for the worker."""
+        return self._waiting.keys() - {""}
+
+    @property
+    def slot_for(self) -> Order | None:
+        """The oldest request of this router that waits for one of the worker's adapter slots."""
+        return self._slot_for
+
+    @slot_for.setter
+    def slot_for(self, order: Order | None) -> None:
+        self._slot_for = order
+        self.wants_changed.set()
+
     @property
     def slots(self) -> list[str]:
         """The adapters of prompts that aren't computed yet, of all routers."""
@@ -206,6 +234,8 @@ class WorkerView:
         if not self._own_prompts[digest]:
             del self._own_prompts[digest]
             self._place(digest)
+            if not self.in_slot(digest):
+                self._slot_shared.pop(digest, None)
         self.work -= work
         self._moved()
 
@@ -227,6 +257,8 @@ class WorkerView:
     def queue(self, digest: str, number: int, work: int) -> None:
         """Counts requests of one adapter that begin (or, negative, cease) to wait for this worker, and their work."""
         waiting, queued = self._waiting.get(digest, (0, 0))
+        if not waiting or not waiting + number:
+            self.wants_changed.set()
         if waiting + number:
             self._waiting[digest] = waiting + number, queued + work
         else:
@@ -236,10 +268,13 @@ class WorkerView:
 
     # News
 
-    def told(self, update: StatusUpdate) -> None:
+    def told(self, update: StatusUpdate, now: float = 0.0) -> None:
         """Takes one message of the worker's status stream."""
         before, was_stalled = self.status, self.is_stalled
+        self.heard = now
         self.status = update.status
+        waited = update.status.other_slot_wait_ms / 1000
+        self.other_slot_for = now - waited if waited else math.inf
         self.is_full = False
         if self.worker.role is not Role.PREFILL:  # KV blocks of prefill workers are not reserved
             self.blocks.told(update.status.kv_blocks_used)
@@ -249,9 +284,15 @@ class WorkerView:
             changed |= self.adapters.keys() | self._loaded | self._other_prompts.keys()
             self.adapters.clear()
             self._other_prompts.clear()
+            self._slot_shared.clear()
         for digest, adapter in update.adapters.items():
+            was_in_slot = self.in_slot(digest)
             _set(self.adapters, digest, adapter.state)
             _set(self._other_prompts, digest, adapter.other_prompts)
+            if not self.in_slot(digest):
+                self._slot_shared.pop(digest, None)
+            elif not was_in_slot:
+                self._slot_shared[digest] = now
         self._loaded -= changed
         for digest in changed:
             self._place(digest)

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from preft.rpc import common_pb2 as preft_dot_rpc_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17preft/rpc/workers.proto\x12\x08preft.v1\x1a\x16preft/rpc/common.proto\"+\n\x08KvTarget\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x0e\n\x06handle\x18\x02 \x01(\t\"\xca\x01\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12$\n\x08sampling\x18\x03 \x01(\x0b\x32\x12.preft.v1.Sampling\x12%\n\x07\x61\x64\x61pter\x18\x04 \x01(\x0b\x32\x14.preft.v1.AdapterRef\x12\t\n\x01n\x18\x05 \x01(\r\x12\"\n\x06target\x18\x06 \x01(\x0b\x32\x12.preft.v1.KvTarget\x12\x0e\n\x06resume\x18\x07 \x01(\x08\"o\n\x0cPrefillEvent\x12-\n\x0c\x66irst_tokens\x18\x01 \x01(\x0b\x32\x15.preft.v1.FirstTokensH\x00\x12\'\n\tkv_pushed\x18\x02 \x01(\x0b\x32\x12.preft.v1.KvPushedH\x00\x42\x07\n\x05\x65vent\"4\n\x0b\x46irstTokens\x12%\n\x07\x63hoices\x18\x01 \x03(\x0b\x32\x14.preft.v1.TokenDelta\"\n\n\x08KvPushed\"\x0f\n\rPrefetchReply\"V\n\rDecodeCommand\x12(\n\x05start\x18\x02 \x01(\x0b\x32\x17.preft.v1.DecodeRequestH\x00\x12\x10\n\x06\x63\x61ncel\x18\x03 \x01(\x04H\x00\x42\t\n\x07\x63ommand\"5\n\x0c\x44\x65\x63odeEvents\x12%\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x15.preft.v1.DecodeEvent\"k\n\x0b\x44\x65\x63odeEvent\x12\n\n\x02id\x18\x01 \x01(\x04\x12%\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x14.preft.v1.TokenDeltaH\x00\x12 \n\x05\x65rror\x18\x03 \x01(\x0b\x32\x0f.preft.v1.ErrorH\x00\x42\x07\n\x05\x65vent\"D\n\x05\x45rror\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x12\n\x05param\x18\x03 \x01(\tH\x00\x88\x01\x01\x42\x08\n\x06_param\"\xef\x01\n\rDecodeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06handle\x18\x02 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x03 \x03(\r\x12$\n\x08sampling\x18\x05 \x01(\x0b\x32\x12.preft.v1.Sampling\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x06 \x01(\t\x12\x12\n\nkv_timeout\x18\x08 \x01(\x01\x12%\n\x07\x61\x64\x61pter\x18\t \x01(\x0b\x32\x14.preft.v1.AdapterRef\x12\'\n\x07\x63hoices\x18\n \x03(\x0b\x32\x16.preft.v1.DecodeChoice\"C\n\x0c\x44\x65\x63odeChoice\x12\n\n\x02id\x18\x01 \x01(\x04\x12\r\n\x05index\x18\x02 \x01(\r\x12\x18\n\x10output_token_ids\x18\x03 \x03(\r\" \n\x0eReleaseRequest\x12\x0e\n\x06handle\x18\x01 \x01(\t\"\x0e\n\x0cReleaseReply\"9\n\x0cWatchRequest\x12\x10\n\x08interval\x18\x01 \x01(\x01\x12\x17\n\x0f\x63ontent_address\x18\x02 \x01(\t\"\xf0\x02\n\x0cStatusUpdate\x12\r\n\x05whole\x18\x01 \x01(\x08\x12\x10\n\x08\x64raining\x18\x02 \x01(\x08\x12\x0f\n\x07running\x18\x03 \x01(\r\x12\x16\n\x0ekv_blocks_used\x18\x04 \x01(\x04\x12\x1a\n\x12staging_bytes_used\x18\x05 \x01(\x04\x12\x19\n\x11staging_bytes_fit\x18\x06 \x01(\x04\x12\x14\n\x0copen_handles\x18\x07 \x01(\r\x12\x13\n\x0bpreemptions\x18\x08 \x01(\x04\x12\x15\n\rother_prompts\x18\t \x01(\r\x12\x17\n\x0fother_sequences\x18\n \x01(\r\x12)\n\x08\x61\x64\x61pters\x18\x0b \x03(\x0b\x32\x17.preft.v1.AdapterStatus\x12#\n\x05tiers\x18\x0c \x01(\x0b\x32\x14.preft.v1.TierTotals\x12\x1b\n\x13other_prompt_tokens\x18\r \x01(\x04\x12\x17\n\x0fstalled_seconds\x18\x0e \x01(\r\"]\n\rAdapterStatus\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12%\n\x05state\x18\x02 \x01(\x0e\x32\x16.preft.v1.AdapterState\x12\x15\n\rother_prompts\x18\x03 \x01(\r\"\xd3\x03\n\nTierTotals\x12\x12\n\nslots_used\x18\x01 \x01(\r\x12\x15\n\rhost_adapters\x18\x02 \x01(\r\x12\x12\n\nhost_bytes\x18\x03 \x01(\x04\x12\x18\n\x10host_bytes_total\x18\x04 \x01(\x04\x12\x12\n\ndisk_bytes\x18\x05 \x01(\x04\x12\x16\n\x0ehost_evictions\x18\x06 \x01(\x04\x12\x16\n\x0e\x64isk_evictions\x18\x07 \x01(\x04\x12,\n\x04hits\x18\x08 \x03(\x0b\x32\x1e.preft.v1.TierTotals.HitsEntry\x12.\n\x05loads\x18\t \x03(\x0b\x32\x1f.preft.v1.TierTotals.LoadsEntry\x12;\n\x0cload_seconds\x18\n \x03(\x0b\x32%.preft.v1.TierTotals.LoadSecondsEntry\x1a+\n\tHitsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a,\n\nLoadsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a\x32\n\x10LoadSecondsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01*x\n\x0c\x41\x64\x61pterState\x12\x1d\n\x19\x41\x44\x41PTER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x41\x44\x41PTER_STATE_LOADING\x10\x01\x12\x16\n\x12\x41\x44\x41PTER_STATE_HOST\x10\x02\x12\x16\n\x12\x41\x44\x41PTER_STATE_SLOT\x10\x03\x32N\n\rPrefillWorker\x12=\n\x07Prefill\x12\x18.preft.v1.PrefillRequest\x1a\x16.preft.v1.PrefillEvent0\x01\x32K\n\x0eWorkerAdapters\x12\x39\n\x08Prefetch\x12\x14.preft.v1.AdapterRef\x1a\x17.preft.v1.PrefetchReply2I\n\x0cWorkerStatus\x12\x39\n\x05Watch\x12\x16.preft.v1.WatchRequest\x1a\x16.preft.v1.StatusUpdate0\x01\x32\x8a\x01\n\x0c\x44\x65\x63odeWorker\x12=\n\x06\x44\x65\x63ode\x12\x17.preft.v1.DecodeCommand\x1a\x16.preft.v1.DecodeEvents(\x01\x30\x01\x12;\n\x07Release\x12\x18.preft.v1.ReleaseRequest\x1a\x16.preft.v1.ReleaseReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17preft/rpc/workers.proto\x12\x08preft.v1\x1a\x16preft/rpc/common.proto\"+\n\x08KvTarget\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x0e\n\x06handle\x18\x02 \x01(\t\"\xca\x01\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12$\n\x08sampling\x18\x03 \x01(\x0b\x32\x12.preft.v1.Sampling\x12%\n\x07\x61\x64\x61pter\x18\x04 \x01(\x0b\x32\x14.preft.v1.AdapterRef\x12\t\n\x01n\x18\x05 \x01(\r\x12\"\n\x06target\x18\x06 \x01(\x0b\x32\x12.preft.v1.KvTarget\x12\x0e\n\x06resume\x18\x07 \x01(\x08\"o\n\x0cPrefillEvent\x12-\n\x0c\x66irst_tokens\x18\x01 \x01(\x0b\x32\x15.preft.v1.FirstTokensH\x00\x12\'\n\tkv_pushed\x18\x02 \x01(\x0b\x32\x12.preft.v1.KvPushedH\x00\x42\x07\n\x05\x65vent\"4\n\x0b\x46irstTokens\x12%\n\x07\x63hoices\x18\x01 \x03(\x0b\x32\x14.preft.v1.TokenDelta\"\n\n\x08KvPushed\"\x0f\n\rPrefetchReply\"V\n\rDecodeCommand\x12(\n\x05start\x18\x02 \x01(\x0b\x32\x17.preft.v1.DecodeRequestH\x00\x12\x10\n\x06\x63\x61ncel\x18\x03 \x01(\x04H\x00\x42\t\n\x07\x63ommand\"5\n\x0c\x44\x65\x63odeEvents\x12%\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x15.preft.v1.DecodeEvent\"k\n\x0b\x44\x65\x63odeEvent\x12\n\n\x02id\x18\x01 \x01(\x04\x12%\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x14.preft.v1.TokenDeltaH\x00\x12 \n\x05\x65rror\x18\x03 \x01(\x0b\x32\x0f.preft.v1.ErrorH\x00\x42\x07\n\x05\x65vent\"D\n\x05\x45rror\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x12\n\x05param\x18\x03 \x01(\tH\x00\x88\x01\x01\x42\x08\n\x06_param\"\xef\x01\n\rDecodeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06handle\x18\x02 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x03 \x03(\r\x12$\n\x08sampling\x18\x05 \x01(\x0b\x32\x12.preft.v1.Sampling\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x06 \x01(\t\x12\x12\n\nkv_timeout\x18\x08 \x01(\x01\x12%\n\x07\x61\x64\x61pter\x18\t \x01(\x0b\x32\x14.preft.v1.AdapterRef\x12\'\n\x07\x63hoices\x18\n \x03(\x0b\x32\x16.preft.v1.DecodeChoice\"C\n\x0c\x44\x65\x63odeChoice\x12\n\n\x02id\x18\x01 \x01(\x04\x12\r\n\x05index\x18\x02 \x01(\r\x12\x18\n\x10output_token_ids\x18\x03 \x03(\r\" \n\x0eReleaseRequest\x12\x0e\n\x06handle\x18\x01 \x01(\t\"\x0e\n\x0cReleaseReply\"q\n\x0cWatchRequest\x12\x10\n\x08interval\x18\x01 \x01(\x01\x12\x17\n\x0f\x63ontent_address\x18\x02 \x01(\t\x12\x0e\n\x06wanted\x18\x03 \x03(\t\x12\x10\n\x08unwanted\x18\x04 \x03(\t\x12\x14\n\x0cslot_wait_ms\x18\x05 \x01(\r\"\x8c\x03\n\x0cStatusUpdate\x12\r\n\x05whole\x18\x01 \x01(\x08\x12\x10\n\x08\x64raining\x18\x02 \x01(\x08\x12\x0f\n\x07running\x18\x03 \x01(\r\x12\x16\n\x0ekv_blocks_used\x18\x04 \x01(\x04\x12\x1a\n\x12staging_bytes_used\x18\x05 \x01(\x04\x12\x19\n\x11staging_bytes_fit\x18\x06 \x01(\x04\x12\x14\n\x0copen_handles\x18\x07 \x01(\r\x12\x13\n\x0bpreemptions\x18\x08 \x01(\x04\x12\x15\n\rother_prompts\x18\t \x01(\r\x12\x17\n\x0fother_sequences\x18\n \x01(\r\x12)\n\x08\x61\x64\x61pters\x18\x0b \x03(\x0b\x32\x17.preft.v1.AdapterStatus\x12#\n\x05tiers\x18\x0c \x01(\x0b\x32\x14.preft.v1.TierTotals\x12\x1b\n\x13other_prompt_tokens\x18\r \x01(\x04\x12\x17\n\x0fstalled_seconds\x18\x0e \x01(\r\x12\x1a\n\x12other_slot_wait_ms\x18\x0f \x01(\r\"]\n\rAdapterStatus\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12%\n\x05state\x18\x02 \x01(\x0e\x32\x16.preft.v1.AdapterState\x12\x15\n\rother_prompts\x18\x03 \x01(\r\"\xd3\x03\n\nTierTotals\x12\x12\n\nslots_used\x18\x01 \x01(\r\x12\x15\n\rhost_adapters\x18\x02 \x01(\r\x12\x12\n\nhost_bytes\x18\x03 \x01(\x04\x12\x18\n\x10host_bytes_total\x18\x04 \x01(\x04\x12\x12\n\ndisk_bytes\x18\x05 \x01(\x04\x12\x16\n\x0ehost_evictions\x18\x06 \x01(\x04\x12\x16\n\x0e\x64isk_evictions\x18\x07 \x01(\x04\x12,\n\x04hits\x18\x08 \x03(\x0b\x32\x1e.preft.v1.TierTotals.HitsEntry\x12.\n\x05loads\x18\t \x03(\x0b\x32\x1f.preft.v1.TierTotals.LoadsEntry\x12;\n\x0cload_seconds\x18\n \x03(\x0b\x32%.preft.v1.TierTotals.LoadSecondsEntry\x1a+\n\tHitsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a,\n\nLoadsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a\x32\n\x10LoadSecondsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01*x\n\x0c\x41\x64\x61pterState\x12\x1d\n\x19\x41\x44\x41PTER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x41\x44\x41PTER_STATE_LOADING\x10\x01\x12\x16\n\x12\x41\x44\x41PTER_STATE_HOST\x10\x02\x12\x16\n\x12\x41\x44\x41PTER_STATE_SLOT\x10\x03\x32N\n\rPrefillWorker\x12=\n\x07Prefill\x12\x18.preft.v1.PrefillRequest\x1a\x16.preft.v1.PrefillEvent0\x01\x32K\n\x0eWorkerAdapters\x12\x39\n\x08Prefetch\x12\x14.preft.v1.AdapterRef\x1a\x17.preft.v1.PrefetchReply2K\n\x0cWorkerStatus\x12;\n\x05Watch\x12\x16.preft.v1.WatchRequest\x1a\x16.preft.v1.StatusUpdate(\x01\x30\x01\x32\x8a\x01\n\x0c\x44\x65\x63odeWorker\x12=\n\x06\x44\x65\x63ode\x12\x17.preft.v1.DecodeCommand\x1a\x16.preft.v1.DecodeEvents(\x01\x30\x01\x12;\n\x07Release\x12\x18.preft.v1.ReleaseRequest\x1a\x16.preft.v1.ReleaseReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,8 +38,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TIERTOTALS_LOADSENTRY']._serialized_options = b'8\001'
   _globals['_TIERTOTALS_LOADSECONDSENTRY']._loaded_options = None
   _globals['_TIERTOTALS_LOADSECONDSENTRY']._serialized_options = b'8\001'
-  _globals['_ADAPTERSTATE']._serialized_start=2185
-  _globals['_ADAPTERSTATE']._serialized_end=2305
+  _globals['_ADAPTERSTATE']._serialized_start=2269
+  _globals['_ADAPTERSTATE']._serialized_end=2389
   _globals['_KVTARGET']._serialized_start=61
   _globals['_KVTARGET']._serialized_end=104
   _globals['_PREFILLREQUEST']._serialized_start=107
@@ -69,25 +69,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RELEASEREPLY']._serialized_start=1174
   _globals['_RELEASEREPLY']._serialized_end=1188
   _globals['_WATCHREQUEST']._serialized_start=1190
-  _globals['_WATCHREQUEST']._serialized_end=1247
-  _globals['_STATUSUPDATE']._serialized_start=1250
-  _globals['_STATUSUPDATE']._serialized_end=1618
-  _globals['_ADAPTERSTATUS']._serialized_start=1620
-  _globals['_ADAPTERSTATUS']._serialized_end=1713
-  _globals['_TIERTOTALS']._serialized_start=1716
-  _globals['_TIERTOTALS']._serialized_end=2183
-  _globals['_TIERTOTALS_HITSENTRY']._serialized_start=2042
-  _globals['_TIERTOTALS_HITSENTRY']._serialized_end=2085
-  _globals['_TIERTOTALS_LOADSENTRY']._serialized_start=2087
-  _globals['_TIERTOTALS_LOADSENTRY']._serialized_end=2131
-  _globals['_TIERTOTALS_LOADSECONDSENTRY']._serialized_start=2133
-  _globals['_TIERTOTALS_LOADSECONDSENTRY']._serialized_end=2183
-  _globals['_PREFILLWORKER']._serialized_start=2307
-  _globals['_PREFILLWORKER']._serialized_end=2385
-  _globals['_WORKERADAPTERS']._serialized_start=2387
-  _globals['_WORKERADAPTERS']._serialized_end=2462
-  _globals['_WORKERSTATUS']._serialized_start=2464
-  _globals['_WORKERSTATUS']._serialized_end=2537
-  _globals['_DECODEWORKER']._serialized_start=2540
-  _globals['_DECODEWORKER']._serialized_end=2678
+  _globals['_WATCHREQUEST']._serialized_end=1303
+  _globals['_STATUSUPDATE']._serialized_start=1306
+  _globals['_STATUSUPDATE']._serialized_end=1702
+  _globals['_ADAPTERSTATUS']._serialized_start=1704
+  _globals['_ADAPTERSTATUS']._serialized_end=1797
+  _globals['_TIERTOTALS']._serialized_start=1800
+  _globals['_TIERTOTALS']._serialized_end=2267
+  _globals['_TIERTOTALS_HITSENTRY']._serialized_start=2126
+  _globals['_TIERTOTALS_HITSENTRY']._serialized_end=2169
+  _globals['_TIERTOTALS_LOADSENTRY']._serialized_start=2171
+  _globals['_TIERTOTALS_LOADSENTRY']._serialized_end=2215
+  _globals['_TIERTOTALS_LOADSECONDSENTRY']._serialized_start=2217
+  _globals['_TIERTOTALS_LOADSECONDSENTRY']._serialized_end=2267
+  _globals['_PREFILLWORKER']._serialized_start=2391
+  _globals['_PREFILLWORKER']._serialized_end=2469
+  _globals['_WORKERADAPTERS']._serialized_start=2471
+  _globals['_WORKERADAPTERS']._serialized_end=2546
+  _globals['_WORKERSTATUS']._serialized_start=2548
+  _globals['_WORKERSTATUS']._serialized_end=2623
+  _globals['_DECODEWORKER']._serialized_start=2626
+  _globals['_DECODEWORKER']._serialized_end=2764
 # @@protoc_insertion_point(module_scope)

@@ -142,15 +142,21 @@ class ReleaseReply(_message.Message):
     def __init__(self) -> None: ...
 
 class WatchRequest(_message.Message):
-    __slots__ = ("interval", "content_address")
+    __slots__ = ("interval", "content_address", "wanted", "unwanted", "slot_wait_ms")
     INTERVAL_FIELD_NUMBER: _ClassVar[int]
     CONTENT_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    WANTED_FIELD_NUMBER: _ClassVar[int]
+    UNWANTED_FIELD_NUMBER: _ClassVar[int]
+    SLOT_WAIT_MS_FIELD_NUMBER: _ClassVar[int]
     interval: float
     content_address: str
-    def __init__(self, interval: _Optional[float] = ..., content_address: _Optional[str] = ...) -> None: ...
+    wanted: _containers.RepeatedScalarFieldContainer[str]
+    unwanted: _containers.RepeatedScalarFieldContainer[str]
+    slot_wait_ms: int
+    def __init__(self, interval: _Optional[float] = ..., content_address: _Optional[str] = ..., wanted: _Optional[_Iterable[str]] = ..., unwanted: _Optional[_Iterable[str]] = ..., slot_wait_ms: _Optional[int] = ...) -> None: ...
 
 class StatusUpdate(_message.Message):
-    __slots__ = ("whole", "draining", "running", "kv_blocks_used", "staging_bytes_used", "staging_bytes_fit", "open_handles", "preemptions", "other_prompts", "other_sequences", "adapters", "tiers", "other_prompt_tokens", "stalled_seconds")
+    __slots__ = ("whole", "draining", "running", "kv_blocks_used", "staging_bytes_used", "staging_bytes_fit", "open_handles", "preemptions", "other_prompts", "other_sequences", "adapters", "tiers", "other_prompt_tokens", "stalled_seconds", "other_slot_wait_ms")
     WHOLE_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
@@ -165,6 +171,7 @@ class StatusUpdate(_message.Message):
     TIERS_FIELD_NUMBER: _ClassVar[int]
     OTHER_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STALLED_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    OTHER_SLOT_WAIT_MS_FIELD_NUMBER: _ClassVar[int]
     whole: bool
     draining: bool
     running: int
@@ -179,7 +186,8 @@ class StatusUpdate(_message.Message):
     tiers: TierTotals
     other_prompt_tokens: int
     stalled_seconds: int
-    def __init__(self, whole: _Optional[bool] = ..., draining: _Optional[bool] = ..., running: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., staging_bytes_used: _Optional[int] = ..., staging_bytes_fit: _Optional[int] = ..., open_handles: _Optional[int] = ..., preemptions: _Optional[int] = ..., other_prompts: _Optional[int] = ..., other_sequences: _Optional[int] = ..., adapters: _Optional[_Iterable[_Union[AdapterStatus, _Mapping]]] = ..., tiers: _Optional[_Union[TierTotals, _Mapping]] = ..., other_prompt_tokens: _Optional[int] = ..., stalled_seconds: _Optional[int] = ...) -> None: ...
+    other_slot_wait_ms: int
+    def __init__(self, whole: _Optional[bool] = ..., draining: _Optional[bool] = ..., running: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., staging_bytes_used: _Optional[int] = ..., staging_bytes_fit: _Optional[int] = ..., open_handles: _Optional[int] = ..., preemptions: _Optional[int] = ..., other_prompts: _Optional[int] = ..., other_sequences: _Optional[int] = ..., adapters: _Optional[_Iterable[_Union[AdapterStatus, _Mapping]]] = ..., tiers: _Optional[_Union[TierTotals, _Mapping]] = ..., other_prompt_tokens: _Optional[int] = ..., stalled_seconds: _Optional[int] = ..., other_slot_wait_ms: _Optional[int] = ...) -> None: ...
 
 class AdapterStatus(_message.Message):
     __slots__ = ("digest", "state", "other_prompts")

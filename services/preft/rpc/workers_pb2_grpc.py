@@ -188,7 +188,7 @@ class WorkerStatusStub:
         Args:
             channel: A grpc.Channel.
         """
-        self.Watch = channel.unary_stream(
+        self.Watch = channel.stream_stream(
                 '/preft.v1.WorkerStatus/Watch',
                 request_serializer=preft_dot_rpc_dot_workers__pb2.WatchRequest.SerializeToString,
                 response_deserializer=preft_dot_rpc_dot_workers__pb2.StatusUpdate.FromString,
@@ -199,8 +199,9 @@ class WorkerStatusServicer:
     """Any worker. Callers name themselves in the metadata of every call ("preft-caller").
     """
 
-    def Watch(self, request, context):
+    def Watch(self, request_iterator, context):
         """The worker's state: first the whole of it, then each change, at most one message per interval and at least one a second.
+        The caller's first message has the interval; all messages tell what the caller's requests wait for.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -209,7 +210,7 @@ class WorkerStatusServicer:
 
 def add_WorkerStatusServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'Watch': grpc.unary_stream_rpc_method_handler(
+            'Watch': grpc.stream_stream_rpc_method_handler(
                     servicer.Watch,
                     request_deserializer=preft_dot_rpc_dot_workers__pb2.WatchRequest.FromString,
                     response_serializer=preft_dot_rpc_dot_workers__pb2.StatusUpdate.SerializeToString,
@@ -227,7 +228,7 @@ class WorkerStatus:
     """
 
     @staticmethod
-    def Watch(request,
+    def Watch(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -237,8 +238,8 @@ class WorkerStatus:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_stream(
-            request,
+        return grpc.experimental.stream_stream(
+            request_iterator,
             target,
             '/preft.v1.WorkerStatus/Watch',
             preft_dot_rpc_dot_workers__pb2.WatchRequest.SerializeToString,

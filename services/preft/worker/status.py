@@ -20,7 +20,7 @@ from preft.adapters.store.adapter_store import AdapterStore
 from preft.core.cluster import AdapterStatus, StatusUpdate, WorkerStatus
 from preft.rpc import workers_pb2, workers_pb2_grpc
 from preft.rpc.caller import caller_of
-from preft.rpc.checked import address_of, number_of
+from preft.rpc.checked import address_of, count_of, digest_of, number_of
 from preft.rpc.convert import status_to_proto
 from preft.rpc.status import errors_reported
 from preft.worker.usage import Usage
@@ -28,6 +28,8 @@ from preft.worker.usage import Usage
 LEAST_INTERVAL, MOST_INTERVAL = 0.01, 10.0  # seconds between two messages
 SIGN_OF_LIFE = 1.0  # seconds without a message, unless the interval is longer
 MEASURE_SECONDS = 0.02  # for so long, all streams use the same measurement
+WAIT_VALID = 3.0  # seconds after which a caller that hasn't said again that it waits for a slot may hang
+MOST_WAIT_MS = 3_600_000
 MOST_ADAPTERS = 10_000  # in one message of some 400 kB; the next message has the others
 
 
@@ -39,6 +41,9 @@ class _Watcher:
     changed: set[str] = field(default_factory=set)  # digests
     is_behind: bool = True  # the next message is a whole one
     knows_draining: bool = False
+    wanted: set[str] = field(default_factory=set)  # digests of adapters for which the caller's requests wait
+    slot_since: float = math.inf  # loop time since which the oldest of them waits for a slot, ...
+    slot_told: float = -math.inf  # ... as told at this time
 
 
 class StatusService(workers_pb2_grpc.WorkerStatusServicer):
@@ -71,21 +76,31 @@ class StatusService(workers_pb2_grpc.WorkerStatusServicer):
             adapters.observe(self._changed)
 
     async def Watch(
-        self, request: workers_pb2.WatchRequest, context: grpc.aio.ServicerContext
+        self, requests: AsyncIterator[workers_pb2.WatchRequest], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[workers_pb2.StatusUpdate]:
         async with errors_reported(context):
+            request = await anext(requests, workers_pb2.WatchRequest())
             interval = number_of(request.interval, "interval", LEAST_INTERVAL, MOST_INTERVAL)
             watcher = _Watcher(caller_of(context))
             address = address_of(request.content_address) if request.content_address else ""
             self._watchers.add(watcher)
+            reading = asyncio.create_task(self._read(watcher, requests), name=f"the wants of {watcher.caller}")
             try:
+                self._want(watcher, request)
                 with self._peers.gateway(address) if self._peers is not None and address else nullcontext():
                     async with aclosing(self._messages(watcher, interval)) as messages:
                         async for message in messages:
                             yield message
+                            if reading.done():
+                                reading.result()
             finally:
+                reading.cancel()
                 self._watchers.discard(watcher)
                 self._told.set()
+                if self._adapters is not None:
+                    self._adapters.unwant(watcher.wanted)
+                    watcher.wanted = set()
+                await asyncio.gather(reading, return_exceptions=True)
 
     def drain(self, but: str | None = None) -> None:
         """Tells all streams at once, without waiting for their intervals, that the worker takes no more requests.
@@ -107,14 +122,34 @@ class StatusService(workers_pb2_grpc.WorkerStatusServicer):
         """The worker's figures at this moment, as this caller is told them."""
         return self._told_to(caller, self._measure())
 
+    async def _read(self, watcher: _Watcher, requests: AsyncIterator[workers_pb2.WatchRequest]) -> None:
+        async for request in requests:
+            self._want(watcher, request)
+
+    def _want(self, watcher: _Watcher, request: workers_pb2.WatchRequest) -> None:
+        """Takes over what the caller wants. Raises InvalidRequest."""
+        new = {digest_of(digest, "wanted") for digest in request.wanted} - watcher.wanted
+        old = watcher.wanted & set(request.unwanted)
+        count_of(len(watcher.wanted) + len(new), "wanted", 0, MOST_ADAPTERS)
+        watcher.wanted = (watcher.wanted - old) | new
+        if self._adapters is not None:
+            self._adapters.want(new)
+            self._adapters.unwant(old)
+        waits, now = request.slot_wait_ms, asyncio.get_running_loop().time()
+        watcher.slot_since, watcher.slot_told = (now - waits / 1000 if waits else math.inf), now
+
     def _told_to(self, caller: str, measured: WorkerStatus) -> WorkerStatus:
         prompts, tokens = self._usage.other_work(caller)
+        now = asyncio.get_running_loop().time()
+        others = (one for one in self._watchers if one.caller != caller and now - one.slot_told < WAIT_VALID)
+        waited = now - min((one.slot_since for one in others), default=math.inf)
         return replace(
             measured,
             draining=self._draining.is_set() and caller != self._spared,
             other_prompts=prompts,
             other_prompt_tokens=tokens,
             other_sequences=self._usage.other_sequences(caller),
+            other_slot_wait_ms=min(MOST_WAIT_MS, int(1000 * max(0.0, waited))),
         )
 
     async def _messages(self, watcher: _Watcher, interval: float) -> AsyncGenerator[workers_pb2.StatusUpdate, None]:

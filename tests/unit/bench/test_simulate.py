@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
 
 from bench.simulate.__main__ import main
 from bench.simulate.policies import POLICIES
-from bench.simulate.scenario import TINY, Engine
+from bench.simulate.report import mean
+from bench.simulate.scenario import CROWDED, TINY, Engine
 from bench.simulate.simulation import simulate
 
 QUICK = replace(TINY, seconds=2.5)
@@ -28,6 +30,36 @@ def test_no_request_is_lost(policy: str) -> None:
     assert figures["retried"] > 0
     assert 1 <= figures["adapters_per_step"] <= TINY.engine.slots
     assert figures["loads_per_1000"] > 0
+
+
+@pytest.mark.parametrize("routers", [2, 5])
+def test_several_routers_lose_no_request_and_no_slot(routers: int) -> None:
+    run = simulate(replace(QUICK, routers=routers), "ours", 1.0)
+    figures = run.figures()
+    assert (figures["unfinished"], figures["refused"], run.in_flight) == (0, 0, {})
+    assert figures["requests"] == simulate(QUICK, "ours", 1.0).figures()["requests"]
+    assert all(one.tokens == one.arrival.output for one in run.requests)
+    assert {one.router.name for one in run.requests} == {f"router-{number}" for number in range(routers)}
+    assert figures["adapters_per_step"] <= TINY.engine.slots
+
+
+def test_two_routers_do_as_well_as_one() -> None:
+    """With full slots and queues, where requests of one adapter wait at both."""
+    scenarios = [replace(CROWDED, seed=seed) for seed in (1, 2)]
+    one, two = (
+        mean([simulate(replace(scenario, routers=number), "ours", 1.0).figures() for scenario in scenarios])
+        for number in (1, 2)
+    )
+    assert two["loads_per_1000"] <= 1.1 * one["loads_per_1000"]
+    assert two["requests"] >= 0.95 * one["requests"]
+    assert two["ttft_p99"] <= 1.3 * one["ttft_p99"]
+
+
+def test_clients_keep_their_number_of_requests_under_way() -> None:
+    run = simulate(replace(QUICK, clients=7, losses=()), "ours", 1.0)
+    moments = [(one.arrival.at, 1) for one in run.requests] + [(one.finished, -1) for one in run.requests]
+    under_way = [number for number in accumulate(change for _, change in sorted(moments))]
+    assert 6 <= max(under_way) <= 7
 
 
 def test_equal_seeds_give_equal_figures() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preft.core.cluster import Role, Worker, WorkerState
+from preft.core.cluster import AdapterState, AdapterStatus, Role, StatusUpdate, Worker, WorkerState, WorkerStatus
 from preft.memory.arena import span_of
 from preft.router.lease import Lease
 from preft.router.policy import Absent, AffinityPolicy, Crowded, Demand, Pair, Refusal
@@ -688,6 +688,47 @@ def test_who_has_the_adapter_doesnt_wait_for_anothers_load() -> None:
     assert look(view) == ("Pair", "p1")
     fill(view, "p1", "x")
     assert look(view) == ("Absent", "p0")
+
+
+def test_who_came_before_another_router_s_prompts_shares_their_slot_though_it_is_kept() -> None:
+    """So requests of one adapter go together that wait at several routers, as do those of one router."""
+    view = view_of(p("p0", adapters="ab", slots=1), d("d0"))
+    worker = view.workers["p0"]
+    worker.slot_for = WAITED_LONG
+    assert look(view) == ("Crowded", "p0")
+    others = AdapterStatus(AdapterState.SLOT, other_prompts=1)
+    worker.told(StatusUpdate(WorkerStatus(), {"a": others}), JUST_CAME[2])
+    assert look(view) == ("Crowded", "p0")  # came at that moment
+    worker.told(StatusUpdate(WorkerStatus(), {"a": AdapterStatus(AdapterState.HOST)}), NOW + 1)
+    worker.told(StatusUpdate(WorkerStatus(), {"a": others}), NOW + 2)
+    assert look(view) == ("Pair", "p0")
+    assert look(view, "b") == ("Crowded", "p0")
+    fill(view, "p0", "a")  # this router's own prompt, and others' end: nobody keeps the slot for ever by taking turns
+    worker.told(StatusUpdate(WorkerStatus(), {"a": AdapterStatus(AdapterState.SLOT)}), NOW + 3)
+    assert worker.slot_shared("a") == NOW + 2
+    worker.told(StatusUpdate(WorkerStatus(), {"a": others}), NOW + 4)
+    assert worker.slot_shared("a") == NOW + 2
+    worker.told(StatusUpdate(WorkerStatus(), {"a": AdapterStatus(AdapterState.SLOT)}), NOW + 5)
+    worker.drop_prompt("a")
+    assert look(view) == ("Crowded", "p0")
+
+
+def test_another_router_s_request_is_overtaken_by_twice_the_patience_at_most() -> None:
+    view = view_of(p("p0", adapters="ab", slots=1), d("d0"))
+    for waited, seen in ((0.0, "Pair"), (1.9 * POLICY.patience, "Pair"), (2.1 * POLICY.patience, "Crowded")):
+        view.workers["p0"].told(StatusUpdate(WorkerStatus(other_slot_wait_ms=int(1000 * waited))), NOW)
+        assert look(view) == (seen, "p0")
+    old = replace(loaded_demand(), order=WAITED_LONG)
+    assert isinstance(POLICY.place(old, view, NOW), Pair)  # older than the other one
+    assert place(view, a_demand("")).prefill.id == "p0"  # needs no slot
+
+
+def test_who_came_before_an_own_prompt_does_not_share_a_slot_that_is_kept() -> None:
+    view = view_of(p("p0", adapters="a", slots=1), d("d0"))
+    fill(view, "p0", "a")
+    view.workers["p0"].slot_for = WAITED_LONG
+    view.workers["p0"].told(StatusUpdate(WorkerStatus(), {"a": AdapterStatus(AdapterState.SLOT, 1)}), NOW + 1)
+    assert look(view) == ("Crowded", "p0")
 
 
 def test_a_second_copy_goes_where_one_is_on_its_way_already() -> None:

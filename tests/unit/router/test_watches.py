@@ -220,11 +220,11 @@ async def test_after_an_unexpected_exception_in_one_message_the_worker_is_ready_
         else:
             told, failed = WorkerView.told, list[Any]()
 
-            def breaks(view: WorkerView, update: StatusUpdate) -> None:
+            def breaks(view: WorkerView, update: StatusUpdate, now: float) -> None:
                 if not failed:
                     failed.append(update)
                     raise ValueError("a bug")
-                told(view, update)
+                told(view, update, now)
 
             monkeypatch.setattr(WorkerView, "told", breaks)
         with caplog.at_level(logging.CRITICAL):
@@ -233,6 +233,44 @@ async def test_after_an_unexpected_exception_in_one_message_the_worker_is_ready_
             await one.until(lambda: len(one.news) > count and one.p0.is_ready and one.p0.load == 3)
             assert not one.fails
         await one.until(lambda: sum(worker.watchers.values()) == 1)
+
+
+async def test_a_worker_hears_for_which_adapters_requests_wait() -> None:
+    async with watched() as (one, worker):
+        await one.watches.settled(5.0)
+        one.p0.queue("a", 1, 1)
+        one.p0.queue("", 2, 2)
+        await one.until(lambda: worker.wanted["router"] == {"a"})
+        one.p0.queue("a", 1, 1)
+        one.p0.queue("b", 1, 1)
+        one.p0.queue("a", -2, -2)
+        await one.until(lambda: worker.wanted["router"] == {"b"})
+
+
+async def test_a_worker_hears_again_and_again_for_how_long_a_request_waits_for_a_slot() -> None:
+    async with watched() as (one, worker):
+        await one.watches.settled(5.0)
+        came = asyncio.get_running_loop().time() - 5.0
+        one.p0.slot_for = (came, 1, came)
+        await one.until(lambda: len(worker.slot_waits) >= 3)
+        assert worker.slot_waits == sorted(worker.slot_waits)
+        assert 5000 <= worker.slot_waits[0] < worker.slot_waits[-1] < 15_000
+        one.p0.slot_for = None
+        await one.until(lambda: worker.slot_waits[-1] == 0)
+        count = len(worker.slot_waits)
+        await asyncio.sleep(1.5)
+        assert len(worker.slot_waits) == count
+
+
+async def test_a_worker_hears_all_wants_again_after_its_stream_broke() -> None:
+    async with watched() as (one, worker):
+        await one.watches.settled(5.0)
+        one.p0.queue("a", 1, 1)
+        await one.until(lambda: worker.wanted["router"] == {"a"})
+        worker.silent_since = 0.0
+        await one.until(lambda: not worker.wanted["router"])
+        worker.silent_since = None
+        await one.until(lambda: worker.wanted["router"] == {"a"} and one.p0.is_ready)
 
 
 async def test_closing_ends_all_streams() -> None:

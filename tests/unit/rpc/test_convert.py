@@ -49,7 +49,9 @@ tiers = st.builds(
     loads=st.dictionaries(st.sampled_from(Tier), longs),
     load_seconds=st.dictionaries(st.sampled_from(Tier), st.floats(0, allow_infinity=False)),
 )  # fmt: skip
-statuses = st.builds(WorkerStatus, st.booleans(), ids, longs, longs, longs, ids, longs, ids, ids, longs, ids, tiers)
+statuses = st.builds(
+    WorkerStatus, st.booleans(), ids, longs, longs, longs, ids, longs, ids, ids, longs, ids, ids, tiers
+)
 updates = st.builds(
     StatusUpdate,
     statuses,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from functools import cache
@@ -20,7 +21,7 @@ from preft.core.cluster import AdapterState, AdapterStatus, Role, TierTotals, Wo
 from preft.core.errors import InvalidRequest
 from preft.memory.arena import StagingArena
 from preft.rpc import workers_pb2, workers_pb2_grpc
-from preft.rpc.secret import CALLER_KEY
+from preft.rpc.secret import CALLER_KEY, ClusterChannel
 from preft.rpc.status import error_from_rpc
 from preft.worker import status as status_module
 from preft.worker.status import StatusService
@@ -41,6 +42,7 @@ class FakeAdapters:
 
     def __init__(self) -> None:
         self.held: dict[str, AdapterState] = {}
+        self.wanted: Counter[str] = Counter()
         self.looks = 0
         self.on_change: Callable[[str], None] = lambda digest: None
 
@@ -56,6 +58,12 @@ class FakeAdapters:
 
     def totals(self) -> TierTotals:
         return TierTotals(host_adapters=len(self.held))
+
+    def want(self, digests: Collection[str]) -> None:
+        self.wanted.update(digests)
+
+    def unwant(self, digests: Collection[str]) -> None:
+        self.wanted.subtract(digests)
 
     def put(self, digest: str, state: AdapterState | None) -> None:
         if state is None:
@@ -235,7 +243,7 @@ async def test_a_worker_does_not_wait_for_ever_for_a_watcher_that_does_not_read(
 @pytest.mark.parametrize("interval", [0.0, 0.009, 10.1, -1.0, float("nan"), float("inf")])
 async def test_an_impossible_interval_is_refused(rig: Rig, interval: float) -> None:
     async with grpc.aio.insecure_channel(rig.address) as channel:
-        call = workers_pb2_grpc.WorkerStatusStub(channel).Watch(workers_pb2.WatchRequest(interval=interval))
+        call = workers_pb2_grpc.WorkerStatusStub(channel).Watch([workers_pb2.WatchRequest(interval=interval)])
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await call.read()
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
@@ -248,8 +256,8 @@ async def test_callers_without_a_name_share_one(rig: Rig) -> None:
     async with grpc.aio.insecure_channel(rig.address) as channel:
         stub, request = workers_pb2_grpc.WorkerStatusStub(channel), workers_pb2.WatchRequest(interval=0.02)
         with rig.usage.prompt("", "", 9), rig.usage.prompt("one", "", 9):
-            assert (await stub.Watch(request).read()).other_prompts == 1
-        call = stub.Watch(request, metadata=((CALLER_KEY, "x" * 300),))
+            assert (await stub.Watch([request]).read()).other_prompts == 1
+        call = stub.Watch([request], metadata=((CALLER_KEY, "x" * 300),))
         with pytest.raises(grpc.aio.AioRpcError, match="caller is at most 256 characters"):
             await call.read()
 
@@ -259,6 +267,66 @@ async def test_a_stream_ends_with_its_client(rig: Rig) -> None:
         await one.until(lambda: bool(one.updates))
         assert len(rig.service._watchers) == 1
     await until(lambda: not rig.service._watchers)
+
+
+async def test_callers_tell_which_adapters_they_want(rig: Rig) -> None:
+    async with grpc.aio.insecure_channel(rig.address) as channel:
+        one, two = (workers_pb2_grpc.WorkerStatusStub(channel).Watch() for _ in range(2))
+        await one.write(workers_pb2.WatchRequest(interval=0.02, wanted=[digest(0), digest(1)]))
+        await two.write(workers_pb2.WatchRequest(interval=0.02, wanted=[digest(1)]))
+        await until(lambda: +rig.adapters.wanted == {digest(0): 1, digest(1): 2})
+        await one.write(workers_pb2.WatchRequest(wanted=[digest(1), digest(2)], unwanted=[digest(0), digest(9)]))
+        await until(lambda: +rig.adapters.wanted == {digest(1): 2, digest(2): 1})
+        one.cancel()
+        await until(lambda: +rig.adapters.wanted == {digest(1): 1})
+        await two.done_writing()
+        await asyncio.sleep(0.05)
+        assert +rig.adapters.wanted == {digest(1): 1}
+        two.cancel()
+        await until(lambda: not +rig.adapters.wanted)
+
+
+async def test_others_are_told_for_how_long_a_caller_waits_for_a_slot(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(status_module, "WAIT_VALID", 1.0)
+    one = await rig.watch("one")
+    async with ClusterChannel(rig.address, SECRET, caller="two") as channel:
+        two = workers_pb2_grpc.WorkerStatusStub(channel).Watch()
+        await two.write(workers_pb2.WatchRequest(interval=0.02, slot_wait_ms=5000))
+        await one.until(lambda: 5000 <= one.status.other_slot_wait_ms < 10_000)
+        assert (await two.read()).other_slot_wait_ms == 0  # its own
+        await two.write(workers_pb2.WatchRequest())
+        await one.until(lambda: one.status.other_slot_wait_ms == 0)
+        await two.write(workers_pb2.WatchRequest(slot_wait_ms=2**32 - 1))
+        await one.until(lambda: one.status.other_slot_wait_ms == status_module.MOST_WAIT_MS)
+        await one.until(lambda: one.status.other_slot_wait_ms == 0)  # it has said nothing since, and may hang
+        await two.write(workers_pb2.WatchRequest(slot_wait_ms=7))
+        await one.until(lambda: one.status.other_slot_wait_ms > 0)
+        two.cancel()
+        await one.until(lambda: one.status.other_slot_wait_ms == 0)
+
+
+async def end_of(call: grpc.aio.StreamStreamCall[workers_pb2.WatchRequest, workers_pb2.StatusUpdate]) -> None:
+    while await call.read() is not grpc.aio.EOF:
+        pass
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize("wanted", [["../x"], [digest(number) for number in range(11)]], ids=["no digest", "too many"])
+async def test_impossible_wants_end_the_stream(
+    rig: Rig, wanted: list[str], is_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(status_module, "MOST_ADAPTERS", 10)
+    async with grpc.aio.insecure_channel(rig.address) as channel:
+        call = workers_pb2_grpc.WorkerStatusStub(channel).Watch()
+        if not is_first:
+            await call.write(workers_pb2.WatchRequest(interval=0.02, wanted=[digest(5)]))
+        await call.write(workers_pb2.WatchRequest(interval=0.02, wanted=wanted))
+        with pytest.raises(grpc.aio.AioRpcError, match="wanted") as refused:
+            await end_of(call)
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    await until(lambda: not rig.service._watchers and not +rig.adapters.wanted)
 
 
 async def test_many_watchers_of_many_adapters_cost_what_changes(rig: Rig) -> None:
@@ -325,7 +393,7 @@ async def test_a_watcher_that_does_not_read_costs_no_memory_and_gets_the_whole_l
 async def test_a_client_that_reads_nothing_gets_no_pile_of_messages(rig: Rig) -> None:
     """The service stands still once some megabytes are on their way."""
     async with grpc.aio.insecure_channel(rig.address) as channel:
-        call = workers_pb2_grpc.WorkerStatusStub(channel).Watch(workers_pb2.WatchRequest(interval=0.01))
+        call = workers_pb2_grpc.WorkerStatusStub(channel).Watch([workers_pb2.WatchRequest(interval=0.01)])
         await call.read()
         measured = []
         for number in range(80):

@@ -74,6 +74,7 @@ class AdapterStore:
         self._adapters: dict[str, AdapterRef] = {}  # by digest, those in host memory
         self._users: Counter[str] = Counter()
         self._pinned: frozenset[str] = frozenset()
+        self._wanted: Counter[str] = Counter()  # callers that want each digest
         self._loading: dict[str, asyncio.Task[None]] = {}
         self._background = Background()  # ends of aborted uses, and returns of pinned adapters
         self._slots: OrderedDict[str, None] = OrderedDict()  # adapters in the engine's slots, most recent last
@@ -158,6 +159,17 @@ class AdapterStore:
         for digest in before ^ self._pinned:
             self._settle(digest)
 
+    def want(self, digests: Collection[str]) -> None:
+        """Requests for these adapters wait elsewhere: they are evicted after others, until `unwant`."""
+        self._wanted.update(digests)
+
+    def unwant(self, digests: Collection[str]) -> None:
+        """Ends as many calls of `want`."""
+        for digest in digests:
+            self._wanted[digest] -= 1
+            if not self._wanted[digest]:
+                del self._wanted[digest]
+
     def forget(self, digests: Collection[str]) -> None:
         """Drops adapters that have lost their last name from host memory, once no request uses them."""
         for digest in digests:
@@ -217,6 +229,8 @@ class AdapterStore:
     async def _load(self, adapter: AdapterRef) -> None:
         started = time.perf_counter()
         digest = adapter.digest
+        for wanted in self._wanted:
+            self._settle(wanted)  # counts as a use: what is evicted for this load was used before
         region, tier = await self._loader.load(adapter, lambda: digest in self._pinned)
         try:
             await self._engine.place_adapter(adapter, region)

@@ -205,6 +205,35 @@ async def test_the_nearest_tier_is_used(tmp_path: Path, server: FaultyServer) ->
         assert fetches(server, ann) == 1
 
 
+async def test_wanted_adapters_are_evicted_after_others(tmp_path: Path) -> None:
+    ann, bob, cyd, dan, eve, fay = (write(tmp_path / name) for name in ("ann", "bob", "cyd", "dan", "eve", "fay"))
+    async with rig(tmp_path) as the:
+        for adapter in (ann, bob, cyd):
+            await the.serve(adapter)
+        the.store.want([ann.digest, fay.digest])
+        the.store.want([ann.digest])
+        await the.serve(dan)
+        assert (the.tier(ann), the.tier(bob)) == (Tier.HOST, Tier.DISK)
+        the.store.unwant([ann.digest])
+        await the.serve(eve)
+        await the.serve(fay)
+        assert the.tier(ann) is Tier.HOST
+        the.store.unwant([ann.digest])
+        for adapter in (bob, cyd):
+            await the.serve(adapter)
+        assert the.tier(ann) is Tier.DISK
+        assert the.tier(fay) is Tier.HOST  # still wanted
+
+
+async def test_more_wanted_adapters_than_memory_holds(tmp_path: Path) -> None:
+    adapters = [write(tmp_path / str(number)) for number in range(7)]
+    async with rig(tmp_path) as the:
+        the.store.want([adapter.digest for adapter in adapters])
+        for adapter in adapters * 2:
+            await the.serve(adapter)
+        assert the.store.totals().host_adapters == THREE
+
+
 async def test_prefetching_what_is_there_or_on_its_way_costs_nothing(tmp_path: Path, server: FaultyServer) -> None:
     ann = served(server, tmp_path, "ann")
     async with rig(tmp_path) as the:

@@ -135,7 +135,8 @@ async def test_no_request_fails_while_all_processes_are_replaced(
         async def replace_worker(role: str) -> None:
             cluster.worker(role, f"{role}-new", NEW)
             address = await asyncio.to_thread(cluster.said, f"{role}-new", r"is ready on (\S+)")
-            assert await unknown_fields(address) == {NUMBER}
+            if engines == "fake":
+                assert await unknown_fields(address) == {NUMBER}
             while not all(f"{role}-new" in seen for seen in await asyncio.to_thread(cluster.ready_workers)):
                 await asyncio.sleep(0.1)
             await go_on()

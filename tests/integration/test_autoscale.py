@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -13,6 +16,7 @@ import pytest
 from support.lora_folders import write_base
 from support.processes import ServerProcess, running
 from support.small_tokenizers import byte_level
+from support.worker_servers import NO_ENGINES
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -68,16 +72,19 @@ def becomes(server: ServerProcess, url: str, role: str, members: list[str]) -> N
         time.sleep(0.2)
 
 
+@contextmanager
+def serving(folder: Path) -> Iterator[ServerProcess]:
+    model = write_base(byte_level(folder / "base"))
+    settings = {**SETTINGS, "model": str(model), "state_dir": str(folder / "state")}
+    (folder / "settings.json").write_text(json.dumps(settings))
+    with running(["--config", str(folder / "settings.json")], folder / "log", "support.fake_serve") as server:
+        yield server
+
+
 @pytest.mark.parametrize(("role", "tokens"), [("prefill", 1), ("decode", 60)])
 def test_workers_follow_the_load(tmp_path: Path, role: str, tokens: int) -> None:
     """No answer changes, and none is lost, while a worker comes and one goes."""
-    model = write_base(byte_level(tmp_path / "base"))
-    settings = {**SETTINGS, "model": str(model), "state_dir": str(tmp_path / "state")}
-    (tmp_path / "settings.json").write_text(json.dumps(settings))
-    with (
-        running(["--config", str(tmp_path / "settings.json")], tmp_path / "log", "support.fake_serve") as server,
-        ThreadPoolExecutor(16) as threads,
-    ):
+    with serving(tmp_path) as server, ThreadPoolExecutor(16) as threads:
         url = server.said(r"is ready on (http://\S+)", BUSY)
         heavy = Load(url, 8, tokens, threads)
         becomes(server, url, role, [f"{role}-0", f"{role}-1"])
@@ -93,3 +100,26 @@ def test_workers_follow_the_load(tmp_path: Path, role: str, tokens: int) -> None
     assert all(len(each) == 1 for each in answers.values())
     assert len(long[0]) == 1
     assert next(iter(answers[0])) == next(iter(long[0]))[:tokens]
+
+
+@pytest.mark.long
+def test_an_added_worker_that_cannot_start_ends_alone(tmp_path: Path) -> None:
+    """The others go on serving, the console says so, and later another worker is added."""
+    with serving(tmp_path) as server, ThreadPoolExecutor(16) as threads:
+        url = server.said(r"is ready on (http://\S+)", BUSY)
+        (tmp_path / "state" / NO_ENGINES).touch()
+        load = Load(url, 8, 60, threads)
+        server.said(
+            r"(decode-1: it couldn't be started \(1 of 3 attempts\): .*there is no engine for this worker)", BUSY
+        )
+        server.said(rf"(decode-1: it is given up; its log is {re.escape(str(tmp_path))}\S+/decode-1\.log)", BUSY)
+        server.said(r"(decode-1: it ends)", BUSY)
+        assert ready(url, "decode") == ["decode-0"]
+        (tmp_path / "state" / NO_ENGINES).unlink()
+        end = time.monotonic() + BUSY
+        while len(ready(url, "decode")) < 2:
+            assert time.monotonic() < end, server.output
+            time.sleep(0.2)
+        answers = load.stop()
+    assert set(answers) == set(range(8))
+    assert all(len(each) == 1 for each in answers.values())

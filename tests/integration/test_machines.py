@@ -21,6 +21,7 @@ from preft.cluster.adapters import open_catalog
 from preft.cluster.content_server import serve_content
 from preft.cluster.gateway_process import RunningGateway, run_gateway
 from preft.cluster.model import with_model_length
+from preft.cluster.secret import cluster_secret
 from preft.cluster.stores import open_registrations
 from preft.cluster.worker_process import worker_setup
 from preft.core.cluster import Role
@@ -68,8 +69,9 @@ class Machines:
         settings, store = await self._open(name)
         own = await self._stack.enter_async_context(AsyncExitStack())
         catalog = await own.enter_async_context(open_catalog(settings))
-        address = await own.enter_async_context(serve_content(settings, catalog))
-        return await own.enter_async_context(run_gateway(settings, store, catalog, "", address)), own.aclose
+        secret = cluster_secret(settings)
+        address = await own.enter_async_context(serve_content(settings, secret, catalog))
+        return await own.enter_async_context(run_gateway(settings, secret, store, catalog, "", address)), own.aclose
 
     async def worker(self, name: str, role: Role = Role.PREFILL) -> WorkerServer:
         settings, store = await self._open(name, adapter_sources=[])

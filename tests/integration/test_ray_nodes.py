@@ -8,10 +8,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
@@ -55,6 +56,24 @@ class Nodes:
         os.killpg(node.pid, signal.SIGKILL)
         node.wait()
 
+    def terminate(self, host: str) -> subprocess.Popen[bytes]:
+        """The end of a service or a container: SIGTERM to the process that started the node."""
+        node = self._nodes[host]
+        node.send_signal(signal.SIGTERM)
+        return node
+
+    def drain(self, host: str) -> subprocess.Popen[bytes]:
+        """`ray drain-node`, without a deadline."""
+        script = (
+            f"import ray; ray.init('{self.address}', logging_level='ERROR')\n"
+            f"print(*(one['NodeID'] for one in ray.nodes() if one['Alive'] and one['NodeName'] == '{host}'))"
+        )
+        found = subprocess.run([sys.executable, "-c", script], env=self.environment, capture_output=True, check=True)
+        command = [str(Path(sys.executable).with_name("ray")), "drain-node", f"--address={self.address}"]
+        command += [f"--node-id={found.stdout.decode().split()[-1]}", "--reason=DRAIN_NODE_REASON_PREEMPTION"]
+        subprocess.run([*command, "--reason-message=test"], env=self.environment, capture_output=True, check=True)
+        return self._nodes[host]
+
     def _start(self, host: str, *arguments: str) -> None:
         folder = new_ray_folder()
         self._stack.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -69,9 +88,9 @@ class Nodes:
         self._stack.callback(self._end, host)
 
     def _end(self, host: str) -> None:
-        if (node := self._nodes.pop(host, None)) is not None:
-            os.killpg(node.pid, signal.SIGKILL)
-            node.wait()
+        if host in self._nodes:
+            with suppress(ProcessLookupError):  # it has ended
+                self.kill(host)
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +170,44 @@ def test_nodes_that_join_get_workers(nodes: Nodes, tmp_path: Path) -> None:
         nodes.add("127.0.0.6", {"prefill": 1.0})
         assert ask(url, 0) == before
         assert hosts(url) == {"prefill": "127.0.0.6", "decode": "127.0.0.5"}
+
+
+@pytest.mark.parametrize("how", ["terminate", "drain"])
+def test_a_node_is_drained_without_a_failed_request(nodes: Nodes, tmp_path: Path, how: str) -> None:
+    """Its workers are the only ones of their roles: they serve until the new ones are ready, or their time is over."""
+    first, second = ("127.0.0.7", "127.0.0.8") if how == "terminate" else ("127.0.0.9", "127.0.0.10")
+    with running_redis(tmp_path / "redis") as redis, ThreadPoolExecutor() as threads, ExitStack() as stack:
+        room = {f"{how}-{role}": 1.0 for role in ("prefill", "decode")}  # on no node of the other tests
+        nodes.add(first, room)
+        roles = {role: {"resources": {f"{how}-{role}": 1}, "staging_bytes": 1 << 20} for role in ("prefill", "decode")}
+        config = settings_of(tmp_path, nodes, state=redis.url(), shutdown_timeout=5, **roles)
+        server = serve(stack, nodes, config)
+        url = server.said(r"is ready on (http://\S+)", BUSY)
+        assert hosts(url) == {"prefill": first, "decode": first}
+        before = list(map(partial(ask, url), range(4)))
+        over = threading.Event()
+
+        def load(number: int) -> int:
+            count = 0
+            while not over.is_set():
+                assert ask(url, number) == before[number]
+                count += 1
+            return count
+
+        clients = [threads.submit(load, number) for number in range(4)]
+        node = getattr(nodes, how)(first)
+        server.said(r"(prefill-0: its node is drained)", BUSY)
+        server.said(r"(prefill-1: it waits for a node of the Ray cluster)", BUSY)
+        assert hosts(url) == {"prefill": first, "decode": first}
+        nodes.add(second, room)
+        for role in ("prefill", "decode"):
+            server.said(rf"({role}-0: it ends)", BUSY)
+        if how == "terminate":
+            node.wait(BUSY)
+        assert hosts(url) == {"prefill": second, "decode": second}
+        time.sleep(1)
+        over.set()
+        assert all(client.result() > 2 for client in clients)
 
 
 def test_several_nodes_need_a_state_that_all_reach(nodes: Nodes, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from preft.cluster.worker_process import worker_setup
 from preft.core.cluster import Role
 from preft.core.errors import ConfigError, TransferFailed
 from preft.core.request import KvHeader, Sampling
-from preft.core.settings import Settings
+from preft.core.settings import Settings, TlsSettings
 from preft.rpc import tls
 from preft.rpc.secret import ClusterChannel, ClusterSecret, OnlyTheCluster
 from preft.rpc.tls import NAME
@@ -327,6 +327,21 @@ async def test_a_worker_without_tls_is_named_and_gets_no_requests(
         assert "Tls handshake failed" in said
 
 
+async def test_a_gateway_has_one_reader_of_its_files(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bad certificate brings one warning, though the gateway calls workers and is called by them."""
+    readers = []
+
+    class Counted(tls.Certificates):
+        def __init__(self, files: TlsSettings) -> None:
+            super().__init__(files)
+            readers.append(self)
+
+    monkeypatch.setattr("preft.cluster.secret.Certificates", Counted)
+    async with AsyncExitStack() as stack:
+        assert await open_gateway(stack, settings, FakeStore(), "", Stop(), Console()) is not None
+    assert len(readers) == 1
+
+
 async def test_a_port_that_others_reach_needs_tls(tmp_path: Path) -> None:
     state = {"state": str(tmp_path / "shared.sqlite"), "peer_host": "10.1.2.3"}
     store, engines, settings = FakeStore(), StartFake(), settings_for(tmp_path, **state)
@@ -335,7 +350,7 @@ async def test_a_port_that_others_reach_needs_tls(tmp_path: Path) -> None:
         await WorkerServer.start(worker_setup(settings, Role.DECODE), "d", "10.1.2.3", store, engines)
     assert (engines.arenas, await store.workers()) == ([], [])
     with pytest.raises(ConfigError, match=says):
-        async with serve_content(settings, None):  # type: ignore[arg-type]
+        async with serve_content(settings, cluster_secret(settings), None):  # type: ignore[arg-type]
             pass
 
 

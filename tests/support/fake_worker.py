@@ -8,6 +8,11 @@ from preft.cli import main
 from preft.cluster import worker_process
 from support.worker_servers import StartPaced
 
-if __name__ == "__main__":
+
+def fake_engines() -> None:
     worker_process.StartEngine = StartPaced  # type: ignore[misc]
+
+
+if __name__ == "__main__":
+    fake_engines()
     sys.exit(main(["worker", *sys.argv[1:]]))

@@ -145,8 +145,11 @@ async def _cluster(settings: Settings, start_engine: StartEngine) -> AsyncIterat
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(store.close)
         catalog = await stack.enter_async_context(open_catalog(settings))
-        content_address = await stack.enter_async_context(serve_content(settings, catalog))
-        gateway = await stack.enter_async_context(run_gateway(settings, store, catalog, "test", content_address))
+        secret = cluster_secret(settings)
+        content_address = await stack.enter_async_context(serve_content(settings, secret, catalog))
+        gateway = await stack.enter_async_context(
+            run_gateway(settings, secret, store, catalog, "test", content_address)
+        )
         names = [
             (f"test-{role.value}-{number}", role)
             for role in settings.roles

@@ -21,6 +21,7 @@ from support.lora_folders import write_base
 
 TOKEN_SECONDS = 0.03
 SECRET = ClusterSecret("of these tests alone")
+NO_ENGINES = "no-engines"
 
 
 class StartFake(StartEngine):
@@ -53,7 +54,11 @@ class PacedEngine(FakeEngine):
 
 
 class StartPaced(StartEngine):
+    """Starts paced engines, or none while the file NO_ENGINES is in `state_dir`."""
+
     async def __call__(self, settings: Settings, role: Role, arena: str, adapter_arena: str) -> PacedEngine:
+        if (settings.state_dir / NO_ENGINES).exists():
+            raise RuntimeError("there is no engine for this worker")
         return PacedEngine(role, arena, adapter_arena, kv_blocks=4096)
 
 

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
 from preft.cli.machine import Machine, look
+from preft.cli.server import address_in
+from preft.cluster.process import ENOUGH_FILES, LEAST_FILES, RAISED_BY
 from preft_loadgen.table import table
 
 GiB = 1 << 30
@@ -46,8 +49,9 @@ def add_parser(commands: Any) -> None:
         help="say what this machine can run and what is missing",
         description="Exit status 1 if serving is impossible here.",
     )
-    parser.add_argument("--host", default="127.0.0.1", metavar="H", help="address that will be listened on")
-    parser.add_argument("--port", default=8000, type=int, metavar="P", help="HTTP port that will be listened on")
+    host, port = address_in(os.environ)
+    parser.add_argument("--host", default=host, metavar="H", help=f"address to be listened on (default: {host})")
+    parser.add_argument("--port", default=port, type=int, metavar="P", help=f"HTTP port (default: {port})")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
@@ -67,7 +71,7 @@ def examine(machine: Machine) -> list[Finding]:
     """All findings for `machine`, in the order of the stack: platform, hardware, packages, surroundings."""
     return [
         Finding(check, level, text)
-        for part in (_platform, _processor, _memory, _gpu, _engine, _torch, _packages, _surroundings)
+        for part in (_platform, _processor, _memory, _files, _gpu, _engine, _torch, _packages, _surroundings)
         for check, level, text in part(machine)
     ]
 
@@ -118,6 +122,20 @@ def _memory(machine: Machine) -> Lines:
         yield "/dev/shm", Level.WARN, f"{machine.shm_size >> 20} MiB: {advice}"
     else:
         yield "/dev/shm", Level.OK, f"{machine.shm_size / GiB:.1f} GiB"
+
+
+def _files(machine: Machine) -> Lines:
+    most = machine.open_files
+    if most is None:
+        yield "open files", Level.OK, "no limit"
+    elif most < LEAST_FILES:
+        advice = f"a server needs {LEAST_FILES} at least, raise the hard limit to {ENOUGH_FILES} ({RAISED_BY})"
+        yield "open files", Level.FAIL, f"{most}: {advice}"
+    elif most < ENOUGH_FILES:
+        advice = f"each client's connection needs one, raise the hard limit to {ENOUGH_FILES} ({RAISED_BY})"
+        yield "open files", Level.WARN, f"{most}: {advice}"
+    else:
+        yield "open files", Level.OK, str(most)
 
 
 def _gpu(machine: Machine) -> Lines:

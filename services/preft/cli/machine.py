@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import resource
 import shutil
 import socket
 import subprocess
@@ -31,6 +32,7 @@ class Machine:
     """All facts that serving depends on. Sizes in bytes; `packages` and `programs` list only installed ones.
 
     `gpu_error` is nvidia-smi's error; `port_error` says why `port` can't be listened on. "" means no error.
+    `open_files` is the hard limit of a process, None without a limit.
     """
 
     python: tuple[int, int, int]
@@ -46,6 +48,7 @@ class Machine:
     programs: Mapping[str, str]
     port: int
     port_error: str
+    open_files: int | None
 
 
 def look(host: str, port: int) -> Machine:
@@ -65,6 +68,7 @@ def look(host: str, port: int) -> Machine:
         programs={name: path for name in PROGRAMS if (path := shutil.which(name)) is not None},
         port=port,
         port_error=_port_error(host, port),
+        open_files=_open_files(),
     )
 
 
@@ -102,6 +106,11 @@ def _shm_size() -> int:
     except OSError:
         return 0
     return usage.f_blocks * usage.f_frsize
+
+
+def _open_files() -> int | None:
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return None if most == resource.RLIM_INFINITY else most
 
 
 def _gpus() -> tuple[tuple[Gpu, ...], str]:

@@ -33,9 +33,15 @@ def add_url(parser: argparse.ArgumentParser) -> None:
 
 
 def _url_of_settings(environ: Mapping[str, str]) -> str:
+    host, port = address_in(environ)
+    return f"http://{host_and_port(reachable(host), port)}"
+
+
+def address_in(environ: Mapping[str, str]) -> tuple[str, int]:
+    """Host and port on which a server with this environment, and without flags or a settings file, listens."""
     host = value_of(environ, variable_of(("host",))) or "127.0.0.1"
     port = value_of(environ, variable_of(("port",))) or ""
-    return f"http://{host_and_port(reachable(host), int(port) if port.isdecimal() else DEFAULT_PORT)}"
+    return host, int(port) if port.isdecimal() else DEFAULT_PORT
 
 
 @dataclass(frozen=True, slots=True)

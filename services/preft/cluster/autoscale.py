@@ -4,14 +4,15 @@ The formula for the load is that of the Kubernetes HorizontalPodAutoscaler: work
 with no change near the target. Source:
 https://kubernetes.io/docs/tasks/run-application/horizontal-pod-autoscale/#algorithm-details
 Workers are added once the pressure has asked for them for `up_seconds`. They end one at a time, after `down_seconds`,
-and drain before they end. Owns the decision and its timing; `ray_cluster` owns the workers.
+and drain before they end. Workers on a node that Ray drains are replaced first. Owns the decision and its timing;
+`ray_cluster` owns the workers.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from preft.core.background import Background
@@ -22,6 +23,7 @@ from preft.router.router import Router
 
 LOOK_SECONDS = 1.0
 TOLERANCE = 0.1  # of the target: no change within it
+LEAVE_SECONDS = 7.0  # for a worker to close after its requests, before its node ends
 
 
 class Workers(Protocol):
@@ -32,6 +34,9 @@ class Workers(Protocol):
 
     async def room(self, role: Role) -> int:
         """How many workers of the role all nodes of Ray together have room for."""
+
+    async def leaving(self) -> dict[str, float]:
+        """The workers on nodes that Ray drains: the seconds that each node has left."""
 
     async def add(self, role: Role) -> str:
         """Starts one more worker, and returns its id while its engine loads."""
@@ -75,7 +80,7 @@ class Autoscaler:
 
     def __init__(self, settings: Settings, router: Router, workers: Workers, tell: Callable[[str], None]) -> None:
         """Calls `tell` for each change."""
-        self._scaling = settings.scaling
+        self._settings, self._scaling = settings, settings.scaling
         self._router, self._workers, self._tell = router, workers, tell
         self._background = Background()
         self._is_stopped = False
@@ -87,9 +92,10 @@ class Autoscaler:
         self._filled = {
             role: settings.engine(role).replicas for role in settings.roles if settings.engine(role).fill_nodes
         }
+        self._leaving: set[str] = set()  # workers on nodes that are drained
 
     def start(self) -> None:
-        if self._scales or self._filled:
+        if self._scales or self._filled or self._settings.ray_address is not None:
             self._background.every(LOOK_SECONDS, self._look, "the number of workers stays as it is")
 
     def stop(self) -> None:
@@ -100,14 +106,38 @@ class Autoscaler:
         await self._background.close()
 
     async def _look(self) -> None:
+        if self._settings.ray_address is not None:
+            leaving = await self._workers.leaving()
+            for role in self._settings.roles:
+                await self._leave(role, leaving)
         for role, least in self._filled.items():
             await self._fill(role, max(least, await self._workers.room(role)))
         for role, scale in self._scales.items():
             await self._scale(role, scale)
 
+    async def _leave(self, role: Role, leaving: Mapping[str, float]) -> None:
+        """Replaces the workers on nodes that are drained.
+
+        Each ends once another worker of its role is ready, or in time before its node ends.
+        """
+        others = [one for one in self._router.view.ready(role) if one.id not in leaving]
+        for worker_id in set(self._workers.members(role)) & leaving.keys():
+            if self._is_stopped:
+                return
+            if worker_id not in self._leaving:
+                self._leaving.add(worker_id)
+                self._tell(f"  {worker_id.partition('-')[2]}: its node is drained")
+                if role not in self._filled:
+                    await self._workers.add(role)
+            if others or leaving[worker_id] < self._settings.shutdown_timeout + LEAVE_SECONDS:
+                self._end(worker_id)
+
+    def _staying(self, role: Role) -> list[str]:
+        return [one for one in self._workers.members(role) if one not in self._leaving]
+
     async def _fill(self, role: Role, room: int) -> None:
         """Adds workers until they fill the `room`; ends those that have lost theirs."""
-        members = self._workers.members(role)
+        members = self._staying(role)
         ready = {one.id for one in self._router.view.ready(role)}
         homeless = [one for one in members if one not in ready]
         if self._is_stopped:
@@ -119,7 +149,7 @@ class Autoscaler:
 
     async def _scale(self, role: Role, scale: Scale) -> None:
         """Adds or ends workers if the load has asked for it for long enough."""
-        members = self._workers.members(role)
+        members = self._staying(role)
         ready = [one for one in self._router.view.ready(role) if one.id in members]
         pressure = pressure_of(self._router, role, self._scaling)
         change = scale.change(pressure, len(members), len(ready), asyncio.get_running_loop().time())

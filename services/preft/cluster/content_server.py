@@ -10,18 +10,17 @@ import grpc.aio
 
 from preft.adapters.catalog.adapter_catalog import Catalog
 from preft.adapters.sources.content_service import ContentService
-from preft.cluster.secret import cluster_secret
 from preft.core.errors import ConfigError
 from preft.core.settings import Settings
 from preft.rpc.adapter_content_pb2_grpc import add_AdapterContentServicer_to_server
 from preft.rpc.readable import ReadableMessages
-from preft.rpc.secret import OnlyTheCluster
+from preft.rpc.secret import ClusterSecret, OnlyTheCluster
 from preft.rpc.server_options import WORKER_SERVER_OPTIONS
 from preft.state import local_address
 
 
 @asynccontextmanager
-async def serve_content(settings: Settings, catalog: Catalog) -> AsyncIterator[str]:
+async def serve_content(settings: Settings, secret: ClusterSecret, catalog: Catalog) -> AsyncIterator[str]:
     """Serves within the context, at the yielded `host:port`.
 
     Without the setting `state`, all workers are on this machine: nothing is served, and the address is empty. Raises
@@ -34,7 +33,7 @@ async def serve_content(settings: Settings, catalog: Catalog) -> AsyncIterator[s
     if host is None:
         host = await asyncio.to_thread(local_address, settings.state.get_secret_value())
     settings.check_internal_host(host)
-    guard = OnlyTheCluster(cluster_secret(settings))
+    guard = OnlyTheCluster(secret)
     server = grpc.aio.server(options=WORKER_SERVER_OPTIONS, interceptors=[guard, ReadableMessages()])
     add_AdapterContentServicer_to_server(ContentService(catalog.folders), server)  # type: ignore[no-untyped-call]
     try:

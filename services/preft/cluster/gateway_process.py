@@ -19,7 +19,6 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from preft.adapters.catalog.adapter_catalog import Catalog
 from preft.cluster.adapters import uploads_folder
 from preft.cluster.process import listen_on
-from preft.cluster.secret import cluster_secret
 from preft.core.ports import StateStore
 from preft.core.settings import MiB, Settings, host_and_port
 from preft.gateway.deps import GatewayDeps
@@ -29,6 +28,7 @@ from preft.gateway.http.app import create_app
 from preft.gateway.http.errors import error_code, plain_error
 from preft.gateway.text.tokenizer import Tokenizer
 from preft.router.router import Router
+from preft.rpc.secret import ClusterSecret
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,12 @@ def body_limit(max_model_len: int) -> int:
 
 @asynccontextmanager
 async def run_gateway(
-    settings: Settings, store: StateStore, catalog: Catalog, cluster_id: str, content_address: str
+    settings: Settings,
+    secret: ClusterSecret,
+    store: StateStore,
+    catalog: Catalog,
+    cluster_id: str,
+    content_address: str,
 ) -> AsyncIterator[RunningGateway]:
     """Serves within the context. `settings.max_model_len` must be set. Raises ConfigError if a port is taken.
 
@@ -89,7 +94,6 @@ async def run_gateway(
     assert settings.max_model_len is not None
     tokenizer = await asyncio.to_thread(Tokenizer.load, settings.model)
     listener = listen_on(settings.host, settings.port)
-    secret = cluster_secret(settings)
     router = Router(store, settings.router, secret, cluster_id=cluster_id, content_address=content_address)
     deps = GatewayDeps(
         model_name=settings.model_name,
@@ -101,6 +105,7 @@ async def run_gateway(
         places=router.places,
         workers=router.workers,
         stats=router.stats,
+        catalog_age=lambda: catalog.age,
         model_root=str(settings.model),
         max_adapter_bytes=settings.store.max_adapter_bytes,
         upload_folder=uploads_folder(settings),

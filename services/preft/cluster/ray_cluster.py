@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import getpass
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -223,8 +224,23 @@ class RayCluster:
     async def room(self, role: Role) -> int:
         """How many workers all nodes of Ray together have room for, by the custom resources of the role."""
         needs = self._settings.engine(role).resources
-        nodes = [node["Resources"] for node in await asyncio.to_thread(ray.nodes) if node["Alive"]]
-        return sum(int(min(node.get(key, 0.0) / need for key, need in needs.items())) for node in nodes)
+        nodes, draining = await asyncio.to_thread(ray.nodes), await asyncio.to_thread(_draining_nodes)
+        stay = [node["Resources"] for node in nodes if node["Alive"] and node["NodeID"] not in draining]
+        return sum(int(min(node.get(key, 0.0) / need for key, need in needs.items())) for node in stay)
+
+    async def leaving(self) -> dict[str, float]:
+        """The workers on nodes that Ray drains, without those that end: the seconds that each node has left."""
+        draining = await asyncio.to_thread(_draining_nodes)
+        if not draining:
+            return {}
+        table = await asyncio.to_thread(placement_group_table)
+        found = {}
+        for worker_id, group in self._groups.items():
+            nodes = table.get(group.id.hex(), {}).get("bundles_to_node_id", {}).values()
+            left = [draining[node] for node in nodes if node in draining]
+            if left and worker_id not in self._ending:
+                found[worker_id] = min(left)
+        return found
 
     async def add(self, role: Role) -> str:
         """Starts one more worker, and returns its id while its engine loads."""
@@ -341,6 +357,15 @@ class RayCluster:
         ray.shutdown()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _draining_nodes() -> dict[str, float]:
+    """Ids of the nodes that Ray drains, with the seconds until each one's deadline; infinity: it has none.
+
+    Ray drains a node at `ray drain-node`, and at SIGTERM to its `ray start --block`. Ray has no public call for this.
+    """
+    deadlines = ray._private.state.state.get_draining_nodes()  # in ms since 1970, or 0
+    return {node: end / 1000 - time.time() if end else math.inf for node, end in deadlines.items()}
 
 
 def _kill(actor: Any, group: PlacementGroup | None) -> None:

@@ -17,6 +17,7 @@ from preft.cluster.content_server import serve_content
 from preft.cluster.garbage import rare_full_collections
 from preft.cluster.gateway_process import RunningGateway, run_gateway
 from preft.cluster.process import Stop, raise_file_limit, unless
+from preft.cluster.secret import cluster_secret
 from preft.core.errors import EngineFailed
 from preft.core.ports import StateStore
 from preft.core.settings import Settings
@@ -37,8 +38,9 @@ async def open_gateway(
     if catalog is None:
         return None
     own = cluster_id if settings.state is None else ""
-    content_address = await stack.enter_async_context(serve_content(settings, catalog))
-    gateway = await stack.enter_async_context(run_gateway(settings, store, catalog, own, content_address))
+    secret = cluster_secret(settings)
+    content_address = await stack.enter_async_context(serve_content(settings, secret, catalog))
+    gateway = await stack.enter_async_context(run_gateway(settings, secret, store, catalog, own, content_address))
     if stop.asked.is_set():
         return None
     stack.enter_context(rare_full_collections())

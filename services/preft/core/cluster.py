@@ -161,13 +161,20 @@ class WorkerSeen:
 
 @dataclass(frozen=True, slots=True)
 class RouterStats:
-    """`in_flight` counts prefills or sequences per worker id; the others are totals, but for `waiting`."""
+    """`in_flight` counts prefills or sequences per worker id. Times are in seconds.
+
+    `waiting`, `in_flight` and `longest_wait` are figures of this moment, all others are totals. `waited` adds up the
+    waits of the `leases`: the placed attempts of all requests.
+    """
 
     waiting: int = 0
     in_flight: Mapping[str, int] = field(default_factory=dict)
     retries: int = 0  # attempts repeated before the first token
     resumes: int = 0  # attempts that continue choices that have tokens
     refused: int = 0  # requests for which the queue had no room
+    longest_wait: float = 0.0
+    leases: int = 0
+    waited: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

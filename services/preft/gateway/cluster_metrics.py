@@ -5,15 +5,26 @@ A worker that is silent has no figures of its own: zeros would look like a resta
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
 from prometheus_client.registry import Collector
 
-from preft.core.cluster import RouterStats, Tier, TierTotals, WorkerSeen, WorkerState
+from preft.core.cluster import Role, RouterStats, Tier, TierTotals, WorkerSeen, WorkerState
 
 TELLING = (WorkerState.READY, WorkerState.DRAINING)
+
+
+@dataclass(frozen=True, slots=True)
+class OwnFigures:
+    """What a gateway knows of itself; `catalog_age` is in seconds."""
+
+    stats: Callable[[], RouterStats] = RouterStats
+    ready: Callable[[], bool] = lambda: True
+    catalog_age: Callable[[], float] = lambda: 0.0
 
 
 class ClusterMetrics(Collector):
@@ -22,27 +33,54 @@ class ClusterMetrics(Collector):
     def __init__(
         self,
         workers: Callable[[], Iterable[WorkerSeen]],
-        stats: Callable[[], RouterStats],
+        own: OwnFigures,
+        roles: Sequence[Role],
         registry: CollectorRegistry,
     ) -> None:
+        """Workers of `roles` are counted also while there are none."""
         self._workers = workers
-        self._stats = stats
+        self._own = own
+        self._roles = roles
         registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
-        stats, workers = self._stats(), list(self._workers())
+        stats, workers = self._own.stats(), list(self._workers())
+        yield GaugeMetricFamily("preft_ready", "1 if this gateway can serve requests.", value=self._own.ready())
+        yield GaugeMetricFamily(
+            "preft_catalog_age_seconds", "Since the adapter catalog was read.", value=self._own.catalog_age()
+        )
         yield GaugeMetricFamily("preft_queue_waiting", "Requests that wait for a worker.", value=stats.waiting)
+        yield GaugeMetricFamily(
+            "preft_queue_longest_wait_seconds", "Wait of the oldest of them.", value=stats.longest_wait
+        )
+        yield SummaryMetricFamily(
+            "preft_queue_wait_seconds", "From queue to worker.", count_value=stats.leases, sum_value=stats.waited
+        )
         for name, help_, total in (
             ("preft_queue_refused", "Requests for which the queue had no room.", stats.refused),
             ("preft_retries", "Attempts that were repeated before the first token.", stats.retries),
             ("preft_resumes", "Attempts that continued after the loss of a worker.", stats.resumes),
         ):
             yield CounterMetricFamily(name, help_, value=total)
+        yield from _counts(workers, self._roles)
         yield from _worker_metrics(workers, stats)
         runs_adapters = [seen for seen in workers if seen.worker.adapter_slots and seen.state in TELLING]
         yield from _adapter_metrics(
             [(seen.worker.id, seen.worker.adapter_slots, seen.status.tiers) for seen in runs_adapters]
         )
+
+
+def _counts(workers: Sequence[WorkerSeen], roles: Sequence[Role]) -> Iterator[Metric]:
+    counts = Counter((seen.worker.role, seen.state) for seen in workers)
+    number = GaugeMetricFamily("preft_workers", "Registered workers.", labels=["role", "state"])
+    info = GaugeMetricFamily("preft_worker_info", "1; tells a worker's role.", labels=["worker", "role"])
+    for role in Role:
+        if role in roles or any(seen.worker.role is role for seen in workers):
+            for state in WorkerState:
+                number.add_metric([role, state], counts[role, state])
+    for seen in workers:
+        info.add_metric([seen.worker.id, seen.worker.role], 1)
+    yield from (number, info)
 
 
 def _worker_metrics(workers: Sequence[WorkerSeen], stats: RouterStats) -> Iterator[Metric]:

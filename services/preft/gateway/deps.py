@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 from preft.core.cluster import AdapterPlace, Role, RouterStats, WorkerSeen
 from preft.core.errors import Unavailable
 from preft.core.ports import AdapterCatalog, Generator
-from preft.gateway.cluster_metrics import ClusterMetrics
+from preft.gateway.cluster_metrics import ClusterMetrics, OwnFigures
 from preft.gateway.drain import Drain
 from preft.gateway.metrics import MeteredGenerator
 from preft.gateway.readiness import missing_workers
@@ -46,12 +46,14 @@ class GatewayDeps:
     places: Callable[[str], Sequence[AdapterPlace]] = lambda digest: ()
     workers: Callable[[], Iterable[WorkerSeen]] = tuple
     stats: Callable[[], RouterStats] = RouterStats
+    catalog_age: Callable[[], float] = lambda: 0.0  # seconds since the catalog was read
     roles: tuple[Role, ...] = (Role.PREFILL, Role.DECODE)  # of workers that must be ready
     drain: Drain = field(default_factory=Drain)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "generator", MeteredGenerator(self.generator, self.registry))
-        ClusterMetrics(self.workers, self.stats, self.registry)
+        own = OwnFigures(self.stats, lambda: not self.unready(), self.catalog_age)
+        ClusterMetrics(self.workers, own, self.roles, self.registry)
 
     def unready(self) -> str:
         """The reason why requests can't be served now; "" if they can."""

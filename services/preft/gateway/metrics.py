@@ -14,7 +14,7 @@ from functools import partial
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from preft.core.errors import PreftError, mapping_of
+from preft.core.errors import ERROR_MAP, PreftError, mapping_of
 from preft.core.ports import Generation, Generator
 from preft.core.request import GenerateRequest, TokenDelta
 
@@ -33,6 +33,9 @@ class MeteredGenerator:
         self._inner = inner
         kind = ("kind",)
         self._requests = Counter("preft_requests", "Prompts by outcome.", (*kind, "status"), registry=registry)
+        for each in ("base", "adapter"):  # from 0 on: Prometheus sees no increase in a series that begins with 1
+            for status in ("ok", "cancelled", *(mapping.code for mapping in ERROR_MAP.values())):
+                self._requests.labels(each, status)
         self._running = Gauge("preft_requests_running", "Prompts in progress.", kind, registry=registry)
         self._prompt = Counter("preft_prompt_tokens", "Prompt tokens accepted.", kind, registry=registry)
         self.generated = Counter("preft_generated_tokens", "Tokens generated.", kind, registry=registry)

@@ -63,6 +63,8 @@ class Admission:
         self._max_queue = max_queue
         self._restart_grace = restart_grace
         self.refused = 0  # requests for which there was no room in the queue
+        self.leases = 0
+        self.waited = 0.0  # seconds, of all leases together
         self._lines = Lines()
         self._kept = KeptRoom(view)
         self._grants: deque[float] = deque(maxlen=64)  # times of the last leases
@@ -314,6 +316,8 @@ class Admission:
             ticket.outcome.set_result(Lease(placed, ticket.demand, ticket.choices, self.wake))
             self._view.prefixes.add(ticket.demand.beginnings, placed.prefill.id)
             self._grants.append(now)
+            self.leases += 1
+            self.waited += now - ticket.entered
             self.shares.leased(now, ticket.demand.kv_tokens, waiting=self.waiting)
         return placed
 

@@ -125,6 +125,9 @@ class Router:
             counters.retries,
             counters.resumes,
             self._admission.refused,
+            self.longest_wait(),
+            self._admission.leases,
+            self._admission.waited,
         )
 
     def longest_wait(self) -> float:

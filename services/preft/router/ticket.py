@@ -20,7 +20,9 @@ class Ticket:
     def __init__(self, demand: Demand, choices: Sequence[int], queue: Admission) -> None:
         self.demand = demand
         self.choices = choices
-        self.outcome: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        self.entered = loop.time()
+        self.outcome: asyncio.Future[Lease] = loop.create_future()
         self._queue = queue
         self._ended = False
 

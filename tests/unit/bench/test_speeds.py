@@ -25,12 +25,13 @@ for line in sys.stdin:
 
 
 def test_table_and_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    figure = transfer.TransferFigure(16 << 20, tcp=0.01, grpc=0.02, checksum=0.001)
+    figure = transfer.TransferFigure(16 << 20, tcp=0.01, grpc=0.02, tls=0.05, checksum=0.001)
     monkeypatch.setattr(transfer, "measure", lambda: [figure])
     assert speeds.main(["--only", "transfer", "--out", str(tmp_path / "new"), "--name", "here"]) == 0
     out = capsys.readouterr().out
     assert "KV push of 16 MiB" in out
     assert " 0.50 " in out
+    assert "KV push of 16 MiB over TLS" in out
     (path,) = (tmp_path / "new").iterdir()
     assert path.name.startswith("here-20")
     result = json.loads(path.read_text())
@@ -38,8 +39,8 @@ def test_table_and_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert result["machine"]["cpus"] >= 1
     assert result["machine"]["cpu"]
     assert "python" in result["versions"]
-    (comparison,) = result["comparisons"]
-    assert comparison["ratio"] == 0.5
+    comparison, over_tls = result["comparisons"]
+    assert (comparison["ratio"], over_tls["ratio"]) == (0.5, 0.4)
     assert comparison["how"]
 
 

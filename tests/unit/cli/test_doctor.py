@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import socket
 import tomllib
 from dataclasses import replace
@@ -32,6 +33,7 @@ CPU = Machine(
     programs={"cc": "/usr/bin/cc"},
     port=8000,
     port_error="",
+    open_files=1 << 20,
 )
 GPU = replace(
     CPU,
@@ -87,6 +89,9 @@ def test_a_good_machine_is_all_ok(machine: Machine) -> None:
         (without(CPU, "transformers"), "transformers", Level.FAIL),
         (replace(CPU, port_error="Address already in use"), "port", Level.WARN),
         (replace(CPU, programs={}), "compiler", Level.WARN),
+        (replace(CPU, open_files=255), "open files", Level.FAIL),
+        (replace(CPU, open_files=4095), "open files", Level.WARN),
+        (replace(CPU, open_files=None), "open files", Level.OK),
     ],
 )
 def test_what_is_wrong_is_found(machine: Machine, check: str, level: Level) -> None:
@@ -113,6 +118,22 @@ def test_status_follows_the_findings(monkeypatch: pytest.MonkeyPatch, capsys: py
         assert len(capsys.readouterr().out.splitlines()) == len(report["findings"])
 
 
+def test_the_port_of_the_environment_is_looked_at(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("PREFT_HOST", "127.0.0.1")
+        monkeypatch.setenv("PREFT_PORT", str(port))
+        main(["doctor", "--json"])
+        found = {one["check"]: one for one in json.loads(capsys.readouterr().out)["findings"]}
+        assert found["port"]["level"] == "WARN"
+        assert found["port"]["text"].startswith(f"{port}: ")
+        main(["doctor", "--json", "--port", "0"])
+        found = {one["check"]: one for one in json.loads(capsys.readouterr().out)["findings"]}
+        assert found["port"]["level"] == "OK"
+
+
 def test_the_version_is_the_one_that_is_installed() -> None:
     extras = tomllib.loads(PYPROJECT.read_text())["project"]["optional-dependencies"]
     pins = {re.split("==", requirement)[1] for name in ("cpu", "gpu") for requirement in extras[name]}
@@ -126,4 +147,5 @@ def test_looking_at_this_machine() -> None:
     assert machine.cpus >= 1
     assert machine.memory_available > 0
     assert machine.packages["ray"]
+    assert machine.open_files == resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     assert look("127.0.0.1", 0).port_error == ""

@@ -16,6 +16,7 @@ import pytest
 from preft.cluster.gateway_process import MAX_HEADER_BYTES, RunningGateway, run_gateway
 from preft.core.errors import ConfigError
 from preft.core.settings import Settings
+from preft.rpc.secret import ClusterSecret
 from support.fake_workers import FakeCluster
 from support.fakes import FakeCatalog
 from support.lora_folders import write_base
@@ -31,7 +32,8 @@ async def running(folder: Path, host: str = "127.0.0.1", port: int = 0, **more: 
     settings = Settings(
         model=folder / "model", state_dir=folder / "state", host=host, port=port, max_model_len=64, **more
     )
-    async with run_gateway(settings, cast(Any, FakeCluster()), cast(Any, FakeCatalog.of()), "x", "") as gateway:
+    store, catalog = cast(Any, FakeCluster()), cast(Any, FakeCatalog.of())
+    async with run_gateway(settings, ClusterSecret("of a test"), store, catalog, "x", "") as gateway:
         yield gateway
 
 

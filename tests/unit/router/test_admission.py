@@ -1193,3 +1193,17 @@ def test_a_request_waits_no_longer_than_what_ran_before_it(seed: int) -> None:
 
     with asyncio.Runner() as runner:
         runner.run(flood())
+
+
+async def test_the_waits_of_all_leases_add_up() -> None:
+    queue = Queue(*workers_of())
+    first = queue.enter()
+    second = queue.enter()
+    await asyncio.sleep(0.05)
+    lease = await first.wait(1)
+    assert queue.admission.leases == 1
+    assert queue.admission.waited < 0.04
+    lease.release()
+    (await second.wait(1)).release()
+    assert queue.admission.leases == 2
+    assert 0.05 <= queue.admission.waited < 1

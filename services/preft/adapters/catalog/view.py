@@ -81,6 +81,11 @@ class CatalogView:
             return left
 
     @property
+    def age(self) -> float:
+        """Seconds since the store was read last."""
+        return time.monotonic() - self._read_at
+
+    @property
     def revision(self) -> int:
         """Changes with each `refresh` that found changes."""
         return self._revision

@@ -34,7 +34,6 @@ TURN = 32  # requests of one adapter that go together before older ones of other
 TRIES = 16  # lines that one look tries, and ...
 LINES = 100  # lines that it reads, until it gives up: the others are younger, and their turn comes
 HELPED = 4  # lines of other workers that a worker with room looks at
-AHEAD = 2  # times its slots: adapters that a worker loads before they have a slot
 NO_WORKERS = "no prefill and decode workers that fit together are ready"
 RETRY_AFTER = (1.0, 30.0)  # seconds, least and most
 
@@ -371,10 +370,10 @@ class Admission:
             self._prefetch(worker, demand.adapter)
 
     def _may_load(self, worker: WorkerView) -> bool:
-        return len(worker.loads) < _most_loads(worker)
+        return len(worker.loads) < worker.most_loads
 
     def _load_ahead(self, worker: WorkerView) -> None:
-        for line in self._lines.first_at(worker, _most_loads(worker)):
+        for line in self._lines.first_at(worker, worker.most_loads):
             if line.digest not in self._view.holders and line.digest not in self._view.loaders:
                 self._load(worker, line.head.demand)
 
@@ -398,7 +397,3 @@ class Admission:
             for ticket in self._lines.take(line.digest):
                 self._kept.give_up(ticket.demand.order, line.at)
                 ticket.fail(error)
-
-
-def _most_loads(view: WorkerView) -> int:
-    return max(2, AHEAD * view.worker.adapter_slots)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from preft.router.view import ClusterView
 
 WORK_TOKENS = 256  # of a prompt: as much work as the prompt as such
+AHEAD = 2  # times its slots: adapters that a worker loads before they have a slot
 REFUSED_SECONDS = 3.0  # until a worker that failed to load an adapter is asked again
 BREAK_SECONDS = (0.25, 30.0)  # a failing worker's pause: after the second failure in a row, and at most
 
@@ -145,6 +146,11 @@ class WorkerView:
 
     def is_loading(self, digest: str) -> bool:
         return digest in self.loads or self.adapters.get(digest) is _LOADING
+
+    @property
+    def most_loads(self) -> int:
+        """Adapters that this router makes the worker load at once."""
+        return max(2, AHEAD * self.worker.adapter_slots)
 
     def refused(self, digest: str, now: float) -> bool:
         """Whether the worker has failed to load the adapter a moment ago."""

@@ -47,6 +47,7 @@ wait_for_redis() {
 
 make_secrets() { # complete files alone get their names: other containers wait for them
   local password
+  wait_until "permission to write $SECRETS" test -w "$SECRETS"
   for name in cluster_secret ray_token redis_password; do
     has_secret "$name" || put "$name" "$(random)"
   done

@@ -1,5 +1,5 @@
 # In place of Docker's Redis image where no registry is reached: Debian's Redis, started as that image starts it.
-ARG BASE=docker.io/library/debian:bookworm-slim
+ARG BASE=docker.io/library/debian:12.12-slim
 FROM ${BASE}
 RUN apt-get update \
     && apt-get install -y --no-install-recommends redis-server \

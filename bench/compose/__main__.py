@@ -84,7 +84,7 @@ async def check_scraped(stack: Stack) -> str | None:
     end = time.monotonic() + SCRAPED_SECONDS
     up = 0
     while time.monotonic() < end:
-        answer = await client.get_json("/api/v1/query?query=preft_ready")
+        answer = await client.get_json("/api/v1/query?query=up")
         up = sum(one["value"][1] == "1" for one in answer["data"]["result"])
         if up == want:
             print(f"Prometheus has the metrics of {up} gateways")

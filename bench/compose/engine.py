@@ -29,7 +29,7 @@ class Engine:
     @classmethod
     def find(cls, name: str | None) -> Engine:
         """The engine that `name` names, else the first one that answers. Raises PreftError."""
-        known = {"docker": ("docker", "compose"), "podman": ("podman-compose",)}
+        known = {"docker": ("docker", "compose"), "podman": ("podman-compose", "--in-pod", "false")}
         for program in known if name is None else [name]:
             compose = known.get(program, ("",))
             if shutil.which(program) and shutil.which(compose[0]):

@@ -76,10 +76,10 @@ claim_gpu() { # one GPU that no other container of this machine has, until this 
   mkdir -p "$GPUS"
   local gpu lock
   while true; do
-    for gpu in $(nvidia-smi --query-gpu=uuid --format=csv,noheader); do
+    for gpu in $(nvidia-smi --query-gpu=index --format=csv,noheader); do
       exec {lock}>"$GPUS/$gpu"
       if flock --nonblock "$lock"; then
-        export CUDA_VISIBLE_DEVICES=$gpu
+        export CUDA_VISIBLE_DEVICES=$gpu CUDA_DEVICE_ORDER=PCI_BUS_ID # the order of nvidia-smi
         say "takes the GPU $gpu"
         return
       fi

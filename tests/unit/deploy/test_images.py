@@ -69,8 +69,8 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "secrets").mkdir()
     programs = {
         "container": text.replace("sleep 10", "sleep 0.1").replace("sleep 1;", "sleep 0.1;"),
-        "ray": '#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES $*"\nexec sleep 60\n',
-        "nvidia-smi": "#!/bin/sh\nprintf 'GPU-a\\nGPU-b\\n'\n",
+        "ray": '#!/bin/sh\necho "gpu $CUDA_VISIBLE_DEVICES $*"\nexec sleep 60\n',
+        "nvidia-smi": "#!/bin/sh\nprintf '0\\n1\\n'\n",
         "preft": '#!/bin/sh\necho "preft $*"\n',
     }
     for name, program in programs.items():
@@ -147,12 +147,12 @@ def test_each_node_of_a_machine_takes_a_gpu_of_its_own(folder: Path) -> None:
         head = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         address = f"127.0.0.1:{head.getsockname()[1]}"
         first = Container(stack, folder, "node", "prefill", head=address)
-        assert "GPU-a " in first.said("--num-gpus=1")
-        assert "GPU-b " in Container(stack, folder, "node", "decode", head=address).said("--num-gpus=1")
+        assert "gpu 0 " in first.said("--num-gpus=1")
+        assert "gpu 1 " in Container(stack, folder, "node", "decode", head=address).said("--num-gpus=1")
         third = Container(stack, folder, "node", "decode", head=address)
         third.said("waiting for a GPU")
         first.kill()
-        assert "GPU-a " in third.said("--num-gpus=1")
+        assert "gpu 0 " in third.said("--num-gpus=1")
 
 
 def test_a_gateway_waits_for_redis(folder: Path) -> None:

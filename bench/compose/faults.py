@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from bench.chaos.load import Load
 from bench.compose.engine import NETWORK_IMAGE
@@ -79,12 +82,33 @@ async def kill_gateway(stack: Stack, load: Load) -> None:
         raise PreftError("the killed gateway isn't back")
 
 
+async def join_and_leave(stack: Stack, load: Load) -> None:
+    """A decode worker of a further machine: another project, which has Ray's token and the network alone."""
+    token = stack.engine.run("exec", stack.containers("head-cpu")[0], "cat", "/run/preft/ray_token")
+    with _folder_with(token) as folder:
+        try:
+            await asyncio.to_thread(stack.node, folder, "up", "--detach", "--no-build", "decode-cpu")
+            await wait_whole(load.urls[0], further=1)
+        finally:
+            await asyncio.to_thread(stack.node, folder, "down", "--volumes")
+
+
+@contextmanager
+def _folder_with(token: str) -> Iterator[str]:
+    """A folder of secrets that the containers' user can read."""
+    with TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        Path(folder, "ray_token").write_text(token)
+        yield folder
+
+
 FAULTS = [
     Fault("decode container killed", kill("decode-cpu")),
     Fault("prefill container killed", kill("prefill-cpu")),
     Fault("network between prefill and decode cut for 10 s", cut_network),
     Fault("Redis restarted", restart_redis),
     Fault("gateway killed", kill_gateway, may_cut=True),
+    Fault("a machine joins and leaves", join_and_leave),
     Fault("preft serve killed", kill("serve-cpu")),
     Fault("head of Ray killed", kill("head-cpu")),
 ]

@@ -53,6 +53,12 @@ class Stack:
         command = [*self.engine.compose, "-p", PROJECT, "--profile", "cpu"]
         return self.engine.run(*arguments, command=command, environ=environment())
 
+    def node(self, secrets: str, *arguments: str) -> str:
+        """Compose on a further machine, whose folder `secrets` has Ray's token."""
+        files = ["-f", "docker-compose.yml", "-f", "docker-compose.node.yml"]
+        command = [*self.engine.compose, *files, "-p", f"{PROJECT}-node", "--profile", "cpu"]
+        return self.engine.run(*arguments, command=command, environ=environment() | {"SECRETS_DIR": secrets})
+
     def up(self) -> None:
         scales = [f"--scale={name}={EACH}" for name in SCALED]
         self.compose("up", "--detach", "--no-build", *scales, *self.services)
@@ -99,20 +105,20 @@ async def workers(url: str) -> list[dict[str, Any]]:
     return found
 
 
-async def is_whole(url: str) -> bool:
+async def is_whole(url: str, further: int) -> bool:
     roles = [one["role"] for one in await workers(url) if one["state"] == "ready"]
-    return roles.count("prefill") == EACH and roles.count("decode") == EACH
+    return roles.count("prefill") == EACH and roles.count("decode") == EACH + further
 
 
-async def wait_whole(url: str, *, whole: bool = True, seconds: float = READY_SECONDS) -> float:
+async def wait_whole(url: str, *, whole: bool = True, further: int = 0, seconds: float = READY_SECONDS) -> float:
     """Waits until the gateway sees all workers ready for two looks (or not all); returns the seconds taken.
 
-    Raises PreftError.
+    `further` decode workers are on other machines. Raises PreftError.
     """
     began = time.monotonic()
     looks = 0
     while looks < (2 if whole else 1):
-        looks = looks + 1 if await is_whole(url) == whole else 0
+        looks = looks + 1 if await is_whole(url, further) == whole else 0
         if time.monotonic() - began > seconds:
             raise PreftError(f"the cluster is {'not whole' if whole else 'still whole'} after {seconds:.0f} s")
         await asyncio.sleep(LOOK_SECONDS)

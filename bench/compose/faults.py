@@ -104,10 +104,10 @@ def _folder_with(token: str) -> Iterator[str]:
 
 FAULTS = [
     Fault("decode container killed", kill("decode-cpu")),
-    Fault("prefill container killed", kill("prefill-cpu")),
     Fault("network between prefill and decode cut for 10 s", cut_network),
     Fault("Redis restarted", restart_redis),
     Fault("gateway killed", kill_gateway, may_cut=True),
+    Fault("prefill container killed", kill("prefill-cpu")),
     Fault("a machine joins and leaves", join_and_leave),
     Fault("preft serve killed", kill("serve-cpu")),
     Fault("head of Ray killed", kill("head-cpu")),

@@ -35,6 +35,7 @@ def environment() -> dict[str, str]:
     variables = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
     own = {
         "CLUSTER_NETWORK": PROJECT,
+        **dict.fromkeys(("PREFILL_WORKERS", "DECODE_WORKERS", "GATEWAYS"), str(EACH)),
         "GATEWAY_PORTS": "127.0.0.1::8000",
         "PROMETHEUS_PORT": "127.0.0.1:",
         "GRAFANA_PORT": "127.0.0.1:",
@@ -57,11 +58,10 @@ class Stack:
         """Compose on a further machine, whose folder `secrets` has Ray's token."""
         files = ["-f", "docker-compose.yml", "-f", "docker-compose.node.yml"]
         command = [*self.engine.compose, *files, "-p", f"{PROJECT}-node", "--profile", "cpu"]
-        return self.engine.run(*arguments, command=command, environ=environment() | {"SECRETS_DIR": secrets})
+        return self.engine.run(*arguments, command=command, environ=environment() | {"SECRETS_DIR": secrets, "DECODE_WORKERS": "1"})
 
     def up(self) -> None:
-        scales = [f"--scale={name}={EACH}" for name in SCALED]
-        self.compose("up", "--detach", "--no-build", *scales, *self.services)
+        self.compose("up", "--detach", "--no-build", *self.services)
 
     def down(self) -> None:
         self.compose("down", "--volumes", "--timeout", "10")

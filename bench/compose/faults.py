@@ -16,7 +16,7 @@ from preft.core.errors import PreftError
 
 CUT_SECONDS = 10.0
 DEAD_SECONDS = 10.0  # for which a killed container stays away
-NOTICED_SECONDS = 60.0
+NOTICED_SECONDS = 180.0  # nodes of Ray live on for a minute without their head
 
 Act = Callable[[Stack, Load], Awaitable[None]]
 

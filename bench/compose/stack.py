@@ -58,7 +58,9 @@ class Stack:
         """Compose on a further machine, whose folder `secrets` has Ray's token."""
         files = ["-f", "docker-compose.yml", "-f", "docker-compose.node.yml"]
         command = [*self.engine.compose, *files, "-p", f"{PROJECT}-node", "--profile", "cpu"]
-        return self.engine.run(*arguments, command=command, environ=environment() | {"SECRETS_DIR": secrets, "DECODE_WORKERS": "1"})
+        return self.engine.run(
+            *arguments, command=command, environ=environment() | {"SECRETS_DIR": secrets, "DECODE_WORKERS": "1"}
+        )
 
     def up(self) -> None:
         self.compose("up", "--detach", "--no-build", *self.services)

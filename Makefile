@@ -12,7 +12,7 @@ EXAMPLE_ADAPTERS = $(patsubst %/,%,$(wildcard $(EXAMPLE)/adapters/*/))
 EXAMPLE_ARGS = --model $(EXAMPLE)/model --served-model-name personal-memory $(foreach dir,$(EXAMPLE_ADAPTERS),--adapter $(notdir $(dir))=$(dir))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-long test-fast test-gpu check bench bench-kernels bench-store bench-cluster bench-gpu \
+.PHONY: help demo serve test test-long test-fast test-gpu test-compose check bench bench-kernels bench-store bench-cluster bench-gpu \
 	chaos simulate tune-gpu proto install clean
 
 help: ## show this list
@@ -55,6 +55,9 @@ bench-cluster: install ## measure the router's policy, two gateways, and thousan
 	$(BIN)/python -m bench.streams $(ARGS)
 	$(BIN)/python -m bench.routing $(ARGS)
 	$(BIN)/python -m bench.gateways $(ARGS)
+
+test-compose: install ## bring docker-compose.yml up in containers, ask every demo question, break it (needs Docker or podman)
+	PYTHONPATH=examples $(BIN)/python -m bench.compose $(ARGS)
 
 chaos: install ## kill, stop and empty parts of a cluster under load; compare all answers (needs redis-server)
 	$(BIN)/python -m bench.chaos $(ARGS)

@@ -1,6 +1,7 @@
 """Makes `.venv` and installs this project into it, with the CPU or the GPU build of vLLM. Standard library only.
 
 Usage: python scripts/install.py [--extra cpu|gpu] [--venv DIR]      (default: gpu where nvidia-smi answers, else cpu)
+       python scripts/install.py --dependencies --extra cpu|gpu --venv DIR      (for images: without the project)
 
 Owns the choices that pyproject.toml can't express to pip and uv: the torch build, the packages to leave out, and pip's
 own configuration, which uv doesn't read. A second run without changes ends at once.
@@ -28,6 +29,7 @@ CPU_TORCH_INDEX = os.environ.get("TORCH_CPU_INDEX", "https://download.pytorch.or
 TRITON = "triton>=3.6,<3.8"
 UNWANTED_ON_CPU = ("torchvision", "torchaudio", "torchcodec", "triton")
 PYTHONS = ((3, 11), (3, 14))  # oldest and newest version with wheels of every package
+SOURCES = ("s3", "gs", "hf")  # extras of a server in an image: sources of adapters
 PIP_SECTIONS = ("global", "install", ":env:")  # later ones win, as in pip
 
 
@@ -40,9 +42,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Makes .venv and installs the project into it.")
     parser.add_argument("--extra", choices=("cpu", "gpu"), help="default: gpu where nvidia-smi answers, else cpu")
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv")
+    parser.add_argument("--dependencies", action="store_true", help="install what a server needs, without the project")
     args = parser.parse_args()
+    do = install_dependencies if args.dependencies else install
     try:
-        install(args.venv.absolute(), args.extra or detect_extra())
+        do(args.venv.absolute(), args.extra or detect_extra())
     except InstallError as error:
         print(f"install: {error}", file=sys.stderr)
         return 1
@@ -74,6 +78,16 @@ def install(venv: Path, extra: str) -> None:
         _install_with_pip(python, extra)
     stamp.write_text(json.dumps(want))
     _say(f"done in {time.monotonic() - started:.0f} s")
+
+
+def install_dependencies(venv: Path, extra: str) -> None:
+    """Makes `venv` afresh with what a server needs, and without this project. Needs uv."""
+    _make_venv(venv)
+    python = venv / "bin" / "python"
+    uv = _find_uv(venv)
+    if uv is None:
+        raise InstallError("uv is needed: it is neither on PATH, nor can pip install it.")
+    _install_with_uv(uv, python, extra, pip_options(python), only_dependencies=True)
 
 
 def detect_extra() -> str:
@@ -125,7 +139,9 @@ def uv_environment(options: dict[str, str]) -> dict[str, str]:
     return environment
 
 
-def _install_with_uv(uv: str, python: Path, extra: str, options: dict[str, str]) -> None:
+def _install_with_uv(
+    uv: str, python: Path, extra: str, options: dict[str, str], *, only_dependencies: bool = False
+) -> None:
     # An engine's start is mostly imports. uv, unlike pip, doesn't compile bytecode by default. In a folder that can't
     # be written, each process would then compile at each start.
     command = [uv, "pip", "install", "--compile-bytecode", "--python", str(python)]
@@ -133,6 +149,10 @@ def _install_with_uv(uv: str, python: Path, extra: str, options: dict[str, str])
     if extra == "cpu":
         _install_cpu_torch(command, flags, environment)
         flags += ["--overrides", str(OVERRIDES)]
+    if only_dependencies:
+        wanted = [word for name in (extra, *SOURCES) for word in ("--extra", name)]
+        _run([*command, *flags, "-r", str(ROOT / "pyproject.toml"), *wanted], environment)
+        return
     _say(f"installing the project and its dependencies with {uv}")
     _run([*command, *flags, "--editable", f"{ROOT}[{extra},dev,train]"], environment)
     if extra == "cpu":

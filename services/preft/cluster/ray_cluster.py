@@ -64,6 +64,7 @@ class WorkerActor:
         folder: str,
     ) -> None:
         output_to(Path(log))
+        end_with_main_thread()
         if folder:
             _use_folder(folder)
         self._log = Path(log)
@@ -127,6 +128,15 @@ def _use_folder(folder: str) -> None:
     compiled = os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")  # PyTorch's default
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", compiled)
     os.environ["TMPDIR"] = tempfile.tempdir = folder
+
+
+def end_with_main_thread() -> None:
+    """Lets this process end at once when its main thread ends, as Ray's does after the death of `preft serve`.
+
+    Python's own way to the end takes seconds. Meanwhile it refuses work for threads, so that calls to the worker would
+    fail instead of breaking, and routers repeat only those that break.
+    """
+    threading._register_atexit(os._exit, 1)  # type: ignore[attr-defined]  # `atexit` itself comes after that refusal
 
 
 class RayCluster:

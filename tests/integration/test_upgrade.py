@@ -128,8 +128,8 @@ async def test_no_request_fails_while_all_processes_are_replaced(
 
         async def go_on() -> None:
             load.urls[:] = cluster.urls.values()
-            seen = load.answers
-            while load.answers < seen + ANSWERS:
+            enough = load.counts.sent + CLIENTS + ANSWERS
+            while load.counts.sent < enough:
                 await asyncio.sleep(0.1)
 
         async def replace_worker(role: str) -> None:

@@ -7,12 +7,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any
 
 from preft.core.errors import PreftError
 
 logger = logging.getLogger(__name__)
+
+AGAIN_SECONDS = 1.0
+
+
+async def cancelled(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Cancels the tasks and waits for their end.
+
+    Cancels again what goes on: Python before 3.12 loses a cancellation that comes as `asyncio.wait_for` ends
+    (python/cpython#86296).
+    """
+    while going := [task for task in tasks if not task.done()]:
+        for task in going:
+            task.cancel()
+        await asyncio.wait(going, timeout=AGAIN_SECONDS)
 
 
 class Background:
@@ -38,10 +52,9 @@ class Background:
 
     async def close(self) -> None:
         """Cancels all tasks and waits for their end."""
-        while tasks := [task for task in self._tasks if not task.done()]:
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
+        while self._tasks:  # one that ends may start another one
+            await cancelled(self._tasks)
+            await asyncio.sleep(0)  # for `_ended`
 
     async def finish(self, seconds: float) -> None:
         """Waits up to `seconds` for the tasks to end, then closes."""

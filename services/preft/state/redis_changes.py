@@ -12,6 +12,8 @@ from contextlib import suppress
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from preft.core.background import cancelled
+
 logger = logging.getLogger(__name__)
 
 PING_SECONDS = 5.0  # without any message for this long, the connection is asked; without an answer it is given up
@@ -45,8 +47,7 @@ class RedisChanges:
     async def close(self) -> None:
         self._closed = True
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait({self._task})
+            await cancelled([self._task])
 
     async def _follow(self) -> None:
         failing = False  # logged once

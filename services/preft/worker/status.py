@@ -17,6 +17,7 @@ import grpc.aio
 
 from preft.adapters.sources.peers import Peers
 from preft.adapters.store.adapter_store import AdapterStore
+from preft.core.background import cancelled
 from preft.core.cluster import AdapterStatus, StatusUpdate, WorkerStatus
 from preft.rpc import workers_pb2, workers_pb2_grpc
 from preft.rpc.caller import caller_of
@@ -94,13 +95,14 @@ class StatusService(workers_pb2_grpc.WorkerStatusServicer):
                             if reading.done():
                                 reading.result()
             finally:
-                reading.cancel()
                 self._watchers.discard(watcher)
                 self._told.set()
                 if self._adapters is not None:
                     self._adapters.unwant(watcher.wanted)
                     watcher.wanted = set()
-                await asyncio.gather(reading, return_exceptions=True)
+                await cancelled([reading])
+                if not reading.cancelled():
+                    reading.exception()  # has ended this stream already, or doesn't matter any more
 
     def drain(self, but: str | None = None) -> None:
         """Tells all streams at once, without waiting for their intervals, that the worker takes no more requests.

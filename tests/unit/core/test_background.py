@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from preft.core import background as background_module
 from preft.core.background import Background
 from preft.core.errors import Unavailable
 
@@ -84,6 +85,27 @@ async def test_a_task_that_a_closing_task_starts_is_ended_too() -> None:
     await asyncio.sleep(0)
     await background.close()
     assert asyncio.all_tasks() == before
+
+
+async def test_a_cancellation_that_gets_lost_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background_module, "AGAIN_SECONDS", 0.01)
+    background, lost = Background(), 0
+
+    async def forgets() -> None:
+        nonlocal lost
+        while True:
+            try:
+                await asyncio.sleep(3600)
+            except asyncio.CancelledError:
+                lost += 1
+                if lost > 2:
+                    raise
+
+    background.start(forgets(), "it")
+    await asyncio.sleep(0)
+    async with asyncio.timeout(5):
+        await background.close()
+    assert lost == 3
 
 
 async def test_finishing_waits_for_what_ends_soon() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, nullcontext, suppress
 from dataclasses import dataclass, field, replace
@@ -43,7 +44,7 @@ class _Watcher:
     is_behind: bool = True  # the next message is a whole one
     knows_draining: bool = False
     wanted: set[str] = field(default_factory=set)  # digests of adapters for which the caller's requests wait
-    slot_since: float = math.inf  # loop time since which the oldest of them waits for a slot, ...
+    slot_since: float = math.inf  # monotonic time since which the oldest of them waits for a slot, ...
     slot_told: float = -math.inf  # ... as told at this time
 
 
@@ -137,12 +138,12 @@ class StatusService(workers_pb2_grpc.WorkerStatusServicer):
         if self._adapters is not None:
             self._adapters.want(new)
             self._adapters.unwant(old)
-        waits, now = request.slot_wait_ms, asyncio.get_running_loop().time()
+        waits, now = request.slot_wait_ms, time.monotonic()
         watcher.slot_since, watcher.slot_told = (now - waits / 1000 if waits else math.inf), now
 
     def _told_to(self, caller: str, measured: WorkerStatus) -> WorkerStatus:
         prompts, tokens = self._usage.other_work(caller)
-        now = asyncio.get_running_loop().time()
+        now = time.monotonic()
         others = (one for one in self._watchers if one.caller != caller and now - one.slot_told < WAIT_VALID)
         waited = now - min((one.slot_since for one in others), default=math.inf)
         return replace(

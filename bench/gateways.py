@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0 if everything was measured and all answers were right; 1 otherwise."""
     parser = argparse.ArgumentParser(prog="bench-gateways", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--requests", type=int, default=192, help="per round and side (default: 192)")
+    parser.add_argument("--requests", type=int, default=480, help="per round and side (default: 480)")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args(argv)
     started = time.monotonic()

@@ -162,6 +162,11 @@ class StagingArena:
             self._evictable.move_to_end(region)
             self._admit()
 
+    def touch(self, region: Region) -> None:
+        """Counts as a use: an evictable region is then evicted after all others."""
+        if region in self._evictable:
+            self._evictable.move_to_end(region)
+
     def keep(self, region: Region) -> None:
         """Forbids eviction of the region until it is marked evictable again."""
         self._evictable.pop(region, None)

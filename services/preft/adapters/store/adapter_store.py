@@ -229,8 +229,8 @@ class AdapterStore:
     async def _load(self, adapter: AdapterRef) -> None:
         started = time.perf_counter()
         digest = adapter.digest
-        for wanted in self._wanted:
-            self._settle(wanted)  # counts as a use: what is evicted for this load was used before
+        for wanted in self._wanted.keys() & self._regions.keys():
+            self._arena.touch(self._regions[wanted])
         region, tier = await self._loader.load(adapter, lambda: digest in self._pinned)
         try:
             await self._engine.place_adapter(adapter, region)

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 MESSAGES = 4000  # a second, of all workers together, as far as the routers' asking decides it
 INTERVALS = (0.05, 1.0)  # seconds, least and most, between two messages of one worker
 REPEAT_SECONDS = 1.0
+MOST_WANTED = 2000  # adapters that a worker is told of; it takes 10,000
 MOST_WAIT = 3600.0  # seconds that are told
 RETRY_SECONDS = (0.1, 1.0)  # between two attempts to open a stream: after the first failure, and at most
 
@@ -141,7 +142,7 @@ async def _wants(view: WorkerView, interval: float) -> AsyncIterator[Wants]:
     told: tuple[Set[str], Order | None] = frozenset(), None
     while True:
         view.wants_changed.clear()
-        now = frozenset(view.wanted), view.slot_for
+        now = frozenset(view.wanted[:MOST_WANTED]), view.slot_for
         if now != told or view.slot_for:
             (wanted, oldest), (before, _) = now, told
             waited = asyncio.get_running_loop().time() - oldest[0] if oldest else 0.0

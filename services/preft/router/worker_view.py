@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
@@ -195,9 +194,9 @@ class WorkerView:
         return self._slot_shared.get(digest, -math.inf)
 
     @property
-    def wanted(self) -> Set[str]:
-        """Adapters for which requests of this router wait for the worker."""
-        return self._waiting.keys() - {""}
+    def wanted(self) -> list[str]:
+        """Adapters for which requests of this router wait for the worker, the longest first."""
+        return [digest for digest in self._waiting if digest]
 
     @property
     def slot_for(self) -> Order | None:

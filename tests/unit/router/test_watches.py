@@ -13,7 +13,7 @@ import pytest
 from preft.core.cluster import AdapterState, StatusUpdate, Worker, WorkerState
 from preft.router.channels import WorkerChannels
 from preft.router.view import ClusterView
-from preft.router.watches import Watches
+from preft.router.watches import MOST_WANTED, Watches
 from preft.router.worker_view import WorkerView
 from support.fake_workers import FakeCluster, FakePrefill
 from support.router_harness import SECRET
@@ -245,6 +245,18 @@ async def test_a_worker_hears_for_which_adapters_requests_wait() -> None:
         one.p0.queue("b", 1, 1)
         one.p0.queue("a", -2, -2)
         await one.until(lambda: worker.wanted["router"] == {"b"})
+
+
+async def test_a_worker_hears_of_no_more_adapters_than_it_takes() -> None:
+    async with watched() as (one, worker):
+        await one.watches.settled(5.0)
+        names = [f"{number:064x}" for number in range(MOST_WANTED + 500)]
+        for name in names:
+            one.p0.queue(name, 1, 1)
+        await one.until(lambda: worker.wanted["router"] == set(names[:MOST_WANTED]))
+        one.p0.queue(names[0], -1, -1)
+        await one.until(lambda: worker.wanted["router"] == set(names[1 : MOST_WANTED + 1]))
+        assert one.p0.is_ready
 
 
 async def test_a_worker_hears_again_and_again_for_how_long_a_request_waits_for_a_slot() -> None:

@@ -57,6 +57,14 @@ _BY_STATUS: dict[grpc.StatusCode, type[PreftError]] = {
 }
 
 
+def status_lost(code: grpc.StatusCode, details: str | None) -> bool:
+    """Whether grpc.aio has lost the status of a call that the server ended while the client wrote.
+
+    grpc.aio then puts this error of its own in its place.
+    """
+    return code is grpc.StatusCode.INTERNAL and details == "Internal error from Core"
+
+
 @asynccontextmanager
 async def errors_reported(context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
     """Ends the server's call with the error that leaves the context. The text of an unexpected error isn't sent."""
@@ -89,7 +97,8 @@ def error_from_rpc(error: grpc.aio.AioRpcError, peer: str) -> PreftError:
     if cls is not None:
         param = trailing.get(PARAM_KEY)
         return _made(cls, error.details() or cls.__name__, None if param is None else str(param))
-    cls = _BY_STATUS.get(error.code(), EngineFailed)
+    lost = status_lost(error.code(), error.details())
+    cls = WorkerLost if lost else _BY_STATUS.get(error.code(), EngineFailed)
     return cls(f"worker {peer}: {error.details() or error.code().name}")
 
 

@@ -71,6 +71,13 @@ async def test_an_unexpected_error_counts_against_the_peer(failing: tuple[Failin
     assert str(error) == "worker decode-0: The server met an unexpected error."
 
 
+def test_a_lost_status_is_a_lost_worker() -> None:
+    lost = grpc.aio.AioRpcError(
+        grpc.StatusCode.INTERNAL, grpc.aio.Metadata(), grpc.aio.Metadata(), details="Internal error from Core"
+    )
+    assert type(error_from_rpc(lost, "decode-0")) is WorkerLost
+
+
 async def test_the_parameter_travels(failing: tuple[Failing, Any]) -> None:
     servicer, stub = failing
     servicer.error = InvalidRequest("too long", param="prompt")

@@ -93,9 +93,10 @@ def test_an_error_inside_ends_the_server_and_goes_on(tmp_path: Path) -> None:
 
 
 OWNER = """
-import sys
+import signal, sys
 from pathlib import Path
 from preft_loadgen.served import served
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup would have it ignored
 folder = Path(sys.argv[1])
 with served(["x"], state_dir=folder / "s", log=folder / "log", command=(sys.executable, str(folder / "serve.py"))):
     print("serves", flush=True)

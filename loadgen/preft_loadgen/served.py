@@ -61,9 +61,8 @@ def served(
     log: Path,
     ready_seconds: float = 300.0,
     command: Sequence[str] = (),
-    stop_signal: signal.Signals = signal.SIGINT,
 ) -> Iterator[Served]:
-    """Runs `preft serve` with `arguments` on a free port. The end of the context sends `stop_signal`.
+    """Runs `preft serve` with `arguments` on a free port. The end of the context sends SIGTERM.
 
     The output goes to the file `log`. All processes of the server, Ray's included, inherit a mark in their environment.
     Marked processes that are left over are killed, and ServeFailed is raised. `command` replaces `preft serve` in
@@ -89,10 +88,10 @@ def served(
         except BaseException:
             signalled.set()
             with contextlib.suppress(ServeFailed):
-                _stop(process, mark, log, stop_signal)
+                _stop(process, mark, log)
             raise
         signalled.set()
-        _stop(process, mark, log, stop_signal)
+        _stop(process, mark, log)
 
 
 @contextmanager
@@ -143,18 +142,18 @@ def _wait_until_ready(process: subprocess.Popen[bytes], log: Path, deadline: flo
         time.sleep(0.2)
 
 
-def _stop(process: subprocess.Popen[bytes], mark: str, log: Path, stop_signal: signal.Signals) -> None:
+def _stop(process: subprocess.Popen[bytes], mark: str, log: Path) -> None:
     """Ends the server and waits for the end of all its processes. Raises ServeFailed if processes had to be killed."""
     problem = ""
     if process.poll() is not None:
         problem = f"preft serve had ended with status {process.returncode}"
     else:
-        process.send_signal(stop_signal)
+        process.terminate()  # a shell's background job would ignore SIGINT
         try:
             if process.wait(STOP_SECONDS) != 0:
-                problem = f"preft serve ended with status {process.returncode} after {stop_signal.name}"
+                problem = f"preft serve ended with status {process.returncode} after SIGTERM"
         except subprocess.TimeoutExpired:
-            problem = f"preft serve didn't end within {STOP_SECONDS:g} s after {stop_signal.name}"
+            problem = f"preft serve didn't end within {STOP_SECONDS:g} s after SIGTERM"
     left = _remaining(mark, STOP_SECONDS / 4)
     for pid in left:
         with contextlib.suppress(ProcessLookupError):

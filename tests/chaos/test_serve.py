@@ -62,7 +62,7 @@ def serve(folders: tuple[Path, Path], *more: str) -> Iterator[Served]:
     arguments += ["--config", str(root / "settings.yaml"), "--dtype", "float32", *more]
     name = "".join(["serve", *more])
     state_dir = root / name
-    with served(arguments, state_dir=state_dir, log=root / f"{name}.log", stop_signal=signal.SIGTERM) as running:
+    with served(arguments, state_dir=state_dir, log=root / f"{name}.log") as running:
         yield running
         files = shared_memory(running)
         streams = [Stream(running.url, model) for model in ("base", "erin") for _ in range(5)]

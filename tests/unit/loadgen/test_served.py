@@ -18,7 +18,7 @@ from preft_loadgen.served import ServeFailed, marked_processes, served
 
 GOOD = """
 import signal, sys
-signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 print("PreFT Serve starts on http://127.0.0.1:1")
 print("PreFT Serve is ready on http://127.0.0.1:4321 after 3 s")
 print(" ".join(sys.argv[1:]))
@@ -108,7 +108,6 @@ def leave(*_):
     time.sleep(1)
     pathlib.Path(sys.argv[0]).with_name("ended").touch()
     sys.exit(0)
-signal.signal(signal.SIGINT, leave)
 signal.signal(signal.SIGTERM, leave)
 pathlib.Path(sys.argv[0]).with_name("pid").write_text(str(os.getpid()))
 print("PreFT Serve is ready on http://x:1 after 0 s", flush=True)

@@ -17,6 +17,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from preft.cluster.ray_workers import namespace_of
+from preft.core.settings import load_settings
 from support.processes import ServerProcess, alive, running
 from support.ray_nodes import HEAD, Nodes, serve, settings_of
 from support.redis_server import RedisServer, running_redis
@@ -54,6 +56,7 @@ class Cluster:
     def __init__(self, stack: ExitStack, folder: Path, nodes: Nodes, redis: RedisServer) -> None:
         self._stack, self._folder, self._nodes, self._redis = stack, folder, nodes, redis
         self.started = 0
+        self.config = folder / "serve-1" / "settings.json"
 
     def serve(self, **changes: object) -> ServerProcess:
         self.started += 1
@@ -64,7 +67,7 @@ class Cluster:
         return serve(self._stack, self._nodes, settings_of(own, self._nodes, **given))
 
     def gateway(self) -> str:
-        config = ["--config", str(self._folder / "serve-1" / "settings.json"), "--port", "0"]
+        config = ["--config", str(self.config), "--port", "0"]
         process = self._stack.enter_context(running(["gateway", *config], self._folder / "gateway.log"))
         return process.said(r"is ready on (http://\S+)", BUSY)
 
@@ -255,6 +258,26 @@ def test_workers_outlive_the_head_of_ray(cluster: Cluster, nodes: Nodes) -> None
     second.signal(signal.SIGTERM)
     assert second.ended(BUSY) == 0
     assert not any(map(alive, again.values()))
+
+
+def test_what_a_killed_start_has_left_is_ended(cluster: Cluster, nodes: Nodes) -> None:
+    """A placement group without its actor would keep a worker's room for ever."""
+    first = cluster.serve()
+    first.said(r"is ready on (http://\S+)", BUSY)
+    kill(first)
+    namespace = namespace_of(load_settings(cluster.config))
+    left = f"{namespace}:aaaaaaaa-decode-9:bbbbbbbb:run"
+    table = "[one['name'] for one in ray.util.placement_group_table().values() if one['state'] != 'REMOVED']"
+    made = f"ray.util.placement_group([{{'decode': 1}}], name='{left}', lifetime='detached')"
+    assert left in nodes.run(f"{made}; print({table})")
+    second = cluster.serve()
+    second.said(r"is ready on (http://\S+)", BUSY)
+    names = nodes.run(f"print({table})")
+    assert left not in names
+    assert names.count(f"{namespace}:") == 3
+    second.signal(signal.SIGTERM)
+    assert second.ended(BUSY) == 0
+    assert f"{namespace}:" not in nodes.run(f"print({table})")
 
 
 def test_settings_of_gateways_alone_replace_no_worker(cluster: Cluster) -> None:

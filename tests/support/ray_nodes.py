@@ -64,15 +64,19 @@ class Nodes:
 
     def drain(self, host: str) -> subprocess.Popen[bytes]:
         """`ray drain-node`, without a deadline."""
-        script = (
-            f"import ray; ray.init('{self.address}', logging_level='ERROR')\n"
+        found = self.run(
             f"print(*(one['NodeID'] for one in ray.nodes() if one['Alive'] and one['NodeName'] == '{host}'))"
         )
-        found = subprocess.run([sys.executable, "-c", script], env=self.environment, capture_output=True, check=True)
         command = [str(Path(sys.executable).with_name("ray")), "drain-node", f"--address={self.address}"]
-        command += [f"--node-id={found.stdout.decode().split()[-1]}", "--reason=DRAIN_NODE_REASON_PREEMPTION"]
+        command += [f"--node-id={found.split()[-1]}", "--reason=DRAIN_NODE_REASON_PREEMPTION"]
         subprocess.run([*command, "--reason-message=test"], env=self.environment, capture_output=True, check=True)
         return self._nodes[host]
+
+    def run(self, script: str) -> str:
+        """What a program prints that has joined this Ray."""
+        begin = f"import ray; ray.init('{self.address}', logging_level='ERROR')\n"
+        command = [sys.executable, "-c", begin + script]
+        return subprocess.run(command, env=self.environment, capture_output=True, check=True).stdout.decode()
 
     def _start(self, host: str, *arguments: str) -> None:
         folder = new_ray_folder()

@@ -243,9 +243,9 @@ def test_workers_outlive_the_head_of_ray(cluster: Cluster, nodes: Nodes) -> None
     workers = pids(url)
     with load(url) as going:
         nodes.kill(HEAD)
+        kill(first)  # it was on the head's machine
         going.goes_on()
         nodes.start_head()
-        first.close()  # it was on the head's machine
         second = cluster.serve()
         second.said(r"(3 workers of an earlier `preft serve` run, and are adopted)", BUSY)
         second.said(r"is ready on (http://\S+)", BUSY)

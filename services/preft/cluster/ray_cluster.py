@@ -263,7 +263,8 @@ class RayCluster:
         is_ending = False
         with contextlib.suppress(ray.exceptions.RayError):  # a process that starts again hasn't been told
             is_ending = await worker.actor.is_ending.remote()
-        if is_ending:
+        if is_ending and worker_id in self.members(worker.role):
+            self._ending.add(worker_id)
             self._tell(f"  {_name(worker_id)}: it was told to end, and is replaced")
             await self.add(worker.role)
             await self.remove(worker_id)

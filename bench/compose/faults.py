@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,12 +12,12 @@ from tempfile import TemporaryDirectory
 
 from bench.chaos.load import Load
 from bench.compose.engine import NETWORK_IMAGE
-from bench.compose.stack import Stack, wait_whole
+from bench.compose.stack import Stack, processes, wait_whole, workers
 from preft.core.errors import PreftError
 
 CUT_SECONDS = 10.0
 DEAD_SECONDS = 10.0  # for which a killed container stays away
-NOTICED_SECONDS = 180.0  # nodes of Ray live on for a minute without their head
+NOTICED_SECONDS = 180.0  # for the gateways to see that a container's worker is gone
 
 Act = Callable[[Stack, Load], Awaitable[None]]
 
@@ -41,6 +42,39 @@ def kill(service: str) -> Act:
         await asyncio.to_thread(stack.engine.run, "start", container)
 
     return act
+
+
+def kill_around(service: str) -> Act:
+    """Kills the container of the service, without which all workers live on, and starts it again.
+
+    Then kills a worker's process, which only a whole cluster starts again. Raises PreftError if another worker ends.
+    """
+
+    async def act(stack: Stack, load: Load) -> None:
+        before = await processes(load.urls[0])
+        adopted = stack.adoptions()
+        (container,) = stack.containers(service)
+        await asyncio.to_thread(stack.engine.run, "kill", container)
+        await asyncio.sleep(DEAD_SECONDS)
+        await asyncio.to_thread(stack.engine.run, "start", container)
+        end = time.monotonic() + NOTICED_SECONDS
+        while service == "serve-cpu" and stack.adoptions() == adopted and time.monotonic() < end:
+            await asyncio.sleep(1.0)
+        after = await processes(load.urls[0])
+        if after != before or (service == "serve-cpu" and stack.adoptions() == adopted):
+            raise PreftError(f"{service} was killed, and the workers weren't adopted: {before} became {after}")
+        await _kill_worker(stack, load)
+
+    return act
+
+
+async def _kill_worker(stack: Stack, load: Load) -> None:
+    """Kills the process of a decode worker alone."""
+    worker = next(one for one in await workers(load.urls[0]) if one["role"] == "decode")
+    host = worker["address"].rpartition(":")[0]
+    (container,) = (one for one in stack.containers("decode-cpu") if stack.address(one) == host)
+    await asyncio.to_thread(stack.engine.run, "exec", container, "bash", "-c", f"kill -9 {worker['pid']}")
+    await wait_whole(load.urls[0], whole=False, seconds=NOTICED_SECONDS)
 
 
 async def cut_network(stack: Stack, load: Load) -> None:
@@ -109,6 +143,6 @@ FAULTS = [
     Fault("gateway killed", kill_gateway, may_cut=True),
     Fault("prefill container killed", kill("prefill-cpu")),
     Fault("a machine joins and leaves", join_and_leave),
-    Fault("preft serve killed", kill("serve-cpu")),
-    Fault("head of Ray killed", kill("head-cpu")),
+    Fault("preft serve killed", kill_around("serve-cpu")),
+    Fault("head of Ray killed", kill_around("head-cpu")),
 ]

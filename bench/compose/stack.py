@@ -89,6 +89,10 @@ class Stack:
     def gateways(self) -> list[str]:
         return [self.url(one) for one in self.containers("gateway-cpu")]
 
+    def adoptions(self) -> int:
+        """How often `preft serve` has adopted workers."""
+        return self.engine.run("logs", self.containers("serve-cpu")[0]).count("are adopted")
+
     def logs(self) -> str:
         """The last lines of every container."""
         told = []
@@ -105,6 +109,11 @@ async def workers(url: str) -> list[dict[str, Any]]:
     except RequestFailed:
         return []
     return found
+
+
+async def processes(url: str) -> dict[str, int]:
+    """The workers' processes in their containers, by worker."""
+    return {one["id"]: one["pid"] for one in await workers(url)}
 
 
 async def is_whole(url: str, further: int) -> bool:

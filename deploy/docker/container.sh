@@ -121,7 +121,11 @@ case $command in
   head)
     make_secrets
     echo head >"$ROLE"
-    EXEC=exec start_ray --head --port="${PREFT_RAY_ADDRESS##*:}" --num-cpus=0 --include-dashboard=false --block "${@:2}"
+    wait_for_redis
+    RAY_REDIS_ADDRESS=$(redis_address) # Ray's tables are there, so that nodes and workers outlive this container
+    export RAY_REDIS_ADDRESS
+    EXEC=exec start_ray --head --port="${PREFT_RAY_ADDRESS##*:}" --num-cpus=0 --include-dashboard=false --block \
+      --redis-password="$(<"$SECRETS/redis_password")" "${@:2}"
     ;;
   node)
     role=$2

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 import httpx
 import pytest
 
-from preft.cluster.ray_folder import new_ray_folder
-from preft_loadgen.child import bound
-from support.lora_folders import write_base
-from support.processes import TESTS, ServerProcess, running
-from support.redis_server import free_port, running_redis
-from support.small_tokenizers import byte_level
+from support.ray_nodes import Nodes, serve, settings_of
+from support.redis_server import running_redis
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.long]
 
@@ -32,90 +22,10 @@ BUSY = 90.0  # seconds, on a machine that does other things too
 ONE_EACH = {"prefill": 1.0, "decode": 1.0}
 
 
-class Nodes:
-    """A Ray cluster of this machine: a head that runs nothing, and nodes with custom resources."""
-
-    def __init__(self, stack: ExitStack, folder: Path) -> None:
-        self._stack, self._folder = stack, folder
-        self.address = f"127.0.0.2:{free_port()}"  # Ray would replace 127.0.0.1 by the machine's outside address
-        self._nodes: dict[str, subprocess.Popen[bytes]] = {}
-        self.environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([TESTS, *filter(None, [os.environ.get("PYTHONPATH")])]),
-            "RAY_AUTH_MODE": "disabled",
-        }
-        port = self.address.rpartition(":")[2]
-        self._start("127.0.0.2", "--head", "--port", port, "--include-dashboard=false", "--num-cpus=0")
-
-    def add(self, host: str, resources: dict[str, float]) -> None:
-        self._start(host, "--address", self.address, "--num-cpus=1", f"--resources={json.dumps(resources)}")
-
-    def kill(self, host: str) -> None:
-        """The machine is gone: all its processes end at once."""
-        node = self._nodes.pop(host)
-        os.killpg(node.pid, signal.SIGKILL)
-        node.wait()
-
-    def terminate(self, host: str) -> subprocess.Popen[bytes]:
-        """The end of a service or a container: SIGTERM to the process that started the node."""
-        node = self._nodes[host]
-        node.send_signal(signal.SIGTERM)
-        return node
-
-    def drain(self, host: str) -> subprocess.Popen[bytes]:
-        """`ray drain-node`, without a deadline."""
-        script = (
-            f"import ray; ray.init('{self.address}', logging_level='ERROR')\n"
-            f"print(*(one['NodeID'] for one in ray.nodes() if one['Alive'] and one['NodeName'] == '{host}'))"
-        )
-        found = subprocess.run([sys.executable, "-c", script], env=self.environment, capture_output=True, check=True)
-        command = [str(Path(sys.executable).with_name("ray")), "drain-node", f"--address={self.address}"]
-        command += [f"--node-id={found.stdout.decode().split()[-1]}", "--reason=DRAIN_NODE_REASON_PREEMPTION"]
-        subprocess.run([*command, "--reason-message=test"], env=self.environment, capture_output=True, check=True)
-        return self._nodes[host]
-
-    def _start(self, host: str, *arguments: str) -> None:
-        folder = new_ray_folder()
-        self._stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        command = [str(Path(sys.executable).with_name("ray")), "start", "--block", f"--node-ip-address={host}"]
-        command += [f"--temp-dir={folder}", "--object-store-memory=80000000", "--disable-usage-stats", *arguments]
-        log = (self._folder / f"ray-{host}.log").open("wb")
-        self._stack.callback(log.close)
-        node = subprocess.Popen(
-            bound(command), env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        self._nodes[host] = node
-        self._stack.callback(self._end, host)
-
-    def _end(self, host: str) -> None:
-        if host in self._nodes:
-            with suppress(ProcessLookupError):  # it has ended
-                self.kill(host)
-
-
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     with ExitStack() as stack:
         yield Nodes(stack, tmp_path_factory.mktemp("ray"))
-
-
-def settings_of(folder: Path, nodes: Nodes, **changes: object) -> Path:
-    """A settings file. Each worker takes a node's resource of its role's name."""
-    model = write_base(byte_level(folder / "base"))
-    given: dict[str, object] = {
-        "model": str(model),
-        "served_model_name": "base",
-        "state_dir": str(folder / "state"),
-        "port": 0,
-        "max_model_len": 128,
-        "ray_address": nodes.address,
-        "prefill": {"resources": {"prefill": 1}, "staging_bytes": 1 << 20},
-        "decode": {"resources": {"decode": 1}, "staging_bytes": 1 << 20},
-        **changes,
-    }
-    path = folder / "settings.json"
-    path.write_text(json.dumps(given))
-    return path
 
 
 def ask(url: str, number: int) -> list[int]:
@@ -130,12 +40,6 @@ def hosts(url: str) -> dict[str, str]:
     """Where the ready workers are, by role."""
     workers = httpx.get(f"{url}/v1/workers", timeout=BUSY, trust_env=False).json()["workers"]
     return {one["role"]: one["address"].rpartition(":")[0] for one in workers if one["state"] == "ready"}
-
-
-def serve(stack: ExitStack, nodes: Nodes, config: Path) -> ServerProcess:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        return stack.enter_context(running(["--config", str(config)], config.with_suffix(".log"), "support.fake_serve"))
 
 
 def test_a_dead_nodes_workers_come_back_elsewhere_once_there_is_room(nodes: Nodes, tmp_path: Path) -> None:

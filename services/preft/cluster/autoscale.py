@@ -4,7 +4,8 @@ The formula for the load is that of the Kubernetes HorizontalPodAutoscaler: work
 with no change near the target. Source:
 https://kubernetes.io/docs/tasks/run-application/horizontal-pod-autoscale/#algorithm-details
 Workers are added once the pressure has asked for them for `up_seconds`. They end one at a time, after `down_seconds`,
-and drain before they end. Workers on a node that Ray drains are replaced first. Owns the decision and its timing;
+and drain before they end. Workers on a node that Ray drains are replaced first, and then those that an earlier `preft
+serve` has started with other settings. Owns the decision and its timing;
 `ray_cluster` owns the workers.
 """
 
@@ -31,6 +32,9 @@ class Workers(Protocol):
 
     def members(self, *roles: Role) -> list[str]:
         """Ids of the workers of these roles, without those that end."""
+
+    def outdated(self, role: Role) -> list[str]:
+        """Ids of the adopted workers of the role that new ones would differ from, without those that end."""
 
     async def room(self, role: Role) -> int:
         """How many workers of the role all nodes of Ray together have room for."""
@@ -93,6 +97,7 @@ class Autoscaler:
             role: settings.engine(role).replicas for role in settings.roles if settings.engine(role).fill_nodes
         }
         self._leaving: set[str] = set()  # workers on nodes that are drained
+        self._successors: dict[Role, str] = {}  # of outdated workers, until they are ready
 
     def start(self) -> None:
         if self._scales or self._filled or self._settings.ray_address is not None:
@@ -110,6 +115,7 @@ class Autoscaler:
             leaving = await self._workers.leaving()
             for role in self._settings.roles:
                 await self._leave(role, leaving)
+                await self._renew(role)
         for role, least in self._filled.items():
             await self._fill(role, max(least, await self._workers.room(role)))
         for role, scale in self._scales.items():
@@ -131,6 +137,24 @@ class Autoscaler:
                     await self._workers.add(role)
             if others or leaving[worker_id] < self._settings.shutdown_timeout + LEAVE_SECONDS:
                 self._end(worker_id)
+
+    async def _renew(self, role: Role) -> None:
+        """Replaces one outdated worker, if all new ones of its role are ready. Stops if a new one can't be started.
+
+        The old worker ends at once: there may be no room for both.
+        """
+        members, ready = self._staying(role), {one.id for one in self._router.view.ready(role)}
+        outdated = [one for one in self._workers.outdated(role) if one in members]
+        if self._successors.get(role) in ready:
+            del self._successors[role]
+        if not outdated or role in self._successors or self._is_stopped:
+            return
+        if any(one not in ready for one in members if one not in outdated):
+            return
+        worker_id = min(outdated, key=lambda one: one in ready)
+        self._tell(f"  {worker_id.partition('-')[2]}: it was started with other settings, and is replaced")
+        self._successors[role] = await self._workers.add(role)
+        self._end(worker_id)
 
     def _staying(self, role: Role) -> list[str]:
         return [one for one in self._workers.members(role) if one not in self._leaving]

@@ -63,14 +63,20 @@ class WorkerProgress:
 
     def observe(self, workers: Iterable[WorkerSeen], members: Sequence[str]) -> None:
         """Takes over the router's current view. `members` are the ids of the workers that were started."""
+        known = {seen.worker.id: seen for seen in workers}
         for worker_id in members:
             if worker_id not in self._stages:
-                self._stages[worker_id], self._since[worker_id] = (0, None), time.monotonic()
-                self._say(worker_id, "its process starts")
+                self._since[worker_id] = time.monotonic()
+                seen = known.get(worker_id)
+                if seen is not None and seen.state is WorkerState.READY:
+                    self._stages[worker_id] = (seen.worker.pid, seen.state)
+                    self._say(worker_id, f"it runs already (process {seen.worker.pid})")
+                else:
+                    self._stages[worker_id] = (0, None)
+                    self._say(worker_id, "its process starts")
         for worker_id in self._stages.keys() - members:
             del self._stages[worker_id]
             self._say(worker_id, "it ends")
-        known = {seen.worker.id: seen for seen in workers}
         for worker_id, (pid, state) in self._stages.items():
             seen = known.get(worker_id)
             now = (seen.worker.pid, seen.state) if seen is not None else (pid, None)

@@ -48,6 +48,11 @@ def _in_use(folder: Path) -> bool:
         return True
 
 
+def keep_folder(folder: Path) -> None:
+    """Lets nobody remove the run's `folder` before this process ends."""
+    fcntl.flock(os.open(folder, os.O_RDONLY | os.O_CLOEXEC), fcntl.LOCK_SH)
+
+
 @contextmanager
 def _locked(folder: Path, kind: int) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)

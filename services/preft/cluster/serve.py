@@ -70,12 +70,12 @@ async def _serve_with_workers(
     from preft.cluster.ray_cluster import RayCluster
 
     loop = asyncio.get_running_loop()
-    cluster = RayCluster(settings, cluster_id, logs)
+    cluster = RayCluster(settings, cluster_id, logs, console.line)
     scaler = Autoscaler(settings, gateway.router, cluster, console.line)
     with ThreadPoolExecutor(1, "ray") as thread:  # Ray's own, so that no other work delays the end
         try:
-            await _start_cluster(loop.run_in_executor(thread, cluster.start), stop)
-            progress = WorkerProgress(console, f"{cluster_id}-")
+            await _start_cluster(loop.run_in_executor(thread, cluster.start, stop.asked.is_set), stop)
+            progress = WorkerProgress(console, f"{cluster.id}-")
             scaler.start()
 
             def drain() -> None:
@@ -87,7 +87,7 @@ async def _serve_with_workers(
                 gateway,
                 stop,
                 console,
-                cluster.wait_failed(console.line),
+                cluster.wait_failed(),
                 lambda: progress.observe(gateway.router.workers(), cluster.members(*settings.roles)),
                 drain,
             )
@@ -96,7 +96,7 @@ async def _serve_with_workers(
             console.status("")
             await scaler.close()
             await loop.run_in_executor(thread, cluster.close)
-            await _remove_registrations(store, cluster_id)
+            await _remove_registrations(store, cluster.id)
 
 
 async def _remove_registrations(store: StateStore, cluster_id: str) -> None:

@@ -60,6 +60,7 @@ class Invented:
         self.all = ["c-decode-0", "c-prefill-0"]
         self.ready = set(self.all)
         self.left: dict[str, float] = {}
+        self.old: set[str] = set()
         self.ended: list[str] = []
         self.told: list[str] = []
         view = SimpleNamespace(ready=lambda role: [SimpleNamespace(id=one) for one in self._of(role) & self.ready])
@@ -70,6 +71,9 @@ class Invented:
 
     def members(self, *roles: Role) -> list[str]:
         return sorted(self._of(*roles) - set(self.ended))
+
+    def outdated(self, role: Role) -> list[str]:
+        return sorted(self._of(role) & self.old - set(self.ended))
 
     async def room(self, role: Role) -> int:
         return len(self._of(role) - self.left.keys())
@@ -140,4 +144,33 @@ async def test_nothing_is_replaced_after_the_stop(tmp_path: Path, monkeypatch: p
     workers.left = {"c-decode-0": 1.0}
     await asyncio.sleep(0.05)
     assert (len(workers.all), workers.ended, workers.told) == (2, [], [])
+    await scaler.close()
+
+
+async def test_outdated_workers_are_replaced_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workers = Invented()
+    workers.all.append("c-decode-1")
+    workers.old = {"c-decode-0", "c-decode-1"}
+    workers.ready -= {"c-decode-1"}
+    scaler = await looks(workers, tmp_path, monkeypatch)
+    assert (workers.members(Role.DECODE), workers.ended) == (["c-decode-0", "c-decode-2"], ["c-decode-1"])
+    workers.ready.add("c-decode-2")
+    await asyncio.sleep(0.05)
+    assert (workers.members(Role.DECODE), workers.ended) == (["c-decode-2", "c-decode-3"], ["c-decode-1", "c-decode-0"])
+    assert workers.told[0] == "  decode-1: it was started with other settings, and is replaced"
+    assert workers.members(Role.PREFILL) == ["c-prefill-0"]
+    await scaler.close()
+
+
+async def test_outdated_workers_stay_if_a_new_one_can_not_be_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workers = Invented()
+    workers.all += ["c-decode-1", "c-decode-2"]
+    workers.ready = workers.old = set(workers.all)
+    scaler = await looks(workers, tmp_path, monkeypatch)
+    assert workers.members(Role.DECODE) == ["c-decode-1", "c-decode-2", "c-decode-3"]
+    await workers.remove("c-decode-3")  # given up
+    await asyncio.sleep(0.05)
+    assert workers.members(Role.DECODE) == ["c-decode-1", "c-decode-2"]
     await scaler.close()

@@ -57,8 +57,9 @@ def test_a_worker_that_was_silent_for_a_while_is_ready_again() -> None:
     progress = WorkerProgress(Console(out), "x-")
     for state in (WorkerState.READY, WorkerState.DEAD, WorkerState.READY):
         observed(progress, prefill=(state, 5))
-    assert out.getvalue().splitlines()[2:] == [
-        "  prefill-0: it is ready after 0 s",
+    assert out.getvalue().splitlines() == [
+        "  prefill-0: it runs already (process 5)",
+        "  decode-0: its process starts",
         "  prefill-0: it has ended, and starts again",
         "  prefill-0: it is ready after 0 s",
     ]
@@ -70,10 +71,8 @@ def test_workers_come_and_go() -> None:
     for members in ((), ("x-decode-0",), ("x-decode-0", "x-decode-1"), ("x-decode-1",), ("x-decode-1",)):
         progress.observe([worker(name, WorkerState.READY) for name in members], members)
     assert out.getvalue().splitlines() == [
-        "  decode-0: its process starts",
-        "  decode-0: it is ready after 0 s",
-        "  decode-1: its process starts",
-        "  decode-1: it is ready after 0 s",
+        "  decode-0: it runs already (process 5)",
+        "  decode-1: it runs already (process 5)",
         "  decode-0: it ends",
     ]
 

@@ -83,6 +83,23 @@ def test_the_logs_of_runs_that_go_on_stay(tmp_path: Path, monkeypatch: pytest.Mo
     assert list((tmp_path / "logs").iterdir()) == [last]
 
 
+def test_the_logs_of_workers_that_outlive_their_run_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "KEPT_RUNS", 1)
+    first = new_log_folder(tmp_path, "a")
+    program = "import sys; from pathlib import Path; from preft.cluster.logs import keep_folder\n"
+    program += "keep_folder(Path(sys.argv[1])); print('kept', flush=True); sys.stdin.read()"
+    worker = subprocess.Popen(
+        [sys.executable, "-c", program, str(first)], cwd=SERVICES, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with worker:
+        assert worker.stdout is not None
+        assert worker.stdout.readline() == b"kept\n"
+        others = [new_log_folder(tmp_path, name) for name in "bc"]
+        assert sorted((tmp_path / "logs").iterdir()) == [first, others[-1]]
+    last = new_log_folder(tmp_path, "d")
+    assert list((tmp_path / "logs").iterdir()) == [last]
+
+
 def test_output_goes_to_a_file_for_a_while(tmp_path: Path) -> None:
     program = (
         "import logging, os, sys; from pathlib import Path; from preft.cluster.logs import output_in\n"

@@ -25,6 +25,6 @@ def test_workers_on_machines_that_others_reach_need_tls(
 ) -> None:
     monkeypatch.setattr(ray, "init", lambda **_: None)
     monkeypatch.setattr(ray, "nodes", lambda: nodes_of(("127.0.0.1", True), ("10.9.9.9", False), ("10.0.0.7", True)))
-    cluster = RayCluster(settings_for(tmp_path, ray_address="h:1", insecure=insecure), "c", tmp_path)
+    cluster = RayCluster(settings_for(tmp_path, ray_address="h:1", insecure=insecure), "c", tmp_path, print)
     with pytest.raises(ConfigError, match=says):
         cluster.start()

@@ -9,7 +9,7 @@ import time
 PROGRAM = """
 import time
 from concurrent.futures import ThreadPoolExecutor
-from preft.cluster.ray_cluster import end_with_main_thread
+from preft.cluster.worker_actor import end_with_main_thread
 if {guarded}:
     end_with_main_thread()
 ThreadPoolExecutor().submit(time.sleep, 5)

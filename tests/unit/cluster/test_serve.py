@@ -34,10 +34,11 @@ class FakeRay:
     def __init__(self) -> None:
         self.done: list[str] = []
 
-    def __call__(self, settings: Settings, cluster_id: str, logs: Path) -> FakeRay:
+    def __call__(self, settings: Settings, cluster_id: str, logs: Path, tell: Callable[[str], None]) -> FakeRay:
+        self.id = cluster_id
         return self
 
-    def start(self) -> None:
+    def start(self, is_stopped: Callable[[], bool]) -> None:
         self.done.append("start")
 
     def members(self, *roles: Role) -> list[str]:
@@ -52,7 +53,7 @@ class FakeRay:
     def close(self) -> None:
         self.done.append("close")
 
-    async def wait_failed(self, tell: Callable[[str], None]) -> str:
+    async def wait_failed(self) -> str:
         await asyncio.Event().wait()
         raise AssertionError
 
@@ -193,7 +194,7 @@ async def test_signals_refuse_what_comes_and_then_end_what_runs(
 async def test_workers_that_can_not_be_started_end_the_server(
     cluster: FakeRay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def wait_failed(tell: Callable[[str], None]) -> str:
+    async def wait_failed() -> str:
         return "the worker decode-0 couldn't be started"
 
     monkeypatch.setattr(cluster, "wait_failed", wait_failed)
@@ -205,7 +206,7 @@ async def test_workers_that_can_not_be_started_end_the_server(
 async def test_what_nobody_foresaw_is_one_sentence_and_its_traceback_is_in_the_log(
     cluster: FakeRay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def start() -> None:
+    def start(is_stopped: Callable[[], bool]) -> None:
         raise KeyError("surprise")
 
     monkeypatch.setattr(cluster, "start", start)

@@ -132,6 +132,12 @@ def test_every_process_with_ray_has_the_token() -> None:
             assert any(volume.split(":")[1] == "/run/preft" for volume in service["volumes"])
 
 
+def test_every_process_with_ray_outlives_the_head_for_as_long() -> None:
+    for name, service in compose()["services"].items():
+        if name.removesuffix("-cpu") in ("head", "serve", "prefill", "decode"):
+            assert service["environment"]["RAY_gcs_rpc_server_reconnect_timeout_s"] == "600"
+
+
 def test_no_port_is_open_to_other_machines_by_default() -> None:
     ports = [port for service in compose()["services"].values() for port in service.get("ports", ())]
     assert len(ports) == 4

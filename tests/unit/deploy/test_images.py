@@ -69,7 +69,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "secrets").mkdir()
     programs = {
         "container": text.replace("sleep 10", "sleep 0.1").replace("sleep 1;", "sleep 0.1;"),
-        "ray": '#!/bin/sh\necho "gpu $CUDA_VISIBLE_DEVICES $*"\nexec sleep 60\n',
+        "ray": '#!/bin/sh\necho "gpu $CUDA_VISIBLE_DEVICES redis $RAY_REDIS_ADDRESS $*"\nexec sleep 60\n',
         "nvidia-smi": "#!/bin/sh\nprintf '0\\n1\\n'\n",
         "preft": '#!/bin/sh\necho "preft $*"\n',
     }
@@ -83,9 +83,11 @@ def folder(tmp_path: Path) -> Path:
 class Container:
     """The entry point with its own output file, until the end of `stack`."""
 
-    def __init__(self, stack: ExitStack, folder: Path, *arguments: str, head: str = "127.0.0.1:1") -> None:
+    def __init__(
+        self, stack: ExitStack, folder: Path, *arguments: str, head: str = "127.0.0.1:1", redis: str = "redis:6379"
+    ) -> None:
         self._log = folder / f"{len(list(folder.iterdir()))}.log"
-        environment = {"PATH": f"{folder}:/usr/bin:/bin", "PREFT_RAY_ADDRESS": head}
+        environment = {"PATH": f"{folder}:/usr/bin:/bin", "PREFT_RAY_ADDRESS": head, "REDIS_ADDRESS": redis}
         with self._log.open("wb") as output:
             self.process = subprocess.Popen(
                 bound([str(folder / "container"), *arguments]),
@@ -116,11 +118,18 @@ def test_the_head_makes_the_missing_secrets_for_its_readers_alone(folder: Path) 
     secrets = folder / "secrets"
     (secrets / "ray_token").write_text("mine\n")
     with ExitStack() as stack:
-        Container(stack, folder, "head").said("start --")
+        redis = socket.socket()
+        redis.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{redis.getsockname()[1]}"
+        head = Container(stack, folder, "head", redis=address)
+        head.said(f"waiting for Redis at {address}")
+        stack.enter_context(redis).listen()
+        started = head.said("start --")
     assert (secrets / "ray_token").read_text() == "mine\n"
     password = (secrets / "redis_password").read_text().strip()
     assert len(password) == len((secrets / "cluster_secret").read_text().strip()) == 64
-    assert (secrets / "state").read_text() == f"redis://:{password}@redis:6379/0\n"
+    assert (secrets / "state").read_text() == f"redis://:{password}@{address}/0\n"
+    assert (f"redis {address} " in started, f"--redis-password={password}" in started) == (True, True)
     assert (secrets / "redis.conf").read_text() == f"requirepass {password}\n"
     assert {path.name for path in secrets.iterdir() if path.stat().st_mode & 0o077} == {"redis.conf", "ray_token"}
 

@@ -204,6 +204,20 @@ def test_kuberay_pods_start_what_the_settings_ask_for(kuberay: list[dict[str, An
     assert {image["name"] for image in KUSTOMIZATION["images"]} == {own["image"], ray["image"]}
 
 
+def test_kuberays_head_can_be_lost(kuberay: list[dict[str, Any]]) -> None:
+    """Its tables are in the Redis of the manifests, and `preft serve` waits for it as long as KubeRay's nodes do."""
+    cluster, serve, *_ = kuberay
+    options = cluster["spec"]["gcsFaultToleranceOptions"]
+    (redis,) = (one["metadata"]["name"] for one in manifests("Service") if one["spec"]["selector"] == {"app": "redis"})
+    assert options["redisAddress"] == f"{redis}:6379"
+    secret = options["redisPassword"]["valueFrom"]["secretKeyRef"]
+    command = re.search(rf"create secret generic {secret['name']} (.*\n.*)", (FOLDER / KUBERAY).read_text())
+    assert command is not None
+    assert f"--from-literal={secret['key']}=" in command[1]
+    (own,) = serve["spec"]["template"]["spec"]["containers"]
+    assert {"name": "RAY_gcs_rpc_server_reconnect_timeout_s", "value": "600"} in own["env"]
+
+
 def test_the_documented_commands_make_what_the_pods_mount() -> None:
     page = (DEPLOY.parent / "docs" / "operations.md").read_text()
     used = {item["key"] for name in pods() for volume in pods()[name]["spec"]["volumes"]

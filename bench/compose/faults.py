@@ -99,8 +99,13 @@ async def _packets(stack: Stack, container: str, change: str, addresses: list[st
     await asyncio.to_thread(stack.engine.run, "run", *flags, NETWORK_IMAGE, "sh", "-ec", "\n".join(rules))
 
 
-async def restart_redis(stack: Stack, load: Load) -> None:
-    await asyncio.to_thread(stack.engine.run, "restart", stack.containers("redis")[0])
+def restart(service: str) -> Act:
+    """Ends the service's container in order, and starts it again at once."""
+
+    async def act(stack: Stack, load: Load) -> None:
+        await asyncio.to_thread(stack.engine.run, "restart", stack.containers(service)[0])
+
+    return act
 
 
 async def kill_gateway(stack: Stack, load: Load) -> None:
@@ -139,10 +144,11 @@ def _folder_with(token: str) -> Iterator[str]:
 FAULTS = [
     Fault("decode container killed", kill("decode-cpu")),
     Fault("network between prefill and decode cut for 10 s", cut_network),
-    Fault("Redis restarted", restart_redis),
+    Fault("Redis restarted", restart("redis")),
     Fault("gateway killed", kill_gateway, may_cut=True),
     Fault("prefill container killed", kill("prefill-cpu")),
     Fault("a machine joins and leaves", join_and_leave),
     Fault("preft serve killed", kill_around("serve-cpu")),
+    Fault("tables of Ray restarted", restart("ray-tables")),
     Fault("head of Ray killed", kill_around("head-cpu")),
 ]

@@ -17,7 +17,7 @@ from preft_loadgen.http_stream import HttpClient, RequestFailed
 PROJECT = "preft-test"
 EACH = 2  # containers of a role, and gateways
 SCALED = ("prefill-cpu", "decode-cpu", "gateway-cpu")
-ALONE = ("redis", "head-cpu", "serve-cpu")
+ALONE = ("redis", "ray-tables", "head-cpu", "serve-cpu")
 MONITORS = ("prometheus", "grafana")
 READY_SECONDS = 900.0
 LOOK_SECONDS = 0.5

@@ -8,7 +8,8 @@
 #   healthy       whether this container's process works
 #   COMMAND ...   any other command, such as preft or bash
 #
-# PREFT_RAY_ADDRESS is the head's host:port. Arguments after the first go to the process.
+# PREFT_RAY_ADDRESS is the head's host:port, RAY_REDIS_ADDRESS that of a Redis without a password, if the head has one.
+# Arguments after the first go to the process.
 set -euo pipefail
 
 SECRETS=/run/preft
@@ -62,7 +63,9 @@ random() { od -An -N32 -tx1 /dev/urandom | tr -d ' \n'; }
 put() { (umask 077 && echo "$2" >"$SECRETS/.$1" && mv "$SECRETS/.$1" "$SECRETS/$1"); }
 
 start_ray() { # the arguments of `ray start`. With EXEC=exec, it is this process, and gets the container's signals
-  ${EXEC:-} ray start --disable-usage-stats --log-color=false --node-ip-address="$(hostname -i | cut -d' ' -f1)" \
+  local address # in the network in which NAME is known: a head has two
+  address=$(getent hosts "${NAME:-$HOSTNAME}" || hostname -I)
+  ${EXEC:-} ray start --disable-usage-stats --log-color=false --node-ip-address="${address%% *}" \
     --object-store-memory=80000000 "$@"
 }
 
@@ -121,11 +124,11 @@ case $command in
   head)
     make_secrets
     echo head >"$ROLE"
-    wait_for_redis
-    RAY_REDIS_ADDRESS=$(redis_address) # Ray's tables are there, so that nodes and workers outlive this container
-    export RAY_REDIS_ADDRESS
-    EXEC=exec start_ray --head --port="${PREFT_RAY_ADDRESS##*:}" --num-cpus=0 --include-dashboard=false --block \
-      --redis-password="$(<"$SECRETS/redis_password")" "${@:2}"
+    if [[ -n ${RAY_REDIS_ADDRESS:-} ]]; then # Ray's tables are there, so that nodes and workers outlive this container
+      wait_until "Redis at $RAY_REDIS_ADDRESS" answers "$RAY_REDIS_ADDRESS"
+    fi
+    NAME=${PREFT_RAY_ADDRESS%:*} EXEC=exec start_ray --head --port="${PREFT_RAY_ADDRESS##*:}" --num-cpus=0 \
+      --include-dashboard=false --block --redis-password= "${@:2}"
     ;;
   node)
     role=$2

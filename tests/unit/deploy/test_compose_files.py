@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[3]
 MAIN, NODE = ROOT / "docker-compose.yml", ROOT / "docker-compose.node.yml"
 VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
 PROFILES = {"cpu": "-cpu", "gpu": ""}  # and the end of the names of the profile's services
-SHARED = {"redis", "prometheus", "grafana"}
+SHARED = {"redis", "ray-tables", "prometheus", "grafana"}
 WHERE_THEY_DIFFER = {"profiles", "image", "build", "volumes", "deploy"}
 
 
@@ -130,6 +130,17 @@ def test_every_process_with_ray_has_the_token() -> None:
                 "/run/preft/ray_token",
             )
             assert any(volume.split(":")[1] == "/run/preft" for volume in service["volumes"])
+
+
+def test_the_heads_alone_reach_the_tables_of_ray() -> None:
+    """The Redis with Ray's tables has no password."""
+    loaded = compose()
+    (network,) = loaded["services"]["ray-tables"]["networks"]
+    assert loaded["networks"][network] == {"internal": True}
+    inside = {name for name, one in loaded["services"].items() if network in one.get("networks", ())}
+    assert inside == {"ray-tables", "head", "head-cpu"}
+    for head in ("head", "head-cpu"):
+        assert loaded["services"][head]["environment"]["RAY_REDIS_ADDRESS"] == "ray-tables:6379"
 
 
 def test_every_process_with_ray_outlives_the_head_for_as_long() -> None:

@@ -84,10 +84,10 @@ class Container:
     """The entry point with its own output file, until the end of `stack`."""
 
     def __init__(
-        self, stack: ExitStack, folder: Path, *arguments: str, head: str = "127.0.0.1:1", redis: str = "redis:6379"
+        self, stack: ExitStack, folder: Path, *arguments: str, head: str = "127.0.0.1:1", tables: str = ""
     ) -> None:
         self._log = folder / f"{len(list(folder.iterdir()))}.log"
-        environment = {"PATH": f"{folder}:/usr/bin:/bin", "PREFT_RAY_ADDRESS": head, "REDIS_ADDRESS": redis}
+        environment = {"PATH": f"{folder}:/usr/bin:/bin", "PREFT_RAY_ADDRESS": head, "RAY_REDIS_ADDRESS": tables}
         with self._log.open("wb") as output:
             self.process = subprocess.Popen(
                 bound([str(folder / "container"), *arguments]),
@@ -121,15 +121,16 @@ def test_the_head_makes_the_missing_secrets_for_its_readers_alone(folder: Path) 
         redis = socket.socket()
         redis.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{redis.getsockname()[1]}"
-        head = Container(stack, folder, "head", redis=address)
+        head = Container(stack, folder, "head", tables=address)
         head.said(f"waiting for Redis at {address}")
         stack.enter_context(redis).listen()
         started = head.said("start --")
     assert (secrets / "ray_token").read_text() == "mine\n"
     password = (secrets / "redis_password").read_text().strip()
     assert len(password) == len((secrets / "cluster_secret").read_text().strip()) == 64
-    assert (secrets / "state").read_text() == f"redis://:{password}@{address}/0\n"
-    assert (f"redis {address} " in started, f"--redis-password={password}" in started) == (True, True)
+    assert (secrets / "state").read_text() == f"redis://:{password}@redis:6379/0\n"
+    assert (f"redis {address} " in started, password in started) == (True, False)
+    assert "--node-ip-address=127.0.0.1 " in started
     assert (secrets / "redis.conf").read_text() == f"requirepass {password}\n"
     assert {path.name for path in secrets.iterdir() if path.stat().st_mode & 0o077} == {"redis.conf", "ray_token"}
 

@@ -16,6 +16,7 @@ from preft.core.cluster import Role, Worker
 from preft.core.request import AdapterRef
 from preft.router.watches import INTERVALS, MESSAGES
 from preft.router.worker_view import WorkerView
+from preft.worker.status import SOON
 
 SIGN_OF_LIFE = 1.0  # seconds after which a worker tells again what hasn't changed
 Node = PrefillWorker | DecodeWorker
@@ -139,6 +140,18 @@ class Cluster:
                 view.told(node.status(router.name, whole=True))
             wait = self._interval * (1 + place / len(self.routers)) + delay
             self._loop.call_later(wait, self._tell, router, view, node)
+            if isinstance(node, PrefillWorker):
+                self._loop.call_later(delay, self._tell_news, router, view, node)
+
+    def _tell_news(self, router: SimRouter, view: WorkerView, node: PrefillWorker) -> None:
+        """What changed of adapters comes sooner than the rest."""
+        if self.prefill.get(view.id) is not node:
+            return
+        if node.memory.has_news(router.name):
+            with self._watch:
+                view.told(node.status(router.name), self._loop.time())
+                router.queue.wake(view)
+        self._loop.call_later(SOON * self._interval, self._tell_news, router, view, node)
 
     def _tell(self, router: SimRouter, view: WorkerView, node: Node) -> None:
         if (self.prefill.get(view.id) or self.decode.get(view.id)) is not node:

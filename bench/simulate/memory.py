@@ -65,6 +65,10 @@ class AdapterMemory:
             if router != by:
                 changed[digest] = None
 
+    def has_news(self, router: str) -> bool:
+        """Whether `changes` has any adapter for the router."""
+        return bool(self._changed[router])
+
     def changes(self, router: str, *, whole: bool) -> list[str]:
         """Adapters that changed since the router's last call, or all adapters."""
         changed = {**self._held, **dict.fromkeys(self._loading)} if whole else self._changed[router]

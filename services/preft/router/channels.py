@@ -97,7 +97,7 @@ class WorkerChannels:
     async def watch(
         self, worker: Worker, interval: float, silence: float, wants: AsyncIterator[Wants]
     ) -> AsyncGenerator[StatusUpdate, None]:
-        """Yields the worker's status updates, at most one per `interval` seconds.
+        """Yields the worker's status updates, one per `interval` seconds, or up to five if its adapters change.
 
         `wants` is what the worker is told meanwhile. Raises the call's PreftError, and WorkerLost after `silence`
         seconds without an update.

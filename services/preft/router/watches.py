@@ -22,7 +22,8 @@ from preft.router.worker_view import Order, WorkerView
 logger = logging.getLogger(__name__)
 
 MESSAGES = 4000  # a second, of all workers together, as far as the routers' asking decides it
-INTERVALS = (0.05, 1.0)  # seconds, least and most, between two messages of one worker
+INTERVALS = (0.1, 1.0)  # seconds, least and most, between two messages of one worker. News of adapters comes sooner
+WANTS_SECONDS = 0.2  # at least, between two messages to one worker
 REPEAT_SECONDS = 1.0
 MOST_WANTED = 2000  # adapters that a worker is told of; it takes 10,000
 MOST_WAIT = 3600.0  # seconds that are told
@@ -91,7 +92,7 @@ class Watches:
         while True:
             try:
                 interval = self._interval()
-                watch = self._channels.watch(view.worker, interval, self._timeout, _wants(view, interval))
+                watch = self._channels.watch(view.worker, interval, self._timeout, _wants(view))
                 async with aclosing(watch) as updates:
                     async for update in updates:
                         pause, is_said = least, False
@@ -134,21 +135,25 @@ class Watches:
         return min(most, max(least, len(self._view.workers) / MESSAGES))
 
 
-async def _wants(view: WorkerView, interval: float) -> AsyncIterator[Wants]:
-    """What changes in the router's wants of one worker, at most once per `interval` seconds.
+async def _wants(view: WorkerView) -> AsyncIterator[Wants]:
+    """What changes in the router's wants of one worker, at most once per WANTS_SECONDS.
 
     A wait for a slot is told again each second, so that the worker doesn't believe a router that hangs.
     """
+    clock = asyncio.get_running_loop().time
     told: tuple[Set[str], Order | None] = frozenset(), None
+    told_at = clock()
     while True:
         view.wants_changed.clear()
         now = frozenset(view.wanted[:MOST_WANTED]), view.slot_for
-        if now != told or view.slot_for:
+        repeat = told_at + REPEAT_SECONDS if view.slot_for else None
+        if now != told or (repeat is not None and clock() >= repeat):
             (wanted, oldest), (before, _) = now, told
-            waited = asyncio.get_running_loop().time() - oldest[0] if oldest else 0.0
+            waited = clock() - oldest[0] if oldest else 0.0
             yield Wants(wanted - before, before - wanted, int(1000 * min(MOST_WAIT, max(0.0, waited))))
-            told = now
-            await asyncio.sleep(interval)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(REPEAT_SECONDS if view.slot_for else None):
-                await view.wants_changed.wait()
+            told, told_at = now, clock()
+            await asyncio.sleep(WANTS_SECONDS)
+        else:
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(repeat):
+                    await view.wants_changed.wait()

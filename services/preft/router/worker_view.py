@@ -205,8 +205,9 @@ class WorkerView:
 
     @slot_for.setter
     def slot_for(self, order: Order | None) -> None:
-        self._slot_for = order
-        self.wants_changed.set()
+        if order != self._slot_for:
+            self._slot_for = order
+            self.wants_changed.set()
 
     @property
     def slots(self) -> list[str]:

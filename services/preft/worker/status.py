@@ -29,6 +29,7 @@ from preft.worker.usage import Usage
 
 LEAST_INTERVAL, MOST_INTERVAL = 0.01, 10.0  # seconds between two messages
 SIGN_OF_LIFE = 1.0  # seconds without a message, unless the interval is longer
+SOON = 0.2  # share of the interval after which news comes: adapters or their prompts have changed, or the drain begins
 MEASURE_SECONDS = 0.02  # for so long, all streams use the same measurement
 WAIT_VALID = 3.0  # seconds after which a caller that hasn't said again that it waits for a slot may hang
 MOST_WAIT_MS = 3_600_000
@@ -40,6 +41,7 @@ class _Watcher:
     """One open stream."""
 
     caller: str
+    news: asyncio.Event = field(default_factory=asyncio.Event)
     changed: set[str] = field(default_factory=set)  # digests
     is_behind: bool = True  # the next message is a whole one
     knows_draining: bool = False
@@ -70,7 +72,7 @@ class StatusService(workers_pb2_grpc.WorkerStatusServicer):
         self._adapters = adapters
         self._peers = peers
         self._watchers: set[_Watcher] = set()
-        self._draining = asyncio.Event()
+        self._draining = False
         self._spared: str | None = None  # the caller that isn't told of the drain
         self._told = asyncio.Event()  # a stream's reader has taken a message
         usage.observe(self._changed)
@@ -111,7 +113,9 @@ class StatusService(workers_pb2_grpc.WorkerStatusServicer):
         The streams of the caller `but` aren't told until the next call.
         """
         self._spared = but
-        self._draining.set()
+        self._draining = True
+        for watcher in self._watchers:
+            watcher.news.set()
 
     async def drained(self, timeout: float) -> None:
         """Waits, `timeout` seconds at most, until the readers of all streams have taken what `drain` tells."""
@@ -148,7 +152,7 @@ class StatusService(workers_pb2_grpc.WorkerStatusServicer):
         waited = now - min((one.slot_since for one in others), default=math.inf)
         return replace(
             measured,
-            draining=self._draining.is_set() and caller != self._spared,
+            draining=self._draining and caller != self._spared,
             other_prompts=prompts,
             other_prompt_tokens=tokens,
             other_sequences=self._usage.other_sequences(caller),
@@ -168,19 +172,16 @@ class StatusService(workers_pb2_grpc.WorkerStatusServicer):
                 last, sent_at = status, now()
                 watcher.knows_draining = status.draining
                 self._told.set()
-            await self._pause(min(interval, sent_at + patience - now()), watcher)
+            await asyncio.sleep(SOON * interval)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(min((1 - SOON) * interval, sent_at + patience - now())):
+                    await watcher.news.wait()
+            watcher.news.clear()
 
     def _recently_measured(self, now: float) -> WorkerStatus:
         if now >= self._measured_at + MEASURE_SECONDS:
             self._measured, self._measured_at = self._measure(), now
         return self._measured
-
-    async def _pause(self, seconds: float, watcher: _Watcher) -> None:
-        if watcher.knows_draining or watcher.caller == self._spared:
-            return await asyncio.sleep(seconds)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._draining.wait()
 
     def _news(self, watcher: _Watcher) -> dict[str, AdapterStatus]:
         """Takes what the watcher doesn't know yet; all adapters if the next message is a whole one."""
@@ -202,6 +203,7 @@ class StatusService(workers_pb2_grpc.WorkerStatusServicer):
         for watcher in self._watchers:
             if watcher.caller != by and not watcher.is_behind:
                 watcher.changed.add(digest)
+                watcher.news.set()
                 if len(watcher.changed) > MOST_ADAPTERS and len(watcher.changed) > 2 * self._known():
                     watcher.changed.clear()  # its reader doesn't read: memory doesn't grow with all that it misses
                     watcher.is_behind = True

@@ -377,12 +377,12 @@ async def test_requests_wait_for_workers_that_were_there_a_moment_ago() -> None:
 
 
 async def test_workers_that_dont_come_back_end_the_waiting() -> None:
-    queue = Queue(*workers_of(), grace=0.02)
+    queue = Queue(*workers_of(), grace=0.5)
     queue.enter()
     waiting = queue.enter()
     queue.become()
     late = queue.enter()
-    await asyncio.sleep(0.05)
+    await asyncio.sleep(0.6)
     with pytest.raises(Unavailable):
         queue.enter()
     queue.become()

@@ -149,16 +149,27 @@ async def test_what_changed_twice_within_the_interval_is_one_message(rig: Rig) -
     assert one.updates[1].adapters == {digest(number): AdapterStatus(AdapterState.SLOT) for number in range(5)}
 
 
-async def test_no_more_than_one_message_per_interval(rig: Rig) -> None:
+@pytest.mark.parametrize(("adapters_change", "most"), [(False, 8), (True, 36)])
+async def test_messages_per_interval(rig: Rig, adapters_change: bool, most: int) -> None:
+    """One, but up to five if adapters change."""
     loop = asyncio.get_running_loop()
     one = await rig.watch("one", interval=0.1)
     began, number = loop.time(), 0
     while loop.time() < began + 0.65:
         number += 1
         rig.own = replace(rig.own, preemptions=number)
-        rig.adapters.put(digest(number), AdapterState.HOST)
+        if adapters_change:
+            rig.adapters.put(digest(number), AdapterState.HOST)
         await asyncio.sleep(0.005)
-    assert 2 <= len(one.updates) <= 8
+    assert 2 <= len(one.updates) <= most
+
+
+async def test_news_of_adapters_comes_before_the_interval_ends(rig: Rig) -> None:
+    one = await rig.watch("one", interval=10)
+    began = asyncio.get_running_loop().time()
+    rig.adapters.put(digest(1), AdapterState.HOST)
+    await one.until(lambda: len(one.updates) == 2)
+    assert 1.5 < asyncio.get_running_loop().time() - began < 8
 
 
 async def test_a_sign_of_life_comes_each_second_and_says_nothing(rig: Rig) -> None:

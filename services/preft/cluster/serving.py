@@ -33,6 +33,7 @@ async def open_gateway(
     With the setting `state`, the workers are all workers in the store. Without it, they are those of `cluster_id`:
     several clusters on one machine then have one file of registrations.
     """
+    settings.check_public_host()
     raise_file_limit()
     catalog = await unless(stop.asked, stack.enter_async_context(open_catalog(settings)))
     if catalog is None:
@@ -100,6 +101,7 @@ async def _tell_progress(
                 adapters[0].name if adapters else settings.model_name,
                 is_chat=gateway.is_chat,
                 max_model_len=settings.max_model_len or 1,
+                needs_key=settings.api_keys is not None,
             )
             seconds = time.monotonic() - started
             console.line(f"PreFT Serve is ready on http://{gateway.address} after {seconds:.0f} s. Ask it:\n  {ask}")

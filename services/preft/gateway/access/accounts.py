@@ -35,7 +35,8 @@ class Accounts:
         self.background = Background()
         self._recorders = tuple(recorders)
         self._leases: dict[str, set[str]] = {}
-        self.background.every(RENEWAL_SECONDS, self._renew, "the places of running requests are not renewed")
+        self._renewal = Background()
+        self._renewal.every(RENEWAL_SECONDS, self._renew, "the places of running requests are not renewed")
 
     def open(self, call: ApiCall, caller: Caller) -> Account:
         """The account of `call`, which `begin` and `end` surround."""
@@ -43,6 +44,7 @@ class Accounts:
 
     async def close(self) -> None:
         """Waits for the last settlements."""
+        await self._renewal.close()
         await self.background.finish(END_SECONDS)
 
     def record(self, usage: Usage) -> None:

@@ -52,9 +52,9 @@ async def test_what_isnt_ones_own_doesnt_exist(name: str) -> None:
     acme = view(await filled(), tenant="acme", admin=True)
     assert acme.get(name) is None
     for work in (acme.remove(name), acme.pin(name, True)):
-        with pytest.raises(ModelNotFound, match="^no adapter is named "):
+        with pytest.raises(ModelNotFound, match=r"^no adapter is named "):
             await work
-    with pytest.raises(ModelNotFound, match="does not exist.$"):
+    with pytest.raises(ModelNotFound, match=r"does not exist\.$"):
         served_version(acme, name)
 
 

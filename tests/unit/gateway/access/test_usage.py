@@ -44,7 +44,7 @@ def test_a_rotated_file_is_made_anew_and_no_line_is_lost(tmp_path: Path) -> None
 
 
 def test_a_file_that_cant_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(ConfigError, match="^usage_log: .* can't be written"):
+    with pytest.raises(ConfigError, match=r"^usage_log: .* can't be written"):
         UsageLog(tmp_path / "nowhere" / "usage.jsonl")
     folder = tmp_path / "folder"
     folder.mkdir()

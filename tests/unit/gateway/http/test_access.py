@@ -1,4 +1,4 @@
-"""API keys over HTTP: which routes need one, what a key shows and allows, limits, and accounts of every end of a call."""
+"""API keys over HTTP: which routes need one, what a key shows and allows, limits, and the account of each call."""
 
 from __future__ import annotations
 

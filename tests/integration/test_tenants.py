@@ -129,6 +129,18 @@ async def test_equal_names_of_two_tenants_answer_for_themselves(pair: Pair, mode
     assert {salt.partition(":")[0] for salt in salts} == {"acme", "other"}
 
 
+async def test_no_tenant_sees_what_others_have_asked(pair: Pair) -> None:
+    """Neither in the usage, nor in the time to the first token: prefix caches are salted by tenant."""
+
+    async def cached(number: int, key: str) -> int:
+        body = {"model": "model", "prompt": list(range(5, 45)), "max_tokens": 2, "temperature": 0}
+        reply = await pair.machines.client.post(pair.url(number, "/v1/completions"), json=body, headers=bearer(key))
+        return int(reply.json()["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+    assert [await cached(0, key) for key in ("acme", "other", "acme", "other")] == [0, 0, 36, 36]
+    assert [await cached(1, key) for key in ("acme", "small")] == [36, 0]
+
+
 async def test_names_dont_leak_over_either_protocol(pair: Pair, model: Path) -> None:
     added = await pair.upload(0, "secret", make_lora(pair.machines.root / "s", model, rank=4, seed=3), "other")
     digest = added.json()["digest"]

@@ -19,6 +19,7 @@ from preft.cluster.gateway_process import RunningGateway, run_gateway
 from preft.cluster.process import Stop, raise_file_limit, unless
 from preft.cluster.secret import cluster_secret
 from preft.core.errors import EngineFailed
+from preft.core.names import split_name
 from preft.core.ports import StateStore
 from preft.core.settings import Settings
 
@@ -95,7 +96,7 @@ async def _tell_progress(
         observe()
         if not is_said and gateway.router.ready():
             is_said = True
-            adapters = gateway.catalog.list()
+            adapters = [adapter for adapter in gateway.catalog.list() if not split_name(adapter.name)[0]]
             ask = first_question(
                 gateway.address,
                 adapters[0].name if adapters else settings.model_name,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable
+from typing import TypeVar
 
 from preft.core.background import Background
 from preft.core.errors import RateLimited
@@ -16,6 +17,8 @@ from preft.core.limits import RENEWAL_SECONDS, KeyLimits, Limit, LimitCounter, S
 from preft.gateway.access.caller import Caller
 from preft.gateway.access.usage import Recorder, Usage
 from preft.gateway.api_call import ApiCall
+
+T = TypeVar("T")
 
 CLIENT_GONE = 499
 END_SECONDS = 2.0  # for the last settlements
@@ -35,6 +38,7 @@ class Accounts:
         self.background = Background()
         self._recorders = tuple(recorders)
         self._leases: dict[str, set[str]] = {}
+        self._settling: dict[str, set[asyncio.Task[None]]] = {}  # by the key's name
         self._renewal = Background()
         self._renewal.every(RENEWAL_SECONDS, self._renew, "the places of running requests are not renewed")
 
@@ -51,14 +55,23 @@ class Accounts:
         for recorder in self._recorders:
             recorder.record(usage)
 
-    def lease(self, who: str, lease: str) -> None:
-        self._leases.setdefault(who, set()).add(lease)
+    async def take(self, who: str, limits: KeyLimits, tokens: int, lease: str) -> Standing:
+        """Takes from the limits. The places of this gateway's calls that have ended are free before."""
+        if limits.concurrent_requests is not None and (settling := self._settling.get(who)):
+            await asyncio.wait(settling)
+        standing = await self.counter.take(who, limits, tokens, lease)
+        if standing.refused is None and limits.concurrent_requests is not None:
+            self._leases.setdefault(who, set()).add(lease)
+        return standing
 
-    def release(self, who: str, lease: str) -> None:
-        leases = self._leases.get(who, set())
-        leases.discard(lease)
-        if not leases:
-            self._leases.pop(who, None)
+    def settle(self, who: str, limits: KeyLimits, tokens: int, lease: str) -> None:
+        """Settles in the background: no reply waits for it."""
+        _discard(self._leases, who, lease)
+        task = self.background.start(
+            self.counter.settle(who, limits, tokens, lease), "an API key's limits are not settled"
+        )
+        self._settling.setdefault(who, set()).add(task)
+        task.add_done_callback(lambda ended: _discard(self._settling, who, ended))
 
     async def _renew(self) -> None:
         await self.counter.renew({who: tuple(leases) for who, leases in self._leases.items()})
@@ -125,21 +138,20 @@ class Account:
         )
 
     async def _take(self, who: str) -> None:
-        standing = await self._accounts.counter.take(who, self._limits, self._call.reserved_tokens, self._lease)
-        self._standing = standing
-        if standing.refused is not None:
-            return
+        self._standing = await self._accounts.take(who, self._limits, self._call.reserved_tokens, self._lease)
         if self._left:
-            await self._accounts.counter.settle(who, self._limits, -self._call.reserved_tokens, self._lease)
-        elif self._limits.concurrent_requests is not None:
-            self._accounts.lease(who, self._lease)
+            self._settle(who, -self._call.reserved_tokens)
 
     def _settle(self, who: str, tokens: int) -> None:
-        if self._standing is None or self._standing.refused is not None:
-            return
-        self._accounts.release(who, self._lease)
-        settling = self._accounts.counter.settle(who, self._limits, tokens, self._lease)
-        self._accounts.background.start(settling, "an API key's limits are not settled")
+        if self._standing is not None and self._standing.refused is None:
+            self._accounts.settle(who, self._limits, tokens, self._lease)
+
+
+def _discard(sets: dict[str, set[T]], name: str, item: T) -> None:
+    found = sets.get(name, set())
+    found.discard(item)
+    if not found:
+        sets.pop(name, None)
 
 
 def _refusal(who: str, standing: Standing, limit: Limit, tokens: int) -> RateLimited:

@@ -16,6 +16,7 @@ from starlette.routing import Route
 
 from preft.core.cluster import AdapterPlace, AdapterState
 from preft.core.errors import QueueFull, TransferFailed
+from preft.core.limits import Limit
 from preft.core.request import FinishReason
 from preft.gateway.access.accounts import Accounts
 from preft.gateway.access.usage import Usage
@@ -297,6 +298,48 @@ async def test_one_request_at_a_time(served):
     await settled(served, 1)
     served.script = Script((70,), finish=FinishReason.LENGTH)
     assert (await served.complete("running")).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_one_request_after_the_other_is_never_refused(served, monkeypatch, stream):
+    """Even if the counter is slow to hear that a request has ended."""
+    settle = served.counter.settle
+
+    async def slowly(*given: Any) -> None:
+        await asyncio.sleep(0.05)
+        await settle(*given)
+
+    monkeypatch.setattr(served.counter, "settle", slowly)
+    for _ in range(10):
+        assert (await served.complete("running", stream=stream)).status_code == 200
+
+
+async def test_a_client_that_leaves_while_limits_are_asked_takes_nothing(served, monkeypatch):
+    took, take, going = [], served.counter.take, asyncio.Event()
+
+    async def slowly(*given: Any) -> Any:
+        took.append(given)
+        await going.wait()
+        return await take(*given)
+
+    monkeypatch.setattr(served.counter, "take", slowly)
+    for key in "running", "tokens":
+        going.clear()
+        task = asyncio.create_task(served.complete(key))
+        async with asyncio.timeout(20):
+            while not took:
+                await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await asyncio.sleep(0.1)  # the server hears of it
+        took.clear()
+        going.set()
+        async with asyncio.timeout(20):
+            while served.accounts.background._tasks:
+                await asyncio.sleep(0.01)
+    assert served.counter._leases == served.accounts._leases == {}
+    assert served.counter._ahead("tokens", Limit.TOKENS, served.now) == 0
+    assert served.recorded == served.generator.requests == []
 
 
 async def test_without_max_tokens_an_estimate_is_taken(served, monkeypatch):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from pathlib import Path
 
 import pytest
 
 from preft.core.limits import KeyLimits, Limit
 from preft.state import redis_limits
 from preft.state.redis_limits import RedisLimits
-from support.redis_server import RedisServer
+from support.redis_server import RedisServer, running_redis
 
 TEN = KeyLimits(requests_per_minute=10, concurrent_requests=100)
 
@@ -90,3 +91,20 @@ async def test_nothing_stays_in_the_server(redis_server: RedisServer, monkeypatc
         while await counter._client.keys("*"):
             await asyncio.sleep(0.05)
     await counter.close()
+
+
+async def test_a_user_with_the_documented_rights_is_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(redis_limits, "LIMIT_SECONDS", 10.0)
+    rights = ["~preft:*", "-@all", "+@read", "+@write", "+@connection", "+@scripting", "+time"]
+    with running_redis(tmp_path / "redis") as server:
+        assert server.command("ACL", "SETUSER", "ann", "on", ">word", *rights).startswith("+OK")
+        counter = RedisLimits(server.url("ann:word@"), "c")
+        limits = KeyLimits(5, 500, 5)
+        assert (await counter.take("k", limits, 10, "a")).refused is None
+        await counter.renew({"k": ["a"]})
+        await counter.settle("k", limits, -5, "a")
+        assert caplog.text == ""
+        assert server.command("EXISTS", "preft:{c}:limit:k:tokens") == ":1\r\n"
+        await counter.close()

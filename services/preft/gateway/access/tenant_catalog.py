@@ -6,8 +6,11 @@ An operator's key sees the adapters of all tenants, under their full names.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace as changed
+from itertools import islice, takewhile
+from operator import attrgetter
 from pathlib import Path
 
 from preft.core.cluster import Adapter
@@ -23,8 +26,8 @@ class TenantCatalog:
     def __init__(self, inner: AdapterCatalog, key: ApiKey) -> None:
         self._inner = inner
         self._key = key
-        self._seen: Sequence[Adapter] | None = None  # the inner list of which `_own` was made
-        self._own: Sequence[Adapter] = ()
+        self._seen: Sequence[Adapter] | None = None  # the inner list of which `_visible` was made
+        self._visible: Sequence[Adapter] = ()
 
     def get(self, name: str) -> Adapter | None:
         """The tenant's adapter of this name, or else the shared one."""
@@ -37,16 +40,25 @@ class TenantCatalog:
         return self._inner.get(name)
 
     def list(self) -> Sequence[Adapter]:
-        """All of them, by name."""
+        """All of them, by name. Costs no time for the adapters of other tenants."""
         entries = self._inner.list()
         if entries is not self._seen:
-            visible: dict[str, Adapter] = {}
-            for entry in entries:  # shared ones and tenants' ones in any order
-                tenant, name = ("", entry.name) if self._key.is_operator else split_name(entry.name)
-                if tenant in ("", self._key.tenant) and self._key.may_use(name) and (tenant or name not in visible):
-                    visible[name] = changed(entry, name=name) if tenant else entry
-            self._seen, self._own = entries, tuple(adapter for _, adapter in sorted(visible.items()))
-        return self._own
+            self._seen, self._visible = entries, tuple(self._of(entries))
+        return self._visible
+
+    def _of(self, entries: Sequence[Adapter]) -> Sequence[Adapter]:
+        """The visible ones of `entries`, which are in the order of their full names."""
+        if self._key.is_operator:
+            return [entry for entry in entries if self._key.may_use(entry.name)]
+        places = [bisect_left(entries, name, key=attrgetter("name")) for name in ("@", "A")]  # those of all tenants
+        by_name = {entry.name: entry for entry in (*entries[: places[0]], *entries[places[1] :])}
+        if self._key.tenant:
+            beginning = full_name(self._key.tenant, "")
+            start = bisect_left(entries, beginning, key=attrgetter("name"))
+            for entry in takewhile(lambda one: one.name.startswith(beginning), islice(entries, start, None)):
+                name = entry.name.removeprefix(beginning)
+                by_name[name] = changed(entry, name=name)
+        return [adapter for name, adapter in sorted(by_name.items()) if self._key.may_use(name)]
 
     async def add(
         self,

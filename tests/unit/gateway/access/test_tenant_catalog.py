@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from preft.core.errors import AdapterExists, InvalidAdapter, ModelNotFound, NotAllowed, TooManyBytes, Unavailable
+from preft.core.names import split_name
 from preft.core.ports import AdapterCatalog
 from preft.gateway.access.tenant_catalog import TenantCatalog
 from preft.gateway.listing import served_version
@@ -45,6 +46,25 @@ async def test_each_sees_its_own_and_the_shared_ones() -> None:
         assert one.list() is one.list()
     assert acme.get("own") != other.get("own")
     assert operator.get("@other/secret") == catalog.get("@other/secret")
+
+
+async def test_lists_hold_exactly_what_can_be_got() -> None:
+    """For tenants whose names begin alike, and shared names on both sides of the full ones in the order."""
+    catalog, names = FakeCatalog(), ["-", "0", "5/x", ":a", "A", "Z", "a", "z", "\u00e9", "\u65e5\u672c"]
+    catalog.base = "no adapter"
+    tenants = ["a", "a-", "a.b", "a0", "ab", "A", "Z", "0", "z"]
+    for name in names:
+        if name != "-":
+            await catalog.add(name, f"/{name}")
+        for tenant in tenants:
+            await catalog.add(f"@{tenant}/{name}1" if name != "-" else f"@{tenant}/x", f"/{tenant}/{name}")
+    everything = {one.name for one in catalog.list()}
+    candidates = everything | {split_name(name)[1] for name in everything}
+    for tenant in (*tenants, "", "nobody"):
+        own = view(catalog, tenant=tenant)
+        listed = [one.name for one in own.list()]
+        assert listed == sorted(name for name in candidates if own.get(name) is not None)
+        assert len(listed) == len(names) - 1 + (len(names) if tenant in tenants else 0)
 
 
 @pytest.mark.parametrize("name", ["secret", "@other/own", "@acme/own", "@acme/@other/own", "", "@", "@/own", "nowhere"])

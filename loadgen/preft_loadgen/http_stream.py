@@ -48,8 +48,11 @@ class Reply:
 class HttpClient:
     """Sends requests to one server. `timeout` in seconds bounds each request as a whole."""
 
-    def __init__(self, url: str, *, timeout: float = 600.0) -> None:
-        """Raises InvalidArgument if `url` isn't a plain HTTP address."""
+    def __init__(self, url: str, *, timeout: float = 600.0, api_key: str = "") -> None:
+        """`api_key` has visible ASCII characters; "": the server needs none.
+
+        Raises InvalidArgument if `url` isn't a plain HTTP address.
+        """
         parts = urlsplit(url)
         try:
             port = parts.port
@@ -60,6 +63,7 @@ class HttpClient:
         self._host, self._port = parts.hostname, port or 80
         self._base = parts.path.rstrip("/")
         self._timeout = timeout
+        self._key = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
 
     async def get_json(self, path: str) -> Any:
         """Returns the decoded JSON answer. Raises RequestFailed."""
@@ -95,7 +99,7 @@ class HttpClient:
     async def _exchange(self, method: str, path: str, body: bytes, on_body: Callable[[bytes], object]) -> None:
         head = (
             f"{method} {self._base}{path} HTTP/1.1\r\nHost: {self._host}:{self._port}\r\nConnection: close\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+            f"{self._key}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         )
         loop = asyncio.get_running_loop()
         exchange = _Exchange(head.encode() + body, on_body, loop.create_future())

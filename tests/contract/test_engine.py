@@ -407,6 +407,19 @@ async def test_saving_into_a_region_that_is_gone_harms_nobody(pair: Pair) -> Non
     await pair.served()
 
 
+async def test_another_salt_finds_nothing_in_the_prefix_cache(pair: Pair) -> None:
+    for adapter in (None, pair.adapters[0]):
+        prompt, once = pair.prompt(70), dataclasses.replace(GREEDY, max_tokens=1)
+        found = []
+        for salt in ("acme", "acme", "other", "", ""):
+            request = dataclasses.replace(pair.request(prompt, once), adapter=adapter, salt=salt)
+            (first,) = [delta async for delta in pair.prefill.generate(request)]
+            assert list(first.token_ids) == pair.expected(prompt, 1, adapter)
+            found.append(first.cached_tokens)
+        assert found[1] == found[4] >= 64
+        assert found[0] == found[2] == found[3] == 0
+
+
 async def test_a_prompt_in_the_prefix_cache_is_saved_whole(pair: Pair) -> None:
     prompt = pair.prompt(100)
     for _ in range(2):

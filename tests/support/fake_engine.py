@@ -113,6 +113,7 @@ class FakeEngine:
         self._dead: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._preemptions = 0
         self._used = 0
+        self._prefixes: set[tuple[str, str, tuple[int, ...]]] = set()  # salt, digest, tokens up to a block's end
 
     def die(self, reason: str) -> None:
         """Simulates the death of the engine's process: every request fails, now and later."""
@@ -192,6 +193,7 @@ class FakeEngine:
         sampling = request.sampling
         output = list(request.output_token_ids)
         kv, preemptions = b"", -1
+        cached = self._cached_tokens(request)
         while True:
             await self.going.wait()
             await self.answering.wait()
@@ -207,9 +209,21 @@ class FakeEngine:
             ending = _ending(sampling, output)
             if self._role is Role.PREFILL:
                 ending = ending or FinishReason.LENGTH
-            yield _delta(request, output[-1], ending)
+            yield _delta(request, output[-1], ending, cached)
+            cached = 0
             if ending is not None:
                 return
+
+    def _cached_tokens(self, request: EngineRequest) -> int:
+        """Tokens that vLLM would report as found in its prefix cache: of whole blocks, the last token never."""
+        if request.load is not None or request.index or request.output_token_ids:
+            return 0
+        digest, prompt = request.adapter.digest if request.adapter else "", request.prompt_token_ids
+        ends = range(BLOCK_SIZE, len(prompt), BLOCK_SIZE)
+        keys = [(request.salt, digest, prompt[:end]) for end in ends]
+        found = next((number for number, key in enumerate(keys) if key not in self._prefixes), len(keys))
+        self._prefixes.update(keys)
+        return found * BLOCK_SIZE
 
     def _prompt_kv(self, request: EngineRequest) -> bytes:
         """Prefill: computes the KV, and saves it if the request asks for it. Decode: reads the region, nothing else."""
@@ -248,7 +262,7 @@ class FakeEngine:
         self.stats.kv_usage = self._used / self.info.kv_blocks
 
 
-def _delta(request: EngineRequest, token: int, ending: FinishReason | None) -> TokenDelta:
+def _delta(request: EngineRequest, token: int, ending: FinishReason | None, cached: int = 0) -> TokenDelta:
     sampling = request.sampling
     logprobs: tuple[TokenLogprob, ...] = ()
     if sampling.logprobs is not None:
@@ -256,4 +270,4 @@ def _delta(request: EngineRequest, token: int, ending: FinishReason | None) -> T
         top = [(other, -0.5 - rank) for rank, other in enumerate((token, *others))][: sampling.logprobs]
         logprobs = (TokenLogprob(token, -0.5, 1, tuple(top)),)
     by_caller = ending is FinishReason.STOP and token in sampling.stop_token_ids
-    return TokenDelta(request.index, (token,), logprobs, ending, token if by_caller else None)
+    return TokenDelta(request.index, (token,), logprobs, ending, token if by_caller else None, cached)

@@ -18,9 +18,10 @@ from preft.core.errors import (
     InvalidRequest,
     ModelNotFound,
     SourceNotFound,
+    TooManyBytes,
     Unavailable,
 )
-from preft.core.names import adapter_name, normal_name
+from preft.core.names import catalog_name, normal_name, split_name
 from preft.core.ports import AdapterChanges, Progress
 from preft.core.request import FinishReason, GenerateRequest, TokenDelta, TokenLogprob
 
@@ -178,7 +179,15 @@ class FakeCatalog:
         if self.stale:
             raise Unavailable("the adapter catalog could not be read for 61 seconds")
 
-    async def add(self, name: str, source: str, *, replace: bool = False, progress: Progress | None = None) -> Adapter:
+    async def add(
+        self,
+        name: str,
+        source: str,
+        *,
+        replace: bool = False,
+        progress: Progress | None = None,
+        tenant_bytes: int | None = None,
+    ) -> Adapter:
         self.adding += 1
         try:
             for step in self.steps if progress else ():
@@ -192,11 +201,13 @@ class FakeCatalog:
             self.adding -= 1
         if "missing" in source:
             raise SourceNotFound(f"nothing is at {source}")
-        return self._point(name, source, source.encode(), replace)
+        return self._point(name, source, source.encode(), replace, tenant_bytes)
 
-    async def add_archive(self, name: str, archive: Path, *, replace: bool = False) -> Adapter:
+    async def add_archive(
+        self, name: str, archive: Path, *, replace: bool = False, tenant_bytes: int | None = None
+    ) -> Adapter:
         content = await asyncio.to_thread(archive.read_bytes)
-        adapter = self._point(name, f"store:{name}", content, replace)
+        adapter = self._point(name, f"store:{name}", content, replace, tenant_bytes)
         self.archives[name] = content
         return adapter
 
@@ -213,11 +224,12 @@ class FakeCatalog:
         self.put()
         return adapter
 
-    def _point(self, name: str, source: str, content: bytes, replace: bool) -> Adapter:
+    def _point(self, name: str, source: str, content: bytes, replace: bool, tenant_bytes: int | None) -> Adapter:
         if self.fail is not None:
             raise self.fail
-        name = adapter_name(name)
-        if name == self.base:
+        name = catalog_name(name)
+        tenant, own = split_name(name)
+        if own == self.base:
             raise InvalidAdapter(f"{name!r} is the base model's name", "name")
         if b"broken" in content:
             raise InvalidAdapter(f"{source} has no adapter_model.safetensors")
@@ -229,6 +241,9 @@ class FakeCatalog:
             if not replace:
                 raise AdapterExists(f"{name!r} is another adapter already")
             new = dataclasses.replace(new, version=old.version + 1, pinned=old.pinned)
+        others = sum(one.size for one in self._sorted if one.name != name and split_name(one.name)[0] == tenant)
+        if tenant_bytes is not None and new.size + others > tenant_bytes:
+            raise TooManyBytes(f"the adapters of {tenant!r} would have more than {tenant_bytes} bytes")
         self.put(new)
         return new
 

@@ -174,6 +174,7 @@ class PrefillRig:
         resume: bool = False,
         timeout: float | None = 20,
         caller: str | None = None,
+        salt: str = "",
     ) -> grpc.aio.UnaryStreamCall:
         request = workers_pb2.PrefillRequest(
             request_id="r",
@@ -183,6 +184,7 @@ class PrefillRig:
             n=n,
             target=workers_pb2.KvTarget(address=to, handle=handle) if to else None,
             resume=resume,
+            cache_salt=salt,
         )
         return self.stub.Prefill(request, timeout=timeout, metadata=((CALLER_KEY, caller),) if caller else None)
 
@@ -215,6 +217,7 @@ class DecodeRig:
         index: int = 0,
         timeout: float = 20,
         kv_timeout: float = 20,
+        salt: str = "",
     ) -> DecodeCall:
         request = workers_pb2.DecodeRequest(
             request_id="r",
@@ -223,6 +226,7 @@ class DecodeRig:
             sampling=sampling_to_proto(sampling),
             adapter_digest=digest,
             kv_timeout=kv_timeout,
+            cache_salt=salt,
             choices=[workers_pb2.DecodeChoice(index=index, output_token_ids=output)],
         )
         [call] = self.stream.start(request, timeout)

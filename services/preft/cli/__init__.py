@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 import preft
-from preft.cli import adapter, doctor, gateway, loadgen, serve, status, worker
+from preft.cli import adapter, doctor, gateway, key, loadgen, serve, status, worker
 from preft.core.environment import check_names
 from preft.core.errors import PreftError
 
@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(prog="preft", description=preft.__doc__)
     root.add_argument("--version", action="version", version=f"preft {preft.__version__}")
     commands = root.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
-    for module in (serve, gateway, worker, adapter, status, loadgen, doctor):
+    for module in (serve, gateway, worker, adapter, key, status, loadgen, doctor):
         module.add_parser(commands)
     return root
 

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 from preft.cli.adapter_add import Entry, add_arguments
-from preft.cli.server import Server, add_url
+from preft.cli.server import add_server, server_of
 from preft_loadgen.table import table
 
 COLUMNS = ("name", "kind", "rank", "size", "version", "pinned", "digest", "source")
@@ -43,7 +43,7 @@ def add_parser(commands: Any) -> None:
         one.set_defaults(run=run)
         served.append(one)
     for one in served:
-        add_url(one)
+        add_server(one)
         one.add_argument("--json", action="store_true", help="print JSON")
     _add_convert(verbs)
 
@@ -82,7 +82,7 @@ def list_all(args: argparse.Namespace) -> int:
 
 def show(args: argparse.Namespace) -> int:
     """Prints one entry in full. Raises PreftError if there is none."""
-    entry = Server(args.url).call("GET", _path(args.name))
+    entry = server_of(args).call("GET", _path(args.name))
     if args.json:
         print(json.dumps(entry))
         return 0
@@ -95,21 +95,21 @@ def show(args: argparse.Namespace) -> int:
 
 def remove(args: argparse.Namespace) -> int:
     """Removes one entry. Raises PreftError if there is none."""
-    entry = Server(args.url).call("DELETE", _path(args.name))
+    entry = server_of(args).call("DELETE", _path(args.name))
     print(json.dumps(entry) if args.json else f"{args.name} is no longer served")
     return 0
 
 
 def pin(args: argparse.Namespace) -> int:
     """Pins one adapter. Raises PreftError if there is none, or no room for it."""
-    entry = Server(args.url).call("PATCH", _path(args.name), {"pinned": True})
+    entry = server_of(args).call("PATCH", _path(args.name), {"pinned": True})
     print(json.dumps(entry) if args.json else f"{args.name} stays in host memory now")
     return 0
 
 
 def unpin(args: argparse.Namespace) -> int:
     """Unpins one adapter. Raises PreftError if there is none."""
-    entry = Server(args.url).call("PATCH", _path(args.name), {"pinned": False})
+    entry = server_of(args).call("PATCH", _path(args.name), {"pinned": False})
     print(json.dumps(entry) if args.json else f"{args.name} may leave host memory now")
     return 0
 
@@ -118,7 +118,7 @@ def _entries(args: argparse.Namespace) -> Iterator[Entry]:
     """The matching entries, fetched page by page."""
     query = {"search": args.search, "kind": args.kind, "pinned": "true" if args.pinned else None}
     given = {name: value for name, value in query.items() if value is not None}
-    server, left, after = Server(args.url), args.limit, ""
+    server, left, after = server_of(args), args.limit, ""
     while left is None or left > 0:
         limit = PAGE if left is None else min(left, PAGE)
         page = server.call("GET", f"/v1/adapters?{urlencode({**given, 'limit': limit, 'after': after})}")

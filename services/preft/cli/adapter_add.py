@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from preft.cli.packing import Package
 from preft.cli.progress import Tell, progress_bar
-from preft.cli.server import Server
+from preft.cli.server import Server, server_of
 from preft.core.errors import InvalidAdapter, PreftError
 
 AT_ONCE = 8
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_one(args: argparse.Namespace) -> int:
     """Adds one adapter. Raises PreftError if the server refuses it."""
     with progress_bar(args.name, "B") as tell:
-        entry = _add(Server(args.url), args.name, args.source, tell, replace=args.replace, upload=args.upload)
+        entry = _add(server_of(args), args.name, args.source, tell, replace=args.replace, upload=args.upload)
     print(json.dumps(entry) if args.json else f"{entry['name']} is served now (digest {entry['digest'][:12]})")
     _warn([entry])
     return 0
@@ -56,7 +56,7 @@ def add_one(args: argparse.Namespace) -> int:
 
 def add_all(args: argparse.Namespace) -> int:
     """Adds each subfolder; returns 1 if one fails. Raises PreftError if there are no subfolders or no server."""
-    server = Server(args.url)
+    server = server_of(args)
     folders = _subfolders(args.all)
     server.call("GET", "/v1/adapters?limit=1")  # without a server: one error, not one per folder
     added: list[Entry] = []

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from preft.cli.server import add_url
+from preft.cli.server import add_server, api_key_of
 from preft.core.errors import ConfigError, PreftError
 
 
@@ -20,7 +20,7 @@ def add_parser(commands: Any) -> None:
         help="measure tokens/s and latencies of a running server",
         description="Streams completions of random prompts over the served adapters, one adapter count after another.",
     )
-    add_url(parser)
+    add_server(parser)
     parser.add_argument(
         "--adapters", metavar="N,N", type=_counts, default=(1,), help="adapter counts; 0 is the base model (default: 1)"
     )
@@ -71,7 +71,7 @@ def _measure(args: argparse.Namespace) -> int:
         seed=args.seed,
         vocabulary=args.vocabulary,
     )
-    client = HttpClient(args.url, timeout=args.timeout)
+    client = HttpClient(args.url, timeout=args.timeout, api_key=api_key_of(args))
     summaries = asyncio.run(run_sweep(client, sweep, args.adapters, force_progress=args.progress))
     if args.json != Path("-"):
         print(summary_table(summaries))

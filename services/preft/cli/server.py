@@ -9,13 +9,14 @@ import argparse
 import http.client
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-from preft.core.environment import URL, value_of
+from preft.core.environment import API_KEY, URL, value_of
 from preft.core.errors import ConfigError, PreftError, Unavailable
 from preft.core.settings import host_and_port, variable_of
 from preft.core.web import reachable
@@ -26,10 +27,31 @@ UPLOAD_TIMEOUT_SECONDS = 600.0  # the server sends nothing while it checks and s
 _JSON = {"Content-Type": "application/json"}
 
 
-def add_url(parser: argparse.ArgumentParser) -> None:
-    """Adds `--url`. Its default is PREFT_URL, or else the server that the same environment starts on this machine."""
+def add_server(parser: argparse.ArgumentParser) -> None:
+    """Adds `--url` and `--api-key`.
+
+    The default of `--url` is PREFT_URL, or else the server that the same environment starts on this machine.
+    """
     default = value_of(os.environ, URL) or _url_of_settings(os.environ)
     parser.add_argument("--url", default=default, help=f"the server's address (default: {default})")
+    parser.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help=f"the server's API key; every user of this machine can read it here, unlike in {API_KEY} (the default)",
+    )
+
+
+def api_key_of(args: argparse.Namespace) -> str:
+    """The API key of the flag or the environment; "" for none. Raises ConfigError, which doesn't show the key."""
+    key = (args.api_key or value_of(os.environ, API_KEY) or "").strip()
+    if not re.fullmatch(r"[!-~]*", key):
+        raise ConfigError(f"--api-key or {API_KEY}: an API key has visible ASCII characters alone")
+    return key
+
+
+def server_of(args: argparse.Namespace) -> Server:
+    """The server that the arguments of `add_server` name. Raises ConfigError."""
+    return Server(args.url, api_key_of(args))
 
 
 def _url_of_settings(environ: Mapping[str, str]) -> str:
@@ -53,6 +75,7 @@ class Server:
     """
 
     url: str
+    api_key: str = field(default="", repr=False)
 
     def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         """The decoded JSON answer, None if the answer is empty."""
@@ -99,6 +122,8 @@ class Server:
             address = urlsplit(self.url)
             kind = http.client.HTTPSConnection if address.scheme == "https" else http.client.HTTPConnection
             with closing(kind(address.netloc, timeout=timeout)) as connection:
+                if self.api_key:
+                    headers = {**headers, "Authorization": f"Bearer {self.api_key}"}
                 with suppress(BrokenPipeError, ConnectionResetError):  # the server may have replied before it closed
                     connection.request(method, address.path.rstrip("/") + path, data, headers)
                 reply = connection.getresponse()

@@ -11,7 +11,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from preft.core.environment import config_file, read_environment
+from preft.core.environment import API_KEY, config_file, read_environment
 from preft.core.errors import ConfigError
 from preft.core.secret_files import SECRETS
 from preft.core.settings import Settings, load_settings, variable_of
@@ -106,8 +106,8 @@ def settings_from(args: argparse.Namespace) -> Settings:
     config = args.config or config_file(os.environ)
     if config is None and "model" not in overrides and ("model",) not in environment:
         raise ConfigError("name the base model's folder with --model DIR, or a file with all settings with --config F")
-    for secret in SECRETS:  # so that Ray and engines, which this process starts, don't inherit them
-        os.environ.pop(variable_of((secret,)), None)
+    for variable in (*(variable_of((secret,)) for secret in SECRETS), API_KEY):
+        os.environ.pop(variable, None)  # so that Ray and engines, which this process starts, don't inherit them
     return load_settings(config, overrides, environment)
 
 

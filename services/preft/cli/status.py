@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from preft.cli.server import Server, add_url
+from preft.cli.server import add_server, server_of
 from preft.core.errors import PreftError
 from preft_loadgen.table import table
 
@@ -19,14 +19,14 @@ def add_parser(commands: Any) -> None:
         help="list the workers of a cluster",
         description="Asks the server at --url: any gateway of the cluster.",
     )
-    add_url(parser)
+    add_server(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints all workers. Raises Unavailable if no server answers."""
-    answer = Server(args.url).call("GET", "/v1/workers")
+    answer = server_of(args).call("GET", "/v1/workers")
     if not isinstance(answer, dict) or not isinstance(answer.get("workers"), list):
         raise PreftError(f"{args.url}/v1/workers didn't answer with workers: is this a PreFT server?")
     rows: list[dict[str, Any]] = answer["workers"]

@@ -60,6 +60,7 @@ async def open_catalog(settings: Settings) -> AsyncIterator[Catalog]:
             own.max_adapter_bytes,
             source_limits(settings),
             max(own.catalog_timeout, 2 * settings.router.poll_interval),
+            tenant_source_limits(settings),
         )
         uploads, prefix = uploads_folder(settings), _upload_prefix(settings)
         base = read_base_model(settings.model)
@@ -169,6 +170,12 @@ def source_limits(settings: Settings) -> SourceLimits:
         allowed = ("/", *(f"{scheme}://" for scheme in SCHEMES)) if own_users else ()
     own = (*settings.adapters.values(), *filter(None, [settings.adapter_dir]), uploads_folder(settings))
     rules = SourceRules((*allowed, *map(str, own)))
+    return SourceLimits(settings.store.source_timeout, settings.store.source_min_rate, rules)
+
+
+def tenant_source_limits(settings: Settings) -> SourceLimits:
+    """The limits for sources in tenants' requests: the setting alone, which says what all tenants may read."""
+    rules = SourceRules(settings.adapter_sources or ())
     return SourceLimits(settings.store.source_timeout, settings.store.source_min_rate, rules)
 
 

@@ -113,8 +113,11 @@ class WorkerProgress:
         self._console.line(f"  {worker_id.removeprefix(self._prefix)}: {what}")
 
 
-def first_question(address: str, model: str, *, is_chat: bool, max_model_len: int) -> str:
-    """A curl command for a shell that sends the server at `host:port` a first request."""
+def first_question(address: str, model: str, *, is_chat: bool, max_model_len: int, needs_key: bool = False) -> str:
+    """A curl command for a shell that sends the server at `host:port` a first request.
+
+    With `needs_key`, the shell's variable PREFT_API_KEY has the API key.
+    """
     host, _, port = address.rpartition(":")
     body: dict[str, object] = {"model": model}
     if is_chat:
@@ -124,4 +127,5 @@ def first_question(address: str, model: str, *, is_chat: bool, max_model_len: in
     body["max_tokens"] = max(1, min(FIRST_TOKENS, max_model_len // 4))
     path = "chat/completions" if is_chat else "completions"
     url = f"http://{host_and_port(reachable(host.strip('[]')), int(port))}/v1/{path}"
-    return f"curl -s {url} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
+    key = '-H "Authorization: Bearer $PREFT_API_KEY" ' if needs_key else ""
+    return f"curl -s {url} {key}-H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from http import HTTPStatus
 
 import uvicorn
+from prometheus_client import CollectorRegistry
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from preft.adapters.catalog.adapter_catalog import Catalog
+from preft.cluster.access import open_access
 from preft.cluster.adapters import uploads_folder
 from preft.cluster.process import listen_on
 from preft.core.ports import StateStore
@@ -87,7 +89,8 @@ async def run_gateway(
     cluster_id: str,
     content_address: str,
 ) -> AsyncIterator[RunningGateway]:
-    """Serves within the context. `settings.max_model_len` must be set. Raises ConfigError if a port is taken.
+    """Serves within the context. `settings.max_model_len` must be set. Raises ConfigError if a port is taken, or as
+    `open_access`.
 
     Workers are told of the AdapterContent service at `content_address`.
     """
@@ -95,36 +98,41 @@ async def run_gateway(
     tokenizer = await asyncio.to_thread(Tokenizer.load, settings.model)
     listener = listen_on(settings.host, settings.port)
     router = Router(store, settings.router, secret, cluster_id=cluster_id, content_address=content_address)
-    deps = GatewayDeps(
-        model_name=settings.model_name,
-        tokenizer=tokenizer,
-        max_model_len=settings.max_model_len,
-        max_body_bytes=body_limit(settings.max_model_len),
-        generator=router,
-        catalog=catalog,
-        places=router.places,
-        workers=router.workers,
-        stats=router.stats,
-        catalog_age=lambda: catalog.age,
-        model_root=str(settings.model),
-        max_adapter_bytes=settings.store.max_adapter_bytes,
-        upload_folder=uploads_folder(settings),
-        allowed_hosts=(settings.host, listener.getsockname()[0], *settings.allowed_hosts),
-        allowed_origins=tuple(settings.allowed_origins),
-        roles=settings.roles,
-    )
-    config = uvicorn.Config(
-        create_app(deps),
-        log_level="warning",
-        access_log=False,
-        lifespan="off",
-        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
-        timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        http=_LimitedHeaders,
-    )
-    server = _Server(config)
+    registry = CollectorRegistry()
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(listener.close)
+        opened = await stack.enter_async_context(open_access(settings, catalog, registry))
+        deps = GatewayDeps(
+            model_name=settings.model_name,
+            tokenizer=tokenizer,
+            max_model_len=settings.max_model_len,
+            max_body_bytes=body_limit(settings.max_model_len),
+            generator=router,
+            catalog=catalog,
+            registry=registry,
+            places=router.places,
+            workers=router.workers,
+            stats=router.stats,
+            catalog_age=lambda: catalog.age,
+            model_root=str(settings.model),
+            max_adapter_bytes=settings.store.max_adapter_bytes,
+            upload_folder=uploads_folder(settings),
+            allowed_hosts=(settings.host, listener.getsockname()[0], *settings.allowed_hosts),
+            allowed_origins=tuple(settings.allowed_origins),
+            roles=settings.roles,
+            access=opened.access,
+            accounts=opened.accounts,
+        )
+        config = uvicorn.Config(
+            create_app(deps),
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            http=_LimitedHeaders,
+        )
+        server = _Server(config)
         await router.start()
         stack.push_async_callback(router.close)
         if settings.grpc_port is not None:

@@ -19,6 +19,7 @@ from preft.cluster.gateway_process import RunningGateway, run_gateway
 from preft.cluster.process import Stop, raise_file_limit, unless
 from preft.cluster.secret import cluster_secret
 from preft.core.errors import EngineFailed
+from preft.core.names import split_name
 from preft.core.ports import StateStore
 from preft.core.settings import Settings
 
@@ -33,6 +34,7 @@ async def open_gateway(
     With the setting `state`, the workers are all workers in the store. Without it, they are those of `cluster_id`:
     several clusters on one machine then have one file of registrations.
     """
+    settings.check_public_host()
     raise_file_limit()
     catalog = await unless(stop.asked, stack.enter_async_context(open_catalog(settings)))
     if catalog is None:
@@ -94,12 +96,13 @@ async def _tell_progress(
         observe()
         if not is_said and gateway.router.ready():
             is_said = True
-            adapters = gateway.catalog.list()
+            adapters = [adapter for adapter in gateway.catalog.list() if not split_name(adapter.name)[0]]
             ask = first_question(
                 gateway.address,
                 adapters[0].name if adapters else settings.model_name,
                 is_chat=gateway.is_chat,
                 max_model_len=settings.max_model_len or 1,
+                needs_key=settings.api_keys is not None,
             )
             seconds = time.monotonic() - started
             console.line(f"PreFT Serve is ready on http://{gateway.address} after {seconds:.0f} s. Ask it:\n  {ask}")

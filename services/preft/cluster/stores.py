@@ -9,9 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from preft.cluster.model import model_identity
+from preft.core.limits import LimitCounter
 from preft.core.ports import StateStore
 from preft.core.settings import Settings
-from preft.state import open_store
+from preft.state import open_limit_counter, open_store
 
 REGISTRATIONS = "state.sqlite"  # in state_dir
 CATALOG = "catalog.sqlite"  # in the model's folder
@@ -31,6 +32,13 @@ def open_catalog_store(settings: Settings) -> StateStore:
     folder = model_folder(settings)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return open_store(folder / CATALOG, _cluster(settings))
+
+
+def open_limits(settings: Settings) -> LimitCounter:
+    """The counter of API keys' limits. Call inside the event loop. Raises ConfigError."""
+    return open_limit_counter(
+        settings.state.get_secret_value() if settings.state is not None else None, _cluster(settings)
+    )
 
 
 def model_folder(settings: Settings) -> Path:

@@ -17,10 +17,11 @@ from preft.core.errors import ConfigError
 from preft.core.settings import Key, Settings, variable_of
 
 PREFIX = "PREFT_"
-CONFIG, URL = "PREFT_CONFIG", "PREFT_URL"
+CONFIG, URL, API_KEY = "PREFT_CONFIG", "PREFT_URL", "PREFT_API_KEY"
 OTHERS = {
     CONFIG,  # the settings file, for commands without --config
     URL,  # the server's address, for commands without --url
+    API_KEY,  # the key that commands show to the server, without --api-key
     "PREFT_KERNEL_TUNING",  # a folder with tuning files of the GPU kernels
     "PREFT_SERVED_BY",  # marks the processes that a benchmark has started
 }

@@ -4,9 +4,13 @@ PreftError
 ├── InvalidRequest        400  the request itself is wrong; `param` names the field
 │   └── InvalidAdapter    400  an adapter that can't be served
 │       └── SourceNotFound 404 there is no adapter at the named source
+├── Unauthenticated       401  no API key, or an unknown one
+├── NotAllowed            403  the API key doesn't allow it
+│   └── TooManyBytes      403  the tenant's adapters would be larger than the API key allows
 ├── ModelNotFound         404  no base model or adapter of that name
 ├── AdapterExists         409  the name is taken by another adapter
 ├── QueueFull             429  try again after `retry_after` seconds
+├── RateLimited           429  a limit of the API key; try again after `retry_after` seconds, if there is any use
 ├── DeadlineExceeded      504  the request's own time limit passed
 ├── Unavailable           503  no worker can take the request now
 │   ├── ShuttingDown      503  the server stops; try again after `retry_after` seconds
@@ -21,7 +25,12 @@ PreftError
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from preft.core.limits import Standing
 
 
 class PreftError(Exception):
@@ -52,6 +61,18 @@ class SourceNotFound(InvalidAdapter):
     """There is no adapter at the named source."""
 
 
+class Unauthenticated(PreftError):
+    """The request has no API key, or one that this server doesn't know."""
+
+
+class NotAllowed(PreftError):
+    """The API key doesn't allow this."""
+
+
+class TooManyBytes(NotAllowed):
+    """The adapters of the key's tenant would be larger than the key allows."""
+
+
 class ModelNotFound(PreftError):
     """Neither the base model nor an adapter has this name."""
 
@@ -66,6 +87,22 @@ class QueueFull(PreftError):
     def __init__(self, message: str, retry_after: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class RateLimited(PreftError):
+    """A limit of the API key is reached.
+
+    `kind` is OpenAI's error type: "requests" or "tokens". `retry_after` is in seconds; None: no wait helps. `standing`
+    is what the limits leave.
+    """
+
+    def __init__(
+        self, message: str, kind: str = "requests", retry_after: float | None = None, standing: Standing | None = None
+    ) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.retry_after = retry_after
+        self.standing = standing
 
 
 class DeadlineExceeded(PreftError):
@@ -130,6 +167,13 @@ MESSAGE_CHARS = 1000
 UNEXPECTED = "The server met an unexpected error."  # the text of an error that was not raised on purpose is not shown
 
 
+def retry_seconds(error: BaseException) -> int | None:
+    """Whole seconds after which another attempt makes sense; None if the error doesn't say."""
+    if isinstance(error, QueueFull | ShuttingDown | RateLimited) and error.retry_after is not None:
+        return max(1, math.ceil(error.retry_after))
+    return None
+
+
 def short(text: str) -> str:
     """Shortens a message for the caller: a message can quote the request, and a request can be large."""
     return text if len(text) <= MESSAGE_CHARS else f"{text[:MESSAGE_CHARS]}..."
@@ -140,9 +184,13 @@ ERROR_MAP: dict[type[PreftError], ErrorMapping] = {
     SourceNotFound: ErrorMapping(404, "invalid_request_error", "adapter_source_not_found", "NOT_FOUND"),
     InvalidAdapter: ErrorMapping(400, "invalid_request_error", "invalid_adapter", "INVALID_ARGUMENT"),
     InvalidRequest: ErrorMapping(400, "invalid_request_error", "invalid_request", "INVALID_ARGUMENT"),
+    Unauthenticated: ErrorMapping(401, "invalid_request_error", "invalid_api_key", "UNAUTHENTICATED"),
+    TooManyBytes: ErrorMapping(403, "invalid_request_error", "too_many_adapter_bytes", "RESOURCE_EXHAUSTED"),
+    NotAllowed: ErrorMapping(403, "invalid_request_error", "insufficient_permissions", "PERMISSION_DENIED"),
     ModelNotFound: ErrorMapping(404, "invalid_request_error", "model_not_found", "NOT_FOUND"),
     AdapterExists: ErrorMapping(409, "invalid_request_error", "adapter_exists", "ALREADY_EXISTS"),
     QueueFull: ErrorMapping(429, "rate_limit_error", "queue_full", "RESOURCE_EXHAUSTED"),
+    RateLimited: ErrorMapping(429, "requests", "rate_limit_exceeded", "RESOURCE_EXHAUSTED"),
     DeadlineExceeded: ErrorMapping(504, "timeout_error", "deadline_exceeded", "DEADLINE_EXCEEDED"),
     ShuttingDown: ErrorMapping(503, "service_unavailable_error", "shutting_down", "UNAVAILABLE"),
     WorkerLost: ErrorMapping(503, "service_unavailable_error", "worker_lost", "UNAVAILABLE"),

@@ -56,15 +56,26 @@ class AdapterCatalog(Protocol):
     def list(self) -> Sequence[Adapter]:
         """All entries, by name. The same object until an entry changes."""
 
-    async def add(self, name: str, source: str, *, replace: bool = False, progress: Progress | None = None) -> Adapter:
+    async def add(
+        self,
+        name: str,
+        source: str,
+        *,
+        replace: bool = False,
+        progress: Progress | None = None,
+        tenant_bytes: int | None = None,
+    ) -> Adapter:
         """Fetches and checks the adapter at `source` (a URI or local path), and points `name` to it.
 
         Idempotent for equal content. Raises InvalidAdapter (broken, doesn't fit, the base model's name),
-        SourceNotFound, Unavailable (the source or the disk fails), AdapterExists (other content without `replace`), or
-        InvalidRequest (the name is pinned, and there is no room for the new content).
+        SourceNotFound, Unavailable (the source or the disk fails), AdapterExists (other content without `replace`),
+        InvalidRequest (the name is pinned, and there is no room for the new content), or TooManyBytes (all adapters of
+        the name's tenant would have more than `tenant_bytes`).
         """
 
-    async def add_archive(self, name: str, archive: Path, *, replace: bool = False) -> Adapter:
+    async def add_archive(
+        self, name: str, archive: Path, *, replace: bool = False, tenant_bytes: int | None = None
+    ) -> Adapter:
         """Like `add`, with the content of a tar or zip file. The archive is kept as the adapter's source."""
 
     async def pin(self, name: str, pinned: bool) -> Adapter:

@@ -86,7 +86,8 @@ class GenerateRequest:
     """One prompt to continue `n` times, with the base model (`adapter` None) or with one adapter version.
 
     `deadline` is in `time.time()` seconds; None means no limit. Waiting requests go in order of arrival, but those with
-    a lower `priority` count as older, and tenants share the workers.
+    a lower `priority` count as older, and tenants share the workers. Requests with different values of `cache_salt`
+    never use each other's entries of prefix caches.
     """
 
     request_id: str
@@ -97,6 +98,7 @@ class GenerateRequest:
     deadline: float | None = None
     priority: int = 0
     tenant: str = ""
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)

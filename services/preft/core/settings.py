@@ -157,6 +157,8 @@ class Settings(_Strict):
     served_model_name: str | None = None  # default: the last part of `model`
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000  # 0 means any free port
+    api_keys: Path | None = None  # the file of API keys; None: no request needs one
+    usage_log: Path | None = None  # a line of JSON per finished request is appended to it
     allowed_hosts: list[str] = Field(default_factory=list)  # names in Host, beside loopback's and `host`
     allowed_origins: list[str] = Field(default_factory=list)  # origins of pages that may use the server
     grpc_port: Annotated[int, Field(ge=0, le=65535)] | None = None  # None: no public gRPC service
@@ -172,7 +174,7 @@ class Settings(_Strict):
     cluster_secret: Annotated[SecretStr, Field(min_length=16)] | None = Field(default=None, exclude=True, repr=False)
     cluster_secret_file: Path | None = Field(default=None, exclude=True)  # the file that holds `cluster_secret`
     tls: TlsSettings | None = None  # None: calls between the cluster's processes aren't encrypted
-    insecure: bool = False  # without `tls`, workers may listen where other machines reach them
+    insecure: bool = False  # without `tls` and `api_keys`, servers may listen where other machines reach them
     peer_host: ReachableHost | None = None  # a gateway's, for workers; None: the one from which it reaches `state`
     ray_address: str | None = None  # None: `preft serve` starts Ray on this machine
     adapters: dict[str, str] = Field(default_factory=dict)  # name: folder or URI
@@ -191,7 +193,7 @@ class Settings(_Strict):
     def _read_secrets(cls, given: Any) -> Any:
         return with_secrets(given) if isinstance(given, dict) else given
 
-    @field_validator("model", "state_dir", "adapter_dir", "state_file", "cluster_secret_file")
+    @field_validator("model", "state_dir", "adapter_dir", "state_file", "cluster_secret_file", "api_keys", "usage_log")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
         return value and absolute(value)
@@ -269,6 +271,14 @@ class Settings(_Strict):
             raise ConfigError(
                 f"tls: other machines reach {host}, and calls between the cluster's processes aren't encrypted: "
                 "set tls, or insecure: true if no stranger is in the network"
+            )
+
+    def check_public_host(self) -> None:
+        """Raises ConfigError if everybody who reaches `host` could use the server, without an API key."""
+        if self.api_keys is None and not self.insecure and not is_loopback(self.host):
+            raise ConfigError(
+                f"api_keys: other machines reach {self.host}, and no request needs an API key: set api_keys, or "
+                "insecure: true if everybody in the network may use the server and change its adapters"
             )
 
 

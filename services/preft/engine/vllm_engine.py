@@ -242,7 +242,7 @@ class VllmEngine:
     async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
         check_request(request, self.info)
         prompt: dict[str, Any] = {"prompt_token_ids": [*request.prompt_token_ids, *request.output_token_ids]}
-        if salt := request.salt or self._prompt_salt(request):
+        if salt := ":".join(filter(None, [request.salt, self._prompt_salt(request)])):
             prompt["cache_salt"] = salt
         lora = self._lora_request(request.adapter) if request.adapter is not None else None
         eos = tuple(token for token in request.sampling.eos_token_ids if token < self.info.vocab_size)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from preft.core.errors import InvalidRequest, ModelNotFound, Unavailable
 from preft.core.request import MAX_CHOICES, PARAMETERS, AdapterRef, GenerateRequest, Sampling
+from preft.gateway.access.caller import Caller
 from preft.gateway.bodies.schemas import INT64_MAX, ChatBody, CompletionBody, GenerationBody
 from preft.gateway.deps import GatewayDeps
 from preft.gateway.listing import served_version
@@ -21,6 +22,7 @@ from preft.gateway.text.choice import TextOptions
 from preft.gateway.text.tokenizer import INLINE_CHARS, Tokenizer
 
 DEFAULT_COMPLETION_TOKENS = 16
+UNSTATED_TOKENS = 1024  # taken from a key's limit for each choice without max_tokens; its end settles the rest
 # About 2 ms; larger requests go to a thread.
 INLINE_MESSAGES = 64
 INLINE_IDS = 65_536
@@ -28,33 +30,39 @@ INLINE_IDS = 65_536
 
 @dataclass(frozen=True, slots=True)
 class ApiCall:
-    """One API call: a core request per prompt, each with `n` choices. Choice i of prompt p has index p * n + i."""
+    """One API call: a core request per prompt, each with `n` choices. Choice i of prompt p has index p * n + i.
+
+    `reserved_tokens` are taken from a key's limits while the call runs: the prompts, and what may be generated.
+    """
 
     id: str
     model: str
     requests: tuple[GenerateRequest, ...]
     n: int
     options: TextOptions
+    reserved_tokens: int = 0
 
     @property
     def prompt_tokens(self) -> int:
         return sum(len(request.prompt_token_ids) for request in self.requests)
 
 
-async def completion_call(body: CompletionBody, deps: GatewayDeps, *, deadline: float | None = None) -> ApiCall:
+async def completion_call(
+    body: CompletionBody, deps: GatewayDeps, caller: Caller, *, deadline: float | None = None
+) -> ApiCall:
     """Raises ModelNotFound or InvalidRequest. `deadline` is in `time.time()` seconds."""
-    adapter = resolve_model(body.model, deps)
+    adapter = resolve_model(body.model, deps, caller)
     if len(body.prompt) * body.n > MAX_CHOICES:
         raise InvalidRequest(f"{len(body.prompt)} prompts with n={body.n} are more than {MAX_CHOICES} choices.", "n")
     prompts = await _token_ids(body, deps)
     if sum(map(len, prompts)) <= INLINE_IDS:
-        return _new_call(body, deps, adapter, prompts, DEFAULT_COMPLETION_TOKENS, deadline)
-    return await asyncio.to_thread(_new_call, body, deps, adapter, prompts, DEFAULT_COMPLETION_TOKENS, deadline)
+        return _new_call(body, deps, caller, adapter, prompts, DEFAULT_COMPLETION_TOKENS, deadline)
+    return await asyncio.to_thread(_new_call, body, deps, caller, adapter, prompts, DEFAULT_COMPLETION_TOKENS, deadline)
 
 
-async def chat_call(body: ChatBody, deps: GatewayDeps) -> ApiCall:
+async def chat_call(body: ChatBody, deps: GatewayDeps, caller: Caller) -> ApiCall:
     """Raises ModelNotFound or InvalidRequest, also for a model without a chat template."""
-    adapter = resolve_model(body.model, deps)
+    adapter = resolve_model(body.model, deps, caller)
     prompt = deps.tokenizer.chat_prompt
     if prompt is None:
         raise InvalidRequest("The served model has no chat template; use /v1/completions.", "messages")
@@ -63,10 +71,10 @@ async def chat_call(body: ChatBody, deps: GatewayDeps) -> ApiCall:
     prompts = await deps.tokenizer.encode([text], add_special_tokens=body.add_special_tokens)
     if not prompts[0]:
         raise InvalidRequest("The messages make an empty prompt.", "messages")
-    return _new_call(body, deps, adapter, prompts, deps.tokenizer.defaults.get("max_tokens"))
+    return _new_call(body, deps, caller, adapter, prompts, deps.tokenizer.defaults.get("max_tokens"))
 
 
-def resolve_model(model: str, deps: GatewayDeps) -> AdapterRef | None:
+def resolve_model(model: str, deps: GatewayDeps, caller: Caller) -> AdapterRef | None:
     """The adapter version behind `model`, or None for the base model.
 
     Raises ModelNotFound, also if `model` names both an adapter and the base model. Raises Unavailable while the catalog
@@ -74,10 +82,10 @@ def resolve_model(model: str, deps: GatewayDeps) -> AdapterRef | None:
     """
     if model == deps.model_name:
         with suppress(Unavailable):  # an unreadable catalog is no reason to refuse the base model
-            if deps.catalog.get(model) is not None:  # added by a server whose base model has another name
+            if caller.catalog.get(model) is not None:  # added by a server whose base model has another name
                 raise ModelNotFound(f"The model {model!r} is ambiguous: the base model and an adapter have this name.")
         return None
-    adapter = served_version(deps.catalog, model)
+    adapter = served_version(caller.catalog, model)
     return AdapterRef(adapter.name, adapter.digest, adapter.source)
 
 
@@ -137,6 +145,7 @@ def _check_ids(ids: Iterable[int], tokenizer: Tokenizer, param: str) -> None:
 def _new_call(
     body: GenerationBody,
     deps: GatewayDeps,
+    caller: Caller,
     adapter: AdapterRef | None,
     prompts: Sequence[tuple[int, ...]],
     default_tokens: int | None,
@@ -149,10 +158,12 @@ def _new_call(
     call_id = f"{body.id_prefix}-{body.request_id or unique}"
     # Callers may reuse an id, and workers need unique ids.
     request_id = f"{call_id}-{unique}" if body.request_id else call_id
-    requests = []
+    requests, reserved = [], 0
     for number, prompt in enumerate(prompts):
         max_tokens = _max_tokens(body, len(prompt), default_tokens, deps.max_model_len)
         _check_ids(prompt, tokenizer, body.prompt_param)
+        most = max_tokens if body.wanted_tokens is not None else min(max_tokens, UNSTATED_TOKENS)
+        reserved += len(prompt) + body.n * most
         requests.append(
             GenerateRequest(
                 request_id=request_id if len(prompts) == 1 else f"{request_id}-{number}",
@@ -162,7 +173,8 @@ def _new_call(
                 n=body.n,
                 deadline=deadline,
                 priority=body.priority,
-                tenant=body.user or "",
+                tenant=caller.share(body.user or ""),
+                cache_salt=caller.tenant,
             )
         )
     options = TextOptions(
@@ -172,7 +184,7 @@ def _new_call(
         min_tokens=body.min_tokens,
         logprobs=body.wanted_logprobs is not None,
     )
-    return ApiCall(call_id, body.model, tuple(requests), body.n, options)
+    return ApiCall(call_id, body.model, tuple(requests), body.n, options, reserved)
 
 
 def _max_tokens(body: GenerationBody, prompt_len: int, default: int | None, limit: int) -> int:

@@ -13,9 +13,10 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Self
 
-from preft.core.errors import EngineFailed, NumbersNotFinite
+from preft.core.errors import EngineFailed, NumbersNotFinite, PreftError, mapping_of
 from preft.core.ports import Generator
 from preft.core.request import GenerateRequest, TokenLogprob
+from preft.gateway.access.accounts import CLIENT_GONE, Account
 from preft.gateway.api_call import ApiCall
 from preft.gateway.text.choice import ChoiceDelta, ChoiceText
 from preft.gateway.text.tokenizer import Tokenizer
@@ -24,11 +25,18 @@ _log = logging.getLogger(__name__)
 
 
 class Completion:
-    """The running API call. `cached_tokens` counts the prompt tokens found in prefix caches so far."""
+    """The running API call. `cached_tokens` counts the prompt tokens found in prefix caches so far.
 
-    def __init__(self, generator: Generator, tokenizer: Tokenizer, call: ApiCall) -> None:
+    Entering the context raises RateLimited if `account` refuses the call. Its end settles the account.
+    """
+
+    def __init__(
+        self, generator: Generator, tokenizer: Tokenizer, call: ApiCall, account: Account | None = None
+    ) -> None:
         self.call = call
         self.cached_tokens = 0
+        self._account = account
+        self._generated = 0
         self._generator = generator
         self._tokenizer = tokenizer
         self._tasks: list[asyncio.Task[None]] = []
@@ -38,6 +46,8 @@ class Completion:
         self._reader: asyncio.Future[None] | None = None
 
     async def __aenter__(self) -> Self:
+        if self._account is not None:
+            await self._account.begin()
         self._tasks = [asyncio.create_task(self._run(p, request)) for p, request in enumerate(self.call.requests)]
         self._generating.update(self._tasks)
         return self
@@ -45,9 +55,20 @@ class Completion:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        is_whole = not (self._generating or self._error or error)
         for task in self._generating:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        try:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+        finally:
+            if self._account is not None:
+                status, code = (200, "ok") if is_whole else _outcome(self._error or error)
+                self._account.end(status, code, self._generated, self.cached_tokens)
+
+    @property
+    def headers(self) -> list[tuple[str, str]]:
+        """Further headers of the reply, or metadata in gRPC."""
+        return self._account.headers if self._account is not None else []
 
     async def take(self) -> list[ChoiceDelta]:
         """Returns all deltas that are ready and waits for at least one; an empty list follows the last delta.
@@ -76,7 +97,9 @@ class Completion:
                     choice = choices[delta.index]
                     if choice.finished:
                         continue  # was on its way when a stop string ended the choice
-                    self._deltas.append(choice.push(delta))
+                    pushed = choice.push(delta)
+                    self._generated += len(pushed.token_ids)
+                    self._deltas.append(pushed)
                     if choice.finished and delta.finish_reason is None:
                         generation.stop(delta.index)
                     self._wake()
@@ -99,6 +122,16 @@ class Completion:
     def _wake(self) -> None:
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
+
+
+def _outcome(error: BaseException | None) -> tuple[int, str]:
+    """Status and code of a call that didn't end well. Without an error of the server's, its client has left."""
+    if isinstance(error, PreftError):
+        mapping = mapping_of(error)
+        return mapping.status, mapping.code
+    if error is None or isinstance(error, asyncio.CancelledError):
+        return CLIENT_GONE, "cancelled"
+    return 500, "internal_error"
 
 
 def _check_numbers(entries: Iterable[TokenLogprob]) -> None:

@@ -6,17 +6,24 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 
 from preft.core.cluster import AdapterPlace, Role, RouterStats, WorkerSeen
 from preft.core.errors import Unavailable
 from preft.core.ports import AdapterCatalog, Generator
+from preft.gateway.access.access import Access
+from preft.gateway.access.caller import Caller
 from preft.gateway.cluster_metrics import ClusterMetrics, OwnFigures
 from preft.gateway.drain import Drain
 from preft.gateway.metrics import MeteredGenerator
 from preft.gateway.readiness import missing_workers
 from preft.gateway.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from preft.gateway.access.accounts import Account, Accounts
+    from preft.gateway.api_call import ApiCall
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +35,9 @@ class GatewayDeps:
     are the router's, for an adapter's workers, /v1/workers and metrics. `allowed_hosts` are the server's names beside
     loopback's. `allowed_origins` are the origins whose pages may use it. The constructor wraps `generator` so that
     `registry` counts every request over HTTP or gRPC: one registry per object.
+
+    `access` None: there are no API keys, and `anyone` is the caller of every request. Only callers' catalogs answer
+    requests. `accounts` None: calls are neither limited nor recorded.
     """
 
     model_name: str
@@ -49,11 +59,19 @@ class GatewayDeps:
     catalog_age: Callable[[], float] = lambda: 0.0  # seconds since the catalog was read
     roles: tuple[Role, ...] = (Role.PREFILL, Role.DECODE)  # of workers that must be ready
     drain: Drain = field(default_factory=Drain)
+    access: Access | None = None
+    accounts: Accounts | None = None
+    anyone: Caller = field(init=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "anyone", Caller(self.catalog))
         object.__setattr__(self, "generator", MeteredGenerator(self.generator, self.registry))
         own = OwnFigures(self.stats, lambda: not self.unready(), self.catalog_age)
         ClusterMetrics(self.workers, own, self.roles, self.registry)
+
+    def account(self, call: ApiCall, caller: Caller) -> Account | None:
+        """The account of `call`, for `Completion`."""
+        return self.accounts.open(call, caller) if self.accounts is not None else None
 
     def unready(self) -> str:
         """The reason why requests can't be served now; "" if they can."""

@@ -42,7 +42,9 @@ def served_version(catalog: AdapterCatalog, model: str) -> Adapter:
     Raises ModelNotFound, also for any version but the current one.
     """
     name, at, version = model.rpartition("@")
-    adapter = catalog.get(name if at else model)
+    if not name:  # a full name, @TENANT/NAME
+        name, at, version = model, "", ""
+    adapter = catalog.get(name)
     if adapter is None:
         raise ModelNotFound(f"The model {model!r} does not exist.")
     is_digest = _DIGEST.fullmatch(version) and adapter.digest.startswith(version)

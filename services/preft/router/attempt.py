@@ -284,6 +284,7 @@ class Attempt:
             n=len(self._going) if self.resumes else request.n,
             target=workers_pb2.KvTarget(address=decode.worker.address, handle=self.handle) if decode else None,
             resume=self.resumes,
+            cache_salt=request.cache_salt,
         )
 
     def _decode_request(self, choices: Sequence[Choice]) -> workers_pb2.DecodeRequest:
@@ -296,6 +297,7 @@ class Attempt:
             adapter_digest=self._job.digest,
             kv_timeout=self._transfer_timeout,
             adapter=adapter_to_proto(request.adapter) if request.adapter and self._colocated else None,
+            cache_salt=request.cache_salt,
             choices=[
                 workers_pb2.DecodeChoice(index=choice.index, output_token_ids=choice.tokens) for choice in choices
             ],

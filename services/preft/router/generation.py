@@ -66,7 +66,9 @@ class RoutedGeneration:
         self._job = Job(request, sampling_to_proto(request.sampling), since + limit)
         cost = len(request.prompt_token_ids) + min(request.sampling.max_tokens, KV_ALLOWANCE)
         self._order = admission.shares.order(since, request.tenant, request.priority, cost)
-        self._beginnings = beginnings(self._job.digest, request.prompt_token_ids) if admission.has_choice else ()
+        self._beginnings = (
+            beginnings(self._job.digest + request.cache_salt, request.prompt_token_ids) if admission.has_choice else ()
+        )
         self._admission = admission
         self._channels = channels
         self._settings = settings

@@ -17,10 +17,13 @@ ENTRIES = 65_536  # beginnings that are remembered, of all workers
 WORKERS = 8  # remembered per beginning: the latest
 
 
-def beginnings(digest: str, prompt: Sequence[int]) -> tuple[bytes, ...]:
-    """Hashes of the prompt's beginnings of 64, 128, ... tokens under the adapter `digest`, shortest first."""
+def beginnings(seed: str, prompt: Sequence[int]) -> tuple[bytes, ...]:
+    """Hashes of the prompt's beginnings of 64, 128, ... tokens, shortest first.
+
+    `seed` is what must be equal beside the tokens: the adapter's digest and the request's salt.
+    """
     hashes = []
-    state, done, length = blake2b(digest.encode(), digest_size=16), 0, SHORTEST
+    state, done, length = blake2b(seed.encode(), digest_size=16), 0, SHORTEST
     while length <= min(len(prompt), LONGEST):
         state.update(array("I", prompt[done:length]).tobytes())
         hashes.append(state.copy().digest())

@@ -103,6 +103,7 @@ def given_parameters(message: common_pb2.Sampling) -> dict[str, Any]:
 def check_prefill(message: workers_pb2.PrefillRequest) -> None:
     """Raises InvalidRequest for an invalid field. The translation checks sampling and adapter."""
     text_of(message.request_id, "request_id")
+    text_of(message.cache_salt, "cache_salt")
     count_of(message.n, "n", 1, MAX_CHOICES)
     if message.HasField("target"):
         handle_of(message.target.handle)
@@ -114,6 +115,7 @@ def check_decode(message: workers_pb2.DecodeRequest) -> None:
     text_of(message.request_id, "request_id")
     handle_of(message.handle)
     digest_of(message.adapter_digest)
+    text_of(message.cache_salt, "cache_salt")
     for choice in message.choices:
         count_of(choice.index, "index", 0, MAX_CHOICES - 1)
     seconds_of(message.kv_timeout, "kv_timeout")

@@ -8,7 +8,6 @@ sense (`retry-after`). A status without this metadata is gRPC's own: the peer is
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -23,14 +22,15 @@ from preft.core.errors import (
     InvalidRequest,
     ModelNotFound,
     PreftError,
-    QueueFull,
-    ShuttingDown,
+    RateLimited,
     TransferFailed,
     Unavailable,
     WorkerLost,
     mapping_of,
+    retry_seconds,
     short,
 )
+from preft.core.limits import rate_headers
 from preft.rpc import workers_pb2
 
 logger = logging.getLogger(__name__)
@@ -85,8 +85,10 @@ async def abort(context: grpc.aio.ServicerContext, error: PreftError) -> None:
     trailing = [(CODE_KEY, mapping.code)]
     if isinstance(error, InvalidRequest) and error.param:
         trailing.append((PARAM_KEY, error.param))
-    if isinstance(error, QueueFull | ShuttingDown):
-        trailing.append((RETRY_KEY, str(math.ceil(error.retry_after))))
+    if (seconds := retry_seconds(error)) is not None:
+        trailing.append((RETRY_KEY, str(seconds)))
+    if isinstance(error, RateLimited) and error.standing is not None:
+        trailing += rate_headers(error.standing)
     await context.abort(grpc.StatusCode[mapping.grpc], short(str(error)), trailing_metadata=tuple(trailing))
 
 

@@ -28,7 +28,7 @@ class KvTarget(_message.Message):
     def __init__(self, address: _Optional[str] = ..., handle: _Optional[str] = ...) -> None: ...
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("request_id", "prompt_token_ids", "sampling", "adapter", "n", "target", "resume")
+    __slots__ = ("request_id", "prompt_token_ids", "sampling", "adapter", "n", "target", "resume", "cache_salt")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -36,6 +36,7 @@ class PrefillRequest(_message.Message):
     N_FIELD_NUMBER: _ClassVar[int]
     TARGET_FIELD_NUMBER: _ClassVar[int]
     RESUME_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: _common_pb2.Sampling
@@ -43,7 +44,8 @@ class PrefillRequest(_message.Message):
     n: int
     target: KvTarget
     resume: bool
-    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., adapter: _Optional[_Union[_common_pb2.AdapterRef, _Mapping]] = ..., n: _Optional[int] = ..., target: _Optional[_Union[KvTarget, _Mapping]] = ..., resume: _Optional[bool] = ...) -> None: ...
+    cache_salt: str
+    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., adapter: _Optional[_Union[_common_pb2.AdapterRef, _Mapping]] = ..., n: _Optional[int] = ..., target: _Optional[_Union[KvTarget, _Mapping]] = ..., resume: _Optional[bool] = ..., cache_salt: _Optional[str] = ...) -> None: ...
 
 class PrefillEvent(_message.Message):
     __slots__ = ("first_tokens", "kv_pushed")
@@ -102,7 +104,7 @@ class Error(_message.Message):
     def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ..., param: _Optional[str] = ...) -> None: ...
 
 class DecodeRequest(_message.Message):
-    __slots__ = ("request_id", "handle", "prompt_token_ids", "sampling", "adapter_digest", "kv_timeout", "adapter", "choices")
+    __slots__ = ("request_id", "handle", "prompt_token_ids", "sampling", "adapter_digest", "kv_timeout", "adapter", "choices", "cache_salt")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -111,6 +113,7 @@ class DecodeRequest(_message.Message):
     KV_TIMEOUT_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     CHOICES_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     handle: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -119,7 +122,8 @@ class DecodeRequest(_message.Message):
     kv_timeout: float
     adapter: _common_pb2.AdapterRef
     choices: _containers.RepeatedCompositeFieldContainer[DecodeChoice]
-    def __init__(self, request_id: _Optional[str] = ..., handle: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., adapter_digest: _Optional[str] = ..., kv_timeout: _Optional[float] = ..., adapter: _Optional[_Union[_common_pb2.AdapterRef, _Mapping]] = ..., choices: _Optional[_Iterable[_Union[DecodeChoice, _Mapping]]] = ...) -> None: ...
+    cache_salt: str
+    def __init__(self, request_id: _Optional[str] = ..., handle: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., adapter_digest: _Optional[str] = ..., kv_timeout: _Optional[float] = ..., adapter: _Optional[_Union[_common_pb2.AdapterRef, _Mapping]] = ..., choices: _Optional[_Iterable[_Union[DecodeChoice, _Mapping]]] = ..., cache_salt: _Optional[str] = ...) -> None: ...
 
 class DecodeChoice(_message.Message):
     __slots__ = ("id", "index", "output_token_ids")

@@ -1,4 +1,4 @@
-"""The cluster's state behind one interface: registered workers and the adapter catalog's entries."""
+"""The cluster's state behind two interfaces: registered workers and the catalog's entries, and the limits' counters."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from preft.core.errors import ConfigError
+from preft.core.limits import LimitCounter
 from preft.core.ports import StateStore
+from preft.state.memory_limits import MemoryLimits
 from preft.state.sqlite import SqliteStore
 
 if TYPE_CHECKING:
     from preft.state.redis_url import RedisUrl
 
-__all__ = ["local_address", "open_store", "shown"]
+__all__ = ["local_address", "open_limit_counter", "open_store", "shown"]
 
 REDIS = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel")
 
@@ -40,6 +42,18 @@ def open_store(url: str | Path, cluster: str = "default") -> StateStore:
         f"state store {scheme[:40]}://...: give a file path, sqlite:///absolute/path, redis://, rediss://, unix:// or "
         "redis+sentinel://"
     )
+
+
+def open_limit_counter(url: str | None, cluster: str) -> LimitCounter:
+    """The counter that all gateways share in the Redis at `url`; without Redis, this process's own.
+
+    Raises ConfigError for a malformed URL.
+    """
+    if url is None or _redis_url(url) is None:
+        return MemoryLimits()
+    from preft.state.redis_limits import RedisLimits
+
+    return RedisLimits(url, cluster)
 
 
 def shown(url: str) -> str:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from preft.core.errors import InvalidAdapter
-from preft.core.names import adapter_name
+from preft.core.names import adapter_name, catalog_name, full_name, split_name
 
 GOOD = (
     "alice",
@@ -65,3 +65,18 @@ def test_no_client_that_rewrites_paths_turns_one_name_into_another(text: str) ->
         assert unquote(posixpath.normpath(path)) == f"/v1/adapters/{name}"
         assert unquote(urlsplit(urljoin("http://localhost/", path)).path) == f"/v1/adapters/{name}"
         assert httpx.URL(f"http://localhost{path}").path == f"/v1/adapters/{name}"
+
+
+@pytest.mark.parametrize("tenant", ["acme", "a.b_c-d", "5"])
+@pytest.mark.parametrize("name", GOOD)
+def test_full_names_have_their_two_parts(tenant: str, name: str) -> None:
+    full = full_name(tenant, name)
+    assert split_name(full) == (tenant, name)
+    assert catalog_name(unicodedata.normalize("NFD", full)) == full
+    assert (full_name("", name), split_name(name), catalog_name(name)) == (name, ("", name), name)
+
+
+@pytest.mark.parametrize("full", ["@acme", "@/x", "@a b/x", "@acme/", "@acme/a@1", "@acme/@b/c", "x@acme/y"])
+def test_other_full_names_are_refused(full: str) -> None:
+    with pytest.raises(InvalidAdapter):
+        catalog_name(full)

@@ -236,3 +236,15 @@ def test_ports_that_other_machines_reach_need_tls(host: str, insecure: bool, tls
     else:
         with pytest.raises(ConfigError, match=rf"^tls: other machines reach {host}, .*insecure: true"):
             settings.check_internal_host(host)
+
+
+@pytest.mark.parametrize("host", INSIDE + OUTSIDE)
+@pytest.mark.parametrize("insecure", [False, True])
+@pytest.mark.parametrize("keys", [None, "/keys.yaml"])
+def test_without_keys_only_this_machine_is_served(host: str, insecure: bool, keys: str | None) -> None:
+    settings = load_settings(overrides={"model": "/m", "host": host, "insecure": insecure, "api_keys": keys})
+    if host in INSIDE or insecure or keys:
+        settings.check_public_host()
+    else:
+        with pytest.raises(ConfigError, match=rf"^api_keys: other machines reach {host}, .*insecure: true"):
+            settings.check_public_host()

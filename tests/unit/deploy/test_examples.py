@@ -35,6 +35,7 @@ def test_two_nodes_meet_in_redis_and_over_tls(tmp_path: Path) -> None:
     assert settings.state is not None
     assert settings.state.get_secret_value().startswith("rediss://")
     settings.check_internal_host("10.0.0.2")
+    settings.check_public_host()
     text = (EXAMPLES / "2p6d-two-nodes.yaml").read_text()
     for role in settings.roles:
         ((name, need),) = settings.engine(role).resources.items()

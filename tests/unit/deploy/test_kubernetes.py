@@ -77,6 +77,7 @@ def test_a_pod_starts_with_its_settings(name: str, tmp_path: Path) -> None:
     settings.check_internal_host("10.1.2.3")
     if name == "gateway":
         assert settings.peer_host == "10.1.2.3"
+        settings.check_public_host()
     else:
         assert arguments == ["worker", "--role", name]
         assert settings.worker.advertise_host == "10.1.2.3"
@@ -132,13 +133,13 @@ def test_volumes_and_the_files_in_them_exist(name: str) -> None:
     assert set(mounts.values()) == volumes.keys() | (claims if name == "redis" else set())
     if name == "redis":
         return
-    given = (FOLDER / "cluster.yaml").read_text()
+    given = (FOLDER / "cluster.yaml").read_text() + str(own["env"])
     for path in re.findall(r"(/(?:run|var|model)[\w/.-]*)", given):
         (volume,) = [mounts[mount] for mount in mounts if path == mount or path.startswith(f"{mount}/")]
         items = volumes[volume].get("secret", {}).get("items")
         assert items is None or Path(path).name in {item["path"] for item in items}
     secrets = {volume["secret"]["secretName"] for volume in volumes.values() if "secret" in volume}
-    assert secrets == {"preft", "preft-tls"}
+    assert secrets == {"preft", "preft-tls", *(["preft-keys"] if name == "gateway" else [])}
     assert not [one for one in own["env"] if "secretKeyRef" in str(one)]
 
 
@@ -223,6 +224,8 @@ def test_the_documented_commands_make_what_the_pods_mount() -> None:
     used = {item["key"] for name in pods() for volume in pods()[name]["spec"]["volumes"]
             for item in volume.get("secret", {}).get("items", ())}  # fmt: skip
     tls = set(re.findall(r"/run/secrets/preft-tls/([\w.]+)", (FOLDER / "cluster.yaml").read_text()))
-    assert set(re.findall(r"--from-file=(\w[\w.]*)", page)) == used | tls
-    for name in ("preft", "preft-tls"):
+    keys = set(re.findall(r"/run/secrets/preft-keys/([\w.]+)", str(container("gateway")["env"])))
+    assert len(keys) == 1
+    assert set(re.findall(r"--from-file=(\w[\w.]*)", page)) == used | tls | keys
+    for name in ("preft", "preft-tls", "preft-keys"):
         assert re.search(rf"create secret \w+ {name} ", page)

@@ -4,6 +4,7 @@ and nothing is left running, reserved or held."""
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 import random
 import time
@@ -74,6 +75,14 @@ async def test_the_prompt_is_sent_once_for_all_choices(harness: Harness) -> None
     assert decode.prompt_token_ids == prefill.prompt_token_ids
     assert decode.ByteSize() < 1.2 * prefill.ByteSize()
     assert len(harness.d.choices) == 10
+
+
+async def test_the_salt_reaches_both_workers_and_a_resumption(harness: Harness) -> None:
+    request = dataclasses.replace(a_request(max_tokens=6), cache_salt="acme")
+    harness.d.faults = [Fault(WorkerLost("gone"), after=2)]
+    assert await harness.collect(request) == foretold(request)
+    assert [prefill.cache_salt for prefill in harness.p.requests] == ["acme"] * 2
+    assert [decode.cache_salt for decode in harness.d.messages] == ["acme"] * 2
 
 
 async def test_many_requests_at_once(harness: Harness) -> None:

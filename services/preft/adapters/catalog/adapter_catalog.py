@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,12 +26,20 @@ from preft.adapters.formats.folder import AdapterSummary, check_adapter
 from preft.adapters.formats.folder_texts import text_warnings
 from preft.adapters.sources.archive import unpack_archive
 from preft.adapters.sources.fetch_threads import FetchThreads
-from preft.adapters.sources.limits import SourceLimits
+from preft.adapters.sources.limits import SourceLimits, SourceRules
 from preft.adapters.sources.source import AdapterSource, open_source
 from preft.adapters.store.disk_tier import DiskTier
 from preft.core.cluster import Adapter
-from preft.core.errors import AdapterExists, InvalidAdapter, InvalidRequest, ModelNotFound, PreftError, Unavailable
-from preft.core.names import adapter_name, normal_name
+from preft.core.errors import (
+    AdapterExists,
+    InvalidAdapter,
+    InvalidRequest,
+    ModelNotFound,
+    PreftError,
+    TooManyBytes,
+    Unavailable,
+)
+from preft.core.names import catalog_name, normal_name, split_name
 from preft.core.ports import Progress, StateStore
 
 T = TypeVar("T")
@@ -45,7 +53,8 @@ PINNED_SHARE = 0.5  # of host memory and of the disk tier: adapters that aren't 
 class CatalogLimits:
     """`max_rank` is the highest rank served. `pinned_bytes` bounds all pinned adapters together.
 
-    `sources` limits where new adapters may come from. `max_age`: seconds without a refresh until reads fail.
+    `sources` limits where new shared adapters may come from, `tenant_sources` the same for tenants' adapters: only
+    places that are meant for every tenant. `max_age`: seconds without a refresh until reads fail.
     """
 
     max_rank: int
@@ -53,6 +62,7 @@ class CatalogLimits:
     max_adapter_bytes: int
     sources: SourceLimits
     max_age: float = math.inf
+    tenant_sources: SourceLimits = field(default_factory=lambda: SourceLimits(rules=SourceRules(())))
 
 
 class Catalog(CatalogView):
@@ -91,20 +101,40 @@ class Catalog(CatalogView):
         self._disk.pinned = self.pinned
         return left
 
-    async def add(self, name: str, source: str, *, replace: bool = False, progress: Progress | None = None) -> Adapter:
+    async def add(
+        self,
+        name: str,
+        source: str,
+        *,
+        replace: bool = False,
+        progress: Progress | None = None,
+        tenant_bytes: int | None = None,
+    ) -> Adapter:
         """Fetches and checks `source`, and points `name` to its content. Equal content under the name is no error.
 
         Of a source whose stamp is that of the name's version, no byte is read; equal content isn't written again.
 
-        Raises InvalidAdapter, SourceNotFound, AdapterExists (other content and no `replace`), Unavailable, and
-        InvalidRequest if the name is pinned and its new content has no room.
+        Raises InvalidAdapter, SourceNotFound, AdapterExists (other content and no `replace`), Unavailable,
+        InvalidRequest if the name is pinned and its new content has no room, and TooManyBytes.
         """
         name = self._new_name(name)
+        limits = self._limits.tenant_sources if split_name(name)[0] else self._limits.sources
+        return await self._add(name, source, limits, replace, progress, tenant_bytes)
+
+    async def _add(
+        self,
+        name: str,
+        source: str,
+        limits: SourceLimits,
+        replace: bool,
+        progress: Progress | None,
+        tenant_bytes: int | None,
+    ) -> Adapter:
         stop = threading.Event()
-        opened = open_source(source, self._limits.sources, stop=stop)
+        opened = open_source(source, limits, stop=stop)
         known = self.get(name)
         adapter = await self._threads.run(opened.place, lambda: self._fetch(name, opened, known, progress), stop)
-        return await self._put(adapter, replace)
+        return await self._put(adapter, replace, tenant_bytes)
 
     def has_copy(self, adapter: Adapter) -> bool:
         """Whether this machine's disk tier holds the content of `adapter`."""
@@ -123,14 +153,16 @@ class Catalog(CatalogView):
                     found.append(source)
         return found
 
-    async def add_archive(self, name: str, archive: Path, *, replace: bool = False) -> Adapter:
+    async def add_archive(
+        self, name: str, archive: Path, *, replace: bool = False, tenant_bytes: int | None = None
+    ) -> Adapter:
         """Like `add`, from a tar or zip file. The content stays until no entry has this upload as its source."""
-        self._new_name(name)
+        name = self._new_name(name)
         stop = threading.Event()
         folder = self._uploads / f"{self._upload_prefix}{uuid.uuid4().hex}"
         try:
             await self._threads.run("", lambda: self._unpack(archive, folder, stop), stop)
-            return await self.add(name, str(folder), replace=replace)
+            return await self._add(name, str(folder), self._limits.sources, replace, None, tenant_bytes)
         except (PreftError, asyncio.CancelledError):
             with suppress(PreftError):
                 await self._drop_upload(str(folder))
@@ -164,7 +196,7 @@ class Catalog(CatalogView):
         await self._drop_upload(removed.source)
         return removed
 
-    async def _put(self, adapter: Adapter, replacing: bool) -> Adapter:
+    async def _put(self, adapter: Adapter, replacing: bool, tenant_bytes: int | None) -> Adapter:
         """Points the name to new content. An entry equal to the present one changes nothing."""
         async with self._writing:
             await self.refresh()
@@ -182,12 +214,40 @@ class Catalog(CatalogView):
                     raise AdapterExists(
                         f"adapter {adapter.name!r} exists with other content: remove it first, or replace it"
                     )
+                grows = current is None or wanted.size > current.size
+                self._check_tenant(wanted, tenant_bytes if grows else None)
                 if wanted == current or await self._store.put_adapter(wanted, expect=current):
                     break
             await self.refresh()
+            try:  # another gateway may have added to the tenant's adapters meanwhile
+                self._check_tenant(wanted, tenant_bytes if grows else None)
+            except TooManyBytes:
+                await self._take_back(wanted, current)
+                raise
         if current is not None:
             await self._drop_upload(current.source)
         return wanted
+
+    def _check_tenant(self, adapter: Adapter, limit: int | None) -> None:
+        """Raises TooManyBytes if `adapter` and the other adapters of its tenant exceed `limit` bytes."""
+        if limit is None:
+            return
+        tenant, name = split_name(adapter.name)
+        others = (one.size for one in self.list() if one.name != adapter.name and split_name(one.name)[0] == tenant)
+        total = adapter.size + sum(others)
+        if total > limit:
+            raise TooManyBytes(
+                f"with {name!r} the adapters of {tenant!r} would have {total} bytes, more than the {limit} that this "
+                "API key allows: remove another adapter first"
+            )
+
+    async def _take_back(self, put: Adapter, before: Adapter | None) -> None:
+        """Undoes `put`, unless the entry has changed again."""
+        if before is not None:
+            await self._store.put_adapter(before, expect=put)
+        elif await self._store.adapter(put.name) == put:
+            await self._store.delete_adapter(put.name)
+        await self.refresh()
 
     async def _check_pinned(self, adapter: Adapter) -> None:
         """Raises InvalidRequest if `adapter` and the other pinned adapters exceed `pinned_bytes`."""
@@ -203,8 +263,8 @@ class Catalog(CatalogView):
 
     def _new_name(self, text: str) -> str:
         """The normal form of `text`, if a new entry may have this name. Raises InvalidAdapter."""
-        name = adapter_name(text)
-        if name == normal_name(self._base_name):
+        name = catalog_name(text)
+        if split_name(name)[1] == normal_name(self._base_name):
             raise InvalidAdapter(f"{name!r} is the base model's name: give the adapter another", param="name")
         return name
 

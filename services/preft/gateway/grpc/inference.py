@@ -17,6 +17,7 @@ from preft.gateway.bodies.parse import INLINE_BYTES, parse_body
 from preft.gateway.bodies.schemas import CompletionBody
 from preft.gateway.completion import Completion
 from preft.gateway.deps import GatewayDeps
+from preft.gateway.grpc.caller import caller_of
 from preft.gateway.text.choice import ChoiceDelta
 from preft.rpc import inference_pb2, inference_pb2_grpc
 from preft.rpc.convert import delta_to_proto, given_parameters
@@ -32,9 +33,13 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Any) -> None:
         async with errors_reported(context), self._deps.drain.running():
             large = request.ByteSize() > INLINE_BYTES
+            caller, deps = caller_of(context, self._deps), self._deps
             body = await asyncio.to_thread(_checked, request) if large else _checked(request)
-            call = await completion_call(body, self._deps, deadline=_deadline(request, context))
-            async with Completion(self._deps.generator, self._deps.tokenizer, call) as completion:
+            call = await completion_call(body, deps, caller, deadline=_deadline(request, context))
+            account = deps.account(call, caller)
+            async with Completion(deps.generator, deps.tokenizer, call, account) as completion:
+                if account is not None:
+                    context.set_trailing_metadata(tuple(completion.headers))
                 while deltas := await completion.take():
                     for delta in deltas:
                         await context.write(_reply(delta, completion))

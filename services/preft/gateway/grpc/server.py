@@ -15,6 +15,7 @@ from preft.core.errors import ConfigError
 from preft.core.settings import host_and_port
 from preft.gateway.deps import GatewayDeps
 from preft.gateway.grpc.adapters import AdaptersService
+from preft.gateway.grpc.caller import RequireKey
 from preft.gateway.grpc.inference import InferenceService
 from preft.rpc import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 from preft.rpc.liveness import ACCEPT_PINGS
@@ -42,7 +43,8 @@ async def serve_grpc(deps: GatewayDeps, host: str, port: int) -> RpcServer:
     """Starts Inference and Adapters on `host:port`; port 0 means any free port. Raises ConfigError for a taken port."""
     limit = ("grpc.max_receive_message_length", deps.max_body_bytes)
     options = [("grpc.so_reuseport", 0), limit, *ACCEPT_PINGS]
-    server = grpc.aio.server(options=options, interceptors=[ReadableMessages()])
+    guards = [ReadableMessages()] if deps.access is None else [RequireKey(deps.access), ReadableMessages()]
+    server = grpc.aio.server(options=options, interceptors=guards)
     inference_pb2_grpc.add_InferenceServicer_to_server(InferenceService(deps), server)  # type: ignore[no-untyped-call]
     adapters_pb2_grpc.add_AdaptersServicer_to_server(AdaptersService(deps), server)  # type: ignore[no-untyped-call]
     health_pb2_grpc.add_HealthServicer_to_server(_Health(deps), server)

@@ -8,6 +8,7 @@ from starlette.middleware.errors import ServerErrorMiddleware
 from preft import __version__
 from preft.gateway.deps import GatewayDeps
 from preft.gateway.http.browser_guard import BrowserGuard
+from preft.gateway.http.caller import RequireKey
 from preft.gateway.http.drain import DrainRequests
 from preft.gateway.http.errors import answer_error, install_error_handlers
 from preft.gateway.http.methods import HeadAndSlashes
@@ -28,6 +29,9 @@ def create_app(deps: GatewayDeps) -> FastAPI:
     app.include_router(docs_routes())
     install_error_handlers(app)
     app.add_middleware(DrainRequests, drain=deps.drain)
+    if deps.access is not None:
+        app.needs_keys = True
+        app.add_middleware(RequireKey, access=deps.access)
     # Inside BrowserGuard, which adds the CORS headers to the 500 for an unexpected error too.
     app.add_middleware(ServerErrorMiddleware, handler=answer_error)
     app.add_middleware(BrowserGuard, hosts=deps.allowed_hosts, origins=deps.allowed_origins)

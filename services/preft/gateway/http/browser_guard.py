@@ -18,7 +18,12 @@ from preft.gateway.http.errors import plain_error
 
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 METHODS = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
-EXPOSED_HEADERS = "x-request-id, retry-after"
+EXPOSED_HEADERS = ", ".join(
+    (
+        "x-request-id, retry-after",
+        *(f"x-ratelimit-{what}-{kind}" for what in ("limit", "remaining", "reset") for kind in ("requests", "tokens")),
+    )
+)
 PREFLIGHT_SECONDS = 600
 
 

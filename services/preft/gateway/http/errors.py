@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from http import HTTPStatus
 from typing import Any
 
@@ -15,7 +14,17 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
-from preft.core.errors import UNEXPECTED, InvalidRequest, PreftError, QueueFull, ShuttingDown, mapping_of, short
+from preft.core.errors import (
+    UNEXPECTED,
+    InvalidRequest,
+    PreftError,
+    RateLimited,
+    Unauthenticated,
+    mapping_of,
+    retry_seconds,
+    short,
+)
+from preft.core.limits import rate_headers
 from preft.gateway.http.methods import methods_at, options_response
 
 CLIENT_GONE = 499  # for the metrics alone: the client can't read it any more
@@ -27,15 +36,22 @@ def error_body(error: BaseException) -> dict[str, Any]:
         return _body(UNEXPECTED, "server_error", None, "internal_error")
     mapping = mapping_of(error)
     param = error.param if isinstance(error, InvalidRequest) else None
-    return _body(str(error), mapping.type, param and short(param), mapping.code)
+    kind = error.kind if isinstance(error, RateLimited) else mapping.type
+    return _body(str(error), kind, param and short(param), mapping.code)
 
 
 def error_response(error: BaseException) -> JSONResponse:
     """The whole response: status, body, and Retry-After if a second try can succeed."""
     status = mapping_of(error).status if isinstance(error, PreftError) else 500
-    headers = None
-    if isinstance(error, QueueFull | ShuttingDown):
-        headers = {"retry-after": str(math.ceil(error.retry_after))}
+    headers = {}
+    if (seconds := retry_seconds(error)) is not None:
+        headers["retry-after"] = str(seconds)
+    if isinstance(error, RateLimited):
+        headers |= dict(rate_headers(error.standing) if error.standing is not None else ())
+        if seconds is None:
+            headers["x-should-retry"] = "false"  # OpenAI's clients would try again
+    if isinstance(error, Unauthenticated):
+        headers["www-authenticate"] = "Bearer"
     return JSONResponse(error_body(error), status, headers)
 
 

@@ -43,10 +43,15 @@ ERRORS: dict[int | str, Schema] = {
 class DescribedApp(FastAPI):
     """A FastAPI app whose /openapi.json includes the bodies that routes read themselves."""
 
+    needs_keys = False
+
     def openapi(self) -> Schema:
         if self.openapi_schema is None:
             schema = get_openapi(title=self.title, version=self.version, routes=self.routes)
             schema["components"]["schemas"] |= _schemas()
+            if self.needs_keys:
+                schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+                schema["security"] = [{"key": []}]
             self.openapi_schema = schema
         return self.openapi_schema
 

@@ -53,7 +53,8 @@ class WholeReply(_Reply):
             for delta in deltas:
                 choices[delta.index].add(delta)
         body = self._shape.whole([choice.joined() for choice in choices], completion.cached_tokens)
-        await JSONResponse(body, headers={"x-request-id": self._id})(scope, receive, send)
+        headers = {"x-request-id": self._id, **dict(completion.headers)}
+        await JSONResponse(body, headers=headers)(scope, receive, send)
 
 
 class EventStream(_Reply):
@@ -61,7 +62,8 @@ class EventStream(_Reply):
 
     async def _write(self, completion: Completion, scope: Scope, receive: Receive, send: Send) -> None:
         deltas = await completion.take()
-        await start_events(send, (b"x-request-id", self._id.encode()))
+        own = [(name.encode(), value.encode()) for name, value in completion.headers]
+        await start_events(send, (b"x-request-id", self._id.encode()), *own)
         chunk = self._shape.chunk
         try:
             while deltas:

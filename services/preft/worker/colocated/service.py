@@ -38,6 +38,7 @@ class ColocatedService(ChoiceService):
             prompt_token_ids=tuple(request.prompt_token_ids),
             sampling=sampling_from_proto(request.sampling),
             adapter=adapter,
+            salt=request.cache_salt,
         )
         return partial(self._generate, caller, prompt)
 

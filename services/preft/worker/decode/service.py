@@ -47,7 +47,7 @@ class DecodeService(ChoiceService):
             request_id=f"{request.request_id}-{request.handle}",
             prompt_token_ids=tokens,
             sampling=sampling_from_proto(request.sampling),
-            salt=_salt(request.adapter_digest, len(tokens)),
+            salt=_salt(request.cache_salt, request.adapter_digest, len(tokens)),
         )
         claim = partial(
             self._handles.claim,
@@ -88,10 +88,11 @@ class DecodeService(ChoiceService):
             claim.close()
 
 
-def _salt(adapter_digest: str, prompt_length: int) -> str:
+def _salt(own: str, adapter_digest: str, prompt_length: int) -> str:
     """The properties on which a prefix-cache entry depends beside its tokens.
 
     The adapter made the KV up to the prompt's end, and the base model the KV after it. So only requests with the same
-    adapter and the same prompt length agree at every position. The base model has no such border.
+    adapter and the same prompt length agree at every position. The base model has no such border. `own` is the
+    request's own salt.
     """
-    return f"{adapter_digest}:{prompt_length}" if adapter_digest else ""
+    return ":".join(filter(None, [own, adapter_digest and f"{adapter_digest}:{prompt_length}"]))

@@ -117,6 +117,7 @@ class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
                 index=index,
                 adapter=adapter,
                 save=region if index == 0 else None,
+                salt=request.cache_salt,
             )
 
         first = await self._one_token(choice(0))

@@ -27,7 +27,7 @@ from preft.adapters.formats.digest import LORA_FILES, adapter_digest
 from preft.adapters.formats.folder import NOT_PREFILL_ONLY
 from preft.adapters.formats.folder_texts import OTHER_TEMPLATE
 from preft.adapters.sources.archive import unpack_archive
-from preft.adapters.sources.limits import SourceLimits
+from preft.adapters.sources.limits import SourceLimits, SourceRules
 from preft.adapters.sources.source import LocalFolder, open_source
 from preft.adapters.store.disk_tier import LOCK, DiskTier
 from preft.core.background import Background
@@ -39,6 +39,7 @@ from preft.core.errors import (
     InvalidRequest,
     ModelNotFound,
     SourceNotFound,
+    TooManyBytes,
     Unavailable,
 )
 from preft.core.ports import AdapterChanges, StateStore
@@ -324,6 +325,76 @@ async def test_names_of_an_older_rule_are_served_and_can_be_removed(
 async def test_the_base_models_name_is_taken(catalog: Catalog, tmp_path: Path) -> None:
     with pytest.raises(InvalidAdapter, match="is the base model's name"):
         await catalog.add("base", str(tmp_path))
+
+
+# Tenants
+
+
+async def test_tenants_have_equal_names_with_contents_of_their_own(catalog: Catalog, tmp_path: Path) -> None:
+    names = ("ada", "@acme/ada", "@other/ada")
+    archives = [tar_of(write_lora(tmp_path / f"{seed}", seed=seed)) for seed in range(3)]
+    added = [await catalog.add_archive(name, archive) for name, archive in zip(names, archives, strict=True)]
+    assert len({adapter.digest for adapter in added}) == 3
+    assert [adapter.name for adapter in catalog.list()] == sorted(names)
+    replaced = await catalog.add_archive("@acme/ada", archives[0], replace=True)
+    assert (replaced.version, replaced.digest) == (2, added[0].digest)
+    assert await catalog.remove("@acme/ada") == replaced
+    assert [catalog.get(name) for name in names] == [added[0], None, added[2]]
+    with pytest.raises(InvalidAdapter, match="is the base model's name"):
+        await catalog.add("@acme/base", str(tmp_path))
+
+
+async def test_tenants_may_read_only_what_is_meant_for_all(catalog: Catalog, tmp_path: Path) -> None:
+    """Not what the operator's own adapters come from, nor other tenants' uploads."""
+    mine, allowed = write_lora(tmp_path / "mine"), write_lora(tmp_path / "public" / "one", seed=1)
+    shared = await catalog.add("shared", str(mine))
+    upload = await catalog.add_archive("@other/ada", tar_of(mine))
+    for source in (shared.source, upload.source):
+        with pytest.raises(InvalidAdapter, match="adapter_sources"):
+            await catalog.add("@acme/ada", source)
+    rules = SourceLimits(5.0, rules=SourceRules((str(tmp_path / "public"),)))
+    catalog._limits = dataclasses.replace(LIMITS, tenant_sources=rules)
+    assert (await catalog.add("@acme/ada", str(allowed))).source == str(allowed)
+
+
+async def test_the_bytes_of_a_tenant_are_limited(catalog: Catalog, tmp_path: Path) -> None:
+    archives = [tar_of(write_lora(tmp_path / f"{seed}", seed=seed)) for seed in range(4)]
+    size = size_of(tmp_path / "0")
+    for name in ("ada", "@other/a", "@other/b"):
+        await catalog.add_archive(name, archives[0])
+    most = 2 * size
+    await catalog.add_archive("@acme/a", archives[0], tenant_bytes=most)
+    await catalog.add_archive("@acme/b", archives[1], tenant_bytes=most)
+    before = uploads(tmp_path)
+    with pytest.raises(TooManyBytes, match=f"'acme' would have {3 * size} bytes, more than the {most}"):
+        await catalog.add_archive("@acme/c", archives[2], tenant_bytes=most)
+    assert (catalog.get("@acme/c"), uploads(tmp_path)) == (None, before)
+    assert (await catalog.add_archive("@acme/b", archives[3], replace=True, tenant_bytes=most)).version == 2
+    assert (await catalog.add_archive("@acme/b", archives[3], tenant_bytes=size)).version == 2  # it doesn't grow
+    await catalog.remove("@acme/a")
+    await catalog.add_archive("@acme/c", archives[2], tenant_bytes=most)
+
+
+async def test_two_gateways_dont_exceed_a_tenants_bytes_together(
+    catalog: Catalog, store: StateStore, disk: DiskTier, base: BaseModel, tmp_path: Path
+) -> None:
+    """Both see room and add at once: one entry at most stays."""
+    other = Catalog(store, disk, tmp_path / "uploads", base, "base", LIMITS)
+    archives = [tar_of(write_lora(tmp_path / f"{seed}", seed=seed)) for seed in range(2)]
+    size = size_of(tmp_path / "0")
+    await catalog.add_archive("@acme/old", archives[0])
+    for one in (catalog, other):
+        await one.refresh()
+    tries = (
+        catalog.add_archive("@acme/a", archives[0], tenant_bytes=2 * size),
+        other.add_archive("@acme/b", archives[1], tenant_bytes=2 * size),
+        other.add_archive("@acme/old", archives[1], replace=True, tenant_bytes=2 * size),
+    )
+    ended = await asyncio.gather(*tries, return_exceptions=True)
+    assert all(isinstance(end, Adapter | TooManyBytes) for end in ended)
+    await catalog.refresh()
+    assert sum(adapter.size for adapter in catalog.list()) <= 2 * size
+    assert catalog.get("@acme/old") is not None
 
 
 async def test_text_that_is_not_unicode_is_refused_in_words(catalog: Catalog, tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ class Rig:
         sampling: Sampling = GREEDY,
         index: int = 0,
         digest: str | None = None,
+        salt: str = "",
     ) -> DecodeCall:
         request = workers_pb2.DecodeRequest(
             request_id="r",
@@ -51,6 +52,7 @@ class Rig:
             sampling=sampling_to_proto(sampling),
             adapter_digest=digest if digest is not None else adapter.digest if adapter else "",
             adapter=adapter_to_proto(adapter) if adapter else None,
+            cache_salt=salt,
             choices=[workers_pb2.DecodeChoice(index=index, output_token_ids=output)],
         )
         [call] = self.stream.start(request, 20.0)
@@ -95,6 +97,12 @@ async def test_a_choice_from_prompt_to_end(rig: Rig, adapter: AdapterRef, done: 
         assert await rest(rig.call(used, whole[:done])) == whole[done:]
     assert [request.adapter for request in rig.engine.requests] == [None, adapter]
     assert rig.engine.loaded == [adapter.digest]
+
+
+async def test_each_choice_has_the_requests_salt(rig: Rig, adapter: AdapterRef) -> None:
+    for used in (None, adapter):
+        await rest(rig.call(used, salt="acme"))
+    assert [request.salt for request in rig.engine.requests] == ["acme", "acme"]
 
 
 async def test_each_choice_has_its_own_seed(rig: Rig) -> None:

@@ -107,11 +107,16 @@ async def test_the_whole_message_reaches_the_engine_and_back(rig: DecodeRig) -> 
     assert (request.adapter, request.save) == (None, None)
 
 
-@pytest.mark.parametrize(("digest", "salt"), [("", ""), (DIGEST, f"{DIGEST}:5")], ids=["base", "adapter"])
-async def test_the_salt_separates_what_tokens_alone_must_not_share(rig: DecodeRig, digest: str, salt: str) -> None:
+@pytest.mark.parametrize(
+    ("own", "digest", "salt"),
+    [("", "", ""), ("", DIGEST, f"{DIGEST}:5"), ("acme", "", "acme"), ("acme", DIGEST, f"acme:{DIGEST}:5")],
+)
+async def test_the_salt_separates_what_tokens_alone_must_not_share(
+    rig: DecodeRig, own: str, digest: str, salt: str
+) -> None:
     """After the prompt KV is the base model's, so that equal tokens under another prompt length are other KV."""
     await rig.sink.deliver("h", digest, PROMPT)
-    await rig.run(PROMPT, [1], digest=digest)
+    await rig.run(PROMPT, [1], digest=digest, salt=own)
     assert rig.engine.requests[0].salt == salt
 
 

@@ -82,6 +82,12 @@ async def test_the_base_model(rig: PrefillRig) -> None:
     assert rig.engine.requests[0].adapter is None
 
 
+async def test_each_choice_has_the_requests_salt(rig: PrefillRig, alice: AdapterRef) -> None:
+    await rig.run(PROMPT, SAMPLED, adapter=alice, n=3, salt="acme")
+    assert [request.salt for request in rig.engine.requests] == ["acme"] * 3
+    await fails(rig.call(PROMPT, salt="a\n"), grpc.StatusCode.INVALID_ARGUMENT, "invalid_request", "cache_salt")
+
+
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 64])
 async def test_any_prompt_length(rig: PrefillRig, length: int) -> None:
     prompt = tuple(range(length))

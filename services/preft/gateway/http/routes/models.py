@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from preft.core.cluster import Adapter
 from preft.gateway.deps import GatewayDeps
+from preft.gateway.http.caller import caller_of
 from preft.gateway.http.openapi import answers
 from preft.gateway.http.reply_types import ModelCard, ModelList
 from preft.gateway.listing import served_version
@@ -22,8 +23,8 @@ def model_routes(deps: GatewayDeps) -> APIRouter:
     router = APIRouter(tags=["Models"])
 
     @router.get("/v1/models", responses=answers(ModelList))
-    async def models() -> Response:
-        adapters = deps.catalog.list()
+    async def models(request: Request) -> Response:
+        adapters = caller_of(request, deps).catalog.list()
         cards = [json.dumps(_base_card(deps))]
         for start in range(0, len(adapters), SLICE):
             cards += [json.dumps(_adapter_card(adapter, deps)) for adapter in adapters[start : start + SLICE]]
@@ -31,10 +32,10 @@ def model_routes(deps: GatewayDeps) -> APIRouter:
         return Response(f'{{"object":"list","data":[{",".join(cards)}]}}', media_type="application/json")
 
     @router.get("/v1/models/{name:path}", responses=answers(ModelCard))
-    async def model(name: str) -> Response:
+    async def model(name: str, request: Request) -> Response:
         if name == deps.model_name:
             return JSONResponse(_base_card(deps))
-        return JSONResponse(_adapter_card(served_version(deps.catalog, name), deps))
+        return JSONResponse(_adapter_card(served_version(caller_of(request, deps).catalog, name), deps))
 
     return router
 

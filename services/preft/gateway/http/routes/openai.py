@@ -9,6 +9,7 @@ from preft.gateway.api_call import chat_call, completion_call
 from preft.gateway.bodies.schemas import ChatBody, CompletionBody, GenerationBody
 from preft.gateway.completion import Completion
 from preft.gateway.deps import GatewayDeps
+from preft.gateway.http.caller import caller_of
 from preft.gateway.http.openapi import answers, json_body
 from preft.gateway.http.parse import read_body
 from preft.gateway.http.reply import ChatShape, CompletionShape, ReplyOptions
@@ -24,17 +25,19 @@ def openai_routes(deps: GatewayDeps) -> APIRouter:
     )
     async def completions(request: Request) -> Response:
         body = await read_body(request, CompletionBody, deps.max_body_bytes)
-        call = await completion_call(body, deps)
+        caller = caller_of(request, deps)
+        call = await completion_call(body, deps, caller)
         shape = CompletionShape(call, deps.tokenizer, _options(body))
-        completion = Completion(deps.generator, deps.tokenizer, call)
+        completion = Completion(deps.generator, deps.tokenizer, call, deps.account(call, caller))
         return EventStream(completion, shape) if body.stream else WholeReply(completion, shape)
 
     @router.post("/v1/chat/completions", responses=answers(ChatReply, stream=True), openapi_extra=json_body(ChatBody))
     async def chat_completions(request: Request) -> Response:
         body = await read_body(request, ChatBody, deps.max_body_bytes)
-        call = await chat_call(body, deps)
+        caller = caller_of(request, deps)
+        call = await chat_call(body, deps, caller)
         shape = ChatShape(call, deps.tokenizer, _options(body))
-        completion = Completion(deps.generator, deps.tokenizer, call)
+        completion = Completion(deps.generator, deps.tokenizer, call, deps.account(call, caller))
         return EventStream(completion, shape) if body.stream else WholeReply(completion, shape)
 
     return router

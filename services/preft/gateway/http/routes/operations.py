@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from preft.gateway.deps import GatewayDeps
+from preft.gateway.http.caller import caller_of
 from preft.gateway.http.openapi import answers
 from preft.gateway.http.reply_types import HealthReply, NotReadyReply, WorkersReply
 from preft.gateway.readiness import worker_json
@@ -29,12 +30,14 @@ def operations_routes(deps: GatewayDeps) -> APIRouter:
         return JSONResponse({"status": "not ready", "reason": reason, "workers": workers}, 503)
 
     @router.get("/v1/workers", responses=answers(WorkersReply))
-    async def workers() -> Response:
+    async def workers(request: Request) -> Response:
         """The workers as the router sees them, each with the state that it told last."""
+        caller_of(request, deps).check_operator()
         return JSONResponse({"workers": [seen.as_json() for seen in deps.workers()]})
 
     @router.get("/metrics", response_class=PlainTextResponse)
-    async def metrics() -> Response:
+    async def metrics(request: Request) -> Response:
+        caller_of(request, deps).check_operator()
         return Response(generate_latest(deps.registry), media_type=CONTENT_TYPE_LATEST)
 
     return router

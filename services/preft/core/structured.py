@@ -6,7 +6,6 @@ Owns the limits that can be checked without compiling. `preft.engine.grammar` co
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -14,14 +13,9 @@ from pydantic import Field
 
 MAX_TEXT = 65_536  # characters of one form
 MAX_DEPTH = 64  # nested objects and lists in a schema
-MAX_ITEMS = 10_000  # sum of all minItems and maxItems: the compiler writes each item out
 
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
-
-_QUOTED = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/|//.*|#.*')
-_BRACKETED = re.compile(r"\[(?:\\.|[^\]\\])*\]")
-_DIRECTIVE = re.compile(r"%(?!ignore\b|import\b|llguidance\b)\w*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +51,8 @@ class StructuredOutputs:
             _check_json(self.json, "json", (dict, bool))
         if self.structural_tag is not None:
             _check_json(self.structural_tag, "structural_tag", (dict,))
-        if self.grammar is not None:
-            _check_grammar(self.grammar)
+        if self.grammar is not None and not self.grammar.strip():
+            raise ValueError("grammar is empty")
 
 
 def _check_json(text: str, name: str, kinds: tuple[type, ...]) -> None:
@@ -69,28 +63,12 @@ def _check_json(text: str, name: str, kinds: tuple[type, ...]) -> None:
     if not isinstance(value, kinds):
         raise ValueError(f"{name} must be an object")
     level: list[Any] = [value]
-    items = 0.0
     for _ in range(MAX_DEPTH):
-        below: list[Any] = []
-        for node in level:
-            if isinstance(node, dict):
-                counts = (node.get("minItems"), node.get("maxItems"))
-                items += sum(count for count in counts if isinstance(count, int | float))
-            below += node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
-        level = below
+        level = [
+            child
+            for node in level
+            if isinstance(node, dict | list)
+            for child in (node.values() if isinstance(node, dict) else node)
+        ]
     if level:
         raise ValueError(f"{name} is nested more than {MAX_DEPTH} levels deep")
-    if items > MAX_ITEMS:
-        raise ValueError(f"{name} has minItems and maxItems of together {items:.0f}, the limit is {MAX_ITEMS}")
-
-
-def _check_grammar(text: str) -> None:
-    """Refuses operators whose compilation can take minutes, and schemas inside a grammar, which `_check_json` skips."""
-    if not text.strip():
-        raise ValueError("grammar is empty")
-    bare = _QUOTED.sub("", text)
-    if "::=" in bare:
-        bare = _BRACKETED.sub("", bare)
-    for found in (re.search("[&~]", bare), _DIRECTIVE.search(bare)):
-        if found:
-            raise ValueError(f"grammar has {found[0]!r}, which isn't supported")

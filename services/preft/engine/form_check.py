@@ -22,16 +22,16 @@ import llguidance
 LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 200_000,
     "step_lexer_fuel": 50_000,
-    "step_max_items": 10_000,
+    "step_max_items": 5_000,
     "max_items_in_row": 1_000,
     "max_lexer_states": 20_000,
     "max_grammar_size": 50_000,
     "verbose_errors": False,
 }
 STACK = 256 << 20  # bytes, which are only reserved: the compiler recurses once per rule of a chain
-SECONDS = 5.0  # for one form
+SECONDS = 2.0  # for one form
 START_SECONDS = 60.0
-MEMORY = 2 << 30
+MEMORY = 1 << 30  # bytes of address space, for stack and tokenizer too
 KNOWN = 1024  # forms whose result is kept
 TOO_COMPLEX = "it is too complex to be compiled"
 

@@ -144,6 +144,10 @@ BOMBS: dict[str, dict[str, Any]] = {
     "ambiguous": {"grammar": 'start: s\ns: s s s | s s | "a" | "b" |'},
     "doubling": {"grammar": "start: X0\n" + "\n".join(f"X{i}: X{i + 1} X{i + 1}" for i in range(30)) + '\nX30: "a"'},
     "alternatives": {"grammar": "start: (" + "|".join(f"/(a|b)*a(a|b){{{i % 30}}}/" for i in range(1500)) + ")*"},
+    "all at once": {
+        "grammar": "start: X\nX: " + " & ".join(f"/(.|\\n)*{a}{b}c(.|\\n)*/" for a in "abcdefg" for b in "hijk")
+    },
+    "many items": {"json": '{"type": "array", "minItems": 1000000000}'},
     "items": {"json": '{"type": "array", "items": {"type": "array", "minItems": 4000}, "minItems": 4000}'},
     "string": {"json": '{"type": "string", "minLength": 1000000000}'},
     "keys": {"json": json.dumps({"type": "object", "properties": {f"k{i}": {"type": "integer"} for i in range(2000)}})},
@@ -198,26 +202,14 @@ async def test_bombs_are_refused_or_their_steps_are_short(checks: FormChecks, gr
         {"json": "[" * 100_000},
         {"json": "[" * 200 + "]" * 200},
         {"json": '{"a":' * 70 + "1" + "}" * 70},
-        {"json": '{"maxItems": 1000000}'},
-        {"json": json.dumps({"properties": {str(i): {"minItems": 1, "maxItems": 200} for i in range(100)}})},
         {"structural_tag": "[]"},
         {"grammar": " "},
-        {"grammar": "start: X\nX: /a/ & /b/"},
-        {"grammar": "start: X\nX: ~/a/"},
-        {"grammar": 'start: %json {"maxItems": 1000000}'},
         {"json": "{}", "whitespace_pattern": " ", "disable_any_whitespace": True},
     ],
 )
 def test_limits_without_a_compiler(form: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"."):
         StructuredOutputs(**form)
-
-
-@pytest.mark.parametrize(
-    "grammar", ['root ::= "a & ~b" [&~] | "c"', 'start: "&" /~&/ // a & b\n', "start: A\nA: /a%json/"]
-)
-def test_operators_in_literals_are_no_operators(grammar: str) -> None:
-    StructuredOutputs(grammar=grammar)
 
 
 @pytest.mark.parametrize("seed", range(40))

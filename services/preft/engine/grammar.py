@@ -14,6 +14,7 @@ import asyncio
 import functools
 import json
 import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -40,6 +41,7 @@ STRUCTURED = "preft_structured_outputs"  # in `extra_args` of a request's sampli
 UNFIT = "grammar: "
 """Begins the `stop_reason` of a request whose output can't go on in its form; the reason follows."""
 PARAM = "structured_outputs"
+PASSED = 256  # forms that a worker remembers as checked
 
 
 class FormTokenizer:
@@ -68,10 +70,16 @@ class FormChecks:
         self._model = model
         self._vocab_size = vocab_size
         self._thread = ThreadPoolExecutor(1, "preft-form-check")
+        self._passed: OrderedDict[StructuredOutputs, None] = OrderedDict()  # the latest
 
     async def check(self, wanted: StructuredOutputs) -> None:
         """Raises InvalidRequest if `wanted` can't be compiled, or no output fits it."""
-        await asyncio.wrap_future(self._thread.submit(self._check_now, wanted))
+        if wanted not in self._passed:  # else it needn't wait for others' checks
+            await asyncio.wrap_future(self._thread.submit(self._check_now, wanted))
+        self._passed[wanted] = None
+        self._passed.move_to_end(wanted)
+        if len(self._passed) > PASSED:
+            self._passed.popitem(last=False)
 
     def close(self) -> None:
         if "_process" in self.__dict__:

@@ -181,10 +181,10 @@ async def test_bombs_are_refused_or_their_steps_are_short(checks: FormChecks, gr
     grammar = grammar_of(grammars, **BOMBS[name])
     draw = random.Random(0)
     for _ in range(200):
-        start = time.monotonic()
+        start = time.thread_time()
         tokens = sorted(allowed(grammars, grammar) - {EOS, STOP}) or [EOS]
         accepted = grammar.accept_tokens("", [draw.choice(tokens)])
-        assert time.monotonic() - start < 2  # twenty times what was measured
+        assert time.thread_time() - start < 0.5  # fifty times what was measured
         if not accepted:
             assert grammar.error
             return

@@ -79,7 +79,7 @@ def test_models_lists_base_and_adapters(llama: Served, client: openai.OpenAI) ->
         ({"max_tokens": "many"}, 400, "max_tokens"),
         ({"temperature": 3}, 400, "temperature"),
         ({"no_such_thing": 1}, 400, "no_such_thing"),
-        ({"response_format": {"type": "json_object"}}, 400, "response_format"),
+        ({"response_format": {"type": "yaml"}}, 400, "response_format"),
         ({"tools": [{"type": "function"}]}, 400, "tools"),
         ({"n": 0}, 400, "n"),
     ],

@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 import random
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
 MODELS = (None, "alice", "bob", "loreft", "both")
 PENALTIES = {"presence_penalty": 0.7, "frequency_penalty": 0.3, "repetition_penalty": 1.1}
+FORM = {"structured_outputs": {"regex": "([a-z]{3,5}[0-9]{2}, ){400}"}}  # longer than the streams
 TOKENS = 300
 ROUNDS = 8
 RESUMED_WITHIN = 20.0  # seconds; an engine takes longer to start
@@ -55,6 +57,7 @@ class Stream:
     prompt: list[int]
     sampling: dict[str, Any]
     tokens: list[int] = field(default_factory=list)
+    text: str = ""
     arrivals: list[float] = field(default_factory=list)
     finish_reason: str | None = None
 
@@ -83,15 +86,16 @@ class Stream:
         assert "error" not in event, event
         self.arrivals.append(time.monotonic())
         self.tokens += event["choices"][0]["token_ids"] or []
+        self.text += event["choices"][0]["text"]
         self.finish_reason = event["choices"][0]["finish_reason"]
 
 
 def streams() -> list[Stream]:
-    """Greedy and with penalties, under every kind of adapter and none."""
+    """Greedy, with penalties, and with a form of output, under every kind of adapter and none."""
     return [
         Stream(adapter, prompt_of(40 + 13 * number, number), sampling)
         for number, adapter in enumerate(MODELS)
-        for sampling in ({}, PENALTIES)
+        for sampling in ({}, PENALTIES, FORM, {**FORM, **PENALTIES})
     ]
 
 
@@ -162,6 +166,8 @@ def test_streams_go_on_at_the_living_decode_worker(pairs: Served) -> None:
         assert stream.tokens == same.tokens
         assert stream.finish_reason == "length"
         assert stream.longest_silence < RESUMED_WITHIN
+        if "structured_outputs" in stream.sampling:
+            assert re.fullmatch("([a-z]{3,5}[0-9]{2}, )*[a-z]{0,5}[0-9]{0,2},?", stream.text)
         if not stream.sampling:
             assert stream.tokens == pairs.expected(stream.prompt, TOKENS, stream.adapter)
     assert len({tuple(stream.tokens) for stream in disturbed}) == len(disturbed)

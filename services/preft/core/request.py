@@ -15,6 +15,7 @@ from typing import Annotated
 from pydantic import Field, FiniteFloat
 
 from preft.core.errors import InvalidRequest
+from preft.core.structured import StructuredOutputs
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
 MAX_CHOICES = 1024  # of one request
@@ -40,7 +41,7 @@ class Sampling:
     `temperature` 0 is greedy; `top_k` 0 means all tokens; `logprobs` None means none, k means the sampled token and
     the k most likely. `stop_token_ids` are the caller's; `eos_token_ids` are the model's and are ignored under
     `ignore_eos`. `max_tokens` and `min_tokens` count output tokens, the first one included. Choice i of a seeded
-    request uses `seed + i`.
+    request uses `seed + i`. `structured_outputs` is the form of every choice's text.
     """
 
     max_tokens: Annotated[int, Field(ge=1, le=INT32_MAX)]
@@ -58,6 +59,7 @@ class Sampling:
     stop_token_ids: Annotated[tuple[int, ...], Field(max_length=MAX_IDS)] = ()
     logit_bias: Annotated[Mapping[int, FiniteFloat], Field(max_length=MAX_IDS)] = field(default_factory=lambda: NO_BIAS)
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    structured_outputs: StructuredOutputs | None = None
 
 
 PARAMETERS = tuple(field.name for field in fields(Sampling))

@@ -17,6 +17,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
+from preft.engine.grammar import GrammarScheduler
 from preft.engine.numbers import FiniteScheduler
 from preft.transfer.connector import split_output
 
@@ -77,17 +78,17 @@ class _PromptAdapters:
         return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
 
 
-class PreftScheduler(FiniteScheduler, Scheduler):
+class PreftScheduler(FiniteScheduler, GrammarScheduler, Scheduler):
     """For a prefill or decode engine whose steps don't overlap (CPU)."""
 
 
-class AsyncPreftScheduler(FiniteScheduler, AsyncScheduler):
+class AsyncPreftScheduler(FiniteScheduler, GrammarScheduler, AsyncScheduler):
     """For a prefill or decode engine that schedules the next step while one runs."""
 
 
-class PromptAdapterScheduler(_PromptAdapters, FiniteScheduler, Scheduler):
+class PromptAdapterScheduler(_PromptAdapters, FiniteScheduler, GrammarScheduler, Scheduler):
     """For a colocated engine whose steps don't overlap."""
 
 
-class AsyncPromptAdapterScheduler(_PromptAdapters, FiniteScheduler, AsyncScheduler):
+class AsyncPromptAdapterScheduler(_PromptAdapters, FiniteScheduler, GrammarScheduler, AsyncScheduler):
     """For a colocated engine that schedules the next step while one runs."""

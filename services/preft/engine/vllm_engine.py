@@ -33,6 +33,7 @@ from preft.core.errors import ConfigError, EngineFailed, InvalidAdapter, Invalid
 from preft.core.request import PARAMETERS, AdapterRef, FinishReason, Sampling, TokenDelta, TokenLogprob
 from preft.core.settings import GiB, PrefillSettings, Settings
 from preft.engine.bound import BoundToParent, forks_bound
+from preft.engine.grammar import PARAM, STRUCTURED, UNFIT, FormChecks, form_of
 from preft.engine.numbers import ENVIRONMENT, NOT_FINITE
 from preft.engine.port import EngineInfo, EngineRequest, EngineStats, check_request
 from preft.engine.shared_memory import start_tracker
@@ -121,7 +122,11 @@ def sampling_params(request: EngineRequest, role: Role) -> SamplingParams:
         extra["kv_transfer_params"] = dataclasses.asdict(region)
     if request.output_token_ids:
         extra[OUTPUT_SO_FAR] = list(request.output_token_ids)
-    params = {name: getattr(sampling, name) for name in PARAMETERS if name != "eos_token_ids"}
+    if sampling.structured_outputs is not None:
+        ends = (*sampling.stop_token_ids, *sampling.eos_token_ids)
+        extra[STRUCTURED] = form_of(sampling.structured_outputs, ends)
+    ours = ("eos_token_ids", "structured_outputs")
+    params = {name: getattr(sampling, name) for name in PARAMETERS if name not in ours}
     params |= {"ignore_eos": True, "stop_token_ids": list(stop), "logit_bias": dict(sampling.logit_bias) or None}
     if role is Role.PREFILL:
         params |= {"max_tokens": 1, "min_tokens": min(sampling.min_tokens, 1)}
@@ -164,6 +169,7 @@ class VllmEngine:
         self._lora_ids: dict[str, int] = {}  # digest -> vLLM's integer id, unique for each load
         self._gone: list[int] = []  # ids that the engine forgets with the next `place_adapter`
         self._next_lora_id = itertools.count(1)
+        self._forms = FormChecks(llm.model_config.model, info.vocab_size)
         self._counts_from_end: dict[str, bool] = {}  # digest -> whether its ReFT acts on the last positions
         self._adapter_arena = adapter_arena
         self._killed: str | None = None  # why `kill` was called
@@ -247,6 +253,8 @@ class VllmEngine:
         lora = self._lora_request(request.adapter) if request.adapter is not None else None
         eos = tuple(token for token in request.sampling.eos_token_ids if token < self.info.vocab_size)
         request = dataclasses.replace(request, sampling=dataclasses.replace(request.sampling, eos_token_ids=eos))
+        if request.sampling.structured_outputs is not None and not request.output_token_ids:
+            await self._forms.check(request.sampling.structured_outputs)
         try:
             params = sampling_params(request, self._role)
             async with aclosing(self._llm.generate(prompt, params, request.request_id, lora_request=lora)) as outputs:
@@ -255,6 +263,8 @@ class VllmEngine:
                     choice = output.outputs[0]
                     if choice.stop_reason == NOT_FINITE:
                         raise NumbersNotFinite(_not_finite(request))
+                    if isinstance(choice.stop_reason, str) and choice.stop_reason.startswith(UNFIT):
+                        raise InvalidRequest(choice.stop_reason.removeprefix(UNFIT), param=PARAM)
                     if choice.finish_reason in ("error", "abort"):
                         raise EngineFailed("the engine gave the request up")
                     yield _delta(request, choice, output.num_cached_tokens or 0 if tells_cached else 0)
@@ -279,6 +289,7 @@ class VllmEngine:
 
     async def close(self) -> None:
         self.kill("it is closed")  # its processes hold nothing that is needed, and would take seconds to end
+        await asyncio.to_thread(self._forms.close)
         await asyncio.to_thread(self._llm.shutdown)
 
 

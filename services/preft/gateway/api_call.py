@@ -41,6 +41,7 @@ class ApiCall:
     n: int
     options: TextOptions
     reserved_tokens: int = 0
+    form_param: str = "structured_outputs"  # the parameter that gave the output's form
 
     @property
     def prompt_tokens(self) -> int:
@@ -184,7 +185,8 @@ def _new_call(
         min_tokens=body.min_tokens,
         logprobs=body.wanted_logprobs is not None,
     )
-    return ApiCall(call_id, body.model, tuple(requests), body.n, options, reserved)
+    form_param = "structured_outputs" if body.structured_outputs is not None else "response_format"
+    return ApiCall(call_id, body.model, tuple(requests), body.n, options, reserved, form_param)
 
 
 def _max_tokens(body: GenerationBody, prompt_len: int, default: int | None, limit: int) -> int:
@@ -219,6 +221,7 @@ def _sampling(body: GenerationBody, tokenizer: Tokenizer, max_tokens: int) -> Sa
         "eos_token_ids": tokenizer.eos_token_ids,
         "stop_token_ids": tuple(dict.fromkeys(body.stop_token_ids)),
         "logprobs": body.wanted_logprobs,
+        "structured_outputs": body.wanted_outputs,
     }
     return Sampling(**values)
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Self
 
-from preft.core.errors import EngineFailed, NumbersNotFinite, PreftError, mapping_of
+from preft.core.errors import EngineFailed, InvalidRequest, NumbersNotFinite, PreftError, mapping_of
 from preft.core.ports import Generator
 from preft.core.request import GenerateRequest, TokenLogprob
 from preft.gateway.access.accounts import CLIENT_GONE, Account
@@ -116,6 +116,8 @@ class Completion:
             if self._tasks[number] not in self._generating:
                 _log.exception("request %s was answered, but left behind an error", request.request_id)
                 return
+            if isinstance(error, InvalidRequest) and error.param == "structured_outputs":
+                error.param = self.call.form_param
             self._error = self._error or error
             self._wake()
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16preft/rpc/common.proto\x12\x08preft.v1\"\x80\x05\n\x08Sampling\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\x05top_k\x18\x05 \x01(\rH\x04\x88\x01\x01\x12\x12\n\x05min_p\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\t \x01(\x01H\x08\x88\x01\x01\x12\x11\n\x04seed\x18\n \x01(\x03H\t\x88\x01\x01\x12\x17\n\nignore_eos\x18\x0b \x01(\x08H\n\x88\x01\x01\x12\x15\n\reos_token_ids\x18\x0c \x03(\r\x12\x16\n\x0estop_token_ids\x18\r \x03(\r\x12\x35\n\nlogit_bias\x18\x0e \x03(\x0b\x32!.preft.v1.Sampling.LogitBiasEntry\x12\x15\n\x08logprobs\x18\x0f \x01(\rH\x0b\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\r\n\x0b_ignore_eosB\x0b\n\t_logprobs\":\n\nAdapterRef\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0e\n\x06source\x18\x03 \x01(\t\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"b\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12!\n\x03top\x18\x04 \x03(\x0b\x32\x14.preft.v1.TopLogprob\"\xcc\x01\n\nTokenDelta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12(\n\x08logprobs\x18\x03 \x03(\x0b\x32\x16.preft.v1.TokenLogprob\x12-\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x16.preft.v1.FinishReason\x12\x1a\n\rstop_token_id\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x15\n\rcached_tokens\x18\x06 \x01(\rB\x10\n\x0e_stop_token_id*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16preft/rpc/common.proto\x12\x08preft.v1\"\xb9\x05\n\x08Sampling\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\x05top_k\x18\x05 \x01(\rH\x04\x88\x01\x01\x12\x12\n\x05min_p\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\t \x01(\x01H\x08\x88\x01\x01\x12\x11\n\x04seed\x18\n \x01(\x03H\t\x88\x01\x01\x12\x17\n\nignore_eos\x18\x0b \x01(\x08H\n\x88\x01\x01\x12\x15\n\reos_token_ids\x18\x0c \x03(\r\x12\x16\n\x0estop_token_ids\x18\r \x03(\r\x12\x35\n\nlogit_bias\x18\x0e \x03(\x0b\x32!.preft.v1.Sampling.LogitBiasEntry\x12\x15\n\x08logprobs\x18\x0f \x01(\rH\x0b\x88\x01\x01\x12\x37\n\x12structured_outputs\x18\x10 \x01(\x0b\x32\x1b.preft.v1.StructuredOutputs\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\r\n\x0b_ignore_eosB\x0b\n\t_logprobs\"\xc3\x02\n\x11StructuredOutputs\x12\x11\n\x04json\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x12\n\x05regex\x18\x02 \x01(\tH\x01\x88\x01\x01\x12\x0e\n\x06\x63hoice\x18\x03 \x03(\t\x12\x14\n\x07grammar\x18\x04 \x01(\tH\x02\x88\x01\x01\x12\x13\n\x0bjson_object\x18\x05 \x01(\x08\x12\x1b\n\x0estructural_tag\x18\x06 \x01(\tH\x03\x88\x01\x01\x12\x1f\n\x12whitespace_pattern\x18\x07 \x01(\tH\x04\x88\x01\x01\x12\x1e\n\x16\x64isable_any_whitespace\x18\x08 \x01(\x08\x12%\n\x1d\x64isable_additional_properties\x18\t \x01(\x08\x42\x07\n\x05_jsonB\x08\n\x06_regexB\n\n\x08_grammarB\x11\n\x0f_structural_tagB\x15\n\x13_whitespace_pattern\":\n\nAdapterRef\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0e\n\x06source\x18\x03 \x01(\t\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"b\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12!\n\x03top\x18\x04 \x03(\x0b\x32\x14.preft.v1.TopLogprob\"\xcc\x01\n\nTokenDelta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12(\n\x08logprobs\x18\x03 \x03(\x0b\x32\x16.preft.v1.TokenLogprob\x12-\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x16.preft.v1.FinishReason\x12\x1a\n\rstop_token_id\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x15\n\rcached_tokens\x18\x06 \x01(\rB\x10\n\x0e_stop_token_id*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,18 +33,20 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLING_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=1095
-  _globals['_FINISHREASON']._serialized_end=1190
+  _globals['_FINISHREASON']._serialized_start=1478
+  _globals['_FINISHREASON']._serialized_end=1573
   _globals['_SAMPLING']._serialized_start=37
-  _globals['_SAMPLING']._serialized_end=677
-  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=450
-  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=498
-  _globals['_ADAPTERREF']._serialized_start=679
-  _globals['_ADAPTERREF']._serialized_end=737
-  _globals['_TOPLOGPROB']._serialized_start=739
-  _globals['_TOPLOGPROB']._serialized_end=786
-  _globals['_TOKENLOGPROB']._serialized_start=788
-  _globals['_TOKENLOGPROB']._serialized_end=886
-  _globals['_TOKENDELTA']._serialized_start=889
-  _globals['_TOKENDELTA']._serialized_end=1093
+  _globals['_SAMPLING']._serialized_end=734
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=507
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=555
+  _globals['_STRUCTUREDOUTPUTS']._serialized_start=737
+  _globals['_STRUCTUREDOUTPUTS']._serialized_end=1060
+  _globals['_ADAPTERREF']._serialized_start=1062
+  _globals['_ADAPTERREF']._serialized_end=1120
+  _globals['_TOPLOGPROB']._serialized_start=1122
+  _globals['_TOPLOGPROB']._serialized_end=1169
+  _globals['_TOKENLOGPROB']._serialized_start=1171
+  _globals['_TOKENLOGPROB']._serialized_end=1269
+  _globals['_TOKENDELTA']._serialized_start=1272
+  _globals['_TOKENDELTA']._serialized_end=1476
 # @@protoc_insertion_point(module_scope)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -72,7 +72,10 @@ _USE = tuple(field.name for field in fields(WorkerStatus) if field.name != "tier
 
 
 def sampling_to_proto(sampling: Sampling) -> common_pb2.Sampling:
-    return common_pb2.Sampling(**_named(sampling, PARAMETERS))
+    values = _named(sampling, PARAMETERS)
+    if sampling.structured_outputs is not None:
+        values["structured_outputs"] = common_pb2.StructuredOutputs(**asdict(sampling.structured_outputs))
+    return common_pb2.Sampling(**values)
 
 
 def sampling_from_proto(message: common_pb2.Sampling) -> Sampling:
@@ -88,12 +91,12 @@ def sampling_from_proto(message: common_pb2.Sampling) -> Sampling:
     return sampling
 
 
-def given_parameters(message: common_pb2.Sampling) -> dict[str, Any]:
+def given_parameters(message: common_pb2.Sampling | common_pb2.StructuredOutputs) -> dict[str, Any]:
     """The parameters that `message` has, unchecked. An empty list or map counts as absent."""
     given: dict[str, Any] = {}
     for field, value in message.ListFields():
         if field.message_type is not None:
-            value = dict(value)
+            value = dict(value) if field.message_type.GetOptions().map_entry else given_parameters(value)
         elif field.is_repeated:
             value = list(value)
         given[field.name] = value

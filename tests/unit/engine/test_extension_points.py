@@ -50,6 +50,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_input_batch import InputBatch
@@ -64,6 +65,7 @@ from preft.core.settings import load_settings
 from preft.engine import plugin
 from preft.engine.cpu_worker import HandoverCPUModelRunner, PreftCPUWorker
 from preft.engine.gpu_worker import HandoverGPUModelRunner, PreftGPUWorker
+from preft.engine.grammar import GrammarScheduler
 from preft.engine.head import HeadLayer
 from preft.engine.lora import GroupedLoRAModelManager, GroupedPunicaWrapper, GroupedWorkerLoRAManager
 from preft.engine.reft import DECODER_LAYERS, ReftLayer
@@ -284,6 +286,25 @@ def test_decoder_layers_hand_on_the_residual_stream_in_two_parts(module: str, la
 
 
 # The scheduler of a colocated engine
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [(PromptAdapterScheduler, Scheduler), (AsyncPromptAdapterScheduler, AsyncScheduler)]
+)
+def test_a_request_may_bring_a_grammar_of_ours(ours: type[Scheduler], theirs: type[Scheduler]) -> None:
+    assert issubclass(ours, GrammarScheduler)
+    request = inspect.getsource(Request)
+    assert "return self.structured_output_request is not None" in request
+    assert "self.status = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR" in request
+    waiting = inspect.getsource(Scheduler._handle_blocked_waiting_request)
+    assert "self.grammar_compile_error_reqs.add(request.request_id)" in waiting
+    failed = inspect.getsource(theirs.update_from_output)
+    assert "error_req_ids = set(self.grammar_compile_error_reqs)" in failed
+    assert "self.structured_output_manager.accept_tokens(" in failed
+    masks = inspect.getsource(StructuredOutputManager)
+    assert "self.backend.allocate_token_bitmask(" in masks
+    assert "if apply_bitmask and not grammar.is_terminated():" in masks
+    assert "if reasoner is None:\n            return _CONSTRAINED_FROM_START" in masks
 
 
 @pytest.mark.parametrize(

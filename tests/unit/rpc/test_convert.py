@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from preft.core.cluster import AdapterState, AdapterStatus, StatusUpdate, Tier, TierTotals, WorkerStatus
-from preft.core.errors import EngineFailed
+from preft.core.errors import EngineFailed, InvalidRequest
 from preft.core.request import AdapterRef, FinishReason, KvHeader, Sampling, TokenDelta, TokenLogprob
+from preft.core.structured import StructuredOutputs
 from preft.rpc import common_pb2, convert, kv_transfer_pb2, workers_pb2
 
 ids = st.integers(0, 2**32 - 1)
@@ -19,6 +20,18 @@ id_tuples = st.lists(ids, max_size=4).map(tuple)
 floats = st.floats(allow_nan=False)
 tops = st.lists(st.tuples(ids, floats), max_size=3).map(tuple)
 logprobs = st.lists(st.builds(TokenLogprob, ids, floats, ids, tops), max_size=3).map(tuple)
+options = {
+    "whitespace_pattern": st.none() | st.text(max_size=5),
+    "disable_additional_properties": st.booleans(),
+}
+forms = st.one_of(
+    st.builds(StructuredOutputs, json=st.sampled_from(["{}", "true"]), **options),
+    st.builds(StructuredOutputs, regex=st.text(max_size=5)),
+    st.builds(StructuredOutputs, choice=st.lists(st.text(max_size=5), min_size=1, max_size=3).map(tuple)),
+    st.builds(StructuredOutputs, grammar=st.just("start: A"), disable_any_whitespace=st.booleans()),
+    st.builds(StructuredOutputs, json_object=st.just(True), **options),
+    st.builds(StructuredOutputs, structural_tag=st.just("{}"), **options),
+)
 samplings = st.integers(1, 2**31 - 1).flatmap(
     lambda most: st.builds(
         Sampling,
@@ -37,6 +50,7 @@ samplings = st.integers(1, 2**31 - 1).flatmap(
         stop_token_ids=id_tuples,
         logit_bias=st.dictionaries(ids, st.floats(allow_nan=False, allow_infinity=False), max_size=3),
         logprobs=st.none() | st.integers(0, 20),
+        structured_outputs=st.none() | forms,
     )
 )
 deltas = st.builds(TokenDelta, ids, id_tuples, logprobs, st.none() | st.sampled_from(FinishReason), st.none() | ids)
@@ -155,3 +169,11 @@ def test_no_field_of_a_status_is_forgotten() -> None:
     assert own == set(workers_pb2.StatusUpdate.DESCRIPTOR.fields_by_name)
     assert set(get_type_hints(TierTotals)) == set(workers_pb2.TierTotals.DESCRIPTOR.fields_by_name)
     assert {"digest", *get_type_hints(AdapterStatus)} == set(workers_pb2.AdapterStatus.DESCRIPTOR.fields_by_name)
+
+
+@pytest.mark.parametrize("form", [{}, {"regex": "a", "grammar": "b"}, {"json": "{"}, {"regex": "a" * 70_000}])
+def test_an_invalid_form_of_output(form: dict[str, str]) -> None:
+    message = common_pb2.Sampling(max_tokens=1, structured_outputs=common_pb2.StructuredOutputs(**form))
+    with pytest.raises(InvalidRequest) as caught:
+        convert.sampling_from_proto(message)
+    assert caught.value.param == "structured_outputs"

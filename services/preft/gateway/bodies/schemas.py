@@ -5,6 +5,7 @@ Owns the checks that need no model. `api_call` checks lengths, token ids and mod
 
 from __future__ import annotations
 
+import functools
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
@@ -20,7 +21,9 @@ from pydantic import (
 
 from preft.core.errors import InvalidRequest
 from preft.core.request import INT32_MAX, MAX_IDS
+from preft.core.structured import StructuredOutputs
 from preft.gateway.bodies.messages import MAX_DOCUMENTS, MAX_MESSAGES, MAX_TOOLS, Message, Tool
+from preft.gateway.bodies.structured import ResponseFormat, StructuredOutputsBody, wanted_outputs
 from preft.gateway.bodies.values import (
     Prompt,
     at_most,
@@ -87,12 +90,24 @@ class GenerationBody(Strict):
     request_id: Annotated[str, Field(pattern=r"^[!-~]{1,128}$")] | None = None  # a part of the reply's id
     stream: bool = False
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputsBody | None = None
+
+    @model_validator(mode="after")
+    def _form_is_valid(self) -> Self:
+        _ = self.wanted_outputs
+        return self
 
     @model_validator(mode="after")
     def _options_need_a_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options can only be given with stream=true.", "stream_options")
         return self
+
+    @functools.cached_property
+    def wanted_outputs(self) -> StructuredOutputs | None:
+        """The form of the output. Raises InvalidRequest."""
+        return wanted_outputs(self.response_format, self.structured_outputs)
 
     @property
     def wanted_tokens(self) -> int | None:

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from preft.core.errors import InvalidRequest
 from preft.core.request import PARAMETERS
+from preft.core.structured import StructuredOutputs
 from preft.gateway.bodies.parse import parse_body, parse_json
 from preft.gateway.bodies.schemas import ChatBody, CompletionBody
 
@@ -126,8 +129,6 @@ def test_an_unknown_parameter_is_named(parse):
         (completion, "use_beam_search", True),
         (completion, "truncate_prompt_tokens", 5),
         (completion, "logits_processors", ["x"]),
-        (chat, "response_format", {"type": "json_object"}),
-        (chat, "structured_outputs", {"regex": "a"}),
         (chat, "tools", [{"type": "function", "function": {"name": "f"}}]),
         (chat, "tool_choice", "required"),
         (chat, "functions", [{"name": "f"}]),
@@ -149,7 +150,7 @@ def test_neutral_values_and_metadata_are_accepted():
     metadata = {"store": True, "metadata": {"a": "b"}, "service_tier": "auto", "safety_identifier": "x"}
     assert completion(echo=False, suffix="", use_beam_search=False, **metadata) == completion()
     assert completion(n=2, best_of=2).n == 2
-    neutral = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "parallel_tool_calls": True}
+    neutral = {"tools": [], "tool_choice": "none", "parallel_tool_calls": True}
     assert chat(**neutral, **metadata).model_copy(update={"tool_choice": None}) == chat()
 
 
@@ -209,7 +210,7 @@ INFINITE = [
     (b'"temperature": 1e999', "temperature"),
     (b'"stop_token_ids": [1e999]', "stop_token_ids[0]"),
     (b'"logit_bias": {"1": 1e999}', "logit_bias.1"),
-    (b'"response_format": {"a": 1e999}', "response_format"),
+    (b'"response_format": {"a": 1e999}', "response_format.a"),
 ]
 
 
@@ -240,6 +241,72 @@ def test_null_means_absent():
     )
     assert completion(**dict.fromkeys(names)) == completion()
     assert refused(completion, prompt=None).param == "prompt"
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"enum": [1, "ä"]}}}
+FORMS = [
+    ({"response_format": {"type": "text"}}, None),
+    ({"response_format": {"type": "json_object"}}, {"json_object": True}),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA, "strict": None}}},
+        {"json": json.dumps(SCHEMA)},
+    ),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA, "strict": True}}},
+        {"json": json.dumps(SCHEMA), "disable_additional_properties": True},
+    ),
+    (
+        {"response_format": {"type": "structural_tag", "structures": [{"begin": "a"}], "triggers": ["a"]}},
+        {"structural_tag": '{"structures": [{"begin": "a"}], "triggers": ["a"]}'},
+    ),
+    ({"structured_outputs": {"json": SCHEMA}}, {"json": json.dumps(SCHEMA)}),
+    ({"structured_outputs": {"json": "{}", "whitespace_pattern": " ?"}}, {"json": "{}", "whitespace_pattern": " ?"}),
+    ({"structured_outputs": {"regex": "", "choice": None}}, {"regex": ""}),
+    ({"structured_outputs": {"choice": ["a", "b"]}}, {"choice": ("a", "b")}),
+    ({"structured_outputs": {"grammar": "start: A"}, "response_format": {"type": "text"}}, {"grammar": "start: A"}),
+    ({"structured_outputs": {"json_object": True}}, {"json_object": True}),
+    ({"structured_outputs": {"structural_tag": "{}"}}, {"structural_tag": "{}"}),
+]
+
+
+@pytest.mark.parametrize("parse", [completion, chat])
+@pytest.mark.parametrize(("given", "wanted"), FORMS)
+def test_forms_of_output(parse, given, wanted):
+    assert parse(**given).wanted_outputs == (StructuredOutputs(**wanted) if wanted is not None else None)
+
+
+BAD_FORMS = [
+    ("response_format", {}, "response_format.type"),
+    ("response_format", {"type": "yaml"}, "response_format.type"),
+    ("response_format", {"type": "json_schema"}, "response_format"),
+    ("response_format", {"type": "json_schema", "json_schema": {"name": "a"}}, "response_format.json_schema.schema"),
+    (
+        "response_format",
+        {"type": "json_schema", "json_schema": {"name": "a b", "schema": {}}},
+        "response_format.json_schema.name",
+    ),
+    ("response_format", {"type": "json_object", "extra": 1}, "response_format.extra"),
+    ("structured_outputs", {}, "structured_outputs"),
+    ("structured_outputs", {"regex": "a", "json_object": True}, "structured_outputs"),
+    ("structured_outputs", {"json_object": False}, "structured_outputs"),
+    ("structured_outputs", {"choice": []}, "structured_outputs"),
+    ("structured_outputs", {"choice": [1]}, "structured_outputs.choice[0]"),
+    ("structured_outputs", {"json": "{"}, "structured_outputs"),
+    ("structured_outputs", {"regex": 5}, "structured_outputs.regex"),
+    ("structured_outputs", {"regex": "a" * 70_000}, "structured_outputs"),
+    ("structured_outputs", {"_backend": "x", "regex": "a"}, "structured_outputs._backend"),
+]
+
+
+@pytest.mark.parametrize("parse", [completion, chat])
+@pytest.mark.parametrize(("name", "value", "param"), BAD_FORMS)
+def test_a_bad_form_names_its_field(parse, name, value, param):
+    assert refused(parse, **{name: value}).param == param
+
+
+def test_two_forms_exclude_each_other():
+    forms = {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}
+    assert refused(chat, **forms).param == "structured_outputs"
 
 
 def test_stream_options_need_a_stream():

@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from preft.core.cluster import Adapter
 from preft.core.errors import ConfigError, QueueFull, TransferFailed
 from preft.core.request import FinishReason
+from preft.core.structured import StructuredOutputs
 from preft.gateway.deps import GatewayDeps
 from preft.gateway.grpc import inference
 from preft.gateway.grpc.server import serve_grpc
@@ -162,6 +163,18 @@ async def test_ipv6_addresses(served, host):
     await server.stop()
 
 
+async def test_forms_of_output(served):
+    form = {"choice": ["a", "b"], "whitespace_pattern": ""}
+    [
+        _
+        async for _ in served.inference.Generate(
+            Request(model="base", text="hi", sampling={"structured_outputs": form})
+        )
+    ]
+    [seen] = served.generator.requests
+    assert seen.sampling.structured_outputs == StructuredOutputs(choice=("a", "b"), whitespace_pattern="")
+
+
 async def test_explicit_zeros_are_not_defaults(served):
     request = Request(
         model="base",
@@ -206,6 +219,11 @@ async def test_stops(served):
             Request(model="base", text="hi", sampling={"eos_token_ids": [1]}),
             grpc.StatusCode.INVALID_ARGUMENT,
             "eos_token_ids",
+        ),
+        (
+            Request(model="base", text="hi", sampling={"structured_outputs": {"regex": "a", "json": "{}"}}),
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "structured_outputs",
         ),
         (Request(model="base", text="hi", timeout_seconds=-1), grpc.StatusCode.INVALID_ARGUMENT, "timeout_seconds"),
     ],

@@ -83,7 +83,8 @@ async def test_every_parameter_that_is_known_is_described(served, kind):
     assert body["properties"].keys() == {*kind.model_fields, *ACCEPTED, *UNSUPPORTED}
     assert body["additionalProperties"] is False
     assert body["properties"]["max_tokens"]["anyOf"] == [{"minimum": 1, "type": "integer"}, {"type": "null"}]
-    assert None in body["properties"]["response_format"]["enum"]
+    assert None in body["properties"]["detokenize"]["enum"]
+    assert body["properties"]["response_format"]["anyOf"][0]["$ref"].endswith("/ResponseFormat")
 
 
 @pytest.mark.parametrize(("method", "path"), BODIES)

@@ -52,8 +52,8 @@ async def completion_call(body: CompletionBody, deps: GatewayDeps, *, deadline: 
     return await asyncio.to_thread(_new_call, body, deps, adapter, prompts, DEFAULT_COMPLETION_TOKENS, deadline)
 
 
-async def chat_call(body: ChatBody, deps: GatewayDeps) -> ApiCall:
-    """Raises ModelNotFound or InvalidRequest, also for a model without a chat template."""
+async def chat_call(body: ChatBody, deps: GatewayDeps, *, deadline: float | None = None) -> ApiCall:
+    """As `completion_call`. Raises InvalidRequest also for a model without a chat template."""
     adapter = resolve_model(body.model, deps)
     prompt = deps.tokenizer.chat_prompt
     if prompt is None:
@@ -63,7 +63,7 @@ async def chat_call(body: ChatBody, deps: GatewayDeps) -> ApiCall:
     prompts = await deps.tokenizer.encode([text], add_special_tokens=body.add_special_tokens)
     if not prompts[0]:
         raise InvalidRequest("The messages make an empty prompt.", "messages")
-    return _new_call(body, deps, adapter, prompts, deps.tokenizer.defaults.get("max_tokens"))
+    return _new_call(body, deps, adapter, prompts, deps.tokenizer.defaults.get("max_tokens"), deadline)
 
 
 def resolve_model(model: str, deps: GatewayDeps) -> AdapterRef | None:

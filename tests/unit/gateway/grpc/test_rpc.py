@@ -139,13 +139,13 @@ async def test_no_value_in_a_public_call_is_our_fault(served):
 
 
 async def test_large_messages_are_checked_in_a_thread(served, monkeypatch):
-    check, threads = inference._checked, []
+    check, threads = inference._completion_body, []
 
     def watched(request):
         threads.append(threading.current_thread())
         return check(request)
 
-    monkeypatch.setattr(inference, "_checked", watched)
+    monkeypatch.setattr(inference, "_completion_body", watched)
     for count in (5, 5_000):
         with pytest.raises(grpc.aio.AioRpcError, match="context"):
             [_ async for _ in served.inference.Generate(Request(model="base", tokens={"ids": [5] * 64 * count}))]

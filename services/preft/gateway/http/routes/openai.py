@@ -10,7 +10,7 @@ from preft.gateway.bodies.schemas import ChatBody, CompletionBody, GenerationBod
 from preft.gateway.completion import Completion
 from preft.gateway.deps import GatewayDeps
 from preft.gateway.http.openapi import answers, json_body
-from preft.gateway.http.parse import read_body
+from preft.gateway.http.parse import read_body, read_deadline
 from preft.gateway.http.reply import ChatShape, CompletionShape, ReplyOptions
 from preft.gateway.http.reply_types import ChatReply, CompletionReply
 from preft.gateway.http.respond import EventStream, WholeReply
@@ -24,7 +24,7 @@ def openai_routes(deps: GatewayDeps) -> APIRouter:
     )
     async def completions(request: Request) -> Response:
         body = await read_body(request, CompletionBody, deps.max_body_bytes)
-        call = await completion_call(body, deps)
+        call = await completion_call(body, deps, deadline=read_deadline(request))
         shape = CompletionShape(call, deps.tokenizer, _options(body))
         completion = Completion(deps.generator, deps.tokenizer, call)
         return EventStream(completion, shape) if body.stream else WholeReply(completion, shape)
@@ -32,7 +32,7 @@ def openai_routes(deps: GatewayDeps) -> APIRouter:
     @router.post("/v1/chat/completions", responses=answers(ChatReply, stream=True), openapi_extra=json_body(ChatBody))
     async def chat_completions(request: Request) -> Response:
         body = await read_body(request, ChatBody, deps.max_body_bytes)
-        call = await chat_call(body, deps)
+        call = await chat_call(body, deps, deadline=read_deadline(request))
         shape = ChatShape(call, deps.tokenizer, _options(body))
         completion = Completion(deps.generator, deps.tokenizer, call)
         return EventStream(completion, shape) if body.stream else WholeReply(completion, shape)

@@ -52,7 +52,8 @@ class InferenceServicer:
     """
 
     def Generate(self, request, context):
-        """Continues one prompt. Every message has new text and tokens of one choice. A choice's last message has its finish reason.
+        """Continues one prompt. Every message has new text and tokens of one choice: one token, or all that have come since the
+        last message was sent. A choice's last message has its finish reason.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

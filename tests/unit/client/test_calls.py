@@ -75,10 +75,9 @@ def test_stream(client: Any) -> None:
     whole = client.generate("hello", model="alice", **GREEDY)
     with client.stream("hello", model="alice", **GREEDY) as stream:
         deltas = list(stream)
-    assert len(deltas) > 1
     assert "".join(delta.text for delta in deltas) == whole.text
     assert [token for delta in deltas for token in delta.token_ids] == list(whole.token_ids)
-    assert [delta.finish_reason for delta in deltas[-2:]] == [None, "length"]
+    assert [delta.finish_reason for delta in deltas] == [*(None for _ in deltas[1:]), "length"]
     assert same(stream.generation, whole)
 
 
@@ -86,8 +85,7 @@ def test_chat_and_its_stream(client: Any) -> None:
     whole = client.chat(CHAT, model="alice", **GREEDY)
     assert len(whole.token_ids) == 12
     with client.stream_chat(CHAT, model="alice", **GREEDY) as stream:
-        assert len(list(stream)) > 1
-    assert same(stream.generation, whole)
+        assert same(stream.read(), whole)
 
 
 def same(one: Generation, other: Generation) -> bool:

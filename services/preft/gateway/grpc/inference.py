@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from preft.core.errors import InvalidRequest
@@ -48,7 +48,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def _answer(self, call: ApiCall, context: Any) -> None:
         async with Completion(self._deps.generator, self._deps.tokenizer, call) as completion:
             while deltas := await completion.take():
-                for delta in deltas:
+                for delta in _joined(deltas):
                     await context.write(_reply(delta, completion))
 
 
@@ -95,6 +95,17 @@ def _deadline(request: inference_pb2.GenerateRequest | inference_pb2.ChatRequest
         raise InvalidRequest("timeout_seconds must be a positive number.", "timeout_seconds")
     limits = [limit for limit in (request.timeout_seconds or None, context.time_remaining()) if limit is not None]
     return time.time() + min(limits) if limits else None
+
+
+def _joined(deltas: Sequence[ChoiceDelta]) -> Iterable[ChoiceDelta]:
+    """One delta per choice. A message costs more than its tokens, so a caller that is behind gets fewer messages."""
+    if len(deltas) == 1:
+        return deltas
+    joined: dict[int, ChoiceDelta] = {}
+    for delta in deltas:
+        earlier = joined.get(delta.index)
+        joined[delta.index] = delta if earlier is None else earlier.then(delta)
+    return joined.values()
 
 
 def _reply(delta: ChoiceDelta, completion: Completion) -> inference_pb2.GenerateReply:

@@ -21,6 +21,7 @@ from preft.core.request import FinishReason
 from preft.gateway.deps import GatewayDeps
 from preft.gateway.grpc import inference
 from preft.gateway.grpc.server import serve_grpc
+from preft.gateway.text.choice import ChoiceDelta
 from preft.rpc import adapters_pb2, adapters_pb2_grpc, common_pb2, inference_pb2, inference_pb2_grpc
 from support.fakes import FakeCatalog, FakeGenerator, Script
 
@@ -306,6 +307,13 @@ async def test_refused_chats_and_further_parameters(served, request_, param):
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert (dict(caught.value.trailing_metadata()).get("preft-param") or "").split(".")[0] == (param or "")
     assert served.generator.requests == []
+
+
+def test_deltas_that_wait_are_joined_by_choice():
+    deltas = [ChoiceDelta(0, "a", (1,)), ChoiceDelta(1, "x", (2,)), ChoiceDelta(0, "", (3, 4), (), "stop", 4)]
+    joined = [ChoiceDelta(0, "a", (1, 3, 4), (), "stop", 4), ChoiceDelta(1, "x", (2,))]
+    assert list(inference._joined(deltas)) == joined
+    assert list(inference._joined(deltas[:1])) == deltas[:1]
 
 
 async def test_further_parameters(served):

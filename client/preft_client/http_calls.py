@@ -16,6 +16,7 @@ from preft_client.parameters import Asked
 from preft_client.results import Adapter, AdapterPage, AdapterPlace, Delta, Facts, TokenLogprob, Worker
 
 Event = TypeVar("Event")
+Result = TypeVar("Result")
 _TOKEN = len("token_id:")
 
 
@@ -90,6 +91,14 @@ class Events(Generic[Event]):
         if not self._done:
             raise ConnectionFailed("the connection ended in the middle of the answer")
         return []
+
+
+def decoded(url: str, read: Callable[..., Result], *given: Any) -> Result:
+    """`read(*given)`. Raises BadReply for an answer that isn't as the reader expects."""
+    try:
+        return read(*given)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise BadReply(f"{url} didn't answer as a PreFT server does ({error!r})") from error
 
 
 class HttpWire:

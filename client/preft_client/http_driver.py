@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import httpx
 
-from preft_client.errors import BadReply, ConnectionFailed, DeadlineExceeded, NotSupported, error_from_http
-from preft_client.http_calls import HttpCall
+from preft_client.errors import ConnectionFailed, DeadlineExceeded, NotSupported, error_from_http
+from preft_client.http_calls import HttpCall, decoded
 from preft_client.settings import Settings
 
 Event = TypeVar("Event")
@@ -34,9 +34,9 @@ class HttpDriver:
             if response.status_code not in call.good:
                 raise error_from_http(response.status_code, response.headers, response.read(), self._url)
             for data in response.iter_raw():
-                if found := decoder.feed(data):
+                if found := decoded(self._url, decoder.feed, data):
                     yield found
-            if found := decoder.end():
+            if found := decoded(self._url, decoder.end):
                 yield found
 
     def close(self) -> None:
@@ -63,9 +63,9 @@ class AsyncHttpDriver:
                     body = await response.aread()
                     raise error_from_http(response.status_code, response.headers, body, self._url)
                 async for data in response.aiter_raw():
-                    if found := decoder.feed(data):
+                    if found := decoded(self._url, decoder.feed, data):
                         yield found
-                if found := decoder.end():
+                if found := decoded(self._url, decoder.end):
                     yield found
 
     async def close(self) -> None:
@@ -103,8 +103,6 @@ def _errors(url: str) -> Iterator[None]:
         raise ConnectionFailed(f"the connection to {url} broke: {_reason(error)}") from error
     except ConnectionFailed as error:
         raise ConnectionFailed(f"{url}: {error}", sent=error.sent) from error
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise BadReply(f"{url} didn't answer as a PreFT server does ({error!r})") from error
 
 
 def _reason(error: Exception) -> str:

@@ -14,7 +14,8 @@ import grpc
 import grpc.aio
 import grpc.experimental
 
-from preft_client.errors import BadReply, error_from_rpc
+from preft_client.errors import error_from_rpc
+from preft_client.http_calls import decoded
 from preft_client.rpc_calls import RpcCall
 from preft_client.settings import TLS, Settings
 
@@ -44,7 +45,7 @@ class RpcDriver:
             running = stub(call.request, timeout=seconds, metadata=self._metadata)
             try:
                 for message in running:
-                    yield call.read(message)
+                    yield decoded(self._url, call.read, message)
             finally:
                 running.cancel()
 
@@ -68,7 +69,7 @@ class AsyncRpcDriver:
             running = stub(call.request, timeout=seconds, metadata=self._metadata)
             try:
                 async for message in running:
-                    yield call.read(message)
+                    yield decoded(self._url, call.read, message)
             finally:
                 running.cancel()
 
@@ -116,5 +117,3 @@ def _errors(url: str) -> Iterator[None]:
     except grpc.RpcError as error:
         trailing = dict(error.trailing_metadata() or ())
         raise error_from_rpc(error.code().name, error.details() or "", trailing, url) from error
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise BadReply(f"{url} didn't answer as a PreFT server does ({error!r})") from error

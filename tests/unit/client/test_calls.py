@@ -10,9 +10,11 @@ import pytest
 from pydantic import BaseModel
 
 from preft.core.cluster import Role
-from preft.core.request import Sampling
+from preft.core.request import FinishReason, Sampling
+from preft.gateway.bodies import parameters as served_parameters
 from preft_client import (
     AdapterExists,
+    BadReply,
     Generation,
     InvalidAdapter,
     InvalidRequest,
@@ -21,7 +23,9 @@ from preft_client import (
     SourceNotFound,
 )
 from support.fake_engine import tokens_of
+from support.fakes import Script
 from support.sdk_clients import a_client
+from support.sdk_gateway import ScriptedGateway
 
 from .conftest import Served
 
@@ -175,8 +179,22 @@ class City(BaseModel):
     people: int
 
 
+def test_parse(scripted: Any, gateway: ScriptedGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gateway passes `response_format`, and the model happens to answer in the form."""
+    others = {name: values for name, values in served_parameters.UNSUPPORTED.items() if name != "response_format"}
+    monkeypatch.setattr(served_parameters, "UNSUPPORTED", others)
+    monkeypatch.setattr(served_parameters, "ACCEPTED", served_parameters.ACCEPTED | {"response_format"})
+    text = '{"name": "Lisbon", "people": 545923}'
+    ids = gateway.deps.tokenizer._backend.encode(text, add_special_tokens=False).ids
+    gateway.scripts[:] = [Script(ids, finish=FinishReason.LENGTH)]
+    answer = scripted.parse(CHAT, City, model="base", max_tokens=100, temperature=0)
+    assert answer.value == City(name="Lisbon", people=545923)
+    assert answer.generation.text == text
+    with pytest.raises(BadReply, match="max_tokens"):
+        scripted.parse(CHAT, City, model="base", max_tokens=5)
+
+
 def test_parse_says_that_the_server_has_no_structured_output(client: Any) -> None:
-    """Or the server has it: then the answer has the form, or was cut off."""
     with pytest.raises(InvalidRequest, match="response_format") as refused:
         client.parse(CHAT, City, model="base", max_tokens=20)
     assert refused.value.param == "response_format"

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+from preft.adapters.formats.digest import LORA_FILES
 from preft.core.errors import EngineFailed as ServersEngineFailed
 from preft.core.errors import QueueFull as ServersQueueFull
 from preft.core.errors import ShuttingDown as ServersShuttingDown
@@ -240,16 +241,18 @@ async def test_a_cancelled_task_frees_its_request_before_the_first_token(
         assert (await client.generate("hi", model="base")).token_ids == IDS[:5]
 
 
-def test_many_streams_at_once(way: tuple[str, str], gateway: ScriptedGateway) -> None:
-    """None waits for another: the connection pool has no limit."""
-    gateway.scripts[:] = [Script(ENDLESS, delay=0.01)]
-    with a_client(way[1], gateway.urls[way[0]]) as client:
-        streams = [client.stream("hi", model="base", max_tokens=400) for _ in range(120)]
+@pytest.mark.parametrize("style", ["sync", "async"])
+def test_many_streams_at_once(style: str, gateway: ScriptedGateway) -> None:
+    """None waits for another: the pool of HTTP connections has no limit."""
+    gateway.scripts[:] = [Script(ENDLESS, delay=0.05)]
+    count = 110
+    with a_client(style, gateway.urls["http"]) as client:
+        streams = [client.stream("hi", model="base", max_tokens=400) for _ in range(count)]
         for stream in streams:
             assert next(stream).token_ids[:1] == ENDLESS[:1]
         for stream in streams:
             stream.cancel()
-        until(lambda: len(gateway.generator.left) == 120)
+        until(lambda: len(gateway.generator.left) == count)
 
 
 def test_a_refused_name_is_not_asked_at_every_gateway(way: tuple[str, str], gateway: ScriptedGateway) -> None:
@@ -287,3 +290,39 @@ def test_what_is_done_twice_is_repeated_and_a_removal_is_not(way: tuple[str, str
         thread.join()
     if way[0] == "http":
         assert taken == [b"POST", b"POST", b"DELETE"]
+
+
+def test_an_error_of_the_callers_own_progress_stays_as_it_is(
+    way: tuple[str, str], gateway: ScriptedGateway, tmp_path: Path
+) -> None:
+    for name in LORA_FILES:
+        (tmp_path / name).write_text("x")
+
+    def fail(done: int, total: int | None) -> None:
+        raise ValueError("the caller's own")
+
+    gateway.catalog.steps = [(1, 2)]
+    with a_client(way[1], gateway.urls[way[0]]) as client:
+        with pytest.raises(ValueError, match="the caller's own"):
+            client.adapters.add("bob", "/adapters/bob", progress=fail)
+        if way[0] == "http":
+            with pytest.raises(ValueError, match="the caller's own"):
+                client.adapters.upload("carol", tmp_path, progress=fail)
+    until(lambda: gateway.catalog.adding == 0)
+    assert "carol" not in gateway.catalog.archives
+
+
+def test_leaving_an_add_cancels_it(way: tuple[str, str], gateway: ScriptedGateway) -> None:
+    gateway.catalog.gate = gateway.call(_event())
+    with a_client(way[1], gateway.urls[way[0]], retries=0) as client:
+        with pytest.raises(DeadlineExceeded):
+            client.adapters.add("bob", "/adapters/bob", timeout=1)
+        until(lambda: gateway.catalog.cancelled == ["bob"])
+        with pytest.raises(ModelNotFound):
+            client.adapters.get("bob")
+        with pytest.raises(DeadlineExceeded, match="bob"):
+            client.adapters.wait("bob", timeout=0.5)
+
+
+async def _event() -> asyncio.Event:
+    return asyncio.Event()

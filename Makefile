@@ -7,6 +7,7 @@ PROBE := import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= 
 PYTHON ?= $(shell for p in python3.14 python3.13 python3.12 python3.11 python3 python; do \
 	if $$p -c '$(PROBE)' >/dev/null 2>&1; then echo $$p; break; fi; done)
 BIN := .venv/bin
+PUBLIC_PROTOS := proto/common.proto proto/inference.proto proto/adapters.proto
 EXAMPLE := examples/personal_memory
 EXAMPLE_ADAPTERS = $(patsubst %/,%,$(wildcard $(EXAMPLE)/adapters/*/))
 EXAMPLE_ARGS = --model $(EXAMPLE)/model --served-model-name personal-memory $(foreach dir,$(EXAMPLE_ADAPTERS),--adapter $(notdir $(dir))=$(dir))
@@ -40,6 +41,7 @@ check: install ## ruff and mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/mypy --python-version 3.10 client/preft_client
 
 bench: install ## measure and print the speed table
 	$(BIN)/python -m bench.speeds $(ARGS)
@@ -74,9 +76,11 @@ bench-gpu: ## measure the kernels on this machine's GPU with PYTHON, against vLL
 tune-gpu: ## find the fastest block sizes on this machine's GPU with PYTHON, and save them
 	PYTHONPATH=kernels $(PYTHON) -m bench.tune $(ARGS)
 
-proto: install ## regenerate services/preft/rpc from proto/
+proto: install ## regenerate services/preft/rpc and the client's messages from proto/
 	$(BIN)/python -m grpc_tools.protoc -Ipreft/rpc=proto \
 		--python_out=services --pyi_out=services --grpc_python_out=services proto/*.proto
+	$(BIN)/python -m grpc_tools.protoc -Ipreft/rpc=proto --descriptor_set_out=client/preft_client/api.binpb \
+		$(PUBLIC_PROTOS)
 
 install: ## make .venv and install all packages
 	@python='$(PYTHON)'; if [ -z "$$python" ]; then \

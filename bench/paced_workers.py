@@ -25,7 +25,11 @@ from preft.worker.server import StartEngine
 BLOCK, BLOCK_BYTES, BLOCKS = 16, 64, 1 << 20
 VOCABULARY, MAX_LENGTH = 8192, 2048
 FIRST_WORD = 300  # lower ids of the model's tokenizer are bytes
-PACES = {FIRST_WORD: 1.0, FIRST_WORD + 1: 0.1}  # seconds per output token, by the prompt's first token
+PACES = {
+    FIRST_WORD: 1.0,
+    FIRST_WORD + 1: 0.1,
+    FIRST_WORD + 2: 0.01,
+}  # seconds per output token, by the prompt's first token
 
 
 class PacedEngine:

@@ -9,29 +9,26 @@ import argparse
 import asyncio
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from bench.paced_workers import FIRST_WORD, MAX_LENGTH, PACES
-from bench.rig import MODEL_NAME, make_model
+from bench.paced_gateway import paced_gateway
+from bench.paced_workers import FIRST_WORD, PACES
+from bench.rig import MODEL_NAME
 from bench.saving import RESULTS, save
 from preft.cluster.process import raise_file_limit
 from preft.core.errors import PreftError
-from preft.core.settings import MiB
-from preft_loadgen.child import bound
 from preft_loadgen.driver import completions, open_loop
 from preft_loadgen.errors import LoadgenError
 from preft_loadgen.http_stream import HttpClient, RequestFailed
 from preft_loadgen.report import percentile
-from preft_loadgen.served import Served, served
+from preft_loadgen.served import Served
 from preft_loadgen.table import table
 from preft_loadgen.workload import Request
 
@@ -146,35 +143,6 @@ async def _post(server: Served, body: bytes, seconds: float) -> None:
         raise RequestFailed(f"a prompt of 30 MB was answered with {answer[:60]!r}")
 
 
-@contextmanager
-def _gateway(folder: Path) -> Iterator[Served]:
-    make_model(folder, loras=0, refts=0)
-    engine = {"max_num_seqs": 2 * MANY, "staging_bytes": 64 * MiB}
-    settings = {
-        "model": str(folder / "model"),
-        "served_model_name": MODEL_NAME,
-        "max_model_len": MAX_LENGTH,
-        "state": str(folder / "state.sqlite"),
-        "state_dir": str(folder / "state"),
-        "prefill": {**engine, "max_loras": 1},
-        "decode": engine,
-        "store": {"host_bytes": MiB},
-        "router": {"max_queue": 2 * MANY},  # all streams may open at once on a busy machine
-    }
-    config = folder / "settings.json"
-    config.write_text(json.dumps(settings))  # JSON is YAML
-    with (folder / "workers.log").open("wb") as log:
-        workers = subprocess.Popen(bound([sys.executable, "-m", "bench.paced_workers", str(config)]), stderr=log)
-    try:
-        command = (sys.executable, "-m", "preft.cli", "gateway")
-        options = {"state_dir": folder / "state", "log": folder / "gateway.log"}
-        with served(["--config", str(config)], **options, command=command) as server:  # type: ignore[arg-type]
-            yield server
-    finally:
-        workers.terminate()
-        workers.wait()
-
-
 async def _measure(server: Served, few: int, many: int, seconds: float) -> list[Figures]:
     runs = [await _run(server, "streams", streams, seconds, FIRST_WORD) for streams in (few, few, many)][1:]
     fast = FIRST_WORD + 1
@@ -224,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     raise_file_limit()
     try:
-        with tempfile.TemporaryDirectory(prefix="preft-bench-") as folder, _gateway(Path(folder)) as server:
+        with tempfile.TemporaryDirectory(prefix="preft-bench-") as folder, paced_gateway(Path(folder), MANY) as server:
             runs = asyncio.run(_measure(server, arguments.few, arguments.many, arguments.seconds))
     except (PreftError, LoadgenError) as error:
         print(f"bench: {error}", file=sys.stderr)

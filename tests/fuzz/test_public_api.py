@@ -120,6 +120,7 @@ class Public:
                 timeout_seconds=5,
                 user="u",
             ),
+            "preft.v1.Inference/Chat": inference_pb2.ChatRequest(body=json.dumps(CHAT).encode(), timeout_seconds=5),
             "preft.v1.Adapters/Add": adapters_pb2.AddAdapterRequest(
                 name="bob", source=str(self.folder / "bob"), replace=True
             ),
@@ -285,10 +286,10 @@ def begun(channel: grpc.aio.Channel, rpc: str, content: bytes) -> Any:
 
 
 @share
-@pytest.mark.parametrize("number", range(8))
+@pytest.mark.parametrize("number", range(9))
 def test_public_grpc(public: Public, number: int, whole: bool) -> None:
     rpc, message = list(public.messages().items())[number]
-    inputs = Inputs("public gRPC", whole, parts=8, part=number)
+    inputs = Inputs("public gRPC", whole, parts=9, part=number)
 
     async def one(channel: grpc.aio.Channel, source: random.Random) -> None:
         content = wire_bytes(source, message)

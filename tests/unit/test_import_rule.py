@@ -5,7 +5,8 @@
 - worker.prefill and worker.decode never import each other, and neither do gateway.http and gateway.grpc.
 - gateway.text and gateway.bodies know neither door. adapters.formats and adapters.sources know neither store nor
   catalog, and formats knows no sources. memory knows no KV transfer, and worker knows neither gateway nor cluster.
-- The load generator imports nothing of preft, and nothing imports bench.
+- Load generator, client and server import nothing of each other, but the server's command line knows the load
+  generator. Nothing imports bench.
 - Everything but engine, transfer, cluster, training and convert stays free of torch, vllm, ray and transformers, in
   itself and through what it imports.
 """
@@ -21,7 +22,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCE_ROOTS = (ROOT / "services", ROOT / "loadgen", ROOT / "kernels")
+SOURCE_ROOTS = (ROOT / "services", ROOT / "loadgen", ROOT / "kernels", ROOT / "client")
 BENCH = ROOT / "bench"
 HEAVY = frozenset({"torch", "vllm", "ray", "transformers"})
 HEAVY_PACKAGES = frozenset({"engine", "transfer", "convert", "training", "cluster"})
@@ -48,7 +49,7 @@ LIGHT_PACKAGES = sorted(
     {
         ".".join(name.split(".")[:2]) if name.startswith("preft.") else name.split(".")[0]
         for name in MODULES
-        if name.split(".")[0] in ("preft", "preft_loadgen")
+        if name.split(".")[0] in ("preft", "preft_loadgen", "preft_client")
         and name != "preft"
         and not (name.startswith("preft.") and name.split(".")[1] in HEAVY_PACKAGES)
     }
@@ -123,6 +124,10 @@ STRANGERS = [
     ("preft.worker", "preft.gateway"),
     ("preft.worker", "preft.cluster"),
     ("preft_loadgen", "preft"),
+    ("preft_loadgen", "preft_client"),
+    ("preft_client", "preft"),
+    ("preft_client", "preft_loadgen"),
+    ("preft", "preft_client"),
     ("preft", "bench"),
     ("preft_loadgen", "bench"),
     ("preft_kernels", "preft"),

@@ -61,8 +61,8 @@ async def completion_call(
     return await asyncio.to_thread(_new_call, body, deps, caller, adapter, prompts, DEFAULT_COMPLETION_TOKENS, deadline)
 
 
-async def chat_call(body: ChatBody, deps: GatewayDeps, caller: Caller) -> ApiCall:
-    """Raises ModelNotFound or InvalidRequest, also for a model without a chat template."""
+async def chat_call(body: ChatBody, deps: GatewayDeps, caller: Caller, *, deadline: float | None = None) -> ApiCall:
+    """As `completion_call`. Raises InvalidRequest also for a model without a chat template."""
     adapter = resolve_model(body.model, deps, caller)
     prompt = deps.tokenizer.chat_prompt
     if prompt is None:
@@ -72,7 +72,7 @@ async def chat_call(body: ChatBody, deps: GatewayDeps, caller: Caller) -> ApiCal
     prompts = await deps.tokenizer.encode([text], add_special_tokens=body.add_special_tokens)
     if not prompts[0]:
         raise InvalidRequest("The messages make an empty prompt.", "messages")
-    return _new_call(body, deps, caller, adapter, prompts, deps.tokenizer.defaults.get("max_tokens"))
+    return _new_call(body, deps, caller, adapter, prompts, deps.tokenizer.defaults.get("max_tokens"), deadline)
 
 
 def resolve_model(model: str, deps: GatewayDeps, caller: Caller) -> AdapterRef | None:

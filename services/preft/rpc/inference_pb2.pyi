@@ -14,7 +14,7 @@ class TokenIds(_message.Message):
     def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("model", "text", "tokens", "n", "sampling", "stop", "timeout_seconds", "priority", "user")
+    __slots__ = ("model", "text", "tokens", "n", "sampling", "stop", "timeout_seconds", "priority", "user", "more")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -24,6 +24,7 @@ class GenerateRequest(_message.Message):
     TIMEOUT_SECONDS_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     USER_FIELD_NUMBER: _ClassVar[int]
+    MORE_FIELD_NUMBER: _ClassVar[int]
     model: str
     text: str
     tokens: TokenIds
@@ -33,7 +34,16 @@ class GenerateRequest(_message.Message):
     timeout_seconds: float
     priority: int
     user: str
-    def __init__(self, model: _Optional[str] = ..., text: _Optional[str] = ..., tokens: _Optional[_Union[TokenIds, _Mapping]] = ..., n: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., stop: _Optional[_Iterable[str]] = ..., timeout_seconds: _Optional[float] = ..., priority: _Optional[int] = ..., user: _Optional[str] = ...) -> None: ...
+    more: bytes
+    def __init__(self, model: _Optional[str] = ..., text: _Optional[str] = ..., tokens: _Optional[_Union[TokenIds, _Mapping]] = ..., n: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., stop: _Optional[_Iterable[str]] = ..., timeout_seconds: _Optional[float] = ..., priority: _Optional[int] = ..., user: _Optional[str] = ..., more: _Optional[bytes] = ...) -> None: ...
+
+class ChatRequest(_message.Message):
+    __slots__ = ("body", "timeout_seconds")
+    BODY_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    body: bytes
+    timeout_seconds: float
+    def __init__(self, body: _Optional[bytes] = ..., timeout_seconds: _Optional[float] = ...) -> None: ...
 
 class GenerateReply(_message.Message):
     __slots__ = ("text", "delta", "prompt_tokens", "cached_tokens", "adapter_digest")

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class InferenceStub:
-    """The public token service: generation as over HTTP.
+    """The public token service: generation as over HTTP. Parameters that shape only HTTP's reply (stream, ...) have no effect.
     """
 
     def __init__(self, channel):
@@ -40,14 +40,27 @@ class InferenceStub:
                 request_serializer=preft_dot_rpc_dot_inference__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=preft_dot_rpc_dot_inference__pb2.GenerateReply.FromString,
                 _registered_method=True)
+        self.Chat = channel.unary_stream(
+                '/preft.v1.Inference/Chat',
+                request_serializer=preft_dot_rpc_dot_inference__pb2.ChatRequest.SerializeToString,
+                response_deserializer=preft_dot_rpc_dot_inference__pb2.GenerateReply.FromString,
+                _registered_method=True)
 
 
 class InferenceServicer:
-    """The public token service: generation as over HTTP.
+    """The public token service: generation as over HTTP. Parameters that shape only HTTP's reply (stream, ...) have no effect.
     """
 
     def Generate(self, request, context):
-        """Continues one prompt. Every message has new text and tokens of one choice. A choice's last message has its finish reason.
+        """Continues one prompt. Every message has new text and tokens of one choice: one token, or all that have come since the
+        last message was sent. A choice's last message has its finish reason.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Chat(self, request, context):
+        """Answers a chat.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -61,6 +74,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     request_deserializer=preft_dot_rpc_dot_inference__pb2.GenerateRequest.FromString,
                     response_serializer=preft_dot_rpc_dot_inference__pb2.GenerateReply.SerializeToString,
             ),
+            'Chat': grpc.unary_stream_rpc_method_handler(
+                    servicer.Chat,
+                    request_deserializer=preft_dot_rpc_dot_inference__pb2.ChatRequest.FromString,
+                    response_serializer=preft_dot_rpc_dot_inference__pb2.GenerateReply.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'preft.v1.Inference', rpc_method_handlers)
@@ -70,7 +88,7 @@ def add_InferenceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Inference:
-    """The public token service: generation as over HTTP.
+    """The public token service: generation as over HTTP. Parameters that shape only HTTP's reply (stream, ...) have no effect.
     """
 
     @staticmethod
@@ -89,6 +107,33 @@ class Inference:
             target,
             '/preft.v1.Inference/Generate',
             preft_dot_rpc_dot_inference__pb2.GenerateRequest.SerializeToString,
+            preft_dot_rpc_dot_inference__pb2.GenerateReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Chat(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/preft.v1.Inference/Chat',
+            preft_dot_rpc_dot_inference__pb2.ChatRequest.SerializeToString,
             preft_dot_rpc_dot_inference__pb2.GenerateReply.FromString,
             options,
             channel_credentials,

@@ -8,45 +8,69 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 from preft.core.errors import InvalidRequest
 from preft.core.request import TokenDelta
-from preft.gateway.api_call import completion_call
-from preft.gateway.bodies.parse import INLINE_BYTES, parse_body
-from preft.gateway.bodies.schemas import CompletionBody
+from preft.gateway.access.caller import Caller
+from preft.gateway.api_call import ApiCall, chat_call, completion_call
+from preft.gateway.bodies.parse import INLINE_BYTES, parse_body, parse_json
+from preft.gateway.bodies.schemas import ChatBody, CompletionBody
 from preft.gateway.completion import Completion
 from preft.gateway.deps import GatewayDeps
 from preft.gateway.grpc.caller import caller_of
 from preft.gateway.text.choice import ChoiceDelta
-from preft.rpc import inference_pb2, inference_pb2_grpc
+from preft.rpc import common_pb2, inference_pb2, inference_pb2_grpc
 from preft.rpc.convert import delta_to_proto, given_parameters
 from preft.rpc.status import errors_reported
 
+Asked = TypeVar("Asked")
+Body = TypeVar("Body")
+
 
 class InferenceService(inference_pb2_grpc.InferenceServicer):
-    """Absent parameters have the same defaults as in /v1/completions."""
+    """Absent parameters have the same defaults as over HTTP."""
 
     def __init__(self, deps: GatewayDeps) -> None:
         self._deps = deps
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Any) -> None:
         async with errors_reported(context), self._deps.drain.running():
-            large = request.ByteSize() > INLINE_BYTES
-            caller, deps = caller_of(context, self._deps), self._deps
-            body = await asyncio.to_thread(_checked, request) if large else _checked(request)
-            call = await completion_call(body, deps, caller, deadline=_deadline(request, context))
-            account = deps.account(call, caller)
-            async with Completion(deps.generator, deps.tokenizer, call, account) as completion:
-                if account is not None:
-                    context.set_trailing_metadata(tuple(completion.headers))
-                while deltas := await completion.take():
-                    for delta in deltas:
-                        await context.write(_reply(delta, completion))
+            body = await _read(_completion_body, request)
+            caller = caller_of(context, self._deps)
+            call = await completion_call(body, self._deps, caller, deadline=_deadline(request, context))
+            await self._answer(call, caller, context)
+
+    async def Chat(self, request: inference_pb2.ChatRequest, context: Any) -> None:
+        async with errors_reported(context), self._deps.drain.running():
+            body = await _read(_chat_body, request)
+            caller = caller_of(context, self._deps)
+            call = await chat_call(body, self._deps, caller, deadline=_deadline(request, context))
+            await self._answer(call, caller, context)
+
+    async def _answer(self, call: ApiCall, caller: Caller, context: Any) -> None:
+        account = self._deps.account(call, caller)
+        async with Completion(self._deps.generator, self._deps.tokenizer, call, account) as completion:
+            if account is not None:
+                context.set_trailing_metadata(tuple(completion.headers))
+            while deltas := await completion.take():
+                for delta in _joined(deltas):
+                    await context.write(_reply(delta, completion))
 
 
-def _checked(request: inference_pb2.GenerateRequest) -> CompletionBody:
+async def _read(check: Callable[[Asked], Body], request: Asked) -> Body:
+    """`check(request)`, in a thread if the request is large."""
+    large = request.ByteSize() > INLINE_BYTES  # type: ignore[attr-defined]
+    return await asyncio.to_thread(check, request) if large else check(request)
+
+
+def _completion_body(request: inference_pb2.GenerateRequest) -> CompletionBody:
     return parse_body(CompletionBody, _body(request))
+
+
+def _chat_body(request: inference_pb2.ChatRequest) -> ChatBody:
+    return parse_body(ChatBody, parse_json(request.body))
 
 
 def _body(request: inference_pb2.GenerateRequest) -> dict[str, Any]:
@@ -66,15 +90,29 @@ def _body(request: inference_pb2.GenerateRequest) -> dict[str, Any]:
             body["prompt"] = request.text
         case "tokens":
             body["prompt"] = list(request.tokens.ids)
-    return body
+    more = parse_json(request.more) if request.more else {}
+    if twice := more.keys() & {"prompt", *body, *common_pb2.Sampling.DESCRIPTOR.fields_by_name}:
+        raise InvalidRequest(f"{min(twice)} is a field of its own, and can't be in more.", min(twice))
+    return {**body, **more}
 
 
-def _deadline(request: inference_pb2.GenerateRequest, context: Any) -> float | None:
+def _deadline(request: inference_pb2.GenerateRequest | inference_pb2.ChatRequest, context: Any) -> float | None:
     """The earlier of the caller's `timeout_seconds` and the call's own deadline, in `time.time()` seconds."""
     if not 0 <= request.timeout_seconds < math.inf:
         raise InvalidRequest("timeout_seconds must be a positive number.", "timeout_seconds")
     limits = [limit for limit in (request.timeout_seconds or None, context.time_remaining()) if limit is not None]
     return time.time() + min(limits) if limits else None
+
+
+def _joined(deltas: Sequence[ChoiceDelta]) -> Iterable[ChoiceDelta]:
+    """One delta per choice. A message costs more than its tokens, so a caller that is behind gets fewer messages."""
+    if len(deltas) == 1:
+        return deltas
+    joined: dict[int, ChoiceDelta] = {}
+    for delta in deltas:
+        earlier = joined.get(delta.index)
+        joined[delta.index] = delta if earlier is None else earlier.then(delta)
+    return joined.values()
 
 
 def _reply(delta: ChoiceDelta, completion: Completion) -> inference_pb2.GenerateReply:

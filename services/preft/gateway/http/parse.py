@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from typing import TypeVar
 
 from fastapi import Request
@@ -11,6 +13,8 @@ from pydantic import BaseModel, ValidationError
 from preft.core.errors import InvalidRequest
 from preft.gateway.bodies.parse import INLINE_BYTES, first_problem, parse_body, parse_json
 from preft.gateway.http.content import read_json_bytes
+
+TIMEOUT = "preft-timeout"  # a header
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -38,3 +42,17 @@ def parse_query(kind: type[Body], request: Request) -> Body:
         return kind.model_validate(given)
     except ValidationError as error:
         raise first_problem(error) from None
+
+
+def read_deadline(request: Request) -> float | None:
+    """The time by which the caller wants the whole answer, in `time.time()` seconds. Raises InvalidRequest."""
+    text = request.headers.get(TIMEOUT)
+    if text is None:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise InvalidRequest(f"The header {TIMEOUT} must be a positive number of seconds.", TIMEOUT)
+    return time.time() + seconds

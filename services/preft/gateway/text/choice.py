@@ -37,6 +37,17 @@ class ChoiceDelta:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
 
+    def then(self, later: ChoiceDelta) -> ChoiceDelta:
+        """This delta and the choice's next one, as one."""
+        return ChoiceDelta(
+            self.index,
+            self.text + later.text,
+            (*self.token_ids, *later.token_ids),
+            (*self.logprobs, *later.logprobs),
+            later.finish_reason,
+            later.stop_reason,
+        )
+
 
 class ChoiceText:
     """The running state of choice `index` of one prompt. `finished` is true after the last delta."""

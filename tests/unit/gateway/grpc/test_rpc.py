@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import socket
 import threading
@@ -21,10 +22,12 @@ from preft.core.structured import StructuredOutputs
 from preft.gateway.deps import GatewayDeps
 from preft.gateway.grpc import inference
 from preft.gateway.grpc.server import serve_grpc
+from preft.gateway.text.choice import ChoiceDelta
 from preft.rpc import adapters_pb2, adapters_pb2_grpc, common_pb2, inference_pb2, inference_pb2_grpc
 from support.fakes import FakeCatalog, FakeGenerator, Script
 
 Request = inference_pb2.GenerateRequest
+ChatRequest = inference_pb2.ChatRequest
 
 
 @pytest.fixture
@@ -80,6 +83,16 @@ async def test_an_unexpected_error_keeps_its_text(served, fail_after):
 
 
 HOSTILE = ["", "..", "/etc/passwd", "base", "a\0b", "\n", "a" * 5000, "http://127.0.0.1:1/", "ann", "\U0010ffff"]
+JSON = [
+    b"",
+    b"{",
+    b"[1]",
+    b"{}",
+    b'{"n": 1e999}',
+    b'{"x": 1}',
+    b'{"model": "ann", "messages": [{"role": "user"}]}',
+    b"\xff",
+]
 NUMBERS = [0, 1, 2**31, 2**32 - 1]
 FLOATS = [0.0, -1.0, 1e308, float("inf"), float("nan")]
 
@@ -105,6 +118,7 @@ async def test_no_value_in_a_public_call_is_our_fault(served):
     draw = random.Random(0)
     for kind, call in (
         (Request, lambda message: served.inference.Generate(message, timeout=5)),
+        (ChatRequest, lambda message: served.inference.Chat(message, timeout=5)),
         (adapters_pb2.AddAdapterRequest, served.adapters.Add),
         (adapters_pb2.ListAdaptersRequest, served.adapters.List),
         (adapters_pb2.GetAdapterRequest, served.adapters.Get),
@@ -123,6 +137,8 @@ async def test_no_value_in_a_public_call_is_our_fault(served):
                         message.tokens.ids.extend(draw.choices(NUMBERS, k=draw.randrange(80)))
                     case FieldDescriptor.CPPTYPE_STRING, True:
                         message.stop.extend(draw.choices(HOSTILE, k=draw.randrange(20)))
+                    case FieldDescriptor.CPPTYPE_STRING, False if field.type == FieldDescriptor.TYPE_BYTES:
+                        setattr(owner, field.name, draw.choice(JSON))
                     case FieldDescriptor.CPPTYPE_STRING, False:
                         setattr(owner, field.name, draw.choice(HOSTILE))
                     case FieldDescriptor.CPPTYPE_DOUBLE, _:
@@ -140,13 +156,13 @@ async def test_no_value_in_a_public_call_is_our_fault(served):
 
 
 async def test_large_messages_are_checked_in_a_thread(served, monkeypatch):
-    check, threads = inference._checked, []
+    check, threads = inference._completion_body, []
 
     def watched(request):
         threads.append(threading.current_thread())
         return check(request)
 
-    monkeypatch.setattr(inference, "_checked", watched)
+    monkeypatch.setattr(inference, "_completion_body", watched)
     for count in (5, 5_000):
         with pytest.raises(grpc.aio.AioRpcError, match="context"):
             [_ async for _ in served.inference.Generate(Request(model="base", tokens={"ids": [5] * 64 * count}))]
@@ -266,6 +282,66 @@ async def test_cancelling_the_call_cancels_the_work(served):
         if served.generator.cancelled:
             break
     assert served.generator.cancelled == served.generator.entered
+
+
+async def test_chat(served):
+    body = {
+        "model": "ann",
+        "messages": [{"role": "user", "content": "hi"}],
+        "n": 2,
+        "logprobs": True,
+        "top_logprobs": 1,
+    }
+    replies = [reply async for reply in served.inference.Chat(ChatRequest(body=json.dumps(body).encode()))]
+    for index in range(2):
+        own = [reply for reply in replies if reply.delta.index == index]
+        assert "".join(reply.text for reply in own) == "hello world"
+        assert own[0].delta.logprobs[0].top[0].token_id == served.hello[0]
+    [request] = served.generator.requests
+    assert (request.adapter.name, request.deadline) == ("ann", None)
+    [_ async for _ in served.inference.Chat(ChatRequest(body=json.dumps(body).encode(), timeout_seconds=30))]
+    assert served.generator.requests[1].deadline is not None
+
+
+@pytest.mark.parametrize(
+    ("request_", "param"),
+    [
+        (ChatRequest(), None),
+        (ChatRequest(body=b"[]"), None),
+        (ChatRequest(body=b'{"model": "base"}'), "messages"),
+        (ChatRequest(body=b'{"model": "base", "messages": [{"role": "user", "content": "a"}], "x": 1}'), "x"),
+        (ChatRequest(body=b"{}", timeout_seconds=-1), "model"),
+        (Request(model="base", text="hi", more=b'{"suffix": "x"}'), "suffix"),
+        (Request(model="base", text="hi", more=b'{"response_format": {"type": "what"}}'), "response_format"),
+        (Request(model="base", text="hi", more=b'{"max_tokens": 3}'), "max_tokens"),
+        (Request(model="base", text="hi", more=b'{"prompt": "other"}'), "prompt"),
+        (Request(model="base", text="hi", more=b"{"), None),
+    ],
+)
+async def test_refused_chats_and_further_parameters(served, request_, param):
+    call = served.inference.Chat if isinstance(request_, ChatRequest) else served.inference.Generate
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        [_ async for _ in call(request_)]
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert (dict(caught.value.trailing_metadata()).get("preft-param") or "").split(".")[0] == (param or "")
+    assert served.generator.requests == []
+
+
+def test_deltas_that_wait_are_joined_by_choice():
+    deltas = [ChoiceDelta(0, "a", (1,)), ChoiceDelta(1, "x", (2,)), ChoiceDelta(0, "", (3, 4), (), "stop", 4)]
+    joined = [ChoiceDelta(0, "a", (1, 3, 4), (), "stop", 4), ChoiceDelta(1, "x", (2,))]
+    assert list(inference._joined(deltas)) == joined
+    assert list(inference._joined(deltas[:1])) == deltas[:1]
+
+
+async def test_further_parameters(served):
+    replies = [
+        reply
+        async for reply in served.inference.Generate(
+            Request(model="base", text="hi", stop=["o w"], more=b'{"include_stop_str_in_output": true}')
+        )
+    ]
+    assert "".join(reply.text for reply in replies) == "hello w"
 
 
 async def test_adapters(served):

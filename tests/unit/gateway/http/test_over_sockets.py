@@ -131,3 +131,18 @@ async def test_queued_deltas_share_a_write_and_keep_their_events(served):
     served.script = Script(tuple([70] * 100))
     stream = await served.client.completions.create(model="base", prompt="hi", stream=True, max_tokens=100)
     assert len([chunk async for chunk in stream]) == 100
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_time_limit_of_the_caller(served, stream):
+    limited = {"extra_headers": {"preft-timeout": "30.5"}, "stream": stream}
+    before = time.time()
+    await served.client.completions.create(model="base", prompt="hi", **limited)
+    await served.client.chat.completions.create(model="base", messages=[{"role": "user", "content": "hi"}], **limited)
+    assert [30 <= request.deadline - before < 120 for request in served.generator.requests] == [True, True]
+    for wrong in ("0", "-1", "soon", "nan", "inf", ""):
+        with pytest.raises(openai.BadRequestError) as bad:
+            await served.client.completions.create(
+                model="base", prompt="hi", extra_headers={"preft-timeout": wrong}, stream=stream
+            )
+        assert bad.value.param == "preft-timeout"

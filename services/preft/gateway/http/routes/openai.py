@@ -11,7 +11,7 @@ from preft.gateway.completion import Completion
 from preft.gateway.deps import GatewayDeps
 from preft.gateway.http.caller import caller_of
 from preft.gateway.http.openapi import answers, json_body
-from preft.gateway.http.parse import read_body
+from preft.gateway.http.parse import read_body, read_deadline
 from preft.gateway.http.reply import ChatShape, CompletionShape, ReplyOptions
 from preft.gateway.http.reply_types import ChatReply, CompletionReply
 from preft.gateway.http.respond import EventStream, WholeReply
@@ -26,7 +26,7 @@ def openai_routes(deps: GatewayDeps) -> APIRouter:
     async def completions(request: Request) -> Response:
         body = await read_body(request, CompletionBody, deps.max_body_bytes)
         caller = caller_of(request, deps)
-        call = await completion_call(body, deps, caller)
+        call = await completion_call(body, deps, caller, deadline=read_deadline(request))
         shape = CompletionShape(call, deps.tokenizer, _options(body))
         completion = Completion(deps.generator, deps.tokenizer, call, deps.account(call, caller))
         return EventStream(completion, shape) if body.stream else WholeReply(completion, shape)
@@ -35,7 +35,7 @@ def openai_routes(deps: GatewayDeps) -> APIRouter:
     async def chat_completions(request: Request) -> Response:
         body = await read_body(request, ChatBody, deps.max_body_bytes)
         caller = caller_of(request, deps)
-        call = await chat_call(body, deps, caller)
+        call = await chat_call(body, deps, caller, deadline=read_deadline(request))
         shape = ChatShape(call, deps.tokenizer, _options(body))
         completion = Completion(deps.generator, deps.tokenizer, call, deps.account(call, caller))
         return EventStream(completion, shape) if body.stream else WholeReply(completion, shape)

@@ -1,0 +1,34 @@
+"""The examples of docs/client.md run as they are written, against a gateway over fake workers."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .conftest import Served
+
+ROOT = Path(__file__).parents[3]
+PAGE = (ROOT / "docs" / "client.md").read_text()
+EXAMPLES = re.findall(r"\*\*([^*]+)\*\*[^`]*(?:`[^`\n]+`[^`]*)*?```python\n(.*?)```", PAGE, re.DOTALL)
+
+
+def test_all_examples_are_found() -> None:
+    assert len(EXAMPLES) == 6 == PAGE.count("```python")
+
+
+@pytest.mark.parametrize(("title", "code"), EXAMPLES, ids=[title for title, _ in EXAMPLES])
+def test_the_example_runs(served: Served, title: str, code: str) -> None:
+    environment = {
+        "PYTHONPATH": str(ROOT / "client"),
+        "PREFT_URL": served.urls["http"],
+        "ADAPTER_FOLDER": str(served.loras[0]),
+    }
+    command = [sys.executable, "-W", "error", "-c", code]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=200)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout
+    assert served.cluster.idle()

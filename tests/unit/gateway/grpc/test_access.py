@@ -31,6 +31,9 @@ KEYS: dict[str, dict[str, Any]] = {
 Generate = inference_pb2.GenerateRequest
 CALLS: dict[str, Any] = {
     "/preft.v1.Inference/Generate": Generate(model="base", text="hi"),
+    "/preft.v1.Inference/Chat": inference_pb2.ChatRequest(
+        body=b'{"model": "base", "messages": [{"role": "user", "content": "hi"}]}'
+    ),
     "/preft.v1.Adapters/Add": adapters_pb2.AddAdapterRequest(name="new", source="/new"),
     "/preft.v1.Adapters/List": adapters_pb2.ListAdaptersRequest(),
     "/preft.v1.Adapters/Get": adapters_pb2.GetAdapterRequest(name="own"),
@@ -161,7 +164,7 @@ async def test_limits(served):
     left = []
     for _ in range(2):
         call = served.inference.Generate(Generate(model="base", text="hi"), metadata=shown("ada"))
-        assert len([reply async for reply in call]) == 2
+        assert sum([len(reply.delta.token_ids) async for reply in call]) == 2
         left.append(dict(await call.trailing_metadata())["x-ratelimit-remaining-requests"])
     assert left == ["1", "0"]
     call = served.inference.Generate(Generate(model="base", text="hi"), metadata=shown("ada"))

@@ -30,7 +30,7 @@ from preft_client import PreftError as ClientError
 from preft_loadgen.errors import LoadgenError
 
 ROUNDS = 5
-STREAMS, TOKENS = 64, 256  # at once, and of each
+STREAMS, TOKENS = 64, 128  # at once, and of each
 THREADS = 16  # streams of the blocking client
 REQUESTS = 100  # one after the other, for the time to the first token
 FAST = FIRST_WORD + 2  # a prompt's first token

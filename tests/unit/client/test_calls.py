@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from typing import Any
 
@@ -11,7 +12,6 @@ from pydantic import BaseModel
 
 from preft.core.cluster import Role
 from preft.core.request import FinishReason, Sampling
-from preft.gateway.bodies import parameters as served_parameters
 from preft_client import (
     AdapterExists,
     BadReply,
@@ -179,25 +179,20 @@ class City(BaseModel):
     people: int
 
 
-def test_parse(scripted: Any, gateway: ScriptedGateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gateway passes `response_format`, and the model happens to answer in the form."""
-    others = {name: values for name, values in served_parameters.UNSUPPORTED.items() if name != "response_format"}
-    monkeypatch.setattr(served_parameters, "UNSUPPORTED", others)
-    monkeypatch.setattr(served_parameters, "ACCEPTED", served_parameters.ACCEPTED | {"response_format"})
+def test_parse(scripted: Any, gateway: ScriptedGateway) -> None:
+    """The gateway passes the form on, and the model happens to answer in it."""
     text = '{"name": "Lisbon", "people": 545923}'
     ids = gateway.deps.tokenizer._backend.encode(text, add_special_tokens=False).ids
     gateway.scripts[:] = [Script(ids, finish=FinishReason.LENGTH)]
     answer = scripted.parse(CHAT, City, model="base", max_tokens=100, temperature=0)
     assert answer.value == City(name="Lisbon", people=545923)
     assert answer.generation.text == text
+    form = gateway.generator.requests[-1].sampling.structured_outputs
+    assert form is not None
+    assert form.json is not None
+    assert json.loads(form.json)["properties"].keys() == {"name", "people"}
     with pytest.raises(BadReply, match="max_tokens"):
         scripted.parse(CHAT, City, model="base", max_tokens=5)
-
-
-def test_parse_says_that_the_server_has_no_structured_output(client: Any) -> None:
-    with pytest.raises(InvalidRequest, match="response_format") as refused:
-        client.parse(CHAT, City, model="base", max_tokens=20)
-    assert refused.value.param == "response_format"
 
 
 def test_leaving_a_stream_cancels_the_work(client: Any, served: Served) -> None:

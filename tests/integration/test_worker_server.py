@@ -258,10 +258,12 @@ async def test_routers_hear_of_each_other_s_requests(cluster: Cluster, tmp_path:
                 target=target,
             )
         )
-        await two.until(lambda: two.knows(alice.digest) == AdapterStatus(AdapterState.SLOT, 1))
-        assert (two.status.other_prompts, two.status.running) == (1, 1)
-        await one.until(lambda: one.knows(alice.digest) == AdapterStatus(AdapterState.SLOT))
-        assert (one.status.other_prompts, one.status.running) == (0, 1)
+        await two.until(
+            lambda: two.knows(alice.digest) == AdapterStatus(AdapterState.SLOT, 1) and two.status.running == 1
+        )
+        assert two.status.other_prompts == 1
+        await one.until(lambda: one.knows(alice.digest) == AdapterStatus(AdapterState.SLOT) and one.status.running == 1)
+        assert one.status.other_prompts == 0
         cluster.engines[Role.PREFILL].going.set()
         events = [event async for event in call]
         await two.until(lambda: two.knows(alice.digest).other_prompts == two.status.other_prompts == 0)

@@ -201,7 +201,7 @@ class WorkerStatusServicer:
 
     def Watch(self, request_iterator, context):
         """The worker's state: first the whole of it, then each change, at most one message per interval and at least one a second.
-        Changes of adapters and of prompts with them, and a drain, come as early as after a fifth of the interval.
+        Changes of adapters and of prompts with them come as early as after a fifth of the interval, a drain at once.
         The caller's first message has the interval; all messages tell what the caller's requests wait for.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -29,7 +29,7 @@ from preft.worker.usage import Usage
 
 LEAST_INTERVAL, MOST_INTERVAL = 0.01, 10.0  # seconds between two messages
 SIGN_OF_LIFE = 1.0  # seconds without a message, unless the interval is longer
-SOON = 0.2  # share of the interval after which news comes: adapters or their prompts have changed, or the drain begins
+SOON = 0.2  # share of the interval after which changes of adapters and of their prompts come
 MEASURE_SECONDS = 0.02  # for so long, all streams use the same measurement
 WAIT_VALID = 3.0  # seconds after which a caller that hasn't said again that it waits for a slot may hang
 MOST_WAIT_MS = 3_600_000
@@ -42,6 +42,7 @@ class _Watcher:
 
     caller: str
     news: asyncio.Event = field(default_factory=asyncio.Event)
+    drains: asyncio.Event = field(default_factory=asyncio.Event)  # the drain has begun
     changed: set[str] = field(default_factory=set)  # digests
     is_behind: bool = True  # the next message is a whole one
     knows_draining: bool = False
@@ -116,6 +117,7 @@ class StatusService(workers_pb2_grpc.WorkerStatusServicer):
         self._draining = True
         for watcher in self._watchers:
             watcher.news.set()
+            watcher.drains.set()
 
     async def drained(self, timeout: float) -> None:
         """Waits, `timeout` seconds at most, until the readers of all streams have taken what `drain` tells."""
@@ -172,11 +174,10 @@ class StatusService(workers_pb2_grpc.WorkerStatusServicer):
                 last, sent_at = status, now()
                 watcher.knows_draining = status.draining
                 self._told.set()
-            await asyncio.sleep(SOON * interval)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(min((1 - SOON) * interval, sent_at + patience - now())):
-                    await watcher.news.wait()
+            await _wait(watcher.drains, SOON * interval)
+            await _wait(watcher.news, min((1 - SOON) * interval, sent_at + patience - now()))
             watcher.news.clear()
+            watcher.drains.clear()
 
     def _recently_measured(self, now: float) -> WorkerStatus:
         if now >= self._measured_at + MEASURE_SECONDS:
@@ -210,3 +211,9 @@ class StatusService(workers_pb2_grpc.WorkerStatusServicer):
 
     def _known(self) -> int:
         return self._adapters.totals().host_adapters if self._adapters is not None else 0
+
+
+async def _wait(event: asyncio.Event, seconds: float) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()

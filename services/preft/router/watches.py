@@ -21,8 +21,8 @@ from preft.router.worker_view import Order, WorkerView
 
 logger = logging.getLogger(__name__)
 
-MESSAGES = 4000  # a second, of all workers together, as far as the routers' asking decides it
-INTERVALS = (0.1, 1.0)  # seconds, least and most, between two messages of one worker. News of adapters comes sooner
+MESSAGES = 4000  # a second, of all workers together, but for news of adapters: as far as the router's asking decides it
+INTERVALS = (0.1, 1.0)  # seconds, least and most, between two messages of one worker; news of adapters comes sooner
 WANTS_SECONDS = 0.2  # at least, between two messages to one worker
 REPEAT_SECONDS = 1.0
 MOST_WANTED = 2000  # adapters that a worker is told of; it takes 10,000
@@ -92,7 +92,8 @@ class Watches:
         while True:
             try:
                 interval = self._interval()
-                watch = self._channels.watch(view.worker, interval, self._timeout, _wants(view))
+                wants = _wants(view, max(WANTS_SECONDS, interval))
+                watch = self._channels.watch(view.worker, interval, self._timeout, wants)
                 async with aclosing(watch) as updates:
                     async for update in updates:
                         pause, is_said = least, False
@@ -135,8 +136,8 @@ class Watches:
         return min(most, max(least, len(self._view.workers) / MESSAGES))
 
 
-async def _wants(view: WorkerView) -> AsyncIterator[Wants]:
-    """What changes in the router's wants of one worker, at most once per WANTS_SECONDS.
+async def _wants(view: WorkerView, interval: float) -> AsyncIterator[Wants]:
+    """What changes in the router's wants of one worker, at most once per `interval` seconds.
 
     A wait for a slot is told again each second, so that the worker doesn't believe a router that hangs.
     """
@@ -152,7 +153,7 @@ async def _wants(view: WorkerView) -> AsyncIterator[Wants]:
             waited = clock() - oldest[0] if oldest else 0.0
             yield Wants(wanted - before, before - wanted, int(1000 * min(MOST_WAIT, max(0.0, waited))))
             told, told_at = now, clock()
-            await asyncio.sleep(WANTS_SECONDS)
+            await asyncio.sleep(interval)
         else:
             with suppress(TimeoutError):
                 async with asyncio.timeout_at(repeat):

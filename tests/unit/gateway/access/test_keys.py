@@ -1,3 +1,5 @@
+"""The file of API keys: what it may hold, whose key is found, and how its changes are followed."""
+
 from __future__ import annotations
 
 import logging

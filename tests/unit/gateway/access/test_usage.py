@@ -1,3 +1,5 @@
+"""Records of finished calls: lines of the log, and series of the metrics."""
+
 from __future__ import annotations
 
 import dataclasses

@@ -1,7 +1,7 @@
 """The adapter catalog as one API key sees it: its tenant's adapters and the shared ones, as far as it may use them.
 
-Everything else doesn't exist for the key: no answer depends on it. A tenant's adapter hides a shared one of its name.
-An operator's key sees the adapters of all tenants, under their full names.
+Everything else doesn't exist for the key: no answer depends on it. A tenant's adapter hides a shared one that got its
+name later. An operator's key sees the adapters of all tenants, under their full names.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from operator import attrgetter
 from pathlib import Path
 
 from preft.core.cluster import Adapter
-from preft.core.errors import ModelNotFound, NotAllowed
+from preft.core.errors import AdapterExists, ModelNotFound, NotAllowed
 from preft.core.names import full_name, normal_name, split_name
 from preft.core.ports import AdapterCatalog, Progress
 from preft.gateway.access.keys import ApiKey
@@ -69,7 +69,11 @@ class TenantCatalog:
         progress: Progress | None = None,
         tenant_bytes: int | None = None,
     ) -> Adapter:
-        """Adds an adapter of the tenant. Raises NotAllowed for a name that the key may not use."""
+        """Adds an adapter of the tenant. Raises NotAllowed for a name that the key may not use.
+
+        Raises AdapterExists for the name of a shared adapter: until all gateways have heard of the tenant's new one,
+        some would answer with the shared one.
+        """
         full, most = self._new_name(name), self._least(tenant_bytes)
         return self._seen_by_tenant(
             await self._inner.add(full, source, replace=replace, progress=progress, tenant_bytes=most)
@@ -92,7 +96,10 @@ class TenantCatalog:
     def _new_name(self, name: str) -> str:
         if not self._key.may_use(normal_name(name)):
             raise NotAllowed(f"the API key {self._key.name!r} may not use adapters of this name")
-        return full_name(self._key.tenant, name)
+        full = full_name(self._key.tenant, name)
+        if self._key.tenant and self._inner.get(full) is None and self.get(name) is not None:
+            raise AdapterExists(f"a shared adapter is named {name!r}: choose another name")
+        return full
 
     def _own_name(self, name: str) -> str:
         """The full name of the tenant's adapter. Raises ModelNotFound and NotAllowed."""

@@ -114,6 +114,19 @@ async def test_changes_reach_ones_own_alone(tmp_path: Path) -> None:
     assert [one.name for one in acme.list()] == ["both", "own", "secret", "shared", "up"]
 
 
+async def test_a_tenant_takes_no_name_of_a_shared_adapter(tmp_path: Path) -> None:
+    """Gateways that don't know the new adapter yet would answer with the shared one."""
+    catalog = await filled()
+    acme = view(catalog, tenant="acme", admin=True)
+    archive = tmp_path / "a.zip"
+    archive.write_bytes(b"content")
+    for work in (acme.add("shared", "/mine", replace=True), acme.add_archive("shared", archive)):
+        with pytest.raises(AdapterExists, match="a shared adapter"):
+            await work
+    assert served_version(acme, "shared").source == "/source of shared"
+    assert (await acme.add("both", "/new", replace=True)).version == 2  # its own came before
+
+
 async def test_an_operator_changes_all_by_their_full_names() -> None:
     catalog = await filled()
     operator = view(catalog, admin=True)

@@ -63,7 +63,8 @@ class StructuredReference:
         """The first position where `output` isn't the greedy output of `max_tokens` under `form`; None if it is."""
         rows = self._reference.logits(prompt, output, adapter)
         for position, (row, mask, token) in enumerate(zip(rows, self.allowed(form, output), output, strict=True)):
-            best = int(row.masked_fill(~torch.from_numpy(mask), -torch.inf).argmax())
+            fits = torch.from_numpy(mask[: len(row)])  # a tokenizer may have more tokens than its model
+            best = int(row.masked_fill(~fits, -torch.inf).argmax())
             if token != best or (token == EOS) != (position == len(output) - 1 < max_tokens - 1):
                 if token == best and position == max_tokens - 1:
                     continue  # the limit and the end at the same token

@@ -27,8 +27,24 @@ class TextOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """The next part of the choice's tool call number `position`, counted from 0.
+
+    A call's first part has its `id` and `name`. `arguments` is a piece of the call's JSON text.
+    """
+
+    position: int
+    arguments: str = ""
+    id: str = ""
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class ChoiceDelta:
-    """The new text of one choice. `stop_reason` is the stop string or caller's stop token that ended the choice."""
+    """The new text of one choice. `stop_reason` is the stop string or caller's stop token that ended the choice.
+
+    In a chat, `reasoning` and `tool_calls` are the parts of the output that aren't in `text`, the message's content.
+    """
 
     index: int
     text: str
@@ -36,6 +52,8 @@ class ChoiceDelta:
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    reasoning: str = ""
+    tool_calls: tuple[ToolCallDelta, ...] = ()
 
     def then(self, later: ChoiceDelta) -> ChoiceDelta:
         """This delta and the choice's next one, as one."""
@@ -46,6 +64,8 @@ class ChoiceDelta:
             (*self.logprobs, *later.logprobs),
             later.finish_reason,
             later.stop_reason,
+            self.reasoning + later.reasoning,
+            (*self.tool_calls, *later.tool_calls),
         )
 
 

@@ -25,10 +25,11 @@ NO_BIAS: Mapping[int, float] = MappingProxyType({})
 
 
 class FinishReason(StrEnum):
-    """Why a choice ended, in OpenAI's terms."""
+    """Why a choice ended, in OpenAI's terms. Engines never give TOOL_CALLS: the gateway finds the calls."""
 
     STOP = "stop"
     LENGTH = "length"
+    TOOL_CALLS = "tool_calls"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,7 @@
 """A model folder whose tokenizer has the marks of several model families' tool calls and reasoning as tokens."""
 
+# ruff: noqa: RUF001 (DeepSeek's marks have wide bars)
+
 from __future__ import annotations
 
 import json
@@ -15,8 +17,8 @@ MARKS = (  # added, but not special, in Qwen's and DeepSeek's tokenizers
 )
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}"
-    "{% for call in m.tool_calls or [] %}[{{ call.id }}] {{ call.function.name }}({{ call.function.arguments | tojson }})"
-    "{% endfor %}{% if m.tool_call_id is defined %}[{{ m.tool_call_id }}]{% endif %}\n{% endfor %}"
+    "{% for call in m.tool_calls or [] %}[{{ call.id }}] {{ call.function.name }}"
+    "({{ call.function.arguments | tojson }}){% endfor %}{% if m.tool_call_id is defined %}[{{ m.tool_call_id }}]{% endif %}\n{% endfor %}"
     "{% for tool in tools or [] %}{{ tool | tojson }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% if enable_thinking is defined and not enable_thinking %}"
     "<think>\n\n</think>\n\n{% endif %}{% endif %}"
@@ -27,7 +29,7 @@ _TEXT = [
 ]
 
 
-def parser_model(folder: Path) -> Path:
+def parser_model(folder: Path, marks: tuple[str, ...] = MARKS) -> Path:
     """Writes the folder and returns it. The end of sequence has id 0."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -39,7 +41,7 @@ def parser_model(folder: Path) -> Path:
         show_progress=False,
     )
     tokenizer.train_from_iterator(_TEXT * 20, trainer)
-    tokenizer.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in MARKS])
+    tokenizer.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in marks])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"eos_token": "<|eos|>", "chat_template": CHAT_TEMPLATE, "tokenizer_class": "PreTrainedTokenizerFast"}

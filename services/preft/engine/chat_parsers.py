@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import secrets
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -122,7 +122,7 @@ class VllmRequestParsers:
         return int(token)
 
     def start(self, prompt: Sequence[int]) -> VllmParser:
-        return VllmParser(self._new(), self._request, list(prompt))
+        return VllmParser(self._new, self._request, list(prompt))
 
     def _new(self) -> Parser:
         return self._kind(
@@ -134,28 +134,67 @@ class VllmRequestParsers:
 
 
 class VllmParser:
-    """Implements `OutputParser`."""
+    """Implements `OutputParser`.
 
-    def __init__(self, parser: Parser, request: Any, prompt: list[int]) -> None:
-        self._parser, self._request, self._prompt = parser, request, prompt
+    vLLM has two kinds of parsers. Those on its parser engine take pieces of any size. The others lose calls if a piece
+    has several tokens, and in streams they lose text that only looks like a call; such a parser's stream ends with what
+    a parse of the whole text finds more.
+    """
+
+    def __init__(self, new: Callable[[], Parser], request: Any, prompt: list[int]) -> None:
+        self._new, self._request, self._prompt = new, request, prompt
+        self._parser = new()
+        parts = (self._parser.reasoning_parser, self._parser.tool_parser)
+        self.takes_many = all(part is None or part.engine_based_streaming for part in parts)
+        self._pushed: list[tuple[str, Sequence[int]]] = []
+        self._found: list[Parts] = []
 
     def push(self, text: str, token_ids: Sequence[int], *, finished: bool) -> Parts:
         message = self._parser.parse_delta(text, list(token_ids), self._request, self._prompt, finished=finished)
-        return Parts() if message is None else _parts(message)
+        parts = Parts() if message is None else _parts(message)
+        if self.takes_many:
+            return parts
+        self._pushed.append((text, token_ids))
+        self._found.append(parts)
+        return parts.then(self._missing()) if finished else parts
 
     def parse(self, text: str, token_ids: Sequence[int]) -> Parts:
-        self._parser.set_prompt_token_ids(self._prompt)
-        reasoning, content, calls = self._parser.parse(
-            text, self._request, enable_auto_tools=True, model_output_token_ids=token_ids
-        )
-        found = [
-            ToolCallDelta(position, call.arguments, call.id or make_tool_call_id(), call.name)
-            for position, call in enumerate(calls or ())
-        ]
-        return Parts(content or "", reasoning or "", tuple(found))
+        return _whole_parts(self._parser, text, token_ids, self._request, self._prompt)
 
     def reasoning_tokens(self, token_ids: Sequence[int]) -> int:
         return int(self._parser.count_reasoning_tokens(tuple(token_ids)))
+
+    def _missing(self) -> Parts:
+        """What the whole text has behind the parts that the stream has found."""
+        text = "".join(text for text, _ in self._pushed)
+        ids = [token for _, tokens in self._pushed for token in tokens]
+        whole = _whole_parts(self._new(), text, ids, self._request, self._prompt)
+        sent: dict[int, str] = {}
+        for call in (call for parts in self._found for call in parts.tool_calls):
+            sent[call.position] = sent.get(call.position, "") + call.arguments
+        calls = [
+            call if call.position not in sent else ToolCallDelta(call.position, rest)
+            for call in whole.tool_calls
+            if (rest := _behind(call.arguments, sent.get(call.position, ""))) or call.position not in sent
+        ]
+        content = _behind(whole.content, "".join(parts.content for parts in self._found))
+        reasoning = _behind(whole.reasoning, "".join(parts.reasoning for parts in self._found))
+        return Parts(content if not (sent or calls) else "", reasoning, tuple(calls))
+
+
+def _behind(whole: str, beginning: str) -> str:
+    """The rest of `whole` behind `beginning`, "" if it begins otherwise."""
+    return whole[len(beginning) :] if whole.startswith(beginning) else ""
+
+
+def _whole_parts(parser: Parser, text: str, token_ids: Sequence[int], request: Any, prompt: Sequence[int]) -> Parts:
+    parser.set_prompt_token_ids(prompt)
+    reasoning, content, calls = parser.parse(text, request, enable_auto_tools=True, model_output_token_ids=token_ids)
+    found = [
+        ToolCallDelta(position, call.arguments, call.id or make_tool_call_id(), call.name)
+        for position, call in enumerate(calls or ())
+    ]
+    return Parts(content or "", reasoning or "", tuple(found))
 
 
 def _parts(message: DeltaMessage) -> Parts:

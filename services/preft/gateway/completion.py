@@ -15,7 +15,7 @@ from typing import Self
 
 from preft.core.errors import EngineFailed, InvalidRequest, NumbersNotFinite, PreftError, mapping_of
 from preft.core.ports import Generator
-from preft.core.request import GenerateRequest, TokenLogprob
+from preft.core.request import GenerateRequest, TokenDelta, TokenLogprob
 from preft.gateway.access.accounts import CLIENT_GONE, Account
 from preft.gateway.api_call import ApiCall
 from preft.gateway.text.choice import ChoiceDelta, ChoiceText
@@ -103,13 +103,14 @@ class Completion:
                     choice = choices[delta.index]
                     if choice.finished:
                         continue  # was on its way when a stop string ended the choice
-                    pushed = choice.push(delta)
+                    if readers is None:
+                        pushed = choice.push(delta)
+                    else:
+                        pushed = await self._read(readers[delta.index], choice, delta)
                     self._generated += len(pushed.token_ids)
+                    self._deltas.append(pushed)
                     if choice.finished and delta.finish_reason is None:
                         generation.stop(delta.index)
-                    if readers is not None:
-                        pushed = await self._read(readers[delta.index], pushed)
-                    self._deltas.append(pushed)
                     self._wake()
                 if not all(choice.finished for choice in choices):
                     raise EngineFailed("generation ended before all choices were finished")
@@ -129,9 +130,13 @@ class Completion:
             self._error = self._error or error
             self._wake()
 
-    async def _read(self, reader: ChoiceReader, delta: ChoiceDelta) -> ChoiceDelta:
-        read = await reader.read(delta)
-        if read.finish_reason is not None and self.reasoning_tokens is not None:
+    async def _read(self, reader: ChoiceReader, choice: ChoiceText, delta: TokenDelta) -> ChoiceDelta:
+        pushed = []
+        for piece in delta.by_token() if reader.token_by_token else (delta,):
+            if not choice.finished:
+                pushed.append(choice.push(piece))
+        read = await reader.read(pushed)
+        if choice.finished and self.reasoning_tokens is not None:
             self.reasoning_tokens += reader.reasoning_tokens
         return read
 

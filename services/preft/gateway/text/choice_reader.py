@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 from preft.core.errors import EngineFailed
@@ -17,10 +18,12 @@ from preft.gateway.text.choice import ChoiceDelta, ToolCallDelta
 from preft.gateway.text.forced_calls import ForcedCalls
 from preft.gateway.text.parsing import OutputParser, Parts
 
+Piece = tuple[str, tuple[int, ...]]  # text, and its tokens
+
 _log = logging.getLogger(__name__)
 
-SLOW_SECONDS = 0.002  # a parser that takes longer works in a thread, and takes several deltas at once
-SHARE = 0.1  # of a slow parser's choice's time that the parser may take
+SLOW_SECONDS = 0.002  # a parser that takes longer works in a thread, and if it can, takes several deltas at once
+SHARE = 0.1  # of a choice's time that such a parser may take
 INLINE_CHARS = 4_096  # of a whole output; a thread parses longer ones
 
 
@@ -29,6 +32,7 @@ class ChoiceReader:
 
     `calls` reads the calls in the content of outputs that a grammar forces to be calls. `is_named`: the caller chose
     the function, so the choice ends with `stop`, as in OpenAI's API. Without `parallel` there is one call at most.
+    With `token_by_token`, no delta may have several tokens.
     """
 
     def __init__(
@@ -42,6 +46,7 @@ class ChoiceReader:
         counts_reasoning: bool = False,
     ) -> None:
         self.reasoning_tokens = 0  # known when the choice has ended
+        self.token_by_token = not whole and parser is not None and not parser.takes_many
         self._parser = parser
         self._calls = calls
         self._whole = whole
@@ -50,24 +55,25 @@ class ChoiceReader:
         self._counts_reasoning = counts_reasoning
         self._all_ids: list[int] = []  # of the whole choice, if somebody needs them
         self._called = False
-        self._texts: list[str] = []  # since the last call of the parser
-        self._ids: list[int] = []
+        self._pieces: list[Piece] = []  # since the last call of the parser
         self._is_slow = False
         self._rest_until = 0.0
 
-    async def read(self, delta: ChoiceDelta) -> ChoiceDelta:
-        """The parts that the choice's next delta adds. Raises EngineFailed if a stream's parser fails."""
+    async def read(self, deltas: Sequence[ChoiceDelta]) -> ChoiceDelta:
+        """The parts that the choice's next deltas add. Raises EngineFailed if a stream's parser fails."""
+        delta = deltas[0]
+        for later in deltas[1:]:
+            delta = delta.then(later)
         finished = delta.finish_reason is not None
         if self._counts_reasoning:
             self._all_ids.extend(delta.token_ids)
-        self._texts.append(delta.text)
-        self._ids.extend(delta.token_ids)
-        if not finished and (self._whole or (self._is_slow and time.monotonic() < self._rest_until)):
+        self._pieces += [(each.text, each.token_ids) for each in deltas]
+        if not finished and (self._whole or time.monotonic() < self._rest_until):
             return replace(delta, text="")
-        text, ids = "".join(self._texts), tuple(self._ids)
-        self._texts.clear()
-        self._ids.clear()
-        parts = await (self._parse(text, ids) if self._whole else self._push(text, ids, finished))
+        pieces, self._pieces = self._pieces, []
+        if self._whole or not self.token_by_token:
+            pieces = [("".join(text for text, _ in pieces), tuple(id for _, ids in pieces for id in ids))]
+        parts = await (self._parse(*pieces[0]) if self._whole else self._push(pieces, finished))
         calls = parts.tool_calls
         if not self._parallel:
             calls = tuple(call for call in calls if call.position == 0)
@@ -79,19 +85,20 @@ class ChoiceReader:
             self.reasoning_tokens = self._parser.reasoning_tokens(self._all_ids)
         return replace(delta, text=parts.content, reasoning=parts.reasoning, tool_calls=calls, finish_reason=finish)
 
-    async def _push(self, text: str, ids: tuple[int, ...], finished: bool) -> Parts:
+    async def _push(self, pieces: Sequence[Piece], finished: bool) -> Parts:
         if self._parser is None:
-            return self._with_calls(Parts(text), finished)
+            return self._with_calls(Parts(pieces[0][0]), finished)
         try:
             if self._is_slow:
-                parts, seconds = await asyncio.to_thread(_timed_push, self._parser, text, ids, finished)
+                parts, seconds = await asyncio.to_thread(_timed_push, self._parser, pieces, finished)
             else:
-                parts, seconds = _timed_push(self._parser, text, ids, finished)
+                parts, seconds = _timed_push(self._parser, pieces, finished)
         except Exception as error:  # parsers are others' code, and raise what they like
             _log.exception("a parser failed in a stream")
             raise EngineFailed(f"the parser of tool calls or reasoning failed: {type(error).__name__}") from error
         self._is_slow = seconds > SLOW_SECONDS
-        self._rest_until = time.monotonic() + seconds / SHARE
+        if self._is_slow and not self.token_by_token:
+            self._rest_until = time.monotonic() + seconds / SHARE
         return self._with_calls(parts, finished)
 
     async def _parse(self, text: str, ids: tuple[int, ...]) -> Parts:
@@ -114,10 +121,12 @@ class ChoiceReader:
         return Parts(found.content, parts.reasoning, found.tool_calls)
 
 
-def _timed_push(parser: OutputParser, text: str, ids: tuple[int, ...], finished: bool) -> tuple[Parts, float]:
+def _timed_push(parser: OutputParser, pieces: Sequence[Piece], finished: bool) -> tuple[Parts, float]:
     """The parts, and the seconds of CPU time."""
-    started = time.thread_time()
-    parts = parser.push(text, ids, finished=finished)
+    started, last = time.thread_time(), len(pieces) - 1
+    parts = Parts()
+    for number, (text, ids) in enumerate(pieces):
+        parts = parts.then(parser.push(text, ids, finished=finished and number == last))
     return parts, time.thread_time() - started
 
 

@@ -20,6 +20,12 @@ class Parts:
     reasoning: str = ""
     tool_calls: tuple[ToolCallDelta, ...] = ()
 
+    def then(self, later: Parts) -> Parts:
+        """This piece and the next one, as one."""
+        return Parts(
+            self.content + later.content, self.reasoning + later.reasoning, (*self.tool_calls, *later.tool_calls)
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Asked:
@@ -36,7 +42,13 @@ class Asked:
 
 
 class OutputParser(Protocol):
-    """Parses one choice, either piece by piece with `push` or at once with `parse`. Both may raise anything."""
+    """Parses one choice, either piece by piece with `push` or at once with `parse`. Both may raise anything.
+
+    With `takes_many`, a piece may have several tokens.
+    """
+
+    @property
+    def takes_many(self) -> bool: ...
 
     def push(self, text: str, token_ids: Sequence[int], *, finished: bool) -> Parts:
         """Takes the choice's next piece, and returns what is certain about it and about earlier pieces."""

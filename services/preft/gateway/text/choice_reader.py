@@ -65,8 +65,8 @@ class ChoiceReader:
         for later in deltas[1:]:
             delta = delta.then(later)
         finished = delta.finish_reason is not None
-        if self._parser is None and not self._whole:
-            return self._with_parts(delta, self._with_calls(Parts(delta.text), finished))
+        if self._calls is not None and self._parser is None and not self._whole:
+            return self._with_parts(delta, self._calls.push(delta.text, finished=finished))
         if self._counts_reasoning:
             self._all_ids.extend(delta.token_ids)
         self._pieces += [(each.text, each.token_ids) for each in deltas]

@@ -17,6 +17,10 @@ from transformers import AutoTokenizer
 from preft.core.errors import InvalidRequest
 from preft.core.structured import StructuredOutputs
 from preft.engine.grammar import FormChecks, Grammars, OutputGrammar
+from preft.gateway.bodies.messages import Tool
+from preft.gateway.bodies.tool_choice import NamedTool, ToolChoice, forced_form
+from preft.gateway.text.choice_reader import joined_calls
+from preft.gateway.text.forced_calls import CallArray, ForcedCalls, NamedCall
 from support.json_schemas import random_schema
 from support.models import EOS, make_model
 from support.small_tokenizers import word_level
@@ -291,3 +295,34 @@ def test_a_form_begins_behind_a_token_and_no_end_comes_before(grammars: Grammars
     assert allowed(grammars, continued) == allowed(grammars, grammar_of(grammars, text[:1], choice=("ab", "ba")))
     for tokens in ([5, EOS], [5, STOP], [5, 77, EOS], [77, *encode("x")]):
         assert not grammar_of(grammars, **wanted).accept_tokens("", tokens)
+
+
+def test_forced_calls_end_and_fit_whatever_tokens_are_drawn(folder: Path, grammars: Grammars) -> None:
+    level = {"$defs": {"level": {"enum": ["low", "high"]}}}
+    paint = {"type": "object", "properties": {"level": {"$ref": "#/$defs/level"}}, "required": ["level"], **level}
+    wait = {"type": "object", "properties": {"hours": {"type": "array", "items": {"type": "boolean"}, "maxItems": 3}}}
+    wait |= {"required": ["hours"], "additionalProperties": False}
+    parameters = {"paint": {**paint, "additionalProperties": False}, "wait": wait}
+    tools = [
+        Tool.model_validate({"function": {"name": name, "parameters": schema}}) for name, schema in parameters.items()
+    ]
+    tokenizer, draw = AutoTokenizer.from_pretrained(str(folder)), random.Random(3)
+    called = set()
+    choices: list[ToolChoice] = ["required", NamedTool("paint"), NamedTool("wait")]
+    for choice in choices * 5:
+        form = forced_form(tools, choice, parallel=False)
+        assert form is not None
+        grammar, output = grammars.compiled(form, [EOS], 0, []).result(), list[int]()
+        while not output or output[-1] != EOS:
+            output.append(draw.choice(sorted(allowed(grammars, grammar) & set(range(VOCABULARY)))))
+            assert grammar.accept_tokens("", output[-1:])
+            assert len(output) < 150
+        found: ForcedCalls = CallArray(lambda name, position: "id")
+        if isinstance(choice, NamedTool):
+            found = NamedCall(choice.name, lambda name, position: "id")
+        parts = found.push(tokenizer.decode(output[:-1]), finished=True)
+        [call] = joined_calls(list(parts.tool_calls))
+        assert parts.content == ""
+        jsonschema.validate(json.loads(call.arguments), parameters[call.name])
+        called.add(call.name)
+    assert called == {"paint", "wait"}

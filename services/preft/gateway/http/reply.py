@@ -5,19 +5,21 @@ Formats only; `respond` transports. Field names and their order follow OpenAI wi
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import dataclass, field
 from json import JSONEncoder
 from json.encoder import encode_basestring_ascii as quote
 from typing import Any
 
-from preft.core.request import FinishReason, TokenLogprob
+from preft.core.request import FinishReason, PromptLogprobs, TokenLogprob
 from preft.gateway.api_call import ApiCall
-from preft.gateway.http.logprobs import LogprobFormat
+from preft.gateway.http.logprobs import LogprobFormat, prompt_json
 from preft.gateway.text.choice import ChoiceDelta
 from preft.gateway.text.tokenizer import Tokenizer
 
 _dumps = JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+_dump_text = JSONEncoder(separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,7 @@ class ReplyOptions:
     token_ids: bool = False
     usage: bool = False
     continuous_usage: bool = False
+    prompt_logprobs: bool = False
 
 
 @dataclass(slots=True)
@@ -41,8 +44,11 @@ class WholeChoice:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
     def add(self, delta: ChoiceDelta) -> None:
+        if delta.prompt_logprobs is not None:
+            self.prompt_logprobs = delta.prompt_logprobs
         self.texts.append(delta.text)
         self.token_ids.extend(delta.token_ids)
         self.logprobs.extend(delta.logprobs)
@@ -57,6 +63,7 @@ class WholeChoice:
             tuple(self.logprobs),
             self.finish_reason,
             self.stop_reason,
+            prompt_logprobs=self.prompt_logprobs,
         )
 
 
@@ -74,6 +81,7 @@ class Shape:
     def __init__(self, call: ApiCall, tokenizer: Tokenizer, options: ReplyOptions) -> None:
         self._call = call
         self._options = options
+        self._tokenizer = tokenizer
         adapter = call.requests[0].adapter  # the version that answers, of all versions of the name
         self._envelope = {
             "id": call.id,
@@ -96,7 +104,7 @@ class Shape:
     def chunk(self, delta: ChoiceDelta) -> str:
         """The server-sent events for `delta`; empty if `delta` shows nothing new."""
         index = delta.index
-        opening = "" if self._started[index] else self._open(index)
+        opening = "" if self._started[index] else self._open(delta)
         self._generated[index] += len(delta.token_ids)
         if self._detailed or delta.finish_reason is not None:
             return opening + self._event([self._chunk_choice(delta)], **self._usage_so_far(index))
@@ -122,9 +130,19 @@ class Shape:
             "usage": self._usage(self._call.prompt_tokens, generated, cached_tokens),
         }
 
-    def _open(self, index: int) -> str:
-        self._started[index] = True
+    def whole_json(self, choices: list[ChoiceDelta], cached_tokens: int) -> str:
+        """The JSON text of `whole`."""
+        return _dump_text(self.whole(choices, cached_tokens))
+
+    def _open(self, delta: ChoiceDelta) -> str:
+        """The events before the choice's first delta."""
+        self._started[delta.index] = True
         return ""
+
+    def _prompt_json(self, choice: ChoiceDelta) -> str:
+        if not self._options.prompt_logprobs or choice.prompt_logprobs is None:
+            return "null"
+        return prompt_json(choice.prompt_logprobs, self._tokenizer)
 
     def _chunk_choice(self, delta: ChoiceDelta) -> dict[str, Any]:
         raise NotImplementedError
@@ -170,13 +188,41 @@ class CompletionShape(Shape):
         self._offsets = [0] * len(self._generated)
         self._prompt_shown = [not options.token_ids] * len(self._generated)
 
+    def whole_json(self, choices: list[ChoiceDelta], cached_tokens: int) -> str:
+        body = self.whole(choices, cached_tokens)
+        ends = [self._prompt_json(choice) for choice in choices[:: self._call.n]]  # the same for choices of one prompt
+        texts = [
+            f'{_dump_text(choice)[:-1]},"prompt_logprobs":{ends[place // self._call.n]}}}'
+            for place, choice in enumerate(body.pop("choices"))
+        ]
+        return f'{_dump_text(body)[:-1]},"choices":[{",".join(texts)}]}}'
+
+    def _open(self, delta: ChoiceDelta) -> str:
+        """Begins a choice with its prompt, if the reply shall have it."""
+        opening = super()._open(delta)
+        if not self._call.echoes:
+            return opening
+        prompt = ChoiceDelta(delta.index, "", (), prompt_logprobs=delta.prompt_logprobs)
+        return opening + self._event([self._choice(prompt, echo=True)], **self._usage_so_far(delta.index))
+
+    def _whole_choice(self, choice: ChoiceDelta) -> dict[str, Any]:
+        return self._choice(choice, echo=bool(self._call.echoes))
+
     def _chunk_choice(self, delta: ChoiceDelta) -> dict[str, Any]:
+        return self._choice(delta, echo=False)
+
+    def _choice(self, delta: ChoiceDelta, *, echo: bool) -> dict[str, Any]:
+        """The choice, behind its prompt if `echo`."""
         index, logprobs = delta.index, None
         if self._logprobs is not None:
-            logprobs, self._offsets[index] = self._logprobs.completion(delta.logprobs, self._offsets[index])
+            first, entries = None, itertools.chain(delta.logprobs)
+            if echo:
+                first = self._prompt(index)[0]
+                entries = itertools.chain(delta.prompt_logprobs or (), delta.logprobs)
+            logprobs, self._offsets[index] = self._logprobs.completion(entries, self._offsets[index], first)
         choice = {
             "index": index,
-            "text": delta.text,
+            "text": self._call.echoes[index // self._call.n] + delta.text if echo else delta.text,
             "logprobs": logprobs,
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
@@ -197,19 +243,24 @@ class ChatShape(Shape):
     plain_head = '"delta":{"content":'
     plain_tail = '},"logprobs":null,"finish_reason":null}]'
 
-    def _open(self, index: int) -> str:
+    def _open(self, delta: ChoiceDelta) -> str:
         """Begins a choice with its role."""
+        index = delta.index
         self._started[index] = True
-        delta = {"role": "assistant", "content": ""}
-        more: dict[str, Any] = {"prompt_token_ids": self._prompt(index)} if self._options.token_ids else {}
-        more |= self._usage_so_far(index)
-        return self._event([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}], **more)
+        first = {"role": "assistant", "content": "".join(self._call.echoes)}
+        more = self._about_prompt() | self._usage_so_far(index)
+        return self._event([{"index": index, "delta": first, "logprobs": None, "finish_reason": None}], **more)
 
     def whole(self, choices: list[ChoiceDelta], cached_tokens: int) -> dict[str, Any]:
-        body = super().whole(choices, cached_tokens)
-        if self._options.token_ids:
-            body["prompt_token_ids"] = self._prompt(0)
-        return body
+        return super().whole(choices, cached_tokens) | self._about_prompt()
+
+    def whole_json(self, choices: list[ChoiceDelta], cached_tokens: int) -> str:
+        body = super().whole_json(choices, cached_tokens)
+        return f'{body[:-1]},"prompt_logprobs":{self._prompt_json(choices[0])}}}'
+
+    def _about_prompt(self) -> dict[str, Any]:
+        about: dict[str, Any] = {"prompt_token_ids": self._prompt(0)} if self._options.token_ids else {}
+        return about if self._call.rendered is None else about | {"prompt_text": self._call.rendered}
 
     def _chunk_choice(self, delta: ChoiceDelta) -> dict[str, Any]:
         choice: dict[str, Any] = {
@@ -227,7 +278,11 @@ class ChatShape(Shape):
     def _whole_choice(self, choice: ChoiceDelta) -> dict[str, Any]:
         body: dict[str, Any] = {
             "index": choice.index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "message": {
+                "role": "assistant",
+                "content": "".join((*self._call.echoes, choice.text)),
+                "refusal": None,
+            },
             "logprobs": None if self._logprobs is None else self._logprobs.chat(choice.logprobs),
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,

@@ -1,4 +1,4 @@
-"""Log probabilities of the prompt are the reference's, with the adapter, in every form in which clients ask for them."""
+"""The prompt's log probabilities are the reference's, with the adapter, in every form in which clients ask for them."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_echo_without_output(either: Served) -> None:
 
 @pytest.mark.parametrize("adapter", [None, "bob", "direft"])
 def test_the_harness_request_scores_continuations(either: Served, adapter: str | None) -> None:
-    """lm-evaluation-harness, model `local-completions`: its request for log likelihoods, and its reading of the reply."""
+    """lm-evaluation-harness, model `local-completions`: its request for log likelihoods, and how it reads the reply."""
     contexts = [prompt_of(20, seed=6), prompt_of(7, seed=7)]
     continuations = [prompt_of(4, seed=8), prompt_of(9, seed=9)]
     payload = {

@@ -41,8 +41,9 @@ class Sampling:
 
     `temperature` 0 is greedy; `top_k` 0 means all tokens; `logprobs` None means none, k means the sampled token and
     the k most likely. `prompt_logprobs` means the same for the prompt's tokens. `stop_token_ids` are the caller's;
-    `eos_token_ids` are the model's and are ignored under `ignore_eos`. `max_tokens` and `min_tokens` count output tokens, the first one included. Choice i of a seeded
-    request uses `seed + i`. `structured_outputs` is the form of every choice's text.
+    `eos_token_ids` are the model's and are ignored under `ignore_eos`. `max_tokens` and `min_tokens` count output
+    tokens, the first one included. Choice i of a seeded request uses `seed + i`. `structured_outputs` is the form of
+    every choice's text.
     """
 
     max_tokens: Annotated[int, Field(ge=1, le=INT32_MAX)]

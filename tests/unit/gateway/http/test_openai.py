@@ -90,6 +90,7 @@ async def test_a_completion(gateway):
         "logprobs": None,
         "finish_reason": "length",
         "stop_reason": None,
+        "prompt_logprobs": None,
     }
     assert body["usage"] == {
         "prompt_tokens": 3,

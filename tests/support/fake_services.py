@@ -201,6 +201,8 @@ class DecodeService(workers_pb2_grpc.DecodeWorkerServicer):
         prompt = None
         begins = self.worker.role is Role.COLOCATED and index == position == 0
         if begins and request.sampling.HasField("prompt_logprobs"):
-            top, digest = request.sampling.prompt_logprobs, request.adapter_digest
-            prompt = made_up(list(request.prompt_token_ids), top, digest)
+            prompt = self._prompt_logprobs(request)
         return TokenDelta(index, (token,), finish_reason=FinishReason.LENGTH if last else None, prompt_logprobs=prompt)
+
+    def _prompt_logprobs(self, request: workers_pb2.DecodeRequest) -> PromptLogprobs | None:
+        return made_up(list(request.prompt_token_ids), request.sampling.prompt_logprobs, request.adapter_digest)

@@ -157,11 +157,13 @@ async def _token_ids(body: CompletionBody, deps: GatewayDeps) -> Sequence[tuple[
 def _truncated(prompt: tuple[int, ...], body: GenerationBody, deps: GatewayDeps) -> tuple[int, ...]:
     """The prompt's last `truncate_prompt_tokens` tokens, or its first ones with `truncation_side` right.
 
-    -1 leaves room for one token of output.
+    -1 leaves room for one token of output. Raises InvalidRequest for 0.
     """
     size = body.truncate_prompt_tokens
     if size is None:
         return prompt
+    if size == 0:
+        raise InvalidRequest("truncate_prompt_tokens=0 would leave no prompt.", "truncate_prompt_tokens")
     size = deps.max_model_len - 1 if size < 0 else size
     start = max(0, len(prompt) - size) if body.truncation_side == "left" else 0
     return prompt[start : start + size]

@@ -106,6 +106,11 @@ REPLIES = (
     ("/v1/completions", {"model": "base", "prompt": "hi", "stop": "f"}),
     ("/v1/chat/completions", {"model": "base", "messages": USER, "logprobs": True, "top_logprobs": 2}),
     ("/v1/chat/completions", {"model": "base", "messages": USER, "return_token_ids": True}),
+    ("/v1/completions", {"model": "ann", "prompt": "hi", "logprobs": 1, "echo": True, "prompt_logprobs": 2}),
+    ("/v1/chat/completions", {"model": "base", "messages": USER, "prompt_logprobs": 1, "return_prompt_text": True}),
+    ("/tokenize", {"prompt": "hi", "return_token_strs": True}),
+    ("/tokenize", {"messages": USER}),
+    ("/detokenize", {"tokens": [5]}),
 )
 
 
@@ -117,7 +122,7 @@ async def test_replies_are_as_described(served, path, body):
 
 
 async def test_replies_without_a_body_are_as_described(served):
-    for path in ("/health", "/ready", "/v1/models", "/v1/adapters"):
+    for path in ("/health", "/ready", "/version", "/v1/models", "/v1/adapters"):
         conforms(served.described, "GET", path, await served.client.get(path))
     for method, path in ("GET", "/v1/models/{name}"), ("GET", "/v1/adapters/{name}"), ("DELETE", "/v1/adapters/{name}"):
         for _ in range(2):

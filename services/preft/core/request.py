@@ -43,7 +43,7 @@ class Sampling:
     the k most likely. `prompt_logprobs` means the same for the prompt's tokens. `stop_token_ids` are the caller's;
     `eos_token_ids` are the model's and are ignored under `ignore_eos`. `max_tokens` and `min_tokens` count output
     tokens, the first one included. Choice i of a seeded request uses `seed + i`. `structured_outputs` is the form of
-    every choice's text.
+    every choice's text. Output has no other tokens than `allowed_token_ids`, if there are any.
     """
 
     max_tokens: Annotated[int, Field(ge=1, le=INT32_MAX)]
@@ -63,6 +63,7 @@ class Sampling:
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     structured_outputs: StructuredOutputs | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    allowed_token_ids: Annotated[tuple[int, ...], Field(max_length=MAX_IDS)] = ()
 
 
 PARAMETERS = tuple(field.name for field in fields(Sampling))

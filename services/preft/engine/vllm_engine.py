@@ -137,6 +137,7 @@ def sampling_params(request: EngineRequest, role: Role) -> SamplingParams:
     ours = ("eos_token_ids", "structured_outputs")
     params = {name: getattr(sampling, name) for name in PARAMETERS if name not in ours}
     params |= {"ignore_eos": True, "stop_token_ids": list(stop), "logit_bias": dict(sampling.logit_bias) or None}
+    params["allowed_token_ids"] = list(sampling.allowed_token_ids) or None
     if role is Role.PREFILL:
         params |= {"max_tokens": 1, "min_tokens": min(sampling.min_tokens, 1)}
     if role is Role.DECODE or request.index or request.output_token_ids:

@@ -215,6 +215,7 @@ def _new_call(
     tokenizer = deps.tokenizer
     check_ids(body.stop_token_ids, tokenizer, "stop_token_ids")
     check_ids(body.logit_bias, tokenizer, "logit_bias")
+    check_ids(body.allowed_token_ids or (), tokenizer, "allowed_token_ids")
     unique = uuid.uuid4().hex
     call_id = f"{body.id_prefix}-{body.request_id or unique}"
     # Callers may reuse an id, and workers need unique ids.
@@ -265,7 +266,7 @@ def _check_prompt_values(body: GenerationBody, prompts: Sequence[tuple[int, ...]
 
 
 def _max_tokens(body: GenerationBody, prompt_len: int, default: int | None, limit: int) -> int:
-    """The output limit of one prompt in tokens: the wanted limit, else the default within the context's room."""
+    """The output limit of one prompt in tokens: the wanted limit, else the default, within the context's room."""
     room = limit - prompt_len
     if room < 1:
         raise InvalidRequest(
@@ -275,12 +276,10 @@ def _max_tokens(body: GenerationBody, prompt_len: int, default: int | None, limi
     wanted = body.wanted_tokens
     if wanted is None:
         wanted = room if default is None else min(room, default)
-    elif wanted > room:
-        raise InvalidRequest(
-            f"The prompt has {prompt_len} tokens and max_tokens is {wanted}, together more than the model's context"
-            f" of {limit} tokens.",
-            "max_tokens",
-        )
+    elif wanted > limit:
+        raise InvalidRequest(f"max_tokens is {wanted}, more than the model's context of {limit} tokens.", "max_tokens")
+    else:
+        wanted = min(wanted, room)  # as in vLLM: clients often ask for more than a long prompt leaves
     if body.min_tokens > wanted:
         raise InvalidRequest(f"min_tokens ({body.min_tokens}) is more than max_tokens ({wanted}).", "min_tokens")
     return wanted
@@ -296,6 +295,7 @@ def _sampling(body: GenerationBody, tokenizer: Tokenizer, max_tokens: int) -> Sa
         "seed": _seed(body),
         "eos_token_ids": tokenizer.eos_token_ids,
         "stop_token_ids": tuple(dict.fromkeys(body.stop_token_ids)),
+        "allowed_token_ids": tuple(dict.fromkeys(body.allowed_token_ids or ())),
         "logprobs": body.wanted_logprobs,
         "structured_outputs": body.wanted_outputs,
     }

@@ -12,7 +12,7 @@ from preft.core.errors import InvalidRequest
 from preft.gateway.bodies.values import overflow_in
 
 # Long lists of numbers, whose readers check every number.
-_NUMBERS = frozenset({"prompt", "stop_token_ids"})
+_NUMBERS = frozenset({"prompt", "stop_token_ids", "allowed_token_ids"})
 
 # No effect on the tokens here, whatever the value: the caller's own bookkeeping, ...
 ACCEPTED = frozenset(
@@ -31,7 +31,6 @@ ACCEPTED = frozenset(
 
 # OpenAI or vLLM knows these parameters; this server doesn't serve them. The listed values change nothing: accepted.
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "allowed_token_ids": (),
     "audio": (),
     "bad_words": ([],),
     "chat_template": (),

@@ -79,6 +79,9 @@ class GenerationBody(Strict):
     ignore_eos: bool = False
     stop: Annotated[tuple[str, ...], PlainValidator(read_stops, json_schema_input_type=NonEmpty | list[NonEmpty])] = ()
     stop_token_ids: Annotated[list[Integer], BeforeValidator(at_most(MAX_IDS))] = Field(default_factory=list)
+    allowed_token_ids: Annotated[list[Integer], Field(min_length=1), BeforeValidator(at_most(MAX_IDS))] | None = (
+        None  # output has no others
+    )
     logit_bias: Annotated[
         dict[int, float], PlainValidator(read_logit_bias, json_schema_input_type=dict[str, float])
     ] = Field(default_factory=dict)

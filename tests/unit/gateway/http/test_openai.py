@@ -291,13 +291,13 @@ async def test_large_chats_are_rendered_in_a_thread(gateway, monkeypatch, body, 
 
 
 async def test_many_token_ids_are_checked_in_a_thread(gateway, monkeypatch):
-    check, threads = api_call._check_ids, []
+    check, threads = api_call.check_ids, []
 
     def watched(*arguments: Any) -> None:
         threads.append(threading.current_thread())
         check(*arguments)
 
-    monkeypatch.setattr(api_call, "_check_ids", watched)
+    monkeypatch.setattr(api_call, "check_ids", watched)
     monkeypatch.setattr(api_call, "INLINE_IDS", 100)
     for count, in_thread in (2, False), (3, True):
         threads.clear()

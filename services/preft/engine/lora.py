@@ -61,7 +61,7 @@ class GroupedPunicaWrapper(PunicaWrapperBase):
         self._head_ranks = np.zeros(slots, dtype=np.int64)
         self._first, self._last = np.full(slots, EVERY), np.zeros(slots, dtype=np.int64)
         self._named = np.empty(0, dtype=np.int64)
-        self._scored: int | None = None  # the slot whose adapter acts on all rows of logits, within `scores_prompt_of`
+        self._scored: int | None = None  # within `scores_prompt_of`: the slot of the adapter of all rows, or BASE
 
     def hold(self, slot: int, lora_rank: int, reft: ReftConfig | None, head_rank: int = 0) -> None:
         """Declares the content of a slot: a LoRA of at most `lora_rank` (0: none), a ReFT, or both.
@@ -145,6 +145,8 @@ class GroupedPunicaWrapper(PunicaWrapperBase):
         Within `scores_prompt_of`, rows are any of one prompt.
         """
         a, b = ([stack.squeeze(1) for stack in stacks] for stacks in (lora_a_stacked, lora_b_stacked))
+        if self._scored == BASE:
+            return
         if self._scored is not None:
             rank = int(self._head_ranks[self._scored])
             down, up = a[0][self._scored, :rank].float(), b[0][self._scored, :, :rank].float()
@@ -154,7 +156,7 @@ class GroupedPunicaWrapper(PunicaWrapperBase):
 
     @contextmanager
     def scores_prompt_of(self, slot: int) -> Iterator[None]:
-        """Within the context, all logits are those of one prompt's tokens, under the adapter in `slot`."""
+        """Within the context, all logits are those of one prompt's tokens, under the adapter in `slot`, or BASE."""
         self._scored = slot
         try:
             yield
@@ -277,9 +279,12 @@ class GroupedLoRAModelManager(LRUCacheLoRAModelManager):
         """
         self._punica.limit(positions, prompts - positions)
 
-    def scores_prompt_of(self, lora_id: int) -> AbstractContextManager[None]:
-        """Within the context, all logits are those of one prompt's tokens, under this adapter, which is in a slot."""
-        return self._punica.scores_prompt_of(self.lora_index_to_id.index(lora_id))
+    def scores_prompt_of(self, lora_id: int | None) -> AbstractContextManager[None]:
+        """Within the context, all logits are those of one prompt's tokens, under this adapter, which is in a slot.
+
+        None is the base model. Without the context, rows of logits are taken for those of the step's sampled tokens.
+        """
+        return self._punica.scores_prompt_of(BASE if lora_id is None else self.lora_index_to_id.index(lora_id))
 
 
 def _pin(memory: memoryview) -> None:
@@ -364,7 +369,7 @@ class GroupedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         """See `GroupedLoRAModelManager.place_tokens`."""
         self._adapter_manager.place_tokens(positions, prompts)
 
-    def scores_prompt_of(self, lora_id: int) -> AbstractContextManager[None]:
+    def scores_prompt_of(self, lora_id: int | None) -> AbstractContextManager[None]:
         """See `GroupedLoRAModelManager.scores_prompt_of`."""
         context: AbstractContextManager[None] = self._adapter_manager.scores_prompt_of(lora_id)
         return context

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ SLICE_BYTES = 64 << 20  # of float32 logits; their log probabilities take as muc
 
 
 class PromptLogprobRunner:
-    """A mixin; put it before a V1 model runner class. Uses `lora_manager`, if there is one."""
+    """A mixin; put it before a V1 model runner class. Uses `lora_manager`, so the engine must have adapters."""
 
     def _get_prompt_logprobs_dict(
         self: Any, hidden_states: torch.Tensor, num_scheduled_tokens: Mapping[str, int]
@@ -64,8 +63,7 @@ class PromptLogprobRunner:
         tokens = torch.tensor(state.prompt_token_ids[start + 1 : end + 1], device=self.device)
         size = max(1, SLICE_BYTES // (4 * self.model_config.get_vocab_size()))
         lora = state.lora_request
-        adapted = self.lora_manager.scores_prompt_of(lora.lora_int_id) if lora is not None else nullcontext()
-        with adapted:
+        with self.lora_manager.scores_prompt_of(lora.lora_int_id if lora is not None else None):
             for row in range(start, end, size):
                 rows = slice(row, min(row + size, end))
                 logits = self.model.compute_logits(hidden_states[first + rows.start : first + rows.stop])

@@ -21,6 +21,7 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
 from preft.engine.head import HeadLayer, wrap_head
 from preft.engine.lora import GroupedPunicaWrapper
+from preft_kernels.token_groups import BASE
 
 VOCAB, PADDED, HIDDEN, RANK, SLOTS = 300_000, 300_032, 16, 8, 2  # more than vLLM's own layer takes
 
@@ -102,7 +103,8 @@ def test_a_scored_prompt_has_its_adapter_in_every_row() -> None:
     hidden = torch.randn(11, HIDDEN)  # more rows than sequences
     raw = linear(served.lm_head, hidden)[:, :VOCAB]
     changed = raw + hidden @ a[: RANK - 3].T @ b[:, : RANK - 3].T
-    for slot, expected in (1, changed), (0, raw):
+    wrapper.update_metadata(LoRAMapping((6, 6), (6, 6), is_prefill=True), [5, 6], SLOTS + 1, VOCAB)  # others' rows
+    for slot, expected in (1, changed), (0, raw), (BASE, raw):
         with wrapper.scores_prompt_of(slot):
             found = served.logits_processor(served.lm_head, hidden)
         torch.testing.assert_close(found, torch.tanh(expected / 3.0) * 3.0 * 0.5, rtol=1e-4, atol=1e-4)

@@ -68,11 +68,12 @@ class Runner(PromptLogprobRunner):
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         self.most_rows = max(self.most_rows, len(hidden))
-        return hidden @ self.head * (self.adapter or 1)
+        assert self.adapter is not None  # else the logits are taken for those of sampled tokens, with their adapters
+        return hidden @ self.head * self.adapter
 
     @contextmanager
-    def _under(self, lora_id: int) -> Any:
-        self.adapter = lora_id
+    def _under(self, lora_id: int | None) -> Any:
+        self.adapter = lora_id or 1
         yield
         self.adapter = None
 

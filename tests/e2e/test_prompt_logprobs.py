@@ -65,32 +65,41 @@ def test_prompt_logprobs_are_the_references(either: Served, adapter: str | None)
     assert either.cluster.idle()
 
 
+def test_prompts_of_every_kind_at_once(either: Served) -> None:
+    """No prompt's logits have the adapter of another request in the step."""
+    scored_beside_others(either, [(prompt_of(20 + 9 * number, number), kind) for number, kind in enumerate(KINDS)])
+
+
 def test_prompts_in_chunks_beside_others(tight: Served) -> None:
     """64-token chunks, some of which end right before the prompt's end, in steps that others share."""
     lengths = (1, 2, 64, 65, 128, 200)
-    asks = [(prompt_of(length, seed=length), KINDS[number % len(KINDS)]) for number, length in enumerate(lengths)]
+    scored_beside_others(
+        tight, [(prompt_of(length, length), KINDS[i % len(KINDS)]) for i, length in enumerate(lengths)]
+    )
 
+
+def scored_beside_others(served: Served, asks: list[tuple[list[int], str | None]]) -> None:
     async def main() -> tuple[list[Any], list[Any]]:
         limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=tight.cluster.url, timeout=300, limits=limits) as client:
+        async with httpx.AsyncClient(base_url=served.cluster.url, timeout=300, limits=limits) as client:
 
             async def score(prompt: list[int], adapter: str | None) -> Any:
-                body = {"model": adapter or tight.name, "prompt": prompt, "max_tokens": 8, "prompt_logprobs": 2}
+                body = {"model": adapter or served.name, "prompt": prompt, "max_tokens": 8, "prompt_logprobs": 2}
                 more = {"temperature": 0, "ignore_eos": True, "return_token_ids": True}
                 response = await client.post("/v1/completions", json=body | more)
                 assert response.status_code == 200, response.text
                 return response.json()["choices"][0]
 
-            plain = [complete(client, tight.name, Ask(prompt, 8, adapter)) for prompt, adapter in asks]
+            plain = [complete(client, served.name, Ask(prompt, 8, adapter)) for prompt, adapter in asks]
             both = await asyncio.gather(*(score(*one) for one in asks), *plain)
             return both[: len(asks)], both[len(asks) :]
 
     scored, plain = asyncio.run(main())
     for (prompt, adapter), choice, other in zip(asks, scored, plain, strict=True):
-        tokens = tight.expected(prompt, 8, adapter)
+        tokens = served.expected(prompt, 8, adapter)
         assert choice["token_ids"] == other["choices"][0]["token_ids"] == tokens
-        check_rows(tight, prompt, adapter, choice["prompt_logprobs"], 2)
-    assert tight.cluster.idle()
+        check_rows(served, prompt, adapter, choice["prompt_logprobs"], 2)
+    assert served.cluster.idle()
 
 
 def check_echo(served: Served, adapter: str, prompt: list[int], choice: dict[str, Any], tokens: int) -> None:

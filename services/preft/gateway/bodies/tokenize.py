@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from preft.core.errors import InvalidRequest
 from preft.gateway.bodies.messages import MAX_MESSAGES, MAX_TOOLS, Message, Tool
+from preft.gateway.bodies.parse import first_problem
 from preft.gateway.bodies.schemas import ChatBody, Integer, NonEmpty, Strict
-from preft.gateway.bodies.values import at_most
+from preft.gateway.bodies.values import at_most, overflow_in
 
 _OF_CHATS = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools")
 
@@ -40,18 +41,29 @@ class TokenizeBody(Strict):
                     raise InvalidRequest(f"{name} needs messages.", name)
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers_are_finite(cls, given: dict[str, Any]) -> dict[str, Any]:
+        for name, value in given.items():
+            if (path := overflow_in(value)) is not None:
+                raise InvalidRequest(f"{name}{path}: the number is too large.", name + path)
+        return given
+
     def chat(self, model: str) -> ChatBody:
-        """The chat as a request to `model`. Raises ValidationError."""
-        return ChatBody(
-            model=model,
-            messages=self.messages or [],
-            add_special_tokens=bool(self.add_special_tokens),
-            add_generation_prompt=self.add_generation_prompt,
-            continue_final_message=self.continue_final_message,
-            chat_template_kwargs=self.chat_template_kwargs or {},
-            tools=self.tools or [],
-            tool_choice="none" if self.tools else None,
-        )
+        """The chat as a request to `model`. Raises InvalidRequest."""
+        try:
+            return ChatBody(
+                model=model,
+                messages=self.messages or [],
+                add_special_tokens=bool(self.add_special_tokens),
+                add_generation_prompt=self.add_generation_prompt,
+                continue_final_message=self.continue_final_message,
+                chat_template_kwargs=self.chat_template_kwargs or {},
+                tools=self.tools or [],
+                tool_choice="none" if self.tools else None,
+            )
+        except ValidationError as error:
+            raise first_problem(error) from None
 
 
 class DetokenizeBody(Strict):

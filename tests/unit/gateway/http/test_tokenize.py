@@ -56,10 +56,17 @@ async def test_a_chat_is_what_a_chat_completion_would_be(gateway: Gateway, more:
         ({"messages": USER, "continue_final_message": True}, "continue_final_message"),
         ({"messages": USER, "chat_template": "x"}, "chat_template"),
         ({"prompt": "hi", "nothing": 1}, "nothing"),
+        ({"messages": USER, "tools": [{"type": "function"}]}, "tools[0].function"),
     ],
 )
 async def test_what_is_refused_is_named(gateway: Gateway, body: dict[str, Any], param: str) -> None:
     assert error(await post(gateway, "/tokenize", **body), 400)["param"] == param
+
+
+async def test_numbers_that_overflow_are_refused(gateway: Gateway) -> None:
+    content = b'{"messages": [{"role": "user", "content": "hi"}], "chat_template_kwargs": {"a": [1e999]}}'
+    response = await gateway.client.post("/tokenize", content=content, headers={"content-type": "application/json"})
+    assert error(response, 400)["param"] == "chat_template_kwargs.a[0]"
 
 
 async def test_token_ids_become_text(gateway: Gateway) -> None:

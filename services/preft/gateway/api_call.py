@@ -20,6 +20,7 @@ from preft.gateway.bodies.schemas import INT64_MAX, ChatBody, CompletionBody, Ge
 from preft.gateway.bodies.values import Prompt
 from preft.gateway.deps import GatewayDeps
 from preft.gateway.listing import served_version
+from preft.gateway.output_plan import OutputPlan, plan_output
 from preft.gateway.text.chat_prompt import ChatPrompt
 from preft.gateway.text.choice import TextOptions
 from preft.gateway.text.tokenizer import INLINE_CHARS, Tokenizer
@@ -48,6 +49,7 @@ class ApiCall:
     options: TextOptions
     reserved_tokens: int = 0
     form_param: str = "structured_outputs"  # the parameter that gave the output's form
+    reading: OutputPlan | None = None  # None: a choice's text is all content
     echoes: tuple[str, ...] = ()
     prompt_only: bool = False
     rendered: str | None = None  # a chat's prompt, if the reply shall show it
@@ -81,16 +83,25 @@ async def completion_call(
     return dataclasses.replace(call, echoes=echoes, prompt_only=body.max_tokens == 0)
 
 
-async def chat_call(body: ChatBody, deps: GatewayDeps, caller: Caller, *, deadline: float | None = None) -> ApiCall:
-    """As `completion_call`. Raises InvalidRequest also for a model without a chat template."""
+async def chat_call(
+    body: ChatBody, deps: GatewayDeps, caller: Caller, *, deadline: float | None = None, streamed: bool | None = None
+) -> ApiCall:
+    """As `completion_call`. Raises InvalidRequest also for a model without a chat template.
+
+    `streamed`: the deltas reach the caller one by one; None: as the body says.
+    """
     adapter = resolve_model(body.model, deps, caller)
+    whole = not (body.stream if streamed is None else streamed)
+    make = functools.partial(plan_output, body, deps.parsers, whole=whole)
+    plan = make() if _is_short(body) else await asyncio.to_thread(make)
     tokens, text = await chat_tokens(body, deps)
     prompts = [_truncated(tokens, body, deps)]
     if not prompts[0]:
         raise InvalidRequest("The messages make an empty prompt.", "messages")
     default = deps.tokenizer.defaults.get("max_tokens")
     call = _new_call(body, deps, caller, adapter, prompts, default, deadline)
-    return dataclasses.replace(call, echoes=body.echoes, rendered=text if body.return_prompt_text else None)
+    call = dataclasses.replace(call, echoes=body.echoes, rendered=text if body.return_prompt_text else None)
+    return call if plan is None else plan.on(call)
 
 
 async def chat_tokens(body: ChatBody, deps: GatewayDeps) -> tuple[tuple[int, ...], str]:
@@ -247,8 +258,7 @@ def _new_call(
         min_tokens=body.min_tokens,
         logprobs=body.wanted_logprobs is not None,
     )
-    form_param = "structured_outputs" if body.structured_outputs is not None else "response_format"
-    return ApiCall(call_id, body.model, tuple(requests), body.n, options, reserved, form_param)
+    return ApiCall(call_id, body.model, tuple(requests), body.n, options, reserved, body.form_param)
 
 
 def _check_prompt_values(body: GenerationBody, prompts: Sequence[tuple[int, ...]]) -> None:

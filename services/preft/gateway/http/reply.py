@@ -15,7 +15,8 @@ from typing import Any
 from preft.core.request import FinishReason, PromptLogprobs, TokenLogprob
 from preft.gateway.api_call import ApiCall
 from preft.gateway.http.logprobs import LogprobFormat, prompt_json
-from preft.gateway.text.choice import ChoiceDelta
+from preft.gateway.text.choice import ChoiceDelta, ToolCallDelta
+from preft.gateway.text.choice_reader import joined_calls
 from preft.gateway.text.tokenizer import Tokenizer
 
 _dumps = JSONEncoder(separators=(",", ":"), allow_nan=False).encode
@@ -44,12 +45,16 @@ class WholeChoice:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    reasoning: list[str] = field(default_factory=list)
+    tool_calls: list[ToolCallDelta] = field(default_factory=list)
     prompt_logprobs: PromptLogprobs | None = None
 
     def add(self, delta: ChoiceDelta) -> None:
         if delta.prompt_logprobs is not None:
             self.prompt_logprobs = delta.prompt_logprobs
         self.texts.append(delta.text)
+        self.reasoning.append(delta.reasoning)
+        self.tool_calls.extend(delta.tool_calls)
         self.token_ids.extend(delta.token_ids)
         self.logprobs.extend(delta.logprobs)
         self.finish_reason = delta.finish_reason
@@ -63,7 +68,9 @@ class WholeChoice:
             tuple(self.logprobs),
             self.finish_reason,
             self.stop_reason,
-            prompt_logprobs=self.prompt_logprobs,
+            "".join(self.reasoning),
+            joined_calls(self.tool_calls),
+            self.prompt_logprobs,
         )
 
 
@@ -104,22 +111,27 @@ class Shape:
     def chunk(self, delta: ChoiceDelta) -> str:
         """The server-sent events for `delta`; empty if `delta` shows nothing new."""
         index = delta.index
-        opening = "" if self._started[index] else self._open(delta)
+        opening = "" if self._started[index] else self._open(index)
         self._generated[index] += len(delta.token_ids)
         if self._detailed or delta.finish_reason is not None:
             return opening + self._event([self._chunk_choice(delta)], **self._usage_so_far(index))
+        if delta.reasoning or delta.tool_calls:
+            return opening + self._parts_chunk(delta)
         if not delta.text:
             return opening
         # The hot path, once per token: one JSON string between two prepared pieces.
         return f"{opening}{self._heads[index]}{quote(delta.text)}{self._tail}"
 
-    def end(self, cached_tokens: int) -> str:
+    def end(self, cached_tokens: int, reasoning_tokens: int | None = None) -> str:
         """The events after the last delta: usage, if the request asks for it."""
         if not self._options.usage:
             return ""
-        return self._event([], usage=self._usage(self._call.prompt_tokens, sum(self._generated), cached_tokens))
+        usage = self._usage(self._call.prompt_tokens, sum(self._generated), cached_tokens, reasoning_tokens)
+        return self._event([], usage=usage)
 
-    def whole(self, choices: list[ChoiceDelta], cached_tokens: int) -> dict[str, Any]:
+    def whole(
+        self, choices: list[ChoiceDelta], cached_tokens: int, reasoning_tokens: int | None = None
+    ) -> dict[str, Any]:
         """The body of a reply that isn't streamed."""
         generated = sum(len(choice.token_ids) for choice in choices)
         return {
@@ -127,22 +139,25 @@ class Shape:
             "object": self.whole_object,
             "choices": [self._whole_choice(choice) for choice in choices],
             "service_tier": None,
-            "usage": self._usage(self._call.prompt_tokens, generated, cached_tokens),
+            "usage": self._usage(self._call.prompt_tokens, generated, cached_tokens, reasoning_tokens),
         }
 
-    def whole_json(self, choices: list[ChoiceDelta], cached_tokens: int) -> str:
-        """The JSON text of `whole`."""
-        return _dump_text(self.whole(choices, cached_tokens))
+    def whole_json(self, choices: list[ChoiceDelta], cached_tokens: int, reasoning_tokens: int | None = None) -> str:
+        """The JSON text of `whole`, with the prompt's log probabilities."""
+        return _dump_text(self.whole(choices, cached_tokens, reasoning_tokens))
 
-    def _open(self, delta: ChoiceDelta) -> str:
-        """The events before the choice's first delta."""
-        self._started[delta.index] = True
+    def _open(self, index: int) -> str:
+        self._started[index] = True
         return ""
 
     def _prompt_json(self, choice: ChoiceDelta) -> str:
         if not self._options.prompt_logprobs or choice.prompt_logprobs is None:
             return "null"
         return prompt_json(choice.prompt_logprobs, self._tokenizer)
+
+    def _parts_chunk(self, delta: ChoiceDelta) -> str:
+        """The event for a delta that isn't text alone."""
+        return self._event([self._chunk_choice(delta)], **self._usage_so_far(delta.index))
 
     def _chunk_choice(self, delta: ChoiceDelta) -> dict[str, Any]:
         raise NotImplementedError
@@ -164,7 +179,7 @@ class Shape:
         return self._call.requests[index // self._call.n].prompt_token_ids
 
     @staticmethod
-    def _usage(prompt: int, generated: int, cached: int | None = None) -> dict[str, Any]:
+    def _usage(prompt: int, generated: int, cached: int | None = None, reasoning: int | None = None) -> dict[str, Any]:
         usage: dict[str, Any] = {
             "prompt_tokens": prompt,
             "total_tokens": prompt + generated,
@@ -172,6 +187,8 @@ class Shape:
         }
         if cached is not None:
             usage["prompt_tokens_details"] = {"cached_tokens": cached}
+        if reasoning is not None:
+            usage["completion_tokens_details"] = {"reasoning_tokens": reasoning}
         return usage
 
 
@@ -188,8 +205,8 @@ class CompletionShape(Shape):
         self._offsets = [0] * len(self._generated)
         self._prompt_shown = [not options.token_ids] * len(self._generated)
 
-    def whole_json(self, choices: list[ChoiceDelta], cached_tokens: int) -> str:
-        body = self.whole(choices, cached_tokens)
+    def whole_json(self, choices: list[ChoiceDelta], cached_tokens: int, reasoning_tokens: int | None = None) -> str:
+        body = self.whole(choices, cached_tokens, reasoning_tokens)
         ends = [self._prompt_json(choice) for choice in choices[:: self._call.n]]  # the same for choices of one prompt
         texts = [
             f'{_dump_text(choice)[:-1]},"prompt_logprobs":{ends[place // self._call.n]}}}'
@@ -197,13 +214,13 @@ class CompletionShape(Shape):
         ]
         return f'{_dump_text(body)[:-1]},"choices":[{",".join(texts)}]}}'
 
-    def _open(self, delta: ChoiceDelta) -> str:
+    def chunk(self, delta: ChoiceDelta) -> str:
         """Begins a choice with its prompt, if the reply shall have it."""
-        opening = super()._open(delta)
-        if not self._call.echoes:
-            return opening
+        if not self._call.echoes or self._started[delta.index]:
+            return super().chunk(delta)
         prompt = ChoiceDelta(delta.index, "", (), prompt_logprobs=delta.prompt_logprobs)
-        return opening + self._event([self._choice(prompt, echo=True)], **self._usage_so_far(delta.index))
+        opening = self._event([self._choice(prompt, echo=True)], **self._usage_so_far(delta.index))
+        return opening + super().chunk(delta)
 
     def _whole_choice(self, choice: ChoiceDelta) -> dict[str, Any]:
         return self._choice(choice, echo=bool(self._call.echoes))
@@ -243,19 +260,36 @@ class ChatShape(Shape):
     plain_head = '"delta":{"content":'
     plain_tail = '},"logprobs":null,"finish_reason":null}]'
 
-    def _open(self, delta: ChoiceDelta) -> str:
+    def __init__(self, call: ApiCall, tokenizer: Tokenizer, options: ReplyOptions) -> None:
+        super().__init__(call, tokenizer, options)
+        own = len(self.plain_head)
+        self._thought_heads = [f'{head[:-own]}"delta":{{"reasoning":' for head in self._heads]
+        self._call_heads = [f'{head[:-own]}"delta":{{"tool_calls":[{{"index":' for head in self._heads]
+
+    def _parts_chunk(self, delta: ChoiceDelta) -> str:
+        """Nearly as quick as the event for text, if the delta has thoughts alone or a piece of a call's arguments."""
+        index, calls = delta.index, delta.tool_calls
+        if not delta.text and not calls:
+            return f"{self._thought_heads[index]}{quote(delta.reasoning)}{self._tail}"
+        if not delta.text and not delta.reasoning and len(calls) == 1 and not calls[0].id and not calls[0].name:
+            arguments = f'"function":{{"arguments":{quote(calls[0].arguments)}}}'
+            return f"{self._call_heads[index]}{calls[0].position},{arguments}}}]{self._tail}"
+        return super()._parts_chunk(delta)
+
+    def _open(self, index: int) -> str:
         """Begins a choice with its role."""
-        index = delta.index
         self._started[index] = True
         first = {"role": "assistant", "content": "".join(self._call.echoes)}
         more = self._about_prompt() | self._usage_so_far(index)
         return self._event([{"index": index, "delta": first, "logprobs": None, "finish_reason": None}], **more)
 
-    def whole(self, choices: list[ChoiceDelta], cached_tokens: int) -> dict[str, Any]:
-        return super().whole(choices, cached_tokens) | self._about_prompt()
+    def whole(
+        self, choices: list[ChoiceDelta], cached_tokens: int, reasoning_tokens: int | None = None
+    ) -> dict[str, Any]:
+        return super().whole(choices, cached_tokens, reasoning_tokens) | self._about_prompt()
 
-    def whole_json(self, choices: list[ChoiceDelta], cached_tokens: int) -> str:
-        body = super().whole_json(choices, cached_tokens)
+    def whole_json(self, choices: list[ChoiceDelta], cached_tokens: int, reasoning_tokens: int | None = None) -> str:
+        body = super().whole_json(choices, cached_tokens, reasoning_tokens)
         return f'{body[:-1]},"prompt_logprobs":{self._prompt_json(choices[0])}}}'
 
     def _about_prompt(self) -> dict[str, Any]:
@@ -265,7 +299,7 @@ class ChatShape(Shape):
     def _chunk_choice(self, delta: ChoiceDelta) -> dict[str, Any]:
         choice: dict[str, Any] = {
             "index": delta.index,
-            "delta": {"content": delta.text},
+            "delta": _parts_of(delta),
             "logprobs": None if self._logprobs is None else self._logprobs.chat(delta.logprobs),
             "finish_reason": delta.finish_reason,
         }
@@ -278,11 +312,7 @@ class ChatShape(Shape):
     def _whole_choice(self, choice: ChoiceDelta) -> dict[str, Any]:
         body: dict[str, Any] = {
             "index": choice.index,
-            "message": {
-                "role": "assistant",
-                "content": "".join((*self._call.echoes, choice.text)),
-                "refusal": None,
-            },
+            "message": _message_of(choice, "".join(self._call.echoes)),
             "logprobs": None if self._logprobs is None else self._logprobs.chat(choice.logprobs),
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,
@@ -290,3 +320,40 @@ class ChatShape(Shape):
         if self._options.token_ids:
             body["token_ids"] = choice.token_ids
         return body
+
+
+def _parts_of(delta: ChoiceDelta) -> dict[str, Any]:
+    """A chunk's `delta`. A call's later parts have neither id nor name, as in OpenAI's streams."""
+    if not (delta.reasoning or delta.tool_calls):
+        return {"content": delta.text}
+    parts: dict[str, Any] = {"content": delta.text} if delta.text else {}
+    if delta.reasoning:
+        parts["reasoning"] = delta.reasoning
+    if delta.tool_calls:
+        parts["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "index": call.position,
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            if call.id or call.name
+            else {"index": call.position, "function": {"arguments": call.arguments}}
+            for call in delta.tool_calls
+        ]
+    return parts
+
+
+def _message_of(choice: ChoiceDelta, echo: str) -> dict[str, Any]:
+    """A whole choice's message. Its content begins with `echo`, and is null if there is only reasoning or calls."""
+    text = echo + choice.text
+    content = text if text or not (choice.reasoning or choice.tool_calls) else None
+    message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+    if choice.reasoning:
+        message["reasoning"] = choice.reasoning
+    if choice.tool_calls:
+        message["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in choice.tool_calls
+        ]
+    return message

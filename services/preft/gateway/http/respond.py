@@ -56,7 +56,8 @@ class WholeReply(_Reply):
         while deltas := await completion.take():
             for delta in deltas:
                 choices[delta.index].add(delta)
-        write = partial(self._shape.whole_json, [choice.joined() for choice in choices], completion.cached_tokens)
+        joined = [choice.joined() for choice in choices]
+        write = partial(self._shape.whole_json, joined, completion.cached_tokens, completion.reasoning_tokens)
         body = await asyncio.to_thread(write) if completion.call.shows_long_prompt else write()
         headers = {"x-request-id": self._id, **dict(completion.headers)}
         await Response(body, media_type="application/json", headers=headers)(scope, receive, send)
@@ -80,7 +81,7 @@ class EventStream(_Reply):
                 if events:
                     await send_events(send, events)
                 deltas = await completion.take()
-            last = self._shape.end(completion.cached_tokens) + DONE
+            last = self._shape.end(completion.cached_tokens, completion.reasoning_tokens) + DONE
         except Exception as error:  # the status is sent: the error must go into the stream
             if not isinstance(error, PreftError):
                 _log.exception("request %s failed in its stream", self._id)

@@ -126,8 +126,6 @@ def test_an_unknown_parameter_is_named(parse):
         (completion, "guided_json", {}),
         (completion, "use_beam_search", True),
         (completion, "logits_processors", ["x"]),
-        (chat, "tools", [{"type": "function", "function": {"name": "f"}}]),
-        (chat, "tool_choice", "required"),
         (chat, "functions", [{"name": "f"}]),
         (chat, "modalities", ["text", "audio"]),
         (chat, "audio", {"voice": "x"}),

@@ -9,11 +9,13 @@ import asyncio
 import uuid
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from preft.core.errors import InvalidRequest, ModelNotFound, Unavailable
 from preft.core.request import MAX_CHOICES, PARAMETERS, AdapterRef, GenerateRequest, Sampling
 from preft.gateway.access.caller import Caller
+from preft.gateway.bodies.anthropic import MessagesBody
+from preft.gateway.bodies.responses import ResponsesBody
 from preft.gateway.bodies.schemas import INT64_MAX, ChatBody, CompletionBody, GenerationBody
 from preft.gateway.deps import GatewayDeps
 from preft.gateway.listing import served_version
@@ -64,15 +66,30 @@ async def completion_call(
 async def chat_call(body: ChatBody, deps: GatewayDeps, caller: Caller, *, deadline: float | None = None) -> ApiCall:
     """As `completion_call`. Raises InvalidRequest also for a model without a chat template."""
     adapter = resolve_model(body.model, deps, caller)
+    prompt = await chat_tokens(body, deps)
+    return _new_call(body, deps, caller, adapter, [prompt], deps.tokenizer.defaults.get("max_tokens"), deadline)
+
+
+async def converted_call(
+    body: ResponsesBody | MessagesBody, deps: GatewayDeps, caller: Caller, *, deadline: float | None = None
+) -> ApiCall:
+    """As `chat_call`; errors have the body's own names."""
+    with body.names.used():
+        call = await chat_call(body.chat, deps, caller, deadline=deadline)
+    return replace(call, form_param=body.names.own(call.form_param))
+
+
+async def chat_tokens(body: ChatBody, deps: GatewayDeps) -> tuple[int, ...]:
+    """The prompt of a chat. Raises InvalidRequest."""
     prompt = deps.tokenizer.chat_prompt
     if prompt is None:
         raise InvalidRequest("The served model has no chat template; use /v1/completions.", "messages")
     text = _render(body, prompt) if _is_short(body) else await asyncio.to_thread(_render, body, prompt)
     _check_length(text, body, deps)
-    prompts = await deps.tokenizer.encode([text], add_special_tokens=body.add_special_tokens)
-    if not prompts[0]:
+    [tokens] = await deps.tokenizer.encode([text], add_special_tokens=body.add_special_tokens)
+    if not tokens:
         raise InvalidRequest("The messages make an empty prompt.", "messages")
-    return _new_call(body, deps, caller, adapter, prompts, deps.tokenizer.defaults.get("max_tokens"), deadline)
+    return tokens
 
 
 def resolve_model(model: str, deps: GatewayDeps, caller: Caller) -> AdapterRef | None:
@@ -156,7 +173,7 @@ def _new_call(
     _check_ids(body.stop_token_ids, tokenizer, "stop_token_ids")
     _check_ids(body.logit_bias, tokenizer, "logit_bias")
     unique = uuid.uuid4().hex
-    call_id = f"{body.id_prefix}-{body.request_id or unique}"
+    call_id = f"{body.id_prefix}{body.request_id or unique}"
     # Callers may reuse an id, and workers need unique ids.
     request_id = f"{call_id}-{unique}" if body.request_id else call_id
     requests, reserved = [], 0

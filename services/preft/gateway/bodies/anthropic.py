@@ -29,7 +29,7 @@ MESSAGES_PARAMETERS = OtherParameters(
     accepted=frozenset(
         {
             "cache_control", "diagnostics", "inference_geo", "metadata", "service_tier", "speed",
-            "mm_payload", "return_mm_kwargs",
+            "user_profile_id", "workspace_id", "mm_payload", "return_mm_kwargs",
         }
     ),
     unsupported=MappingProxyType(

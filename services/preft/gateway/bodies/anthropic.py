@@ -221,4 +221,5 @@ class MessagesBody(CountTokensBody):
             "temperature": self.temperature,
             "top_p": self.top_p,
             "top_k": self.top_k,
+            "stream": self.stream,
         }

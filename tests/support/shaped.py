@@ -17,6 +17,7 @@ from preft.gateway.text.choice import ChoiceDelta
 from preft.gateway.text.choice import TextOptions as Options
 
 CACHED = 2  # prompt tokens
+REASONED = 4  # tokens
 
 
 def call_of(call_id: str) -> ApiCall:
@@ -27,13 +28,13 @@ def call_of(call_id: str) -> ApiCall:
 
 def streamed(shape: Shape, deltas: Sequence[ChoiceDelta]) -> str:
     """The whole event stream."""
-    return shape.start(CACHED) + "".join(map(shape.chunk, deltas)) + shape.end(CACHED)
+    return shape.start(CACHED) + "".join(map(shape.chunk, deltas)) + shape.end(CACHED, REASONED)
 
 
 def whole(shape: Shape, deltas: Sequence[ChoiceDelta]) -> dict[str, Any]:
     for delta in deltas:
         shape.add(delta)
-    return json.loads(json.dumps(shape.reply(CACHED)))
+    return json.loads(json.dumps(shape.reply(CACHED, REASONED)))
 
 
 def data_of(stream: str) -> list[dict[str, Any]]:

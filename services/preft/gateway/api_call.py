@@ -19,6 +19,7 @@ from preft.gateway.bodies.responses import ResponsesBody
 from preft.gateway.bodies.schemas import INT64_MAX, ChatBody, CompletionBody, GenerationBody
 from preft.gateway.deps import GatewayDeps
 from preft.gateway.listing import served_version
+from preft.gateway.output_plan import OutputPlan, plan_output
 from preft.gateway.text.chat_prompt import ChatPrompt
 from preft.gateway.text.choice import TextOptions
 from preft.gateway.text.tokenizer import INLINE_CHARS, Tokenizer
@@ -44,6 +45,7 @@ class ApiCall:
     options: TextOptions
     reserved_tokens: int = 0
     form_param: str = "structured_outputs"  # the parameter that gave the output's form
+    reading: OutputPlan | None = None  # None: a choice's text is all content
 
     @property
     def prompt_tokens(self) -> int:
@@ -63,11 +65,22 @@ async def completion_call(
     return await asyncio.to_thread(_new_call, body, deps, caller, adapter, prompts, DEFAULT_COMPLETION_TOKENS, deadline)
 
 
-async def chat_call(body: ChatBody, deps: GatewayDeps, caller: Caller, *, deadline: float | None = None) -> ApiCall:
-    """As `completion_call`. Raises InvalidRequest also for a model without a chat template."""
+async def chat_call(
+    body: ChatBody, deps: GatewayDeps, caller: Caller, *, deadline: float | None = None, streamed: bool | None = None
+) -> ApiCall:
+    """As `completion_call`. Raises InvalidRequest also for a model without a chat template.
+
+    `streamed`: the deltas reach the caller one by one; None: as the body says.
+    """
     adapter = resolve_model(body.model, deps, caller)
+    whole = not (body.stream if streamed is None else streamed)
+    if _is_short(body):
+        plan = plan_output(body, deps.parsers, whole=whole)
+    else:
+        plan = await asyncio.to_thread(plan_output, body, deps.parsers, whole=whole)
     prompt = await chat_tokens(body, deps)
-    return _new_call(body, deps, caller, adapter, [prompt], deps.tokenizer.defaults.get("max_tokens"), deadline)
+    call = _new_call(body, deps, caller, adapter, [prompt], deps.tokenizer.defaults.get("max_tokens"), deadline)
+    return call if plan is None else plan.on(call)
 
 
 async def converted_call(
@@ -202,8 +215,7 @@ def _new_call(
         min_tokens=body.min_tokens,
         logprobs=body.wanted_logprobs is not None,
     )
-    form_param = "structured_outputs" if body.structured_outputs is not None else "response_format"
-    return ApiCall(call_id, body.model, tuple(requests), body.n, options, reserved, form_param)
+    return ApiCall(call_id, body.model, tuple(requests), body.n, options, reserved, body.form_param)
 
 
 def _max_tokens(body: GenerationBody, prompt_len: int, default: int | None, limit: int) -> int:

@@ -126,7 +126,7 @@ class AnthropicShape:
             events += self._grow_use(call)
         return events
 
-    def end(self, cached_tokens: int) -> str:
+    def end(self, cached_tokens: int, reasoning_tokens: int | None = None) -> str:
         """The events after the last delta."""
         events = self._finished()
         reason, stop = self._stop_reason()
@@ -138,7 +138,7 @@ class AnthropicShape:
         """The last event of a stream that fails."""
         return f"event: error\ndata: {_dumps(anthropic_error(error_parts(error)))}\n\n"
 
-    def reply(self, cached_tokens: int) -> Json:
+    def reply(self, cached_tokens: int, reasoning_tokens: int | None = None) -> Json:
         """The body of a reply that isn't streamed."""
         self._finished()
         return self._message(*self._stop_reason(), cached_tokens)

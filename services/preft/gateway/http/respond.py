@@ -26,7 +26,8 @@ _log = logging.getLogger(__name__)
 class Shape(Protocol):
     """The format of one reply. The reply is either a stream (`start`, `chunk`..., `end`) or whole (`add`..., `reply`).
 
-    `cached_tokens` counts the prompt tokens found in prefix caches so far.
+    `cached_tokens` counts the prompt tokens found in prefix caches so far. `reasoning_tokens` None: the server doesn't
+    parse reasoning.
     """
 
     def start(self, cached_tokens: int) -> str:
@@ -35,7 +36,7 @@ class Shape(Protocol):
     def chunk(self, delta: ChoiceDelta) -> str:
         """The events for `delta`; empty if `delta` shows nothing new."""
 
-    def end(self, cached_tokens: int) -> str:
+    def end(self, cached_tokens: int, reasoning_tokens: int | None) -> str:
         """The events after the last delta's."""
 
     def failure(self, error: BaseException) -> str:
@@ -44,7 +45,7 @@ class Shape(Protocol):
     def add(self, delta: ChoiceDelta) -> None:
         """Takes a delta of a whole reply."""
 
-    def reply(self, cached_tokens: int) -> dict[str, Any]:
+    def reply(self, cached_tokens: int, reasoning_tokens: int | None) -> dict[str, Any]:
         """The body of the whole reply, after its last delta."""
 
 
@@ -76,7 +77,7 @@ class WholeReply(_Reply):
         while deltas := await completion.take():
             for delta in deltas:
                 self._shape.add(delta)
-        body = self._shape.reply(completion.cached_tokens)
+        body = self._shape.reply(completion.cached_tokens, completion.reasoning_tokens)
         headers = {"x-request-id": self._id, **dict(completion.headers)}
         await JSONResponse(body, headers=headers)(scope, receive, send)
 
@@ -98,7 +99,7 @@ class EventStream(_Reply):
                     await send_events(send, events)
                 events = ""
                 deltas = await completion.take()
-            last = self._shape.end(completion.cached_tokens)
+            last = self._shape.end(completion.cached_tokens, completion.reasoning_tokens)
         except Exception as error:  # the status is sent: the error must go into the stream
             if not isinstance(error, PreftError):
                 _log.exception("request %s failed in its stream", self._id)

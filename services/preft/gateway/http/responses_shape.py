@@ -154,7 +154,7 @@ class ResponsesShape:
         self._items: list[Json] = []  # the finished ones
         self._item: _Item | None = None
         self._finish: FinishReason | None = None
-        self._generated = self._undecided = self._thought = 0  # tokens
+        self._generated = 0  # tokens
         self._sent = 0  # events
 
     def start(self, cached_tokens: int) -> str:
@@ -180,10 +180,11 @@ class ResponsesShape:
             events += self._grow_call(call)
         return events
 
-    def end(self, cached_tokens: int) -> str:
+    def end(self, cached_tokens: int, reasoning_tokens: int | None = None) -> str:
         """The events after the last delta."""
         events, status = self._finished()
-        return events + self._event(f"response.{status}", response=self._response(status, cached_tokens))
+        response = self._response(status, self._usage(cached_tokens, reasoning_tokens))
+        return events + self._event(f"response.{status}", response=response)
 
     def failure(self, error: BaseException) -> str:
         """The last events of a stream that fails: an error with the server's own code, and the failed response."""
@@ -193,10 +194,10 @@ class ResponsesShape:
         failed["error"] = {"code": _failure_code(error), "message": parts.message}
         return event + self._event("response.failed", response=failed)
 
-    def reply(self, cached_tokens: int) -> Json:
+    def reply(self, cached_tokens: int, reasoning_tokens: int | None = None) -> Json:
         """The body of a reply that isn't streamed."""
         _, status = self._finished()
-        return self._response(status, cached_tokens)
+        return self._response(status, self._usage(cached_tokens, reasoning_tokens))
 
     def _finished(self) -> tuple[str, str]:
         """The last item's last events, and the response's status. An answer without anything is an empty text."""
@@ -205,14 +206,8 @@ class ResponsesShape:
         return events + self._close(status), status
 
     def _count(self, delta: ChoiceDelta) -> None:
-        """Counts tokens. A token without visible effect counts to what comes next."""
-        count = len(delta.token_ids)
-        self._generated += count
-        self._undecided += count
-        if delta.reasoning:
-            self._thought += self._undecided
-        if delta.reasoning or delta.text or delta.tool_calls:
-            self._undecided = 0
+        """Counts tokens, and keeps the log probabilities of those that may belong to the text."""
+        self._generated += len(delta.token_ids)
         if self._logprobs is not None:
             self._unplaced.extend(delta.logprobs)
             if not delta.text and (delta.reasoning or delta.tool_calls):
@@ -277,7 +272,7 @@ class ResponsesShape:
         self._sent += 1
         return f"event: {kind}\ndata: {data}\n\n"
 
-    def _response(self, status: str, cached_tokens: int | None = None) -> Json:
+    def _response(self, status: str, usage: Json | None = None) -> Json:
         body, sampling = self._body, self._call.requests[0].sampling
         items = list(self._items)
         if self._item is not None:
@@ -310,18 +305,18 @@ class ResponsesShape:
             "top_logprobs": body.top_logprobs,
             "top_p": sampling.top_p,
             "truncation": body.truncation,
-            "usage": None if cached_tokens is None else self._usage(cached_tokens),
+            "usage": usage,
             "user": body.user,
             "metadata": body.metadata or {},
         }
 
-    def _usage(self, cached_tokens: int) -> Json:
+    def _usage(self, cached_tokens: int, reasoning_tokens: int | None) -> Json:
         prompt = self._call.prompt_tokens
         return {
             "input_tokens": prompt,
             "input_tokens_details": {"cached_tokens": cached_tokens, "cache_write_tokens": 0},
             "output_tokens": self._generated,
-            "output_tokens_details": {"reasoning_tokens": self._thought},
+            "output_tokens_details": {"reasoning_tokens": reasoning_tokens or 0},
             "total_tokens": prompt + self._generated,
         }
 

@@ -18,7 +18,8 @@ MARKS = (  # added, but not special, in Qwen's and DeepSeek's tokenizers
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}"
     "{% for call in m.tool_calls or [] %}[{{ call.id }}] {{ call.function.name }}"
-    "({{ call.function.arguments | tojson }}){% endfor %}{% if m.tool_call_id is defined %}[{{ m.tool_call_id }}]{% endif %}\n{% endfor %}"
+    "({{ call.function.arguments | tojson }}){% endfor %}"
+    "{% if m.tool_call_id is defined %}[{{ m.tool_call_id }}]{% endif %}\n{% endfor %}"
     "{% for tool in tools or [] %}{{ tool | tojson }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% if enable_thinking is defined and not enable_thinking %}"
     "<think>\n\n</think>\n\n{% endif %}{% endif %}"

@@ -17,7 +17,7 @@ from typing import Any
 from vllm.entrypoints.generate.base.protocol import DeltaMessage
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionToolsParam
 from vllm.parser import ParserManager
-from vllm.parser.abstract_parser import Parser
+from vllm.parser.abstract_parser import DelegatingParser, Parser
 from vllm.reasoning import ReasoningParserManager
 from vllm.renderers.chat_utils import get_tool_call_id_type, make_tool_call_id
 from vllm.tokenizers import get_tokenizer
@@ -190,6 +190,9 @@ def _behind(whole: str, beginning: str) -> str:
 def _whole_parts(parser: Parser, text: str, token_ids: Sequence[int], request: Any, prompt: Sequence[int]) -> Parts:
     parser.set_prompt_token_ids(prompt)
     reasoning, content, calls = parser.parse(text, request, enable_auto_tools=True, model_output_token_ids=token_ids)
+    if calls == [] and request.tool_choice != "none" and isinstance(parser, DelegatingParser):
+        # Some parsers take the marks of an unfinished call away, and find no call.
+        _, content = parser.extract_reasoning(text, request)
     found = [
         ToolCallDelta(position, call.arguments, call.id or make_tool_call_id(), call.name)
         for position, call in enumerate(calls or ())

@@ -29,9 +29,10 @@ class DrainRequests:
             await self._app(scope, receive, send)
             return
         reply = _Reply(send)
+        scope[FAILURE] = reply.failure
         try:
             async with self._drain.running():
-                await self._app({**scope, FAILURE: reply.failure}, receive, reply.send)
+                await self._app(scope, receive, reply.send)
         except ShuttingDown as error:
             await reply.end_with(error, scope, receive)
 

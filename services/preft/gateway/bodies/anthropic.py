@@ -174,14 +174,14 @@ class CountTokensBody(ApiBody):
             **self._tool_fields(),
             **self._sampling_fields(),
         }
-        if self.thinking is not None and self.thinking.type == "disabled":
-            given["reasoning_effort"] = "none"
         if (config := self.output_config) is not None:
             if config.effort is not None:
                 given["reasoning_effort"] = config.effort
             if config.format is not None:
                 schema = {"name": "json_schema", "schema": config.format.schema_}
                 given["response_format"] = {"type": "json_schema", "json_schema": schema}
+        if self.thinking is not None and self.thinking.type == "disabled":
+            given["reasoning_effort"] = "none"
         if self.messages[-1].role == "assistant":  # Anthropic's prefill: the reply continues the last message
             given |= {"continue_final_message": True, "add_generation_prompt": False}
         with self.names.used():

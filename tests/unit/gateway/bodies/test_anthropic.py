@@ -73,6 +73,8 @@ def test_forms_and_thinking() -> None:
     wanted = {"type": "json_schema", "json_schema": {"name": "json_schema", "schema": SCHEMA}}
     same(parsed(output_config=config), messages=[USER], response_format=wanted, reasoning_effort="low")
     same(parsed(thinking={"type": "disabled"}), messages=[USER], reasoning_effort="none")
+    both = {"thinking": {"type": "disabled"}, "output_config": {"effort": "high"}}
+    same(parsed(**both), messages=[USER], reasoning_effort="none")
     same(parsed(thinking={"type": "adaptive"}), messages=[USER])
 
 

@@ -75,7 +75,7 @@ class VllmParsers:
                 enable_auto_tools=True,
                 tokenizer=self._tokenizer,
             )
-        except TypeError as error:
+        except Exception as error:  # parsers raise what they like, also for a package that is missing
             key = "tool_call_parser" if tools else "reasoning_parser"
             raise ConfigError(f"{key}: {error}") from error
         return kind

@@ -138,10 +138,10 @@ class AnthropicShape:
         """The last event of a stream that fails."""
         return f"event: error\ndata: {_dumps(anthropic_error(error_parts(error)))}\n\n"
 
-    def reply(self, cached_tokens: int, reasoning_tokens: int | None = None) -> Json:
-        """The body of a reply that isn't streamed."""
+    def reply(self, cached_tokens: int, reasoning_tokens: int | None = None) -> str:
+        """The JSON text of a reply that isn't streamed."""
         self._finished()
-        return self._message(*self._stop_reason(), cached_tokens)
+        return _dumps(self._message(*self._stop_reason(), cached_tokens))
 
     def _finished(self) -> str:
         """The last block's last events. An answer without anything is an empty text."""

@@ -16,13 +16,14 @@ from preft.gateway.bodies.adapter_schemas import AddAdapterBody, LoadAdapterBody
 from preft.gateway.bodies.anthropic import CountTokensBody, MessagesBody
 from preft.gateway.bodies.responses import ResponsesBody
 from preft.gateway.bodies.schemas import ApiBody, ChatBody, CompletionBody
+from preft.gateway.bodies.tokenize import DetokenizeBody, TokenizeBody
 from preft.gateway.http.anthropic_types import AnthropicErrorReply
 from preft.gateway.http.content import ARCHIVE_TYPES
 from preft.gateway.http.error_forms import is_anthropic
 from preft.gateway.http.reply_types import ErrorReply
 
 BODIES: tuple[type[BaseModel], ...] = (
-    CompletionBody, ChatBody, ResponsesBody, MessagesBody, CountTokensBody,
+    CompletionBody, ChatBody, ResponsesBody, MessagesBody, CountTokensBody, TokenizeBody, DetokenizeBody,
     AddAdapterBody, PinAdapterBody, LoadAdapterBody, UnloadAdapterBody,
 )  # fmt: skip
 _COMPONENTS = "#/components/schemas/"

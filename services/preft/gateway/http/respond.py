@@ -6,12 +6,15 @@ form of the stream's API: no choice gets a false finish_reason.
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import Any, Protocol
+from functools import partial
+from typing import Protocol
 
 from starlette.requests import ClientDisconnect
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from preft.core.errors import PreftError
@@ -45,8 +48,8 @@ class Shape(Protocol):
     def add(self, delta: ChoiceDelta) -> None:
         """Takes a delta of a whole reply."""
 
-    def reply(self, cached_tokens: int, reasoning_tokens: int | None) -> dict[str, Any]:
-        """The body of the whole reply, after its last delta."""
+    def reply(self, cached_tokens: int, reasoning_tokens: int | None) -> str:
+        """The JSON text of the whole reply, after its last delta."""
 
 
 class _Reply(Response):
@@ -77,9 +80,10 @@ class WholeReply(_Reply):
         while deltas := await completion.take():
             for delta in deltas:
                 self._shape.add(delta)
-        body = self._shape.reply(completion.cached_tokens, completion.reasoning_tokens)
+        write = partial(self._shape.reply, completion.cached_tokens, completion.reasoning_tokens)
+        body = await asyncio.to_thread(write) if completion.call.shows_long_prompt else write()
         headers = {"x-request-id": self._id, **dict(completion.headers)}
-        await JSONResponse(body, headers=headers)(scope, receive, send)
+        await Response(body, media_type="application/json", headers=headers)(scope, receive, send)
 
 
 class EventStream(_Reply):
@@ -93,9 +97,14 @@ class EventStream(_Reply):
             failure.append(self._shape.failure)
         events = self._shape.start(completion.cached_tokens)
         chunk = self._shape.chunk
+        is_large = completion.call.shows_long_prompt
         try:
             while deltas:
-                if events := events + "".join(map(chunk, deltas)):
+                if is_large and any(delta.prompt_logprobs is not None for delta in deltas):
+                    events += await asyncio.to_thread(_joined, chunk, deltas)
+                else:
+                    events += _joined(chunk, deltas)
+                if events:
                     await send_events(send, events)
                 events = ""
                 deltas = await completion.take()
@@ -105,3 +114,7 @@ class EventStream(_Reply):
                 _log.exception("request %s failed in its stream", self._id)
             last = self._shape.failure(error)
         await send_events(send, last, last=True)
+
+
+def _joined(chunk: Callable[[ChoiceDelta], str], deltas: Iterable[ChoiceDelta]) -> str:
+    return "".join(map(chunk, deltas))

@@ -194,10 +194,10 @@ class ResponsesShape:
         failed["error"] = {"code": _failure_code(error), "message": parts.message}
         return event + self._event("response.failed", response=failed)
 
-    def reply(self, cached_tokens: int, reasoning_tokens: int | None = None) -> Json:
-        """The body of a reply that isn't streamed."""
+    def reply(self, cached_tokens: int, reasoning_tokens: int | None = None) -> str:
+        """The JSON text of a reply that isn't streamed."""
         _, status = self._finished()
-        return self._response(status, self._usage(cached_tokens, reasoning_tokens))
+        return _dumps(self._response(status, self._usage(cached_tokens, reasoning_tokens)))
 
     def _finished(self) -> tuple[str, str]:
         """The last item's last events, and the response's status. An answer without anything is an empty text."""

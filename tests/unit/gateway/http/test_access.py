@@ -36,7 +36,8 @@ ADMINS = {
 USERS = {
     ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("GET", "/v1/models"), ("GET", "/v1/models/{name}"),
     ("POST", "/v1/responses"), ("POST", "/v1/messages"), ("POST", "/v1/messages/count_tokens"),
-    ("GET", "/v1/adapters"), ("GET", "/v1/adapters/{name}"),
+    ("GET", "/v1/adapters"), ("GET", "/v1/adapters/{name}"), ("POST", "/tokenize"), ("POST", "/detokenize"),
+    ("GET", "/version"),
 }  # fmt: skip
 KEYS: dict[str, dict[str, Any]] = {
     "ada": {"tenant": "acme"},

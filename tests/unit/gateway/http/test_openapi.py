@@ -38,6 +38,8 @@ VALID: dict[tuple[str, str], dict[str, Any]] = {
     ("POST", "/v1/responses"): {"model": "ann", "input": "hi"},
     ("POST", "/v1/messages"): {"model": "ann", "messages": USER, "max_tokens": 5},
     ("POST", "/v1/messages/count_tokens"): {"model": "base", "messages": USER},
+    ("POST", "/tokenize"): {"prompt": "hi"},
+    ("POST", "/detokenize"): {"tokens": [5]},
     ("POST", "/v1/adapters"): {"name": "bob", "source": "/bob"},
     ("PATCH", "/v1/adapters/{name}"): {"pinned": True},
     ("POST", "/v1/load_lora_adapter"): {"lora_name": "bob", "lora_path": "/bob", "load_inplace": True},
@@ -88,7 +90,8 @@ async def test_every_parameter_that_is_known_is_described(served, kind):
     body = served.described["components"]["schemas"][kind.__name__]
     assert body["properties"].keys() == {*kind.model_fields, *ACCEPTED, *UNSUPPORTED}
     assert body["additionalProperties"] is False
-    assert body["properties"]["max_tokens"]["anyOf"] == [{"minimum": 1, "type": "integer"}, {"type": "null"}]
+    least = 0 if kind is CompletionBody else 1  # 0 scores a prompt
+    assert body["properties"]["max_tokens"]["anyOf"] == [{"minimum": least, "type": "integer"}, {"type": "null"}]
     assert None in body["properties"]["detokenize"]["enum"]
     assert body["properties"]["response_format"]["anyOf"][0]["$ref"].endswith("/ResponseFormat")
 
@@ -124,6 +127,11 @@ REPLIES = (
     ("/v1/responses", {"model": "base", "input": "hi", "stream": True}),
     ("/v1/messages", {"model": "ann", "messages": USER, "max_tokens": 1, "system": "be brief"}),
     ("/v1/messages", {"model": "base", "messages": USER, "max_tokens": 3, "stream": True}),
+    ("/v1/completions", {"model": "ann", "prompt": "hi", "logprobs": 1, "echo": True, "prompt_logprobs": 2}),
+    ("/v1/chat/completions", {"model": "base", "messages": USER, "prompt_logprobs": 1, "return_prompt_text": True}),
+    ("/tokenize", {"prompt": "hi", "return_token_strs": True}),
+    ("/tokenize", {"messages": USER}),
+    ("/detokenize", {"tokens": [5]}),
 )
 
 
@@ -135,7 +143,7 @@ async def test_replies_are_as_described(served, path, body):
 
 
 async def test_replies_without_a_body_are_as_described(served):
-    for path in ("/health", "/ready", "/v1/models", "/v1/adapters"):
+    for path in ("/health", "/ready", "/version", "/v1/models", "/v1/adapters"):
         conforms(served.described, "GET", path, await served.client.get(path))
     for method, path in ("GET", "/v1/models/{name}"), ("GET", "/v1/adapters/{name}"), ("DELETE", "/v1/adapters/{name}"):
         for _ in range(2):

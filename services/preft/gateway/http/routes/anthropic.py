@@ -42,7 +42,7 @@ def anthropic_routes(deps: GatewayDeps) -> APIRouter:
         body = await read_body(request, CountTokensBody, deps.max_body_bytes)
         resolve_model(body.model, deps, caller_of(request, deps))
         with body.names.used():
-            tokens = await chat_tokens(body.chat, deps)
+            tokens, _ = await chat_tokens(body.chat, deps)
         return JSONResponse({"input_tokens": len(tokens)})
 
     return router

@@ -53,6 +53,11 @@ class ScriptedGateway:
     def next_script(self, request: GenerateRequest) -> Script:
         return self.scripts.pop(0) if len(self.scripts) > 1 else self.scripts[0]
 
+    def say(self, *texts: str) -> None:
+        """Answers the next requests with these texts, token by token, each with an EOS."""
+        encode, [eos, *_] = self.deps.tokenizer._backend.encode, self.deps.tokenizer.eos_token_ids
+        self.scripts[:] = [Script([*encode(text, add_special_tokens=False).ids, eos]) for text in texts]
+
     def reset(self) -> None:
         """Forgets all requests and adapters, and answers with a short text from now on."""
         self.scripts[:] = [Script(IDS[:5], finish=FinishReason.LENGTH)]

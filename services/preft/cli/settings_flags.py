@@ -44,6 +44,8 @@ FLAGS = {  # by the flag's name in the parsed arguments
     "host": Flag("host", "H", "address to listen on"),
     "port": Flag("port", "P", "HTTP port; 0 takes any free one", int),
     "grpc_port": Flag("grpc_port", "P", "port of the public gRPC service; off by default", int),
+    "tool_call_parser": Flag("tool_call_parser", "NAME", "vLLM's parser of tool calls, such as hermes; off by default"),
+    "reasoning_parser": Flag("reasoning_parser", "NAME", "vLLM's parser of reasoning, such as qwen3; off by default"),
     "dtype": Flag("dtype", "D", "auto, float32, bfloat16 or float16"),
     "max_model_len": Flag("max_model_len", "N", "longest prompt + output, in tokens", int),
     "state_dir": Flag("state_dir", "DIR", "where adapters and the cluster's state are kept"),
@@ -56,7 +58,10 @@ FLAGS = {  # by the flag's name in the parsed arguments
 }
 WORKER_ALONE = ("worker_host", "worker_port", "advertise_host")
 SERVE = tuple(name for name in FLAGS if name not in WORKER_ALONE)
-GATEWAY = ("model", "adapter_dir", "served_model_name", "host", "port", "grpc_port", "max_model_len")
+GATEWAY = (
+    *("model", "adapter_dir", "served_model_name", "host", "port", "grpc_port", "max_model_len"),
+    *("tool_call_parser", "reasoning_parser"),
+)
 WORKER = (*WORKER_ALONE, "model", "dtype", "max_model_len")
 SHARED = ("state_dir", "state")
 

@@ -21,6 +21,7 @@ from preft.adapters.catalog.adapter_catalog import Catalog
 from preft.cluster.access import open_access
 from preft.cluster.adapters import uploads_folder
 from preft.cluster.process import listen_on
+from preft.core.errors import ConfigError
 from preft.core.ports import StateStore
 from preft.core.settings import MiB, Settings, host_and_port
 from preft.gateway.deps import GatewayDeps
@@ -28,6 +29,7 @@ from preft.gateway.drain import Drain
 from preft.gateway.grpc.server import serve_grpc
 from preft.gateway.http.app import create_app
 from preft.gateway.http.errors import error_code, plain_error
+from preft.gateway.text.parsing import Parsers
 from preft.gateway.text.tokenizer import Tokenizer
 from preft.router.router import Router
 from preft.rpc.secret import ClusterSecret
@@ -80,6 +82,19 @@ def body_limit(max_model_len: int) -> int:
     return min(max(TOKEN_BYTES * max_model_len, MIN_BODY_BYTES), MAX_BODY_BYTES)
 
 
+def load_parsers(settings: Settings) -> Parsers | None:
+    """The parsers that the settings name. Imports vLLM only if they name any. Raises ConfigError."""
+    tools, reasoning = settings.tool_call_parser, settings.reasoning_parser
+    if tools is None and reasoning is None:
+        return None
+    try:
+        from preft.engine.chat_parsers import VllmParsers
+    except ImportError as error:
+        key = "tool_call_parser" if tools is not None else "reasoning_parser"
+        raise ConfigError(f"{key}: gateways with parsers need vLLM, which can't be imported: {error}") from error
+    return VllmParsers(settings.model, tools, reasoning)
+
+
 @asynccontextmanager
 async def run_gateway(
     settings: Settings,
@@ -96,6 +111,7 @@ async def run_gateway(
     """
     assert settings.max_model_len is not None
     tokenizer = await asyncio.to_thread(Tokenizer.load, settings.model)
+    parsers = await asyncio.to_thread(load_parsers, settings)
     listener = listen_on(settings.host, settings.port)
     router = Router(store, settings.router, secret, cluster_id=cluster_id, content_address=content_address)
     registry = CollectorRegistry()
@@ -122,6 +138,7 @@ async def run_gateway(
             roles=settings.roles,
             access=opened.access,
             accounts=opened.accounts,
+            parsers=parsers,
         )
         config = uvicorn.Config(
             create_app(deps),

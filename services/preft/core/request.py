@@ -6,7 +6,7 @@ All text is token ids here; only the gateway has text.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from types import MappingProxyType
@@ -25,10 +25,11 @@ NO_BIAS: Mapping[int, float] = MappingProxyType({})
 
 
 class FinishReason(StrEnum):
-    """Why a choice ended, in OpenAI's terms."""
+    """Why a choice ended, in OpenAI's terms. Engines never give TOOL_CALLS: the gateway finds the calls."""
 
     STOP = "stop"
     LENGTH = "length"
+    TOOL_CALLS = "tool_calls"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +129,20 @@ class TokenDelta:
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     cached_tokens: int = 0
+
+    def by_token(self) -> Iterator[TokenDelta]:
+        """The same as deltas of one token each."""
+        last = len(self.token_ids) - 1
+        if last < 1:
+            yield self
+            return
+        for number, token in enumerate(self.token_ids):
+            logprobs = self.logprobs[number : number + 1]
+            if number == last:
+                yield TokenDelta(self.index, (token,), logprobs, self.finish_reason, self.stop_token_id)
+            else:
+                cached = 0 if number else self.cached_tokens
+                yield TokenDelta(self.index, (token,), logprobs, cached_tokens=cached)
 
 
 @dataclass(frozen=True, slots=True)

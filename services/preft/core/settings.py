@@ -161,6 +161,8 @@ class Settings(_Strict):
     usage_log: Path | None = None  # a line of JSON per finished request is appended to it
     allowed_hosts: list[str] = Field(default_factory=list)  # names in Host, beside loopback's and `host`
     allowed_origins: list[str] = Field(default_factory=list)  # origins of pages that may use the server
+    tool_call_parser: str | None = None  # vLLM's parser of tool calls; None: tool_choice 'auto' is refused
+    reasoning_parser: str | None = None  # vLLM's parser of reasoning; None: reasoning is content
     grpc_port: Annotated[int, Field(ge=0, le=65535)] | None = None  # None: no public gRPC service
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None  # None: float32 on CPU, auto on GPU
     max_model_len: Annotated[int, Field(ge=1)] | None = None  # None: the model's own

@@ -23,7 +23,8 @@ class StructuredOutputs:
     """vLLM's parameter of this name. Exactly one of `KINDS` is given; the constructor raises ValueError otherwise.
 
     `json` is a JSON Schema and `structural_tag` an object, both as JSON text. `grammar` is Lark or GBNF. The other
-    fields are options of `json`, `json_object` and `structural_tag`.
+    fields are options of `json`, `json_object` and `structural_tag`. Only the output behind the first token
+    `begins_after` has the form, and no token ends the output before it; None: all of the output has the form.
     """
 
     json: Text | None = None
@@ -35,6 +36,7 @@ class StructuredOutputs:
     whitespace_pattern: Text | None = None
     disable_any_whitespace: bool = False
     disable_additional_properties: bool = False
+    begins_after: Annotated[int, Field(ge=0, lt=1 << 32)] | None = None
 
     def __post_init__(self) -> None:
         given = [name for name in KINDS if getattr(self, name) not in (None, (), False)]

@@ -137,7 +137,7 @@ class Grammars:
         matcher = compiled(self._tokenizer, source_of(wanted))
         if matcher.is_error():
             raise InvalidRequest(reason(matcher), PARAM)
-        grammar = OutputGrammar(matcher, self._tokenizer.eos_tokens, ends, min_tokens)
+        grammar = OutputGrammar(matcher, self._tokenizer.eos_tokens, ends, min_tokens, wanted.begins_after)
         if not grammar.accept_tokens("", output):
             raise ValueError(f"the tokens so far don't fit the request's form: {grammar.error}")
         return grammar
@@ -147,10 +147,18 @@ class OutputGrammar(StructuredOutputGrammar):
     """One request's form, and where its output is in it.
 
     `ends` are the request's stop and EOS tokens. They may come where the output is complete, and after that nothing
-    else may. `eos` are the tokens that llguidance would put there.
+    else may. `eos` are the tokens that llguidance would put there. The form begins behind the token `begins_after`, and
+    before it comes anything but an end.
     """
 
-    def __init__(self, matcher: llguidance.LLMatcher, eos: Sequence[int], ends: Sequence[int], min_tokens: int) -> None:
+    def __init__(
+        self,
+        matcher: llguidance.LLMatcher,
+        eos: Sequence[int],
+        ends: Sequence[int],
+        min_tokens: int,
+        begins_after: int | None = None,
+    ) -> None:
         self.error = ""  # why no further token is accepted
         self._matcher = matcher
         self._eos = eos
@@ -158,6 +166,7 @@ class OutputGrammar(StructuredOutputGrammar):
         self._min_tokens = min_tokens
         self._count = 0
         self._ended = False
+        self._begins_after = begins_after  # None as soon as the form has begun
 
     def accept_tokens(self, request_id: str, tokens: Sequence[int]) -> bool:
         return all(map(self._accept, tokens))
@@ -166,7 +175,12 @@ class OutputGrammar(StructuredOutputGrammar):
         if self.error:
             return False
         self._count += 1
-        if token in self._ends and (self._ended or self._matcher.is_accepting()):
+        if self._begins_after is not None:
+            if token in self._ends:
+                self.error = "the output ended before its form began"
+            elif token == self._begins_after:
+                self._begins_after = None
+        elif token in self._ends and (self._ended or self._matcher.is_accepting()):
             self._ended = True
         elif self._ended:
             self.error = f"token {token} came behind the end"
@@ -177,6 +191,11 @@ class OutputGrammar(StructuredOutputGrammar):
     def fill_bitmask(self, bitmask: torch.Tensor, batch_index: int) -> None:
         row = bitmask[batch_index]
         words = row.numpy().view(np.uint32)
+        if self._begins_after is not None:
+            words[:] = 0xFFFFFFFF
+            for token in self._ends:
+                words[token >> 5] &= ~np.uint32(1 << (token & 31))
+            return
         if only_ends := self._ended or self._matcher.is_stopped():
             words[:] = 0
         else:

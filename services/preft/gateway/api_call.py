@@ -17,8 +17,10 @@ from preft.gateway.access.caller import Caller
 from preft.gateway.bodies.schemas import INT64_MAX, ChatBody, CompletionBody, GenerationBody
 from preft.gateway.deps import GatewayDeps
 from preft.gateway.listing import served_version
+from preft.gateway.output_plan import OutputPlan, plan_output
 from preft.gateway.text.chat_prompt import ChatPrompt
 from preft.gateway.text.choice import TextOptions
+from preft.gateway.text.parsing import Parsers
 from preft.gateway.text.tokenizer import INLINE_CHARS, Tokenizer
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -42,6 +44,7 @@ class ApiCall:
     options: TextOptions
     reserved_tokens: int = 0
     form_param: str = "structured_outputs"  # the parameter that gave the output's form
+    reading: OutputPlan | None = None  # None: a choice's text is all content
 
     @property
     def prompt_tokens(self) -> int:
@@ -61,18 +64,32 @@ async def completion_call(
     return await asyncio.to_thread(_new_call, body, deps, caller, adapter, prompts, DEFAULT_COMPLETION_TOKENS, deadline)
 
 
-async def chat_call(body: ChatBody, deps: GatewayDeps, caller: Caller, *, deadline: float | None = None) -> ApiCall:
-    """As `completion_call`. Raises InvalidRequest also for a model without a chat template."""
+async def chat_call(
+    body: ChatBody, deps: GatewayDeps, caller: Caller, *, deadline: float | None = None, streamed: bool | None = None
+) -> ApiCall:
+    """As `completion_call`. Raises InvalidRequest also for a model without a chat template.
+
+    `streamed`: the deltas reach the caller one by one; None: as the body says.
+    """
     adapter = resolve_model(body.model, deps, caller)
     prompt = deps.tokenizer.chat_prompt
     if prompt is None:
         raise InvalidRequest("The served model has no chat template; use /v1/completions.", "messages")
-    text = _render(body, prompt) if _is_short(body) else await asyncio.to_thread(_render, body, prompt)
+    whole = not (body.stream if streamed is None else streamed)
+    prepare = (body, prompt, deps.parsers, whole)
+    text, plan = _prepared(*prepare) if _is_short(body) else await asyncio.to_thread(_prepared, *prepare)
     _check_length(text, body, deps)
     prompts = await deps.tokenizer.encode([text], add_special_tokens=body.add_special_tokens)
     if not prompts[0]:
         raise InvalidRequest("The messages make an empty prompt.", "messages")
-    return _new_call(body, deps, caller, adapter, prompts, deps.tokenizer.defaults.get("max_tokens"), deadline)
+    call = _new_call(body, deps, caller, adapter, prompts, deps.tokenizer.defaults.get("max_tokens"), deadline)
+    return call if plan is None else plan.on(call)
+
+
+def _prepared(
+    body: ChatBody, prompt: ChatPrompt, parsers: Parsers | None, whole: bool
+) -> tuple[str, OutputPlan | None]:
+    return _render(body, prompt), plan_output(body, parsers, whole=whole)
 
 
 def resolve_model(model: str, deps: GatewayDeps, caller: Caller) -> AdapterRef | None:
@@ -185,8 +202,7 @@ def _new_call(
         min_tokens=body.min_tokens,
         logprobs=body.wanted_logprobs is not None,
     )
-    form_param = "structured_outputs" if body.structured_outputs is not None else "response_format"
-    return ApiCall(call_id, body.model, tuple(requests), body.n, options, reserved, form_param)
+    return ApiCall(call_id, body.model, tuple(requests), body.n, options, reserved, body.form_param)
 
 
 def _max_tokens(body: GenerationBody, prompt_len: int, default: int | None, limit: int) -> int:

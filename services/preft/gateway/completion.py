@@ -15,10 +15,11 @@ from typing import Self
 
 from preft.core.errors import EngineFailed, InvalidRequest, NumbersNotFinite, PreftError, mapping_of
 from preft.core.ports import Generator
-from preft.core.request import GenerateRequest, TokenLogprob
+from preft.core.request import GenerateRequest, TokenDelta, TokenLogprob
 from preft.gateway.access.accounts import CLIENT_GONE, Account
 from preft.gateway.api_call import ApiCall
 from preft.gateway.text.choice import ChoiceDelta, ChoiceText
+from preft.gateway.text.choice_reader import ChoiceReader
 from preft.gateway.text.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -26,6 +27,8 @@ _log = logging.getLogger(__name__)
 
 class Completion:
     """The running API call. `cached_tokens` counts the prompt tokens found in prefix caches so far.
+
+    `reasoning_tokens` counts those of the choices that have ended; None if the server doesn't parse reasoning.
 
     Entering the context raises RateLimited if `account` refuses the call. Its end settles the account.
     """
@@ -35,6 +38,7 @@ class Completion:
     ) -> None:
         self.call = call
         self.cached_tokens = 0
+        self.reasoning_tokens = 0 if call.reading is not None and call.reading.counts_reasoning else None
         self._account = account
         self._generated = 0
         self._generator = generator
@@ -89,7 +93,9 @@ class Completion:
         first = number * request.n
         prompt = request.prompt_token_ids
         choices = [ChoiceText(first + i, self._tokenizer, prompt, self.call.options) for i in range(request.n)]
+        reading = self.call.reading
         try:
+            readers = None if reading is None else [reading.reader(prompt) for _ in choices]
             async with self._generator.generate(request) as generation:
                 async for delta in generation:
                     _check_numbers(delta.logprobs)
@@ -97,7 +103,10 @@ class Completion:
                     choice = choices[delta.index]
                     if choice.finished:
                         continue  # was on its way when a stop string ended the choice
-                    pushed = choice.push(delta)
+                    if readers is None:
+                        pushed = choice.push(delta)
+                    else:
+                        pushed = await self._read(readers[delta.index], choice, delta)
                     self._generated += len(pushed.token_ids)
                     self._deltas.append(pushed)
                     if choice.finished and delta.finish_reason is None:
@@ -120,6 +129,16 @@ class Completion:
                 error.param = self.call.form_param
             self._error = self._error or error
             self._wake()
+
+    async def _read(self, reader: ChoiceReader, choice: ChoiceText, delta: TokenDelta) -> ChoiceDelta:
+        pushed = []
+        for piece in delta.by_token() if reader.token_by_token else (delta,):
+            if not choice.finished:
+                pushed.append(choice.push(piece))
+        read = await reader.read(pushed)
+        if choice.finished and self.reasoning_tokens is not None:
+            self.reasoning_tokens += reader.reasoning_tokens
+        return read
 
     def _wake(self) -> None:
         if self._reader is not None and not self._reader.done():

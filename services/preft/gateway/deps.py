@@ -19,6 +19,7 @@ from preft.gateway.cluster_metrics import ClusterMetrics, OwnFigures
 from preft.gateway.drain import Drain
 from preft.gateway.metrics import MeteredGenerator
 from preft.gateway.readiness import missing_workers
+from preft.gateway.text.parsing import Parsers
 from preft.gateway.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class GatewayDeps:
     `registry` counts every request over HTTP or gRPC: one registry per object.
 
     `access` None: there are no API keys, and `anyone` is the caller of every request. Only callers' catalogs answer
-    requests. `accounts` None: calls are neither limited nor recorded.
+    requests. `accounts` None: calls are neither limited nor recorded. `parsers` None: no output of a chat is parsed.
     """
 
     model_name: str
@@ -61,6 +62,7 @@ class GatewayDeps:
     drain: Drain = field(default_factory=Drain)
     access: Access | None = None
     accounts: Accounts | None = None
+    parsers: Parsers | None = None
     anyone: Caller = field(init=False)
 
     def __post_init__(self) -> None:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from preft.rpc import common_pb2 as preft_dot_rpc_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19preft/rpc/inference.proto\x12\x08preft.v1\x1a\x16preft/rpc/common.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xe6\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12$\n\x06tokens\x18\x03 \x01(\x0b\x32\x12.preft.v1.TokenIdsH\x00\x12\t\n\x01n\x18\x04 \x01(\r\x12$\n\x08sampling\x18\x05 \x01(\x0b\x32\x12.preft.v1.Sampling\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x17\n\x0ftimeout_seconds\x18\x07 \x01(\x01\x12\x10\n\x08priority\x18\x08 \x01(\x11\x12\x0c\n\x04user\x18\t \x01(\t\x12\x0c\n\x04more\x18\n \x01(\x0c\x42\x08\n\x06prompt\"4\n\x0b\x43hatRequest\x12\x0c\n\x04\x62ody\x18\x01 \x01(\x0c\x12\x17\n\x0ftimeout_seconds\x18\x02 \x01(\x01\"\x88\x01\n\rGenerateReply\x12\x0c\n\x04text\x18\x01 \x01(\t\x12#\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x14.preft.v1.TokenDelta\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x05 \x01(\t2\x87\x01\n\tInference\x12@\n\x08Generate\x12\x19.preft.v1.GenerateRequest\x1a\x17.preft.v1.GenerateReply0\x01\x12\x38\n\x04\x43hat\x12\x15.preft.v1.ChatRequest\x1a\x17.preft.v1.GenerateReply0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19preft/rpc/inference.proto\x12\x08preft.v1\x1a\x16preft/rpc/common.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xe6\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12$\n\x06tokens\x18\x03 \x01(\x0b\x32\x12.preft.v1.TokenIdsH\x00\x12\t\n\x01n\x18\x04 \x01(\r\x12$\n\x08sampling\x18\x05 \x01(\x0b\x32\x12.preft.v1.Sampling\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x17\n\x0ftimeout_seconds\x18\x07 \x01(\x01\x12\x10\n\x08priority\x18\x08 \x01(\x11\x12\x0c\n\x04user\x18\t \x01(\t\x12\x0c\n\x04more\x18\n \x01(\x0c\x42\x08\n\x06prompt\"4\n\x0b\x43hatRequest\x12\x0c\n\x04\x62ody\x18\x01 \x01(\x0c\x12\x17\n\x0ftimeout_seconds\x18\x02 \x01(\x01\"\xc8\x01\n\rGenerateReply\x12\x0c\n\x04text\x18\x01 \x01(\t\x12#\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x14.preft.v1.TokenDelta\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x05 \x01(\t\x12\x11\n\treasoning\x18\x06 \x01(\t\x12+\n\ntool_calls\x18\x07 \x03(\x0b\x32\x17.preft.v1.ToolCallDelta\"N\n\rToolCallDelta\x12\x10\n\x08position\x18\x01 \x01(\r\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x11\n\targuments\x18\x04 \x01(\t2\x87\x01\n\tInference\x12@\n\x08Generate\x12\x19.preft.v1.GenerateRequest\x1a\x17.preft.v1.GenerateReply0\x01\x12\x38\n\x04\x43hat\x12\x15.preft.v1.ChatRequest\x1a\x17.preft.v1.GenerateReply0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,7 +39,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHATREQUEST']._serialized_start=321
   _globals['_CHATREQUEST']._serialized_end=373
   _globals['_GENERATEREPLY']._serialized_start=376
-  _globals['_GENERATEREPLY']._serialized_end=512
-  _globals['_INFERENCE']._serialized_start=515
-  _globals['_INFERENCE']._serialized_end=650
+  _globals['_GENERATEREPLY']._serialized_end=576
+  _globals['_TOOLCALLDELTA']._serialized_start=578
+  _globals['_TOOLCALLDELTA']._serialized_end=656
+  _globals['_INFERENCE']._serialized_start=659
+  _globals['_INFERENCE']._serialized_end=794
 # @@protoc_insertion_point(module_scope)

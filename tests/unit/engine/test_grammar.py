@@ -273,3 +273,21 @@ async def test_no_token_of_the_vocabulary_fits(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest):
         await checks.check(StructuredOutputs(regex="[xyz]{3}"))
     checks.close()
+
+
+def test_a_form_begins_behind_a_token_and_no_end_comes_before(grammars: Grammars, encode: Any) -> None:
+    wanted: dict[str, Any] = {"choice": ("ab", "ba"), "begins_after": 77}
+    grammar = grammar_of(grammars, **wanted)
+    everything = set(range(VOCABULARY)) - {STOP, EOS}
+    assert allowed(grammars, grammar) & set(range(VOCABULARY)) == everything
+    assert grammar.accept_tokens("", [5, 6])
+    assert allowed(grammars, grammar) & set(range(VOCABULARY)) == everything
+    assert grammar.accept_tokens("", [77])
+    begun = allowed(grammars, grammar)
+    assert begun == allowed(grammars, grammar_of(grammars, choice=("ab", "ba")))
+    text = encode("ab")
+    assert grammar.accept_tokens("", [*text, EOS])
+    continued = grammar_of(grammars, [5, 6, 77, *text[:1]], **wanted)
+    assert allowed(grammars, continued) == allowed(grammars, grammar_of(grammars, text[:1], choice=("ab", "ba")))
+    for tokens in ([5, EOS], [5, STOP], [5, 77, EOS], [77, *encode("x")]):
+        assert not grammar_of(grammars, **wanted).accept_tokens("", tokens)

@@ -22,7 +22,7 @@ ACCEPTED = frozenset(
         # ... the size of stream chunks, ...
         "stream_interval",
         # ... parameters that only count beside a refused parameter, ...
-        "length_penalty", "truncation_side", "parallel_tool_calls",
+        "length_penalty", "truncation_side",
         # ... and parameters for images, expert models or vLLM's render endpoints.
         "media_io_kwargs", "mm_payload", "mm_processor_kwargs", "return_mm_kwargs", "return_token_offsets",
         "routed_experts_prompt_start",

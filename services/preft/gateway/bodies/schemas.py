@@ -24,6 +24,7 @@ from preft.core.request import INT32_MAX, MAX_IDS
 from preft.core.structured import StructuredOutputs
 from preft.gateway.bodies.messages import MAX_DOCUMENTS, MAX_MESSAGES, MAX_TOOLS, Message, Tool
 from preft.gateway.bodies.structured import ResponseFormat, StructuredOutputsBody, wanted_outputs
+from preft.gateway.bodies.tool_choice import CHOICE_SCHEMA, NamedTool, ToolChoice, read_tool_choice
 from preft.gateway.bodies.values import (
     Prompt,
     at_most,
@@ -110,6 +111,11 @@ class GenerationBody(Strict):
         return wanted_outputs(self.response_format, self.structured_outputs)
 
     @property
+    def form_param(self) -> str:
+        """The parameter that gives the form of the output."""
+        return "structured_outputs" if self.structured_outputs is not None else "response_format"
+
+    @property
     def wanted_tokens(self) -> int | None:
         return self.max_tokens
 
@@ -171,7 +177,8 @@ class ChatBody(GenerationBody):
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     documents: Annotated[list[dict[str, Any]], BeforeValidator(at_most(MAX_DOCUMENTS))] = Field(default_factory=list)
     tools: Annotated[list[Tool], BeforeValidator(at_most(MAX_TOOLS))] = Field(default_factory=list)
-    tool_choice: Annotated[Any, WithJsonSchema({"enum": ["none", "auto", None]})] = None
+    tool_choice: Annotated[ToolChoice | None, PlainValidator(read_tool_choice), WithJsonSchema(CHOICE_SCHEMA)] = None
+    parallel_tool_calls: bool = True
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
@@ -179,10 +186,20 @@ class ChatBody(GenerationBody):
             raise InvalidRequest("top_logprobs needs logprobs=true.", "top_logprobs")
         if self.continue_final_message and self.add_generation_prompt:
             raise InvalidRequest("continue_final_message needs add_generation_prompt=false.", "continue_final_message")
-        if self.tool_choice not in (("none",) if self.tools else (None, "none", "auto")):
-            param = "tools" if self.tool_choice in (None, "auto") else "tool_choice"
-            raise InvalidRequest("Tool calls aren't supported; tools need tool_choice='none'.", param)
+        if self.tool_choice == "required" and not self.tools:
+            raise InvalidRequest("tool_choice='required' needs tools.", "tool_choice")
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.name not in self._function_names:
+            raise InvalidRequest(f"tool_choice names {self.tool_choice.name!r}, which isn't in tools.", "tool_choice")
         return self
+
+    @property
+    def _function_names(self) -> set[str]:
+        return {tool.function.name for tool in self.tools}
+
+    @property
+    def wanted_tool_choice(self) -> ToolChoice:
+        """Without a choice, the model may call the tools if there are any."""
+        return "none" if not self.tools else self.tool_choice or "auto"
 
     @property
     def wanted_tokens(self) -> int | None:

@@ -46,7 +46,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         async with errors_reported(context), self._deps.drain.running():
             body = await _read(_chat_body, request)
             caller = caller_of(context, self._deps)
-            call = await chat_call(body, self._deps, caller, deadline=_deadline(request, context))
+            call = await chat_call(body, self._deps, caller, deadline=_deadline(request, context), streamed=True)
             await self._answer(call, caller, context)
 
     async def _answer(self, call: ApiCall, caller: Caller, context: Any) -> None:
@@ -125,4 +125,9 @@ def _reply(delta: ChoiceDelta, completion: Completion) -> inference_pb2.Generate
         prompt_tokens=completion.call.prompt_tokens,
         cached_tokens=completion.cached_tokens,
         adapter_digest=adapter.digest if adapter is not None else "",
+        reasoning=delta.reasoning,
+        tool_calls=[
+            inference_pb2.ToolCallDelta(position=call.position, id=call.id, name=call.name, arguments=call.arguments)
+            for call in delta.tool_calls
+        ],
     )

@@ -14,7 +14,8 @@ from typing import Any
 from preft.core.request import FinishReason, TokenLogprob
 from preft.gateway.api_call import ApiCall
 from preft.gateway.http.logprobs import LogprobFormat
-from preft.gateway.text.choice import ChoiceDelta
+from preft.gateway.text.choice import ChoiceDelta, ToolCallDelta
+from preft.gateway.text.choice_reader import joined_calls
 from preft.gateway.text.tokenizer import Tokenizer
 
 _dumps = JSONEncoder(separators=(",", ":"), allow_nan=False).encode
@@ -41,9 +42,13 @@ class WholeChoice:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    reasoning: list[str] = field(default_factory=list)
+    tool_calls: list[ToolCallDelta] = field(default_factory=list)
 
     def add(self, delta: ChoiceDelta) -> None:
         self.texts.append(delta.text)
+        self.reasoning.append(delta.reasoning)
+        self.tool_calls.extend(delta.tool_calls)
         self.token_ids.extend(delta.token_ids)
         self.logprobs.extend(delta.logprobs)
         self.finish_reason = delta.finish_reason
@@ -57,6 +62,8 @@ class WholeChoice:
             tuple(self.logprobs),
             self.finish_reason,
             self.stop_reason,
+            "".join(self.reasoning),
+            joined_calls(self.tool_calls),
         )
 
 
@@ -98,20 +105,23 @@ class Shape:
         index = delta.index
         opening = "" if self._started[index] else self._open(index)
         self._generated[index] += len(delta.token_ids)
-        if self._detailed or delta.finish_reason is not None:
+        if self._detailed or delta.finish_reason is not None or delta.reasoning or delta.tool_calls:
             return opening + self._event([self._chunk_choice(delta)], **self._usage_so_far(index))
         if not delta.text:
             return opening
         # The hot path, once per token: one JSON string between two prepared pieces.
         return f"{opening}{self._heads[index]}{quote(delta.text)}{self._tail}"
 
-    def end(self, cached_tokens: int) -> str:
+    def end(self, cached_tokens: int, reasoning_tokens: int | None = None) -> str:
         """The events after the last delta: usage, if the request asks for it."""
         if not self._options.usage:
             return ""
-        return self._event([], usage=self._usage(self._call.prompt_tokens, sum(self._generated), cached_tokens))
+        usage = self._usage(self._call.prompt_tokens, sum(self._generated), cached_tokens, reasoning_tokens)
+        return self._event([], usage=usage)
 
-    def whole(self, choices: list[ChoiceDelta], cached_tokens: int) -> dict[str, Any]:
+    def whole(
+        self, choices: list[ChoiceDelta], cached_tokens: int, reasoning_tokens: int | None = None
+    ) -> dict[str, Any]:
         """The body of a reply that isn't streamed."""
         generated = sum(len(choice.token_ids) for choice in choices)
         return {
@@ -119,7 +129,7 @@ class Shape:
             "object": self.whole_object,
             "choices": [self._whole_choice(choice) for choice in choices],
             "service_tier": None,
-            "usage": self._usage(self._call.prompt_tokens, generated, cached_tokens),
+            "usage": self._usage(self._call.prompt_tokens, generated, cached_tokens, reasoning_tokens),
         }
 
     def _open(self, index: int) -> str:
@@ -146,7 +156,7 @@ class Shape:
         return self._call.requests[index // self._call.n].prompt_token_ids
 
     @staticmethod
-    def _usage(prompt: int, generated: int, cached: int | None = None) -> dict[str, Any]:
+    def _usage(prompt: int, generated: int, cached: int | None = None, reasoning: int | None = None) -> dict[str, Any]:
         usage: dict[str, Any] = {
             "prompt_tokens": prompt,
             "total_tokens": prompt + generated,
@@ -154,6 +164,8 @@ class Shape:
         }
         if cached is not None:
             usage["prompt_tokens_details"] = {"cached_tokens": cached}
+        if reasoning is not None:
+            usage["completion_tokens_details"] = {"reasoning_tokens": reasoning}
         return usage
 
 
@@ -205,8 +217,10 @@ class ChatShape(Shape):
         more |= self._usage_so_far(index)
         return self._event([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}], **more)
 
-    def whole(self, choices: list[ChoiceDelta], cached_tokens: int) -> dict[str, Any]:
-        body = super().whole(choices, cached_tokens)
+    def whole(
+        self, choices: list[ChoiceDelta], cached_tokens: int, reasoning_tokens: int | None = None
+    ) -> dict[str, Any]:
+        body = super().whole(choices, cached_tokens, reasoning_tokens)
         if self._options.token_ids:
             body["prompt_token_ids"] = self._prompt(0)
         return body
@@ -214,7 +228,7 @@ class ChatShape(Shape):
     def _chunk_choice(self, delta: ChoiceDelta) -> dict[str, Any]:
         choice: dict[str, Any] = {
             "index": delta.index,
-            "delta": {"content": delta.text},
+            "delta": _parts_of(delta),
             "logprobs": None if self._logprobs is None else self._logprobs.chat(delta.logprobs),
             "finish_reason": delta.finish_reason,
         }
@@ -227,7 +241,7 @@ class ChatShape(Shape):
     def _whole_choice(self, choice: ChoiceDelta) -> dict[str, Any]:
         body: dict[str, Any] = {
             "index": choice.index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "message": _message_of(choice),
             "logprobs": None if self._logprobs is None else self._logprobs.chat(choice.logprobs),
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,
@@ -235,3 +249,39 @@ class ChatShape(Shape):
         if self._options.token_ids:
             body["token_ids"] = choice.token_ids
         return body
+
+
+def _parts_of(delta: ChoiceDelta) -> dict[str, Any]:
+    """A chunk's `delta`. A call's later parts have neither id nor name, as in OpenAI's streams."""
+    if not (delta.reasoning or delta.tool_calls):
+        return {"content": delta.text}
+    parts: dict[str, Any] = {"content": delta.text} if delta.text else {}
+    if delta.reasoning:
+        parts["reasoning"] = delta.reasoning
+    if delta.tool_calls:
+        parts["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "index": call.position,
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            if call.id or call.name
+            else {"index": call.position, "function": {"arguments": call.arguments}}
+            for call in delta.tool_calls
+        ]
+    return parts
+
+
+def _message_of(choice: ChoiceDelta) -> dict[str, Any]:
+    """A whole choice's message. Its content is null if there is only reasoning or calls."""
+    content = choice.text if choice.text or not (choice.reasoning or choice.tool_calls) else None
+    message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+    if choice.reasoning:
+        message["reasoning"] = choice.reasoning
+    if choice.tool_calls:
+        message["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in choice.tool_calls
+        ]
+    return message

@@ -37,11 +37,19 @@ class CachedTokens(TypedDict):
 
 
 @_strict
+class ReasoningTokens(TypedDict):
+    reasoning_tokens: int
+
+
+@_strict
 class Usage(TypedDict):
+    """`completion_tokens_details` comes from servers that parse reasoning."""
+
     prompt_tokens: int
     total_tokens: int
     completion_tokens: int
     prompt_tokens_details: NotRequired[CachedTokens]
+    completion_tokens_details: NotRequired[ReasoningTokens]
 
 
 @_strict
@@ -95,10 +103,29 @@ class ChatLogprobs(TypedDict):
 
 
 @_strict
+class CalledFunction(TypedDict):
+    """`arguments` is JSON text as the model wrote it."""
+
+    name: str
+    arguments: str
+
+
+@_strict
+class ToolCallReply(TypedDict):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+@_strict
 class ChatMessage(TypedDict):
+    """`content` is null if there are only reasoning or tool calls."""
+
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    reasoning: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCallReply]]
 
 
 @_strict
@@ -106,7 +133,7 @@ class ChatChoice(TypedDict):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
     stop_reason: str | int | None
     token_ids: NotRequired[list[int]]
 

@@ -52,7 +52,8 @@ class WholeReply(_Reply):
         while deltas := await completion.take():
             for delta in deltas:
                 choices[delta.index].add(delta)
-        body = self._shape.whole([choice.joined() for choice in choices], completion.cached_tokens)
+        joined = [choice.joined() for choice in choices]
+        body = self._shape.whole(joined, completion.cached_tokens, completion.reasoning_tokens)
         headers = {"x-request-id": self._id, **dict(completion.headers)}
         await JSONResponse(body, headers=headers)(scope, receive, send)
 
@@ -70,7 +71,7 @@ class EventStream(_Reply):
                 if events := "".join(map(chunk, deltas)):
                     await send_events(send, events)
                 deltas = await completion.take()
-            last = self._shape.end(completion.cached_tokens) + DONE
+            last = self._shape.end(completion.cached_tokens, completion.reasoning_tokens) + DONE
         except Exception as error:  # the status is sent: the error must go into the stream
             if not isinstance(error, PreftError):
                 _log.exception("request %s failed in its stream", self._id)

@@ -129,8 +129,6 @@ def test_an_unknown_parameter_is_named(parse):
         (completion, "use_beam_search", True),
         (completion, "truncate_prompt_tokens", 5),
         (completion, "logits_processors", ["x"]),
-        (chat, "tools", [{"type": "function", "function": {"name": "f"}}]),
-        (chat, "tool_choice", "required"),
         (chat, "functions", [{"name": "f"}]),
         (chat, "modalities", ["text", "audio"]),
         (chat, "audio", {"voice": "x"}),

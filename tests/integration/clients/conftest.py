@@ -1,4 +1,7 @@
-"""A gateway over a scripted generator, for clients that other people wrote: they are used as their documents say."""
+"""A gateway over a scripted generator, for clients that other people wrote: they are used as their documents say.
+
+The gateway's parsers find reasoning in `(...)` and calls in `@name;arguments;`.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,9 @@ import pytest
 
 from preft.core.request import AdapterRef
 from support import small_tokenizers
+from support.fake_parsers import FakeParsers
 from support.sdk_gateway import ScriptedGateway, gateway_in_thread
-
-TEMPLATE = (
-    "{{ bos_token }}{{ (tools or []) | tojson }}"
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.tool_call_id }}{{ m.content }}"
-    "{% for c in m.tool_calls or [] %}{{ c.id }}{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}"
-    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
+from support.small_tokenizers import TOOLS_TEMPLATE
 
 
 class Door:
@@ -46,8 +44,8 @@ class Door:
 
 @pytest.fixture(scope="package")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedGateway]:
-    folder = small_tokenizers.byte_level(tmp_path_factory.mktemp("model"), chat_template=TEMPLATE)
-    with gateway_in_thread(folder) as gateway:
+    folder = small_tokenizers.byte_level(tmp_path_factory.mktemp("model"), chat_template=TOOLS_TEMPLATE)
+    with gateway_in_thread(folder, parsers=FakeParsers()) as gateway:
         yield gateway
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 import pytest
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
 from pydantic import BaseModel, SecretStr
 
@@ -66,3 +67,30 @@ def test_structured_output(door: Door, model: ChatOpenAI, method: Literal["json_
         form = door.gateway.generator.requests[0].sampling.structured_outputs
         assert form is not None
         assert form.json_object
+
+
+@tool
+def add(a: int, b: int) -> int:
+    """Adds two numbers."""
+    return a + b
+
+
+def test_tools(door: Door, model: ChatOpenAI) -> None:
+    door.say('so @add;{"a": 2, "b": 3};')
+    whole = model.bind_tools([add]).invoke(MESSAGES)
+    assert [(call["name"], call["args"]) for call in whole.tool_calls] == [("add", {"a": 2, "b": 3})]
+    first, *rest = model.bind_tools([add]).stream(MESSAGES)
+    assert sum(rest, first).tool_calls == whole.tool_calls
+    door.say('[{"name": "add", "parameters": {"a": 4, "b": 5}}]', "nine")
+    asked = [*MESSAGES, model.bind_tools([add], tool_choice="required").invoke(MESSAGES)]
+    [call] = asked[-1].tool_calls
+    answer = model.bind_tools([add], tool_choice="none").invoke([*asked, add.invoke(call)])
+    assert answer.content == "nine"
+    assert f"<|tool|>{call['id']}9" in door.prompts()[-1]
+
+
+def test_structured_output_by_a_named_function(door: Door, model: ChatOpenAI) -> None:
+    door.say(LISBON.model_dump_json())
+    assert model.with_structured_output(Place, method="function_calling").invoke(MESSAGES) == LISBON
+    [schema] = door.schemas()
+    assert set(json.loads(schema or "")["properties"]) == {"city", "size"}

@@ -112,3 +112,18 @@ def test_many_at_once(door: Door) -> None:
 
     assert asyncio.run(main()) == ["hello world"] * 40
     assert len(door.adapters()) == 2
+
+
+def test_tools_in_whole_answers_and_streams(door: Door, client: openai.OpenAI) -> None:
+    tools = [openai.pydantic_function_tool(Place, name="note")]
+    door.say(f"(thinking)so @note;{LISBON.model_dump_json()};")
+    whole = client.chat.completions.parse(model="ann", messages=MESSAGES, tools=tools)
+    [call] = whole.choices[0].message.tool_calls or []
+    assert (call.function.name, call.function.parsed_arguments) == ("note", LISBON)
+    assert (whole.choices[0].finish_reason, whole.choices[0].message.content) == ("tool_calls", "so ")
+    with client.chat.completions.stream(model="ann", messages=MESSAGES, tools=tools) as stream:
+        kinds = {event.type for event in stream}
+        final = stream.get_final_completion()
+    assert {"tool_calls.function.arguments.delta", "tool_calls.function.arguments.done"} <= kinds
+    [streamed] = final.choices[0].message.tool_calls or []
+    assert (streamed.id, streamed.function.parsed_arguments) == (call.id, LISBON)

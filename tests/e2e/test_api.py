@@ -66,7 +66,7 @@ def test_chat_with_the_official_client(llama: Served, client: openai.OpenAI) -> 
 
 class Order(BaseModel):
     kind: Literal["tea", "coffee"]
-    cups: list[Literal[1, 2, 3]]
+    cups: Literal[1, 2, 3]
     sweet: bool
 
 
@@ -74,21 +74,21 @@ def test_an_agent_step_with_the_official_client(llama: Served, client: openai.Op
     """A named function under an adapter, whole and streamed."""
     messages: Any = [{"role": "user", "content": "order"}]
     tools = [openai.pydantic_function_tool(Order, name="order")]
-    named: Any = {"type": "function", "function": {"name": "order"}}
     asked: dict[str, Any] = {
         "model": "alice",
         "messages": messages,
         "tools": tools,
+        "tool_choice": {"type": "function", "function": {"name": "order"}},
         "max_tokens": 300,
         "temperature": 0,
     }
-    whole = client.chat.completions.parse(**asked, tool_choice=named)
+    whole = client.chat.completions.parse(**asked)
     [call] = whole.choices[0].message.tool_calls or []
     assert isinstance(call.function.parsed_arguments, Order)
-    with client.chat.completions.stream(**asked, tool_choice=named) as stream:
+    with client.chat.completions.stream(**asked) as stream:
         [streamed] = stream.get_final_completion().choices[0].message.tool_calls or []
     assert streamed.function == call.function
-    base = client.chat.completions.parse(**{**asked, "model": llama.name}, tool_choice=named)
+    base = client.chat.completions.parse(**{**asked, "model": llama.name})
     assert base.choices[0].message.tool_calls is not None
 
 

@@ -18,9 +18,14 @@ from preft_loadgen.served import Served, served
 
 
 @contextmanager
-def paced_gateway(folder: Path, streams: int, **settings: Any) -> Iterator[Served]:
-    """Serves at most `2 * streams` streams at once, with everything in `folder`. `settings` are further settings."""
+def paced_gateway(folder: Path, streams: int, template: str = "", **settings: Any) -> Iterator[Served]:
+    """Serves at most `2 * streams` streams at once, with everything in `folder`. `settings` are further settings.
+
+    `template` is the chat template; "": there are no chats.
+    """
     make_model(folder, loras=0, refts=0)
+    if template:
+        (folder / "model" / "chat_template.jinja").write_text(template)
     engine = {"max_num_seqs": 2 * streams, "staging_bytes": 64 * MiB}
     own = {
         "model": str(folder / "model"),

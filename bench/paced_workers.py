@@ -1,7 +1,8 @@
 """A prefill and a decode worker whose engines compute nothing: `python -m bench.paced_workers SETTINGS`.
 
 Servers, gRPC, staging memory and status streams are the product's own. A prompt's first token sets the pace of the
-output, so that thousands of streams can be open on two cores.
+output, so that thousands of streams can be open on two cores. A request's seed may give the output a frame, such as
+that of a tool call.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import asyncio
 import sys
 from collections.abc import AsyncGenerator
 from pathlib import Path
+
+from tokenizers import pre_tokenizers
 
 from preft.cluster.process import Stop, raise_file_limit
 from preft.cluster.worker_process import run_worker
@@ -30,6 +33,28 @@ PACES = {
     FIRST_WORD + 1: 0.1,
     FIRST_WORD + 2: 0.01,
 }  # seconds per output token, by the prompt's first token
+QUICK = PACES[FIRST_WORD + 2]  # of other prompts
+FRAMES = {  # what stands before and behind the words of an output, by the request's seed
+    1: ('{"text": "', '"}'),
+    2: ('[{"name": "note", "parameters": {"text": "', '"}}]'),
+    3: ('<tool_call>\n{"name": "note", "arguments": {"text": "', '"}}\n</tool_call>'),
+}
+_BYTES = {character: 3 + place for place, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+
+
+def spelled(text: str) -> tuple[int, ...]:
+    """Tokens of single bytes in the vocabulary of `bench.random_model`. The text has ASCII characters alone."""
+    return tuple(_BYTES[character] for character in text.replace(" ", "\u0120").replace("\n", "\u010a"))
+
+
+def output_token(number: int, seed: int | None, max_tokens: int) -> int:
+    """Token `number` of an output, from 1."""
+    head, tail = map(spelled, FRAMES.get(seed or 0, ("", "")))
+    if number <= len(head):
+        return head[number - 1]
+    if number > max_tokens - len(tail):
+        return tail[number - 1 - (max_tokens - len(tail))]
+    return FIRST_WORD + number
 
 
 class PacedEngine:
@@ -42,7 +67,7 @@ class PacedEngine:
         self._view = StagingView(arena)
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
-        """See `Engine.generate`. Output tokens count up, so that each adds text."""
+        """See `Engine.generate`. Output tokens count up inside the frame, so that each adds text."""
         check_request(request, self.info)
         if (region := request.save or request.load) is not None:
             with self._view.hold(region) as payload:
@@ -51,7 +76,7 @@ class PacedEngine:
                 elif read_seal(payload) != len(request.prompt_token_ids):
                     raise EngineFailed("the region doesn't hold this prompt's KV")
         number, sampling = len(request.output_token_ids), request.sampling
-        pace = PACES[request.prompt_token_ids[0]]
+        pace = PACES.get(request.prompt_token_ids[0], QUICK)
         loop = asyncio.get_running_loop()
         due = loop.time()
         while True:
@@ -60,7 +85,8 @@ class PacedEngine:
             if self._role is Role.DECODE:
                 due += pace
                 await asyncio.sleep(due - loop.time())
-            yield TokenDelta(request.index, (FIRST_WORD + number,), (), FinishReason.LENGTH if is_last else None)
+            token = output_token(number, sampling.seed, sampling.max_tokens)
+            yield TokenDelta(request.index, (token,), (), FinishReason.LENGTH if is_last else None)
             if is_last:
                 return
 

@@ -96,8 +96,10 @@ def compare(counts: Counts, tokens: Tokens, expected: Tokens) -> None:
 class Load:
     """Clients that send one case after the other, each to the next gateway, until `stop`."""
 
-    def __init__(self, urls: Sequence[str], cases: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, urls: Sequence[str], cases: Sequence[dict[str, Any]], *, key: str = "") -> None:
+        """`key` is an API key; "": the gateways need none."""
         self.urls = list(urls)
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.counts = Counts()
         self.cases = cases
         self.expected: dict[int, Tokens] = {}  # by the case's number
@@ -112,7 +114,7 @@ class Load:
 
     async def learn(self) -> None:
         """Asks each case at each gateway without a fault. Raises AnswerFailed if two answers differ."""
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(REQUEST_SECONDS)) as session:
+        async with self._session() as session:
             for url in self.urls:
                 answers = await asyncio.gather(*(ask(session, url, case) for case in self.cases))
                 for number, tokens in enumerate(answers):
@@ -121,7 +123,7 @@ class Load:
 
     async def probe(self) -> None:
         """Waits for an answer of each gateway. Raises AnswerFailed."""
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(REQUEST_SECONDS)) as session:
+        async with self._session() as session:
             await asyncio.gather(*(ask(session, url, self.cases[-1]) for url in self.urls))
 
     def start(self, clients: int) -> None:
@@ -152,7 +154,10 @@ class Load:
             raise
         compare(counts, tokens, self.expected[number])
 
+    def _session(self) -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(REQUEST_SECONDS), headers=self._headers)
+
     async def _run(self) -> None:
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(REQUEST_SECONDS)) as session:
+        async with self._session() as session:
             while self._going:
                 await self.one(session, self._order.randrange(len(self.cases)))

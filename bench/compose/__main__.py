@@ -10,12 +10,15 @@ import asyncio
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from bench.chaos.load import AnswerFailed, Load, make_cases
 from bench.compose.engine import Engine
 from bench.compose.faults import FAULTS, Fault
-from bench.compose.stack import MONITORS, Stack, compose_file, leftovers, wait_whole
+from bench.compose.locks import Locks, make_locks
+from bench.compose.stack import MONITORS, Stack, compose_file
 from demo import ask_all, questions, score, verdict
 from preft.core.errors import PreftError
 from preft_loadgen.errors import LoadgenError
@@ -31,9 +34,9 @@ VOCABULARY = 952
 KEYS = ("sent", "failed", "cut", "wrong", "duplicated", "missing")
 
 
-async def ask_demo(url: str, known: dict[tuple[str, str], str]) -> str | None:
+async def ask_demo(stack: Stack, url: str, known: dict[tuple[str, str], str]) -> str | None:
     """Asks every demo question; returns the first failure. `known` gets the answers, and all gateways must agree."""
-    client = HttpClient(url, timeout=300.0)
+    client = stack.client(url, timeout=300.0)
     base, adapters = await served_models(client)
     asked = questions(base, adapters)
     pairs = list(zip(asked, await ask_all(client, asked), strict=True))
@@ -51,13 +54,13 @@ async def run_fault(stack: Stack, load: Load, fault: Fault) -> dict[str, Any]:
     began = time.monotonic()
     try:
         await fault.act(stack, load)
-        await wait_whole(load.urls[0])
+        await stack.wait_whole(load.urls[0])
         recovery = time.monotonic() - began
         await asyncio.sleep(STEADY_SECONDS)
     finally:
         counts = await load.stop()
     end = time.monotonic() + IDLE_SECONDS
-    while (left := await leftovers(load.urls[0])) and time.monotonic() < end:
+    while (left := await stack.leftovers(load.urls[0])) and time.monotonic() < end:
         await asyncio.sleep(0.5)
     return {**counts.as_json(), "recovery_s": round(recovery, 1), "left": left}
 
@@ -98,53 +101,62 @@ async def prove(stack: Stack, faults: Sequence[Fault]) -> list[str]:
     known: dict[tuple[str, str], str] = {}
     urls = stack.gateways()
     for url in urls:
-        print(f"{url} sees all workers after {await wait_whole(url):.0f} s", flush=True)
-    problems = [await ask_demo(url, known) for url in urls]
+        print(f"{url} sees all workers after {await stack.wait_whole(url):.0f} s", flush=True)
+    problems = [await ask_demo(stack, url, known) for url in urls]
     if "prometheus" in stack.services:
         problems.append(await check_scraped(stack))
-    base, adapters = await served_models(HttpClient(urls[0]))
-    load = Load(urls, make_cases([base, *adapters], VOCABULARY, 0))
+    base, adapters = await served_models(stack.client(urls[0]))
+    load = Load(urls, make_cases([base, *adapters], VOCABULARY, 0), key=stack.locks.key)
     await load.learn()
     results: dict[str, dict[str, Any]] = {}
     for fault in faults:
         results[fault.name] = figures = await run_fault(stack, load, fault)
         problems.append(problem_of(fault, figures))
         print(f"{fault.name}: {figures}", flush=True)
-    problems += [await ask_demo(url, known) for url in stack.gateways()]
+    problems += [await ask_demo(stack, url, known) for url in stack.gateways()]
     print(f"\n{figures_table(results)}\n")
     return [one for one in problems if one is not None]
+
+
+def run(args: argparse.Namespace, faults: Sequence[Fault], locks: Locks) -> list[str]:
+    """Builds the images, brings the containers up, and breaks them; returns all problems."""
+    services = compose_file()["services"]
+    engine = Engine.find(args.engine)
+    print("building the images (minutes, at the first time)", flush=True)
+    # Prometheus' file names no key: with keys, it would get no metrics.
+    third = {name: services[name]["image"] for name in ("redis", *(() if args.locked else MONITORS))}
+    missing = engine.make_images(third)
+    if missing:
+        print(f"left out, because there is no image: {', '.join(missing)}", flush=True)
+    stack = Stack(engine, [*missing, *(MONITORS if args.locked else ())], locks)
+    try:
+        stack.down()
+        stack.up()
+        problems = asyncio.run(prove(stack, faults))
+        if problems:
+            print(stack.logs())
+        return problems
+    except (PreftError, LoadgenError, AnswerFailed):
+        print(stack.logs())
+        raise
+    finally:
+        if not args.keep:
+            stack.down()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make test-compose", description=__doc__)
     parser.add_argument("--engine", choices=("docker", "podman"), help="default: Docker if it answers, else podman")
-    parser.add_argument("--only", default="", help="only faults with this text in their name")
+    parser.add_argument("--only", action="append", metavar="TEXT", help="faults whose names hold it; repeatable")
+    parser.add_argument("--locked", action="store_true", help="mTLS between the processes, and API keys")
     parser.add_argument("--keep", action="store_true", help="leave the containers as they are")
     args = parser.parse_args()
-    faults = [fault for fault in FAULTS if args.only in fault.name]
-    services = compose_file()["services"]
-    try:
-        engine = Engine.find(args.engine)
-        print("building the images (minutes, at the first time)", flush=True)
-        third = {name: services[name]["image"] for name in ("redis", *MONITORS)}
-        missing = engine.make_images(third)
-        if missing:
-            print(f"left out, because there is no image: {', '.join(missing)}", flush=True)
-        stack = Stack(engine, missing)
+    faults = [fault for fault in FAULTS if not args.only or any(text in fault.name for text in args.only)]
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # the containers own a part of it
         try:
-            stack.down()
-            stack.up()
-            problems = asyncio.run(prove(stack, faults))
-            if problems:
-                print(stack.logs())
-        except (PreftError, LoadgenError, AnswerFailed):
-            print(stack.logs())
-            raise
-        finally:
-            if not args.keep:
-                stack.down()
-    except (PreftError, LoadgenError, AnswerFailed) as error:
-        problems = [str(error)]
+            problems = run(args, faults, make_locks(Path(folder)) if args.locked else Locks())
+        except (PreftError, LoadgenError, AnswerFailed) as error:
+            problems = [str(error)]
     for problem in problems:
         print(f"test-compose: {problem}", file=sys.stderr)
     print("FAILED" if problems else "passed: no answer was wrong, and no request failed")

@@ -12,11 +12,12 @@ from tempfile import TemporaryDirectory
 
 from bench.chaos.load import Load
 from bench.compose.engine import NETWORK_IMAGE
-from bench.compose.stack import Stack, processes, wait_whole, workers
+from bench.compose.stack import Stack
 from preft.core.errors import PreftError
 
 CUT_SECONDS = 10.0
 DEAD_SECONDS = 10.0  # for which a killed container stays away
+STOP_SECONDS = 45  # `stop_grace_period` of docker-compose.yml
 NOTICED_SECONDS = 180.0  # for the gateways to see that a container's worker is gone
 
 Act = Callable[[Stack, Load], Awaitable[None]]
@@ -37,7 +38,20 @@ def kill(service: str) -> Act:
     async def act(stack: Stack, load: Load) -> None:
         container = stack.containers(service)[-1]
         await asyncio.to_thread(stack.engine.run, "kill", container)
-        await wait_whole(load.urls[0], whole=False, seconds=NOTICED_SECONDS)
+        await stack.wait_whole(load.urls[0], whole=False, seconds=NOTICED_SECONDS)
+        await asyncio.sleep(DEAD_SECONDS)
+        await asyncio.to_thread(stack.engine.run, "start", container)
+
+    return act
+
+
+def stop(service: str) -> Act:
+    """Stops the last container of the service in order, so that Ray drains its node, and starts it again."""
+
+    async def act(stack: Stack, load: Load) -> None:
+        container = stack.containers(service)[-1]
+        await asyncio.to_thread(stack.engine.run, "stop", "--time", str(STOP_SECONDS), container)
+        await stack.wait_whole(load.urls[0], whole=False, seconds=NOTICED_SECONDS)
         await asyncio.sleep(DEAD_SECONDS)
         await asyncio.to_thread(stack.engine.run, "start", container)
 
@@ -51,7 +65,7 @@ def kill_around(service: str) -> Act:
     """
 
     async def act(stack: Stack, load: Load) -> None:
-        before = await processes(load.urls[0])
+        before = await stack.processes(load.urls[0])
         adopted = stack.adoptions()
         (container,) = stack.containers(service)
         await asyncio.to_thread(stack.engine.run, "kill", container)
@@ -60,7 +74,7 @@ def kill_around(service: str) -> Act:
         end = time.monotonic() + NOTICED_SECONDS
         while service == "serve-cpu" and stack.adoptions() == adopted and time.monotonic() < end:
             await asyncio.sleep(1.0)
-        after = await processes(load.urls[0])
+        after = await stack.processes(load.urls[0])
         if after != before or (service == "serve-cpu" and stack.adoptions() == adopted):
             raise PreftError(f"{service} was killed, and the workers weren't adopted: {before} became {after}")
         await _kill_worker(stack, load)
@@ -70,11 +84,11 @@ def kill_around(service: str) -> Act:
 
 async def _kill_worker(stack: Stack, load: Load) -> None:
     """Kills the process of a decode worker alone."""
-    worker = next(one for one in await workers(load.urls[0]) if one["role"] == "decode")
+    worker = next(one for one in await stack.workers(load.urls[0]) if one["role"] == "decode")
     host = worker["address"].rpartition(":")[0]
     (container,) = (one for one in stack.containers("decode-cpu") if stack.address(one) == host)
     await asyncio.to_thread(stack.engine.run, "exec", container, "bash", "-c", f"kill -9 {worker['pid']}")
-    await wait_whole(load.urls[0], whole=False, seconds=NOTICED_SECONDS)
+    await stack.wait_whole(load.urls[0], whole=False, seconds=NOTICED_SECONDS)
 
 
 async def cut_network(stack: Stack, load: Load) -> None:
@@ -115,7 +129,7 @@ async def kill_gateway(stack: Stack, load: Load) -> None:
     await asyncio.to_thread(stack.engine.run, "kill", container)
     await asyncio.sleep(DEAD_SECONDS)
     await asyncio.to_thread(stack.engine.run, "start", container)
-    await wait_whole(stack.url(container))
+    await stack.wait_whole(stack.url(container))
     load.urls[:] = stack.gateways()
     if len(load.urls) < 2:
         raise PreftError("the killed gateway isn't back")
@@ -127,7 +141,7 @@ async def join_and_leave(stack: Stack, load: Load) -> None:
     with _folder_with(token) as folder:
         try:
             await asyncio.to_thread(stack.node, folder, "up", "--detach", "--no-build", "decode-cpu")
-            await wait_whole(load.urls[0], further=1)
+            await stack.wait_whole(load.urls[0], further=1)
         finally:
             await asyncio.to_thread(stack.node, folder, "down", "--volumes")
 
@@ -147,6 +161,8 @@ FAULTS = [
     Fault("Redis restarted", restart("redis")),
     Fault("gateway killed", kill_gateway, may_cut=True),
     Fault("prefill container killed", kill("prefill-cpu")),
+    Fault("decode container stopped", stop("decode-cpu")),
+    Fault("prefill container stopped", stop("prefill-cpu")),
     Fault("a machine joins and leaves", join_and_leave),
     Fault("preft serve killed", kill_around("serve-cpu")),
     Fault("tables of Ray restarted", restart("ray-tables")),

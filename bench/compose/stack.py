@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from bench.compose.engine import ROOT, Engine
+from bench.compose.locks import Locks
 from preft.core.errors import PreftError
 from preft_loadgen.http_stream import HttpClient, RequestFailed
 
@@ -29,7 +30,7 @@ def compose_file() -> dict[str, Any]:
     return loaded
 
 
-def environment() -> dict[str, str]:
+def environment(locks: Locks) -> dict[str, str]:
     """The variables of .env.example, whatever a .env says, with free ports and a network of their own."""
     lines = (ROOT / ".env.example").read_text().splitlines()
     variables = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
@@ -40,26 +41,29 @@ def environment() -> dict[str, str]:
         "PROMETHEUS_PORT": "127.0.0.1:",
         "GRAFANA_PORT": "127.0.0.1:",
     }
-    return {**os.environ, **variables, **own}
+    return {**os.environ, **variables, **own, **locks.environ}
 
 
 class Stack:
     """The running containers. Those of one service have an order, so that the last one can be named."""
 
-    def __init__(self, engine: Engine, without: list[str]) -> None:
+    def __init__(self, engine: Engine, without: list[str], locks: Locks | None = None) -> None:
         self.engine = engine
+        self.locks = locks or Locks()
         self.services = [*ALONE, *SCALED, *(one for one in MONITORS if one not in without)]
 
     def compose(self, *arguments: str) -> str:
         command = [*self.engine.compose, "-p", PROJECT, "--profile", "cpu"]
-        return self.engine.run(*arguments, command=command, environ=environment())
+        return self.engine.run(*arguments, command=command, environ=environment(self.locks))
 
     def node(self, secrets: str, *arguments: str) -> str:
         """Compose on a further machine, whose folder `secrets` has Ray's token."""
         files = ["-f", "docker-compose.yml", "-f", "docker-compose.node.yml"]
         command = [*self.engine.compose, *files, "-p", f"{PROJECT}-node", "--profile", "cpu"]
         return self.engine.run(
-            *arguments, command=command, environ=environment() | {"SECRETS_DIR": secrets, "DECODE_WORKERS": "1"}
+            *arguments,
+            command=command,
+            environ=environment(self.locks) | {"SECRETS_DIR": secrets, "DECODE_WORKERS": "1"},
         )
 
     def up(self) -> None:
@@ -101,43 +105,43 @@ class Stack:
                 told.append(f"--- {service} {number}\n{self.engine.run('logs', '--tail', '15', one)}")
         return "\n".join(told)
 
+    def client(self, url: str, *, timeout: float = 600.0) -> HttpClient:
+        return HttpClient(url, timeout=timeout, api_key=self.locks.key)
 
-async def workers(url: str) -> list[dict[str, Any]]:
-    """All workers, as one gateway sees them; none if it doesn't answer."""
-    try:
-        found: list[dict[str, Any]] = (await HttpClient(url).get_json("/v1/workers"))["workers"]
-    except RequestFailed:
-        return []
-    return found
+    async def workers(self, url: str) -> list[dict[str, Any]]:
+        """All workers, as one gateway sees them; none if it doesn't answer."""
+        try:
+            found: list[dict[str, Any]] = (await self.client(url).get_json("/v1/workers"))["workers"]
+        except RequestFailed:
+            return []
+        return found
 
+    async def processes(self, url: str) -> dict[str, int]:
+        """The workers' processes in their containers, by worker."""
+        return {one["id"]: one["pid"] for one in await self.workers(url)}
 
-async def processes(url: str) -> dict[str, int]:
-    """The workers' processes in their containers, by worker."""
-    return {one["id"]: one["pid"] for one in await workers(url)}
+    async def is_whole(self, url: str, further: int) -> bool:
+        roles = [one["role"] for one in await self.workers(url) if one["state"] == "ready"]
+        return roles.count("prefill") == EACH and roles.count("decode") == EACH + further
 
+    async def wait_whole(
+        self, url: str, *, whole: bool = True, further: int = 0, seconds: float = READY_SECONDS
+    ) -> float:
+        """Waits until the gateway sees all workers ready for two looks (or not all); returns the seconds taken.
 
-async def is_whole(url: str, further: int) -> bool:
-    roles = [one["role"] for one in await workers(url) if one["state"] == "ready"]
-    return roles.count("prefill") == EACH and roles.count("decode") == EACH + further
+        `further` decode workers are on other machines. Raises PreftError.
+        """
+        began = time.monotonic()
+        looks = 0
+        while looks < (2 if whole else 1):
+            looks = looks + 1 if await self.is_whole(url, further) == whole else 0
+            if time.monotonic() - began > seconds:
+                raise PreftError(f"the cluster is {'not whole' if whole else 'still whole'} after {seconds:.0f} s")
+            await asyncio.sleep(LOOK_SECONDS)
+        return time.monotonic() - began
 
-
-async def wait_whole(url: str, *, whole: bool = True, further: int = 0, seconds: float = READY_SECONDS) -> float:
-    """Waits until the gateway sees all workers ready for two looks (or not all); returns the seconds taken.
-
-    `further` decode workers are on other machines. Raises PreftError.
-    """
-    began = time.monotonic()
-    looks = 0
-    while looks < (2 if whole else 1):
-        looks = looks + 1 if await is_whole(url, further) == whole else 0
-        if time.monotonic() - began > seconds:
-            raise PreftError(f"the cluster is {'not whole' if whole else 'still whole'} after {seconds:.0f} s")
-        await asyncio.sleep(LOOK_SECONDS)
-    return time.monotonic() - began
-
-
-async def leftovers(url: str) -> dict[str, int]:
-    """What idle workers still hold: requests, handles and staging bytes. Empty if all is given back."""
-    keys = ("running", "open_handles", "staging_bytes_used")
-    held = {key: sum(one["status"][key] for one in await workers(url)) for key in keys}
-    return {key: value for key, value in held.items() if value}
+    async def leftovers(self, url: str) -> dict[str, int]:
+        """What idle workers still hold: requests, handles and staging bytes. Empty if all is given back."""
+        keys = ("running", "open_handles", "staging_bytes_used")
+        held = {key: sum(one["status"][key] for one in await self.workers(url)) for key in keys}
+        return {key: value for key, value in held.items() if value}

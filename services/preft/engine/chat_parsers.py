@@ -75,29 +75,32 @@ class VllmParsers:
                 enable_auto_tools=True,
                 tokenizer=self._tokenizer,
             )
-        except TypeError as error:
+        except Exception as error:  # parsers raise what they like, also for a package that is missing
             key = "tool_call_parser" if tools else "reasoning_parser"
             raise ConfigError(f"{key}: {error}") from error
         return kind
 
 
 class VllmRequestParsers:
-    """Implements `RequestParsers`."""
+    """Implements `RequestParsers`. The constructor raises InvalidRequest for tools that vLLM's parsers can't take."""
 
     def __init__(self, kind: type[Parser], tokenizer: Any, model: Any, asked: Asked) -> None:
         self._kind, self._tokenizer, self._model = kind, tokenizer, model
         self._variables = dict(asked.variables or {})
-        self._tools = [ChatCompletionToolsParam.model_validate(tool) for tool in asked.tools]
-        request = ChatCompletionRequest.model_construct(
-            model="",
-            messages=list(asked.messages),
-            tools=self._tools or None,
-            tool_choice="auto" if asked.may_call else "none",
-            parallel_tool_calls=asked.parallel,
-            chat_template_kwargs=self._variables,
-        )
-        self._probe = self._new()
-        self._request: Any = self._probe.adjust_request(request)
+        try:
+            self._tools = [ChatCompletionToolsParam.model_validate(tool) for tool in asked.tools]
+            request = ChatCompletionRequest.model_construct(
+                model="",
+                messages=list(asked.messages),
+                tools=self._tools or None,
+                tool_choice="auto" if asked.may_call else "none",
+                parallel_tool_calls=asked.parallel,
+                chat_template_kwargs=self._variables,
+            )
+            self._probe = self._new()
+            self._request: Any = self._probe.adjust_request(request)
+        except Exception as error:  # parsers are others' code, and raise what they like
+            raise InvalidRequest(f"The server's parsers can't take these tools: {error}.", "tools") from error
 
     @property
     def skip_special_tokens(self) -> bool:

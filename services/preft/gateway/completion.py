@@ -131,10 +131,10 @@ class Completion:
             self._wake()
 
     async def _read(self, reader: ChoiceReader, choice: ChoiceText, delta: TokenDelta) -> ChoiceDelta:
-        pushed = []
-        for piece in delta.by_token() if reader.token_by_token else (delta,):
-            if not choice.finished:
-                pushed.append(choice.push(piece))
+        if reader.token_by_token and len(delta.token_ids) > 1:
+            pushed = [choice.push(piece) for piece in delta.by_token() if not choice.finished]
+        else:
+            pushed = [choice.push(delta)]
         read = await reader.read(pushed)
         if choice.finished and self.reasoning_tokens is not None:
             self.reasoning_tokens += reader.reasoning_tokens

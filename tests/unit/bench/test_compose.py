@@ -6,12 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from bench.compose.__main__ import KEYS, problem_of
 from bench.compose.engine import Engine
 from bench.compose.faults import FAULTS
+from bench.compose.locks import Locks, make_locks
 from bench.compose.stack import Stack, environment
 from preft.core.errors import PreftError
+from preft.core.settings import TlsSettings
+from preft.gateway.access.keys import read_keys
+from preft.rpc.tls import Certificates
 
 GOOD: dict[str, Any] = {**dict.fromkeys(KEYS, 0), "sent": 9, "left": {}, "errors": []}
 GATEWAY = next(fault for fault in FAULTS if fault.may_cut)
@@ -32,7 +37,7 @@ def test_what_is_not_given_back_is_a_problem() -> None:
 
 def test_variables_of_the_users_env_have_no_effect(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODEL_DIR", "/elsewhere")
-    variables = environment()
+    variables = environment(Locks())
     assert variables["MODEL_DIR"] == "./examples/personal_memory/model"
     assert variables["GATEWAY_PORTS"] == "127.0.0.1::8000"
 
@@ -58,3 +63,16 @@ def test_an_unknown_engine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(PreftError, match="neither Docker"):
         Engine.find(None)
+
+
+def test_locks_are_what_the_processes_read(tmp_path: Path) -> None:
+    locks = make_locks(tmp_path)
+    settings = yaml.safe_load(Path(locks.environ["CPU_SETTINGS"]).read_text())
+    assert "insecure" not in settings
+    names = {key: Path(path).name for key, path in settings["tls"].items()}
+    files = {key: Path(locks.environ["TLS_DIR"], name) for key, name in names.items()}
+    Certificates(TlsSettings(**files))  # tries them in a handshake
+    keys = read_keys(Path(locks.environ["SECRETS_DIR"], "api_keys.yaml"))
+    found = keys.find(locks.key)
+    assert found is not None
+    assert found.is_operator

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -150,3 +152,21 @@ async def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=f"^port: can't listen on 127.0.0.1:{port}: Address already in use; "):
             async with running(tmp_path, port=port):
                 pass
+
+
+def test_vllm_is_imported_only_for_a_parser() -> None:
+    code = (
+        "import sys\n"
+        "from preft.cluster.gateway_process import load_parsers\n"
+        "from preft.core.settings import load_settings\n"
+        "assert load_parsers(load_settings(None, {'model': '/m'})) is None\n"
+        "assert not {'vllm', 'torch', 'transformers'} & set(sys.modules)\n"
+        "sys.modules['vllm'] = None\n"
+        "try:\n"
+        "    load_parsers(load_settings(None, {'model': '/m', 'reasoning_parser': 'qwen3'}))\n"
+        "except Exception as error:\n"
+        "    print(type(error).__name__, error)\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith("ConfigError reasoning_parser: gateways with parsers need vLLM")

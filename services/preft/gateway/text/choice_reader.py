@@ -10,7 +10,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 
 from preft.core.errors import EngineFailed
 from preft.core.request import FinishReason
@@ -18,6 +17,7 @@ from preft.gateway.text.choice import ChoiceDelta, ToolCallDelta
 from preft.gateway.text.forced_calls import ForcedCalls
 from preft.gateway.text.parsing import OutputParser, Parts
 
+_NOTHING = Parts()
 Piece = tuple[str, tuple[int, ...]]  # text, and its tokens
 
 _log = logging.getLogger(__name__)
@@ -65,29 +65,42 @@ class ChoiceReader:
         for later in deltas[1:]:
             delta = delta.then(later)
         finished = delta.finish_reason is not None
+        if self._calls is not None and self._parser is None and not self._whole:
+            return self._with_parts(delta, self._calls.push(delta.text, finished=finished))
         if self._counts_reasoning:
             self._all_ids.extend(delta.token_ids)
         self._pieces += [(each.text, each.token_ids) for each in deltas]
-        if not finished and (self._whole or time.monotonic() < self._rest_until):
-            return replace(delta, text="")
+        if not finished and (self._whole or (self._rest_until and time.monotonic() < self._rest_until)):
+            return self._with_parts(delta, _NOTHING)
         pieces, self._pieces = self._pieces, []
-        if self._whole or not self.token_by_token:
+        if len(pieces) > 1 and not self.token_by_token:
             pieces = [("".join(text for text, _ in pieces), tuple(id for _, ids in pieces for id in ids))]
         parts = await (self._parse(*pieces[0]) if self._whole else self._push(pieces, finished))
-        calls = parts.tool_calls
-        if not self._parallel:
-            calls = tuple(call for call in calls if call.position == 0)
-        self._called = self._called or bool(calls)
-        finish = delta.finish_reason
-        if finish is FinishReason.STOP and self._called and not self._is_named:
-            finish = FinishReason.TOOL_CALLS
         if finished and self._counts_reasoning and self._parser is not None:
             self.reasoning_tokens = self._parser.reasoning_tokens(self._all_ids)
-        return replace(delta, text=parts.content, reasoning=parts.reasoning, tool_calls=calls, finish_reason=finish)
+        return self._with_parts(delta, parts)
+
+    def _with_parts(self, delta: ChoiceDelta, parts: Parts) -> ChoiceDelta:
+        calls, finish = parts.tool_calls, delta.finish_reason
+        if calls:
+            if not self._parallel:
+                calls = tuple(call for call in calls if call.position == 0)
+            self._called = True
+        if finish is FinishReason.STOP and self._called and not self._is_named:
+            finish = FinishReason.TOOL_CALLS
+        return ChoiceDelta(
+            delta.index,
+            parts.content,
+            delta.token_ids,
+            delta.logprobs,
+            finish,
+            delta.stop_reason,
+            parts.reasoning,
+            calls,
+        )
 
     async def _push(self, pieces: Sequence[Piece], finished: bool) -> Parts:
-        if self._parser is None:
-            return self._with_calls(Parts(pieces[0][0]), finished)
+        assert self._parser is not None
         try:
             if self._is_slow:
                 parts, seconds = await asyncio.to_thread(_timed_push, self._parser, pieces, finished)
@@ -124,7 +137,9 @@ class ChoiceReader:
 def _timed_push(parser: OutputParser, pieces: Sequence[Piece], finished: bool) -> tuple[Parts, float]:
     """The parts, and the seconds of CPU time."""
     started, last = time.thread_time(), len(pieces) - 1
-    parts = Parts()
+    if last == 0:
+        return parser.push(*pieces[0], finished=finished), time.thread_time() - started
+    parts = _NOTHING
     for number, (text, ids) in enumerate(pieces):
         parts = parts.then(parser.push(text, ids, finished=finished and number == last))
     return parts, time.thread_time() - started

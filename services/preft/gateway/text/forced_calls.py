@@ -56,6 +56,8 @@ class CallArray:
         self._escaped = False
 
     def push(self, text: str, *, finished: bool) -> Parts:
+        if self._in_arguments and not self._escaped and _STRUCTURE.search(text) is None:  # nearly always
+            return Parts(tool_calls=(ToolCallDelta(self._calls - 1, text),)) if text else Parts()
         deltas: list[ToolCallDelta] = []
         rest = text
         while rest:

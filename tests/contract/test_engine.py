@@ -311,6 +311,29 @@ async def test_logprobs(pair: Pair) -> None:
                 assert entry.top[:1] in ((), ((entry.token_id, entry.logprob),))
 
 
+async def test_prompt_logprobs_of_a_whole_prompt(pair: Pair) -> None:
+    """In one delta, with the first token; also if the prompt is in the prefix cache, and in chunks of any end."""
+    for length in LENGTHS:
+        prompt = pair.prompt(length)
+        for top in (0, 2):
+            sampling = dataclasses.replace(GREEDY, prompt_logprobs=top)
+            async with pair.handed_over(prompt, sampling, pair.adapters[0]) as (first, request):
+                deltas = [first, *[delta async for delta in pair.decode.generate(request)]]
+            assert [delta.prompt_logprobs is None for delta in deltas] == [False] + [True] * (len(deltas) - 1)
+            logprobs = first.prompt_logprobs
+            assert logprobs is not None
+            assert (logprobs.top, len(logprobs)) == (top, length - 1)
+            for token, row in zip(prompt[1:], logprobs, strict=True):
+                assert (row.token_id, len(row.top)) == (token, top)
+                assert row.logprob <= 0
+                assert [value for _, value in row.top] == sorted((value for _, value in row.top), reverse=True)
+            tokens_so_far = [token for delta in deltas for token in delta.token_ids]
+            assert tokens_so_far == pair.expected(prompt, GREEDY.max_tokens, pair.adapters[0])
+    other = dataclasses.replace(pair.request(pair.prompt(9), dataclasses.replace(GREEDY, prompt_logprobs=2)), index=1)
+    assert [delta.prompt_logprobs async for delta in pair.prefill.generate(other)] == [None]
+    await pair.idle()
+
+
 async def test_choices_from_one_prompt_pass(pair: Pair) -> None:
     """Several decode requests load the same region; each has its own seed, and a seed means the same every time."""
     prompt = pair.prompt(70)

@@ -85,6 +85,24 @@ def test_logit_bias(either: Served) -> None:
     assert got == greedy(either, prompt, 16, biased)
 
 
+def test_allowed_tokens(either: Served) -> None:
+    """Also as the first token."""
+    prompt, allowed = prompt_of(33, 18), [7, 11, 300, 301]
+
+    def masked(logits: torch.Tensor, output: list[int]) -> torch.Tensor:
+        return torch.full_like(logits, -torch.inf).index_copy(0, torch.tensor(allowed), logits[allowed])
+
+    got = tokens_of(either, prompt, max_tokens=12, allowed_token_ids=allowed, repetition_penalty=1.3)
+    assert set(got) <= set(allowed)
+
+    def penalised(logits: torch.Tensor, output: list[int]) -> torch.Tensor:
+        for token in {*prompt, *output}:
+            logits[token] = logits[token] / 1.3 if logits[token] > 0 else logits[token] * 1.3
+        return masked(logits, output)
+
+    assert got == greedy(either, prompt, 12, penalised)
+
+
 @pytest.mark.parametrize("position", [0, 1, 5])
 def test_stop_token_ends_the_request_where_it_comes(either: Served, position: int) -> None:
     prompt = prompt_of(50, 9)

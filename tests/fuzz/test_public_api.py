@@ -66,6 +66,10 @@ COMPLETION = {
     "priority": 1,
     "user": "u",
     "stream": False,
+    "echo": True,
+    "prompt_logprobs": 1,
+    "truncate_prompt_tokens": 9,
+    "allowed_token_ids": [4, 5],
 }
 CHAT = {
     "model": "alice",
@@ -103,6 +107,8 @@ class Public:
         return {
             ("POST", "/v1/completions"): COMPLETION,
             ("POST", "/v1/chat/completions"): CHAT,
+            ("POST", "/tokenize"): {"model": "alice", "messages": CHAT["messages"], "chat_template_kwargs": {"a": 1}},
+            ("POST", "/detokenize"): {"model": "alice", "tokens": PROMPT},
             ("POST", "/v1/adapters"): {"name": "bob", "source": source, "replace": True, "stream": False},
             ("PATCH", "/v1/adapters/bob"): {"pinned": False},
             ("POST", "/v1/load_lora_adapter"): {"lora_name": "bob", "lora_path": source, "load_inplace": True},

@@ -16,11 +16,12 @@ from preft.adapters.formats.digest import add_file_header
 from preft.adapters.store.packed import unpack
 from preft.core.cluster import Role
 from preft.core.errors import EngineFailed, InvalidAdapter, PreftError, WorkerLost
-from preft.core.request import AdapterRef, FinishReason, Sampling, TokenDelta, TokenLogprob
+from preft.core.request import AdapterRef, FinishReason, PromptLogprobs, Sampling, TokenDelta, TokenLogprob
 from preft.engine.port import EngineInfo, EngineRequest, EngineStats, check_request
 from preft.memory.arena import Region, StagingView
 from preft.memory.errors import StaleRegion
 from preft.transfer.seal import SEAL, read_seal, write_seal
+from support.prompt_logprobs import made_up
 
 BLOCK_SIZE = 4
 BLOCK_BYTES = 96
@@ -194,6 +195,7 @@ class FakeEngine:
         output = list(request.output_token_ids)
         kv, preemptions = b"", -1
         cached = self._cached_tokens(request)
+        prompt_logprobs = self._prompt_logprobs(request)
         while True:
             await self.going.wait()
             await self.answering.wait()
@@ -209,8 +211,8 @@ class FakeEngine:
             ending = _ending(sampling, output)
             if self._role is Role.PREFILL:
                 ending = ending or FinishReason.LENGTH
-            yield _delta(request, output[-1], ending, cached)
-            cached = 0
+            yield _delta(request, output[-1], ending, cached, prompt_logprobs)
+            cached, prompt_logprobs = 0, None
             if ending is not None:
                 return
 
@@ -218,12 +220,20 @@ class FakeEngine:
         """Tokens that vLLM would report as found in its prefix cache: of whole blocks, the last token never."""
         if request.load is not None or request.index or request.output_token_ids:
             return 0
+        if request.sampling.prompt_logprobs is not None:
+            return 0  # computed anew
         digest, prompt = request.adapter.digest if request.adapter else "", request.prompt_token_ids
         ends = range(BLOCK_SIZE, len(prompt), BLOCK_SIZE)
         keys = [(request.salt, digest, prompt[:end]) for end in ends]
         found = next((number for number, key in enumerate(keys) if key not in self._prefixes), len(keys))
         self._prefixes.update(keys)
         return found * BLOCK_SIZE
+
+    def _prompt_logprobs(self, request: EngineRequest) -> PromptLogprobs | None:
+        top = request.sampling.prompt_logprobs
+        if top is None or request.load is not None or request.index or request.output_token_ids:
+            return None
+        return made_up(request.prompt_token_ids, top, request.adapter.digest if request.adapter else "")
 
     def _prompt_kv(self, request: EngineRequest) -> bytes:
         """Prefill: computes the KV, and saves it if the request asks for it. Decode: reads the region, nothing else."""
@@ -262,7 +272,9 @@ class FakeEngine:
         self.stats.kv_usage = self._used / self.info.kv_blocks
 
 
-def _delta(request: EngineRequest, token: int, ending: FinishReason | None, cached: int = 0) -> TokenDelta:
+def _delta(
+    request: EngineRequest, token: int, ending: FinishReason | None, cached: int, prompt: PromptLogprobs | None
+) -> TokenDelta:
     sampling = request.sampling
     logprobs: tuple[TokenLogprob, ...] = ()
     if sampling.logprobs is not None:
@@ -270,4 +282,4 @@ def _delta(request: EngineRequest, token: int, ending: FinishReason | None, cach
         top = [(other, -0.5 - rank) for rank, other in enumerate((token, *others))][: sampling.logprobs]
         logprobs = (TokenLogprob(token, -0.5, 1, tuple(top)),)
     by_caller = ending is FinishReason.STOP and token in sampling.stop_token_ids
-    return TokenDelta(request.index, (token,), logprobs, ending, token if by_caller else None, cached)
+    return TokenDelta(request.index, (token,), logprobs, ending, token if by_caller else None, cached, prompt)

@@ -12,12 +12,14 @@ from zlib import crc32
 
 from preft.core.cluster import Role
 from preft.core.errors import InvalidRequest, PreftError, TransferFailed
-from preft.core.request import FinishReason, TokenDelta
+from preft.core.request import FinishReason, PromptLogprobs, TokenDelta
 from preft.rpc import common_pb2, workers_pb2, workers_pb2_grpc
 from preft.rpc.caller import caller_of
 from preft.rpc.convert import delta_to_proto
+from preft.rpc.prompt_logprobs import prompt_parts
 from preft.rpc.status import abort
 from preft.worker.decode.session import DecodeSession, Put, Serve
+from support.prompt_logprobs import made_up
 
 if TYPE_CHECKING:
     from support.fake_workers import FakeDecode, FakePrefill, FakeWorker
@@ -69,6 +71,9 @@ class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
                 await fault.strike()
             await asyncio.sleep(worker.delay)
         choices = [self._first(request, index) for index in range(1 if request.resume else request.n)]
+        if request.sampling.HasField("prompt_logprobs") and not request.resume:
+            for part in prompt_parts(self._prompt_logprobs(request)):
+                yield workers_pb2.PrefillEvent(prompt_logprobs=part)
         first = workers_pb2.FirstTokens(choices=[delta_to_proto(choice) for choice in choices])
         yield workers_pb2.PrefillEvent(first_tokens=first)
         uses = request.n if request.resume else sum(choice.finish_reason is None for choice in choices)
@@ -83,6 +88,9 @@ class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
                 raise TransferFailed("the decode worker is gone or wants no KV")
             decode.handles[handle] = Kv(list(request.prompt_token_ids), request.adapter.digest, uses)
             yield workers_pb2.PrefillEvent(kv_pushed=workers_pb2.KvPushed())
+
+    def _prompt_logprobs(self, request: workers_pb2.PrefillRequest) -> PromptLogprobs:
+        return made_up(list(request.prompt_token_ids), request.sampling.prompt_logprobs, request.adapter.digest)
 
     def _first(self, request: workers_pb2.PrefillRequest, index: int) -> TokenDelta:
         if self.worker.cluster.ends.get(index) == 0:
@@ -190,4 +198,11 @@ class DecodeService(workers_pb2_grpc.DecodeWorkerServicer):
             return TokenDelta(index, (EOS,), finish_reason=FinishReason.STOP)
         token = token_at(request.prompt_token_ids, request.adapter_digest, index, position)
         last = position == request.sampling.max_tokens - 1
-        return TokenDelta(index, (token,), finish_reason=FinishReason.LENGTH if last else None)
+        prompt = None
+        begins = self.worker.role is Role.COLOCATED and index == position == 0
+        if begins and request.sampling.HasField("prompt_logprobs"):
+            prompt = self._prompt_logprobs(request)
+        return TokenDelta(index, (token,), finish_reason=FinishReason.LENGTH if last else None, prompt_logprobs=prompt)
+
+    def _prompt_logprobs(self, request: workers_pb2.DecodeRequest) -> PromptLogprobs | None:
+        return made_up(list(request.prompt_token_ids), request.sampling.prompt_logprobs, request.adapter_digest)

@@ -23,7 +23,8 @@ from preft.core.errors import (
 )
 from preft.core.names import catalog_name, normal_name, split_name
 from preft.core.ports import AdapterChanges, Progress
-from preft.core.request import FinishReason, GenerateRequest, TokenDelta, TokenLogprob
+from preft.core.request import FinishReason, GenerateRequest, PromptLogprobs, TokenDelta, TokenLogprob
+from support.prompt_logprobs import made_up
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +82,20 @@ class FakeGeneration:
                     finish if end else None,
                     script.stop_token_id if end else None,
                     cached_tokens=script.cached if index == start == 0 else 0,
+                    prompt_logprobs=self._prompt_logprobs() if index == start == 0 else None,
                 )
         if script.fail is not None and script.fail_after is not None:
             raise script.fail
         for index in range(request.n):
             if script.finish_apart and index not in self.stopped:
                 yield TokenDelta(index, (), (), finish, script.stop_token_id)
+
+    def _prompt_logprobs(self) -> PromptLogprobs | None:
+        request = self._request
+        if request.sampling.prompt_logprobs is None:
+            return None
+        digest = request.adapter.digest if request.adapter else ""
+        return made_up(request.prompt_token_ids, request.sampling.prompt_logprobs, digest)
 
     def _logprobs(self, token_ids: tuple[int, ...], start: int) -> tuple[TokenLogprob, ...]:
         """-0.5 for the sampled token, as the likeliest; its successors by id follow at -1.0, -1.5, ..."""

@@ -70,6 +70,11 @@ class Reference:
             with self._adapted(None):
                 return torch.cat([first, self._pass(output_ids[:-1], cache, keep=0)])
 
+    def prompt_logits(self, prompt_ids: Sequence[int], adapter: Path | str | None = None) -> torch.Tensor:
+        """The raw logits behind each prompt token, float32 [len(prompt_ids), vocab_size]."""
+        with torch.inference_mode(), self._adapted(adapter):
+            return self._pass(prompt_ids, DynamicCache(), keep=0)
+
     def _prompt_pass(self, prompt_ids: Sequence[int], adapter: Path | str | None) -> tuple[torch.Tensor, Any]:
         cache = DynamicCache()
         with self._adapted(adapter):

@@ -6,6 +6,7 @@ All text is token ids here; only the gateway has text.
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
@@ -40,9 +41,10 @@ class Sampling:
     clients may set it. Everything between them goes by name. The ranges are vLLM's; `rpc.convert` checks them.
 
     `temperature` 0 is greedy; `top_k` 0 means all tokens; `logprobs` None means none, k means the sampled token and
-    the k most likely. `stop_token_ids` are the caller's; `eos_token_ids` are the model's and are ignored under
-    `ignore_eos`. `max_tokens` and `min_tokens` count output tokens, the first one included. Choice i of a seeded
-    request uses `seed + i`. `structured_outputs` is the form of every choice's text.
+    the k most likely. `prompt_logprobs` means the same for the prompt's tokens. `stop_token_ids` are the caller's;
+    `eos_token_ids` are the model's and are ignored under `ignore_eos`. `max_tokens` and `min_tokens` count output
+    tokens, the first one included. Choice i of a seeded request uses `seed + i`. `structured_outputs` is the form of
+    every choice's text. Output has no other tokens than `allowed_token_ids`, if there are any.
     """
 
     max_tokens: Annotated[int, Field(ge=1, le=INT32_MAX)]
@@ -61,6 +63,8 @@ class Sampling:
     logit_bias: Annotated[Mapping[int, FiniteFloat], Field(max_length=MAX_IDS)] = field(default_factory=lambda: NO_BIAS)
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     structured_outputs: StructuredOutputs | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    allowed_token_ids: Annotated[tuple[int, ...], Field(max_length=MAX_IDS)] = ()
 
 
 PARAMETERS = tuple(field.name for field in fields(Sampling))
@@ -115,12 +119,37 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Log probabilities of a prompt's tokens, from the second token on: row i is about prompt token i + 1.
+
+    A row has `1 + top` values: those of the token itself, then of the `top` most likely tokens, best first. `ranks` has
+    one value per row, the token's own rank. Arrays, because a long prompt has a million values.
+    """
+
+    top: int
+    token_ids: array[int]
+    logprobs: array[float]
+    ranks: array[int]
+
+    def __len__(self) -> int:
+        return len(self.ranks)
+
+    def __iter__(self) -> Iterator[TokenLogprob]:
+        """The rows, each made when it is needed."""
+        width = self.top + 1
+        for row, rank in enumerate(self.ranks):
+            start, end = row * width, (row + 1) * width
+            top = tuple(zip(self.token_ids[start + 1 : end], self.logprobs[start + 1 : end], strict=True))
+            yield TokenLogprob(self.token_ids[start], self.logprobs[start], rank, top)
+
+
+@dataclass(frozen=True, slots=True)
 class TokenDelta:
     """New tokens of one choice. `logprobs` has one entry per token, or none if the request doesn't ask for them.
 
     `finish_reason` is set on the last delta of a choice, whose tokens may be empty. `stop_token_id` is the caller's
     stop token that ended the choice, never an EOS. `cached_tokens` counts the prompt tokens found in a prefix cache;
-    the first delta of choice 0 has it.
+    the first delta of choice 0 has it, and `prompt_logprobs` if the request asks for them.
     """
 
     index: int
@@ -129,6 +158,7 @@ class TokenDelta:
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     cached_tokens: int = 0
+    prompt_logprobs: PromptLogprobs | None = None
 
     def by_token(self) -> Iterator[TokenDelta]:
         """The same as deltas of one token each."""

@@ -12,7 +12,8 @@ a disk, and this module keeps no copy.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,7 @@ class GroupedPunicaWrapper(PunicaWrapperBase):
         self._head_ranks = np.zeros(slots, dtype=np.int64)
         self._first, self._last = np.full(slots, EVERY), np.zeros(slots, dtype=np.int64)
         self._named = np.empty(0, dtype=np.int64)
+        self._scored: int | None = None  # within `scores_prompt_of`: the slot of the adapter of all rows, or BASE
 
     def hold(self, slot: int, lora_rank: int, reft: ReftConfig | None, head_rank: int = 0) -> None:
         """Declares the content of a slot: a LoRA of at most `lora_rank` (0: none), a ReFT, or both.
@@ -138,9 +140,28 @@ class GroupedPunicaWrapper(PunicaWrapperBase):
         scale: float,
         **kwargs: Any,
     ) -> None:
-        """Rows are those from which a token is sampled. An adapter acts only on its prompt's last token."""
+        """Rows are those from which a token is sampled. An adapter acts only on its prompt's last token.
+
+        Within `scores_prompt_of`, rows are any of one prompt.
+        """
         a, b = ([stack.squeeze(1) for stack in stacks] for stacks in (lora_a_stacked, lora_b_stacked))
+        if self._scored == BASE:
+            return
+        if self._scored is not None:
+            rank = int(self._head_ranks[self._scored])
+            down, up = a[0][self._scored, :rank].float(), b[0][self._scored, :, :rank].float()
+            y += ((x.float() @ down.T) @ up.T).to(y.dtype)
+            return
         low_rank_delta_(y, x, a, b, self.head, scale=scale)
+
+    @contextmanager
+    def scores_prompt_of(self, slot: int) -> Iterator[None]:
+        """Within the context, all logits are those of one prompt's tokens, under the adapter in `slot`, or BASE."""
+        self._scored = slot
+        try:
+            yield
+        finally:
+            self._scored = None
 
     def add_lora_embedding(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("adapters of the embedding are refused when they are added")
@@ -258,6 +279,13 @@ class GroupedLoRAModelManager(LRUCacheLoRAModelManager):
         """
         self._punica.limit(positions, prompts - positions)
 
+    def scores_prompt_of(self, lora_id: int | None) -> AbstractContextManager[None]:
+        """Within the context, all logits are those of one prompt's tokens, under this adapter, which is in a slot.
+
+        None is the base model. Without the context, rows of logits are taken for those of the step's sampled tokens.
+        """
+        return self._punica.scores_prompt_of(BASE if lora_id is None else self.lora_index_to_id.index(lora_id))
+
 
 def _pin(memory: memoryview) -> None:
     """Page-locks the memory for CUDA, so that copies to the GPU need no intermediate buffer."""
@@ -340,3 +368,8 @@ class GroupedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
     def place_tokens(self, positions: np.ndarray, prompts: np.ndarray) -> None:
         """See `GroupedLoRAModelManager.place_tokens`."""
         self._adapter_manager.place_tokens(positions, prompts)
+
+    def scores_prompt_of(self, lora_id: int | None) -> AbstractContextManager[None]:
+        """See `GroupedLoRAModelManager.scores_prompt_of`."""
+        context: AbstractContextManager[None] = self._adapter_manager.scores_prompt_of(lora_id)
+        return context

@@ -50,7 +50,7 @@ def check_request(request: EngineRequest, info: EngineInfo) -> None:
     prompt, output, sampling = request.prompt_token_ids, request.output_token_ids, request.sampling
     if not prompt or len(prompt) + len(output) >= info.max_model_len:
         raise InvalidRequest("the engine refuses the request: it can't continue so many tokens", param="prompt")
-    named = (prompt, output, sampling.stop_token_ids, sampling.logit_bias)
+    named = (prompt, output, sampling.stop_token_ids, sampling.logit_bias, sampling.allowed_token_ids)
     if max(max(ids, default=0) for ids in named) >= info.vocab_size:
         raise InvalidRequest("the engine refuses the request: a token id is not in the vocabulary", param="prompt")
     if sampling.seed is not None and not -(2**63) <= sampling.seed < 2**63:

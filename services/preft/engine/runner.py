@@ -17,10 +17,11 @@ from vllm.platforms import current_platform
 from vllm.v1.core.sched.output import SchedulerOutput
 
 from preft.engine.numbers import FiniteRunner
+from preft.engine.prompt_logprobs import PromptLogprobRunner
 from preft.transfer.connector import output_so_far
 
 
-class HandoverRunner(FiniteRunner):
+class HandoverRunner(PromptLogprobRunner, FiniteRunner):
     """A mixin before a V1 model runner class. Uses `_may_reorder_batch`, `set_active_loras` and `load_lora_model`."""
 
     def _may_reorder_batch(self: Any, scheduler_output: SchedulerOutput) -> None:

@@ -30,12 +30,21 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from preft.adapters.formats.base_model import TARGETS
 from preft.core.cluster import Role
 from preft.core.errors import ConfigError, EngineFailed, InvalidAdapter, InvalidRequest, NumbersNotFinite, WorkerLost
-from preft.core.request import PARAMETERS, AdapterRef, FinishReason, Sampling, TokenDelta, TokenLogprob
+from preft.core.request import (
+    PARAMETERS,
+    AdapterRef,
+    FinishReason,
+    PromptLogprobs,
+    Sampling,
+    TokenDelta,
+    TokenLogprob,
+)
 from preft.core.settings import GiB, PrefillSettings, Settings
 from preft.engine.bound import BoundToParent, forks_bound
 from preft.engine.grammar import PARAM, STRUCTURED, UNFIT, FormChecks, form_of
 from preft.engine.numbers import ENVIRONMENT, NOT_FINITE
 from preft.engine.port import EngineInfo, EngineRequest, EngineStats, check_request
+from preft.engine.prompt_logprobs import are_numbers, prompt_logprobs_of
 from preft.engine.shared_memory import start_tracker
 from preft.memory.arena import Region
 from preft.transfer.connector import OUTPUT_SO_FAR
@@ -128,12 +137,16 @@ def sampling_params(request: EngineRequest, role: Role) -> SamplingParams:
     ours = ("eos_token_ids", "structured_outputs")
     params = {name: getattr(sampling, name) for name in PARAMETERS if name not in ours}
     params |= {"ignore_eos": True, "stop_token_ids": list(stop), "logit_bias": dict(sampling.logit_bias) or None}
+    params["allowed_token_ids"] = list(sampling.allowed_token_ids) or None
     if role is Role.PREFILL:
         params |= {"max_tokens": 1, "min_tokens": min(sampling.min_tokens, 1)}
+    if role is Role.DECODE or request.index or request.output_token_ids:
+        params["prompt_logprobs"] = None  # they come once, with the first token of choice 0
     return SamplingParams(
         **params,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
+        flat_logprobs=params["prompt_logprobs"] is not None,  # not a dictionary for each token of the prompt
         extra_args=extra or None,
     )
 
@@ -267,7 +280,10 @@ class VllmEngine:
                         raise InvalidRequest(choice.stop_reason.removeprefix(UNFIT), param=PARAM)
                     if choice.finish_reason in ("error", "abort"):
                         raise EngineFailed("the engine gave the request up")
-                    yield _delta(request, choice, output.num_cached_tokens or 0 if tells_cached else 0)
+                    delta = _delta(request, choice, output.num_cached_tokens or 0 if tells_cached else 0)
+                    if output.prompt_logprobs:
+                        delta = dataclasses.replace(delta, prompt_logprobs=_prompt_logprobs(request, output))
+                    yield delta
                     tells_cached = False
         except EngineDeadError as error:
             raise WorkerLost(f"the engine died: {error}") from error
@@ -291,6 +307,15 @@ class VllmEngine:
         self.kill("it is closed")  # its processes hold nothing that is needed, and would take seconds to end
         await asyncio.to_thread(self._forms.close)
         await asyncio.to_thread(self._llm.shutdown)
+
+
+def _prompt_logprobs(request: EngineRequest, output: Any) -> PromptLogprobs:
+    """Raises NumbersNotFinite."""
+    assert request.sampling.prompt_logprobs is not None
+    logprobs = prompt_logprobs_of(output.prompt_logprobs, request.sampling.prompt_logprobs)
+    if not are_numbers(logprobs):
+        raise NumbersNotFinite(_not_finite(request))
+    return logprobs
 
 
 def _not_finite(request: EngineRequest) -> str:

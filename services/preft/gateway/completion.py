@@ -7,6 +7,7 @@ nothing.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import math
 from collections.abc import Iterable
@@ -18,6 +19,7 @@ from preft.core.ports import Generator
 from preft.core.request import GenerateRequest, TokenDelta, TokenLogprob
 from preft.gateway.access.accounts import CLIENT_GONE, Account
 from preft.gateway.api_call import ApiCall
+from preft.gateway.prompt_logprobs import prompt_first, without_output
 from preft.gateway.text.choice import ChoiceDelta, ChoiceText
 from preft.gateway.text.choice_reader import ChoiceReader
 from preft.gateway.text.tokenizer import Tokenizer
@@ -97,7 +99,8 @@ class Completion:
         try:
             readers = None if reading is None else [reading.reader(prompt) for _ in choices]
             async with self._generator.generate(request) as generation:
-                async for delta in generation:
+                wants_prompt = request.sampling.prompt_logprobs is not None
+                async for delta in prompt_first(generation) if wants_prompt else generation:
                     _check_numbers(delta.logprobs)
                     self.cached_tokens += delta.cached_tokens
                     choice = choices[delta.index]
@@ -107,6 +110,10 @@ class Completion:
                         pushed = choice.push(delta)
                     else:
                         pushed = await self._read(readers[delta.index], choice, delta)
+                    if delta.prompt_logprobs is not None:
+                        pushed = dataclasses.replace(pushed, prompt_logprobs=delta.prompt_logprobs)
+                    if self.call.prompt_only:
+                        pushed = without_output(pushed)
                     self._generated += len(pushed.token_ids)
                     self._deltas.append(pushed)
                     if choice.finished and delta.finish_reason is None:

@@ -9,7 +9,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from preft.core.cluster import Role, Worker
@@ -32,6 +32,7 @@ from preft.router.lease import Lease
 from preft.router.worker_view import WorkerView
 from preft.rpc import common_pb2, workers_pb2
 from preft.rpc.convert import adapter_to_proto, delta_from_proto
+from preft.rpc.prompt_logprobs import PromptParts
 
 # The request or its adapter is at fault: every worker would give the same error.
 FINAL = (InvalidRequest, ModelNotFound, AdapterExists, DeadlineExceeded, NumbersNotFinite)
@@ -123,8 +124,12 @@ class Attempt:
         self._prefill = self._channels.prefill(worker, self._prefill_request(), self._job.remaining())
         if self._lease.decode is not None:
             self._unclaimed = set(self._going)
+        parts = self._prompt_parts(begins=not self.resumes)
         with self._blaming(worker.id):
             event = await self._channels.read(self._prefill, worker)
+            while event is not None and event.HasField("prompt_logprobs"):
+                parts.add(event.prompt_logprobs)
+                event = await self._channels.read(self._prefill, worker)
             if event is None or not event.HasField("first_tokens"):
                 raise EngineFailed(f"prefill worker {worker.id} answered no first tokens")
             self._lease.prefill.succeeded()
@@ -132,8 +137,9 @@ class Attempt:
             if self.resumes:
                 return ()
             deltas = [delta_from_proto(message) for message in event.first_tokens.choices]
+            prompt = parts.whole()
             self._take_first(deltas)
-            return deltas
+            return [replace(delta, prompt_logprobs=prompt) if delta.index == 0 else delta for delta in deltas]
 
     async def kv_in_place(self) -> None:
         """Waits until the decode worker has the prompt's whole KV and has verified it."""
@@ -160,13 +166,20 @@ class Attempt:
         worker, index = self._decode_worker(), choice.index
         call = self._decodes[index]
         room = self._lease.room(index) - len(self._job.request.prompt_token_ids)
+        parts = self._prompt_parts(begins=self._colocated and index == 0 and not choice.tokens)
         first = True
         try:
             with self._blaming(worker.id):
                 while choice.open:
-                    delta = delta_from_proto(await call.read())
+                    message = await call.read()
+                    if first and message.HasField("prompt_logprobs"):
+                        parts.add(message.prompt_logprobs)
+                        continue
+                    delta = delta_from_proto(message)
                     if delta.index != index:
                         raise EngineFailed(f"decode worker {worker.id} answered another choice than {index}")
+                    if first and (prompt := parts.whole()) is not None:
+                        delta = replace(delta, prompt_logprobs=prompt)
                     choice.take(delta)
                     if first:
                         first = False
@@ -204,6 +217,12 @@ class Attempt:
         self._lease.release()
         if self._unclaimed:
             self._channels.release(self._decode_worker(), self.handle)
+
+    def _prompt_parts(self, *, begins: bool) -> PromptParts:
+        """The prompt's log probabilities as they come: with choice 0 where it `begins`, and never again."""
+        request = self._job.request
+        wanted = request.sampling.prompt_logprobs if begins else None
+        return PromptParts(wanted, len(request.prompt_token_ids))
 
     def _take_first(self, deltas: list[TokenDelta]) -> None:
         if sorted(delta.index for delta in deltas) != list(range(self._job.request.n)):

@@ -158,7 +158,7 @@ def _named(values: object, names: Iterable[str]) -> dict[str, Any]:
 
 
 def delta_to_proto(delta: TokenDelta) -> common_pb2.TokenDelta:
-    """On the per-token path."""
+    """On the per-token path. The prompt's log probabilities travel apart, see `prompt_logprobs`."""
     message = common_pb2.TokenDelta(
         index=delta.index,
         token_ids=delta.token_ids,

@@ -48,12 +48,14 @@ class PrefillRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., adapter: _Optional[_Union[_common_pb2.AdapterRef, _Mapping]] = ..., n: _Optional[int] = ..., target: _Optional[_Union[KvTarget, _Mapping]] = ..., resume: _Optional[bool] = ..., cache_salt: _Optional[str] = ...) -> None: ...
 
 class PrefillEvent(_message.Message):
-    __slots__ = ("first_tokens", "kv_pushed")
+    __slots__ = ("first_tokens", "kv_pushed", "prompt_logprobs")
     FIRST_TOKENS_FIELD_NUMBER: _ClassVar[int]
     KV_PUSHED_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     first_tokens: FirstTokens
     kv_pushed: KvPushed
-    def __init__(self, first_tokens: _Optional[_Union[FirstTokens, _Mapping]] = ..., kv_pushed: _Optional[_Union[KvPushed, _Mapping]] = ...) -> None: ...
+    prompt_logprobs: _common_pb2.PromptLogprobs
+    def __init__(self, first_tokens: _Optional[_Union[FirstTokens, _Mapping]] = ..., kv_pushed: _Optional[_Union[KvPushed, _Mapping]] = ..., prompt_logprobs: _Optional[_Union[_common_pb2.PromptLogprobs, _Mapping]] = ...) -> None: ...
 
 class FirstTokens(_message.Message):
     __slots__ = ("choices",)

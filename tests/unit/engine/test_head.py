@@ -21,6 +21,7 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
 from preft.engine.head import HeadLayer, wrap_head
 from preft.engine.lora import GroupedPunicaWrapper
+from preft_kernels.token_groups import BASE
 
 VOCAB, PADDED, HIDDEN, RANK, SLOTS = 300_000, 300_032, 16, 8, 2  # more than vLLM's own layer takes
 
@@ -86,3 +87,24 @@ def test_it_acts_before_logits_are_capped_and_scaled(tied: bool) -> None:
 
 def test_a_model_without_a_plain_logits_processor_has_none() -> None:
     assert wrap_head(torch.nn.Module(), SLOTS, LoRAConfig(max_lora_rank=RANK, lora_dtype=torch.float32)) is None
+
+
+def test_a_scored_prompt_has_its_adapter_in_every_row() -> None:
+    """Not only in the row from which its first token is sampled, and with the adapter's own rank alone."""
+    served = model(tied=False)
+    layer = wrap_head(served, SLOTS, LoRAConfig(max_lora_rank=RANK, lora_dtype=torch.float32))
+    assert layer is not None
+    wrapper = GroupedPunicaWrapper(8, max_batches=4, device="cpu", slots=SLOTS, rank=RANK)
+    layer.set_mapping(wrapper)
+    a, b = torch.randn(RANK, HIDDEN), torch.randn(VOCAB, RANK)
+    layer.lora_a_stacked[0][1, 0], layer.lora_b_stacked[0][1, 0] = a, b
+    wrapper.hold(1, RANK, None, head_rank=RANK - 3)  # the rest is left from an earlier adapter
+    wrapper.hold(0, RANK, None)
+    hidden = torch.randn(11, HIDDEN)  # more rows than sequences
+    raw = linear(served.lm_head, hidden)[:, :VOCAB]
+    changed = raw + hidden @ a[: RANK - 3].T @ b[:, : RANK - 3].T
+    wrapper.update_metadata(LoRAMapping((6, 6), (6, 6), is_prefill=True), [5, 6], SLOTS + 1, VOCAB)  # others' rows
+    for slot, expected in (1, changed), (0, raw), (BASE, raw):
+        with wrapper.scores_prompt_of(slot):
+            found = served.logits_processor(served.lm_head, hidden)
+        torch.testing.assert_close(found, torch.tanh(expected / 3.0) * 3.0 * 0.5, rtol=1e-4, atol=1e-4)

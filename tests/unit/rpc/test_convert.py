@@ -51,6 +51,8 @@ samplings = st.integers(1, 2**31 - 1).flatmap(
         logit_bias=st.dictionaries(ids, st.floats(allow_nan=False, allow_infinity=False), max_size=3),
         logprobs=st.none() | st.integers(0, 20),
         structured_outputs=st.none() | forms,
+        prompt_logprobs=st.none() | st.integers(0, 20),
+        allowed_token_ids=id_tuples,
     )
 )
 deltas = st.builds(TokenDelta, ids, id_tuples, logprobs, st.none() | st.sampled_from(FinishReason), st.none() | ids)

@@ -12,7 +12,7 @@ from preft.core.errors import InvalidRequest
 from preft.gateway.bodies.values import overflow_in
 
 # Long lists of numbers, whose readers check every number.
-_NUMBERS = frozenset({"prompt", "stop_token_ids"})
+_NUMBERS = frozenset({"prompt", "stop_token_ids", "allowed_token_ids"})
 
 # No effect on the tokens here, whatever the value: the caller's own bookkeeping, ...
 ACCEPTED = frozenset(
@@ -22,7 +22,7 @@ ACCEPTED = frozenset(
         # ... the size of stream chunks, ...
         "stream_interval",
         # ... parameters that only count beside a refused parameter, ...
-        "length_penalty", "truncation_side",
+        "length_penalty",
         # ... and parameters for images, expert models or vLLM's render endpoints.
         "media_io_kwargs", "mm_payload", "mm_processor_kwargs", "return_mm_kwargs", "return_token_offsets",
         "routed_experts_prompt_start",
@@ -31,14 +31,11 @@ ACCEPTED = frozenset(
 
 # OpenAI or vLLM knows these parameters; this server doesn't serve them. The listed values change nothing: accepted.
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "allowed_token_ids": (),
     "audio": (),
     "bad_words": ([],),
-    "cache_salt": (),
     "chat_template": (),
     "detokenize": (True,),
     "ec_transfer_params": (),
-    "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
     "guided_choice": (),
@@ -56,13 +53,10 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "moderation": (),
     "prediction": (),
     "prompt_embeds": (),
-    "prompt_logprobs": (),
     "repetition_detection": (),
-    "return_prompt_text": (False,),
     "spaces_between_special_tokens": (True,),
     "suffix": ("",),
     "thinking_token_budget": (-1,),
-    "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "verbosity": ("medium",),
     "vllm_xargs": ({},),

@@ -30,6 +30,7 @@ from preft.gateway.bodies.values import (
     at_most,
     read_logit_bias,
     read_prompts,
+    read_salt,
     read_seed,
     read_stops,
     whole,
@@ -79,6 +80,9 @@ class GenerationBody(Strict):
     ignore_eos: bool = False
     stop: Annotated[tuple[str, ...], PlainValidator(read_stops, json_schema_input_type=NonEmpty | list[NonEmpty])] = ()
     stop_token_ids: Annotated[list[Integer], BeforeValidator(at_most(MAX_IDS))] = Field(default_factory=list)
+    allowed_token_ids: Annotated[list[Integer], Field(min_length=1), BeforeValidator(at_most(MAX_IDS))] | None = (
+        None  # output has no others
+    )
     logit_bias: Annotated[
         dict[int, float], PlainValidator(read_logit_bias, json_schema_input_type=dict[str, float])
     ] = Field(default_factory=dict)
@@ -93,10 +97,20 @@ class GenerationBody(Strict):
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputsBody | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1), WHOLE] | None = None  # -1: to what fits
+    truncation_side: Literal["left", "right"] = "left"
+    cache_salt: Annotated[str, Field(min_length=1, max_length=128), AfterValidator(read_salt)] | None = None
 
     @model_validator(mode="after")
     def _form_is_valid(self) -> Self:
         _ = self.wanted_outputs
+        return self
+
+    @model_validator(mode="after")
+    def _prompt_logprobs_need_a_whole_reply(self) -> Self:
+        if self.prompt_logprobs is not None and self.stream:
+            raise InvalidRequest("prompt_logprobs can't be given with stream=true.", "prompt_logprobs")
         return self
 
     @model_validator(mode="after")
@@ -125,6 +139,11 @@ class GenerationBody(Strict):
         raise NotImplementedError
 
     @property
+    def wanted_prompt_logprobs(self) -> int | None:
+        """The number of alternatives per token of the prompt; None: no log probabilities of the prompt."""
+        return self.prompt_logprobs
+
+    @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
@@ -145,7 +164,9 @@ class CompletionBody(GenerationBody):
         tuple[Prompt, ...],
         PlainValidator(read_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
     ]
+    max_tokens: Annotated[int, Field(ge=0), WHOLE] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
+    echo: bool = False  # the reply begins with the prompt
     best_of: Annotated[int, Field(ge=1), WHOLE] | None = None
     add_special_tokens: bool = True
 
@@ -155,9 +176,19 @@ class CompletionBody(GenerationBody):
             raise InvalidRequest("best_of isn't supported unless it equals n.", "best_of")
         return self
 
+    @model_validator(mode="after")
+    def _no_output_needs_echo(self) -> Self:
+        if self.max_tokens == 0 and not self.echo:
+            raise InvalidRequest("max_tokens=0 needs echo=true: there would be nothing to reply.", "max_tokens")
+        return self
+
     @property
     def wanted_logprobs(self) -> int | None:
         return self.logprobs
+
+    @property
+    def wanted_prompt_logprobs(self) -> int | None:
+        return self.logprobs if self.prompt_logprobs is None and self.echo else self.prompt_logprobs
 
 
 class ChatBody(GenerationBody):
@@ -177,6 +208,8 @@ class ChatBody(GenerationBody):
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     documents: Annotated[list[dict[str, Any]], BeforeValidator(at_most(MAX_DOCUMENTS))] = Field(default_factory=list)
     tools: Annotated[list[Tool], BeforeValidator(at_most(MAX_TOOLS))] = Field(default_factory=list)
+    echo: bool = False  # the reply's content begins with that of the last message, if the assistant said it
+    return_prompt_text: bool = False
     tool_choice: Annotated[ToolChoice | None, PlainValidator(read_tool_choice), WithJsonSchema(CHOICE_SCHEMA)] = None
     parallel_tool_calls: bool = True
 
@@ -191,6 +224,12 @@ class ChatBody(GenerationBody):
         if isinstance(self.tool_choice, NamedTool) and self.tool_choice.name not in self._function_names:
             raise InvalidRequest(f"tool_choice names {self.tool_choice.name!r}, which isn't in tools.", "tool_choice")
         return self
+
+    @property
+    def echoes(self) -> tuple[str, ...]:
+        """The text before the answer."""
+        last = self.messages[-1]
+        return ("\n".join(last.said.texts),) if self.echo and last.role == "assistant" else ()
 
     @property
     def _function_names(self) -> set[str]:

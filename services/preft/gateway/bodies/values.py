@@ -78,6 +78,13 @@ def read_seed(value: int) -> int:
     return value
 
 
+def read_salt(value: str) -> str:
+    """As in vLLM, without characters that separate names. A salt joins a tenant's name."""
+    if not value.isprintable() or any(char in value for char in "@/\\"):
+        raise ValueError("must not hold '@', '/', '\\\\' or control characters")
+    return value
+
+
 def read_stops(value: object) -> tuple[str, ...]:
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):

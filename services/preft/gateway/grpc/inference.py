@@ -23,6 +23,7 @@ from preft.gateway.grpc.caller import caller_of
 from preft.gateway.text.choice import ChoiceDelta
 from preft.rpc import common_pb2, inference_pb2, inference_pb2_grpc
 from preft.rpc.convert import delta_to_proto, given_parameters
+from preft.rpc.prompt_logprobs import prompt_parts
 from preft.rpc.status import errors_reported
 
 Asked = TypeVar("Asked")
@@ -56,6 +57,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 context.set_trailing_metadata(tuple(completion.headers))
             while deltas := await completion.take():
                 for delta in _joined(deltas):
+                    if delta.prompt_logprobs is not None and delta.index == 0:
+                        for part in prompt_parts(delta.prompt_logprobs):
+                            await context.write(_part(part, completion))
                     await context.write(_reply(delta, completion))
 
 
@@ -93,6 +97,8 @@ def _body(request: inference_pb2.GenerateRequest) -> dict[str, Any]:
     more = parse_json(request.more) if request.more else {}
     if twice := more.keys() & {"prompt", *body, *common_pb2.Sampling.DESCRIPTOR.fields_by_name}:
         raise InvalidRequest(f"{min(twice)} is a field of its own, and can't be in more.", min(twice))
+    if more.get("echo"):
+        raise InvalidRequest("echo is for HTTP; the prompt's log probabilities come with prompt_logprobs.", "echo")
     return {**body, **more}
 
 
@@ -113,6 +119,12 @@ def _joined(deltas: Sequence[ChoiceDelta]) -> Iterable[ChoiceDelta]:
         earlier = joined.get(delta.index)
         joined[delta.index] = delta if earlier is None else earlier.then(delta)
     return joined.values()
+
+
+def _part(part: common_pb2.PromptLogprobs, completion: Completion) -> inference_pb2.GenerateReply:
+    return inference_pb2.GenerateReply(
+        delta=common_pb2.TokenDelta(prompt_logprobs=part), prompt_tokens=completion.call.prompt_tokens
+    )
 
 
 def _reply(delta: ChoiceDelta, completion: Completion) -> inference_pb2.GenerateReply:

@@ -18,13 +18,16 @@ from preft.gateway.http.routes.docs import docs_routes
 from preft.gateway.http.routes.models import model_routes
 from preft.gateway.http.routes.openai import openai_routes
 from preft.gateway.http.routes.operations import operations_routes
+from preft.gateway.http.routes.tokenize import tokenize_routes
 from preft.gateway.metrics import CountResponses
 
 
 def create_app(deps: GatewayDeps) -> FastAPI:
     """The OpenAI-compatible HTTP API over `deps`. One GatewayDeps makes one app: its metrics are registered once."""
     app = DescribedApp(title="PreFT Serve", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
-    for routes in (openai_routes, model_routes, adapter_routes, vllm_adapter_routes, operations_routes):
+    for routes in (
+        openai_routes, tokenize_routes, model_routes, adapter_routes, vllm_adapter_routes, operations_routes,
+    ):  # fmt: skip
         app.include_router(routes(deps))
     app.include_router(docs_routes())
     install_error_handlers(app)

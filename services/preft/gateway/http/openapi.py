@@ -15,11 +15,13 @@ from pydantic.json_schema import models_json_schema
 from preft.gateway.bodies.adapter_schemas import AddAdapterBody, LoadAdapterBody, PinAdapterBody, UnloadAdapterBody
 from preft.gateway.bodies.parameters import ACCEPTED, UNSUPPORTED
 from preft.gateway.bodies.schemas import ChatBody, CompletionBody, GenerationBody
+from preft.gateway.bodies.tokenize import DetokenizeBody, TokenizeBody
 from preft.gateway.http.content import ARCHIVE_TYPES
 from preft.gateway.http.reply_types import ErrorReply
 
 BODIES: tuple[type[BaseModel], ...] = (
-    CompletionBody, ChatBody, AddAdapterBody, PinAdapterBody, LoadAdapterBody, UnloadAdapterBody,
+    CompletionBody, ChatBody, TokenizeBody, DetokenizeBody,
+    AddAdapterBody, PinAdapterBody, LoadAdapterBody, UnloadAdapterBody,
 )  # fmt: skip
 _COMPONENTS = "#/components/schemas/"
 _NULL = {"type": "null"}

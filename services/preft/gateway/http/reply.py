@@ -5,20 +5,22 @@ Formats only; `respond` transports. Field names and their order follow OpenAI wi
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import dataclass, field
 from json import JSONEncoder
 from json.encoder import encode_basestring_ascii as quote
 from typing import Any
 
-from preft.core.request import FinishReason, TokenLogprob
+from preft.core.request import FinishReason, PromptLogprobs, TokenLogprob
 from preft.gateway.api_call import ApiCall
-from preft.gateway.http.logprobs import LogprobFormat
+from preft.gateway.http.logprobs import LogprobFormat, prompt_json
 from preft.gateway.text.choice import ChoiceDelta, ToolCallDelta
 from preft.gateway.text.choice_reader import joined_calls
 from preft.gateway.text.tokenizer import Tokenizer
 
 _dumps = JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+_dump_text = JSONEncoder(separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,7 @@ class ReplyOptions:
     token_ids: bool = False
     usage: bool = False
     continuous_usage: bool = False
+    prompt_logprobs: bool = False
 
 
 @dataclass(slots=True)
@@ -44,8 +47,11 @@ class WholeChoice:
     stop_reason: str | int | None = None
     reasoning: list[str] = field(default_factory=list)
     tool_calls: list[ToolCallDelta] = field(default_factory=list)
+    prompt_logprobs: PromptLogprobs | None = None
 
     def add(self, delta: ChoiceDelta) -> None:
+        if delta.prompt_logprobs is not None:
+            self.prompt_logprobs = delta.prompt_logprobs
         self.texts.append(delta.text)
         self.reasoning.append(delta.reasoning)
         self.tool_calls.extend(delta.tool_calls)
@@ -64,6 +70,7 @@ class WholeChoice:
             self.stop_reason,
             "".join(self.reasoning),
             joined_calls(self.tool_calls),
+            self.prompt_logprobs,
         )
 
 
@@ -81,6 +88,7 @@ class Shape:
     def __init__(self, call: ApiCall, tokenizer: Tokenizer, options: ReplyOptions) -> None:
         self._call = call
         self._options = options
+        self._tokenizer = tokenizer
         adapter = call.requests[0].adapter  # the version that answers, of all versions of the name
         self._envelope = {
             "id": call.id,
@@ -134,9 +142,18 @@ class Shape:
             "usage": self._usage(self._call.prompt_tokens, generated, cached_tokens, reasoning_tokens),
         }
 
+    def whole_json(self, choices: list[ChoiceDelta], cached_tokens: int, reasoning_tokens: int | None = None) -> str:
+        """The JSON text of `whole`, with the prompt's log probabilities."""
+        return _dump_text(self.whole(choices, cached_tokens, reasoning_tokens))
+
     def _open(self, index: int) -> str:
         self._started[index] = True
         return ""
+
+    def _prompt_json(self, choice: ChoiceDelta) -> str:
+        if not self._options.prompt_logprobs or choice.prompt_logprobs is None:
+            return "null"
+        return prompt_json(choice.prompt_logprobs, self._tokenizer)
 
     def _parts_chunk(self, delta: ChoiceDelta) -> str:
         """The event for a delta that isn't text alone."""
@@ -188,13 +205,41 @@ class CompletionShape(Shape):
         self._offsets = [0] * len(self._generated)
         self._prompt_shown = [not options.token_ids] * len(self._generated)
 
+    def whole_json(self, choices: list[ChoiceDelta], cached_tokens: int, reasoning_tokens: int | None = None) -> str:
+        body = self.whole(choices, cached_tokens, reasoning_tokens)
+        ends = [self._prompt_json(choice) for choice in choices[:: self._call.n]]  # the same for choices of one prompt
+        texts = [
+            f'{_dump_text(choice)[:-1]},"prompt_logprobs":{ends[place // self._call.n]}}}'
+            for place, choice in enumerate(body.pop("choices"))
+        ]
+        return f'{_dump_text(body)[:-1]},"choices":[{",".join(texts)}]}}'
+
+    def chunk(self, delta: ChoiceDelta) -> str:
+        """Begins a choice with its prompt, if the reply shall have it."""
+        if not self._call.echoes or self._started[delta.index]:
+            return super().chunk(delta)
+        prompt = ChoiceDelta(delta.index, "", (), prompt_logprobs=delta.prompt_logprobs)
+        opening = self._event([self._choice(prompt, echo=True)], **self._usage_so_far(delta.index))
+        return opening + super().chunk(delta)
+
+    def _whole_choice(self, choice: ChoiceDelta) -> dict[str, Any]:
+        return self._choice(choice, echo=bool(self._call.echoes))
+
     def _chunk_choice(self, delta: ChoiceDelta) -> dict[str, Any]:
+        return self._choice(delta, echo=False)
+
+    def _choice(self, delta: ChoiceDelta, *, echo: bool) -> dict[str, Any]:
+        """The choice, behind its prompt if `echo`."""
         index, logprobs = delta.index, None
         if self._logprobs is not None:
-            logprobs, self._offsets[index] = self._logprobs.completion(delta.logprobs, self._offsets[index])
+            first, entries = None, itertools.chain(delta.logprobs)
+            if echo:
+                first = self._prompt(index)[0]
+                entries = itertools.chain(delta.prompt_logprobs or (), delta.logprobs)
+            logprobs, self._offsets[index] = self._logprobs.completion(entries, self._offsets[index], first)
         choice = {
             "index": index,
-            "text": delta.text,
+            "text": self._call.echoes[index // self._call.n] + delta.text if echo else delta.text,
             "logprobs": logprobs,
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
@@ -234,18 +279,22 @@ class ChatShape(Shape):
     def _open(self, index: int) -> str:
         """Begins a choice with its role."""
         self._started[index] = True
-        delta = {"role": "assistant", "content": ""}
-        more: dict[str, Any] = {"prompt_token_ids": self._prompt(index)} if self._options.token_ids else {}
-        more |= self._usage_so_far(index)
-        return self._event([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}], **more)
+        first = {"role": "assistant", "content": "".join(self._call.echoes)}
+        more = self._about_prompt() | self._usage_so_far(index)
+        return self._event([{"index": index, "delta": first, "logprobs": None, "finish_reason": None}], **more)
 
     def whole(
         self, choices: list[ChoiceDelta], cached_tokens: int, reasoning_tokens: int | None = None
     ) -> dict[str, Any]:
-        body = super().whole(choices, cached_tokens, reasoning_tokens)
-        if self._options.token_ids:
-            body["prompt_token_ids"] = self._prompt(0)
-        return body
+        return super().whole(choices, cached_tokens, reasoning_tokens) | self._about_prompt()
+
+    def whole_json(self, choices: list[ChoiceDelta], cached_tokens: int, reasoning_tokens: int | None = None) -> str:
+        body = super().whole_json(choices, cached_tokens, reasoning_tokens)
+        return f'{body[:-1]},"prompt_logprobs":{self._prompt_json(choices[0])}}}'
+
+    def _about_prompt(self) -> dict[str, Any]:
+        about: dict[str, Any] = {"prompt_token_ids": self._prompt(0)} if self._options.token_ids else {}
+        return about if self._call.rendered is None else about | {"prompt_text": self._call.rendered}
 
     def _chunk_choice(self, delta: ChoiceDelta) -> dict[str, Any]:
         choice: dict[str, Any] = {
@@ -263,7 +312,7 @@ class ChatShape(Shape):
     def _whole_choice(self, choice: ChoiceDelta) -> dict[str, Any]:
         body: dict[str, Any] = {
             "index": choice.index,
-            "message": _message_of(choice),
+            "message": _message_of(choice, "".join(self._call.echoes)),
             "logprobs": None if self._logprobs is None else self._logprobs.chat(choice.logprobs),
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,
@@ -295,9 +344,10 @@ def _parts_of(delta: ChoiceDelta) -> dict[str, Any]:
     return parts
 
 
-def _message_of(choice: ChoiceDelta) -> dict[str, Any]:
-    """A whole choice's message. Its content is null if there is only reasoning or calls."""
-    content = choice.text if choice.text or not (choice.reasoning or choice.tool_calls) else None
+def _message_of(choice: ChoiceDelta, echo: str) -> dict[str, Any]:
+    """A whole choice's message. Its content begins with `echo`, and is null if there is only reasoning or calls."""
+    text = echo + choice.text
+    content = text if text or not (choice.reasoning or choice.tool_calls) else None
     message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
     if choice.reasoning:
         message["reasoning"] = choice.reasoning

@@ -55,9 +55,20 @@ class Usage(TypedDict):
 @_strict
 class CompletionLogprobs(TypedDict):
     text_offset: list[int]
-    token_logprobs: list[float]
+    token_logprobs: list[float | None]
     tokens: list[str]
-    top_logprobs: list[dict[str, float]]
+    top_logprobs: list[dict[str, float] | None]
+
+
+@_strict
+class PromptLogprob(TypedDict):
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobList = list[dict[str, PromptLogprob] | None] | None
+"""For each token of the prompt: its own value and the most likely ones, by token id. The first token has none."""
 
 
 @_strict
@@ -69,6 +80,7 @@ class CompletionChoice(TypedDict):
     stop_reason: str | int | None
     token_ids: NotRequired[list[int]]
     prompt_token_ids: NotRequired[list[int]]
+    prompt_logprobs: PromptLogprobList
 
 
 @_strict
@@ -151,6 +163,28 @@ class ChatReply(TypedDict):
     service_tier: None
     usage: Usage
     prompt_token_ids: NotRequired[list[int]]
+    prompt_text: NotRequired[str]
+    prompt_logprobs: PromptLogprobList
+
+
+@_strict
+class TokenizeReply(TypedDict):
+    """`token_strs` are the vocabulary's own spellings, such as "Ġhello"."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+@_strict
+class DetokenizeReply(TypedDict):
+    prompt: str
+
+
+@_strict
+class VersionReply(TypedDict):
+    version: str
 
 
 @_strict

@@ -6,11 +6,14 @@ A reply starts with its first tokens, so an earlier failure is a plain HTTP erro
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 
 from starlette.requests import ClientDisconnect
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from preft.core.errors import PreftError
@@ -19,6 +22,7 @@ from preft.gateway.http.disconnect import while_connected
 from preft.gateway.http.errors import error_body
 from preft.gateway.http.events import DONE, event, send_events, start_events
 from preft.gateway.http.reply import Shape, WholeChoice
+from preft.gateway.text.choice import ChoiceDelta
 
 _log = logging.getLogger(__name__)
 
@@ -53,9 +57,10 @@ class WholeReply(_Reply):
             for delta in deltas:
                 choices[delta.index].add(delta)
         joined = [choice.joined() for choice in choices]
-        body = self._shape.whole(joined, completion.cached_tokens, completion.reasoning_tokens)
+        write = partial(self._shape.whole_json, joined, completion.cached_tokens, completion.reasoning_tokens)
+        body = await asyncio.to_thread(write) if completion.call.shows_long_prompt else write()
         headers = {"x-request-id": self._id, **dict(completion.headers)}
-        await JSONResponse(body, headers=headers)(scope, receive, send)
+        await Response(body, media_type="application/json", headers=headers)(scope, receive, send)
 
 
 class EventStream(_Reply):
@@ -66,9 +71,14 @@ class EventStream(_Reply):
         own = [(name.encode(), value.encode()) for name, value in completion.headers]
         await start_events(send, (b"x-request-id", self._id.encode()), *own)
         chunk = self._shape.chunk
+        is_large = completion.call.shows_long_prompt
         try:
             while deltas:
-                if events := "".join(map(chunk, deltas)):
+                if is_large and any(delta.prompt_logprobs is not None for delta in deltas):
+                    events = await asyncio.to_thread(_joined, chunk, deltas)
+                else:
+                    events = _joined(chunk, deltas)
+                if events:
                     await send_events(send, events)
                 deltas = await completion.take()
             last = self._shape.end(completion.cached_tokens, completion.reasoning_tokens) + DONE
@@ -77,3 +87,7 @@ class EventStream(_Reply):
                 _log.exception("request %s failed in its stream", self._id)
             last = event(error_body(error)) + DONE
         await send_events(send, last, last=True)
+
+
+def _joined(chunk: Callable[[ChoiceDelta], str], deltas: Iterable[ChoiceDelta]) -> str:
+    return "".join(map(chunk, deltas))

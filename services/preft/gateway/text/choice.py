@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from preft.core.errors import EngineFailed
-from preft.core.request import FinishReason, TokenDelta, TokenLogprob
+from preft.core.request import FinishReason, PromptLogprobs, TokenDelta, TokenLogprob
 from preft.gateway.text.detokenizer import Detokenizer
 from preft.gateway.text.stopping import StopStrings
 from preft.gateway.text.tokenizer import Tokenizer
@@ -44,6 +44,7 @@ class ChoiceDelta:
     """The new text of one choice. `stop_reason` is the stop string or caller's stop token that ended the choice.
 
     In a chat, `reasoning` and `tool_calls` are the parts of the output that aren't in `text`, the message's content.
+    A choice's first delta has the `prompt_logprobs`, if the request asks for them.
     """
 
     index: int
@@ -54,6 +55,7 @@ class ChoiceDelta:
     stop_reason: str | int | None = None
     reasoning: str = ""
     tool_calls: tuple[ToolCallDelta, ...] = ()
+    prompt_logprobs: PromptLogprobs | None = None
 
     def then(self, later: ChoiceDelta) -> ChoiceDelta:
         """This delta and the choice's next one, as one."""
@@ -66,6 +68,7 @@ class ChoiceDelta:
             later.stop_reason,
             self.reasoning + later.reasoning,
             (*self.tool_calls, *later.tool_calls),
+            self.prompt_logprobs,
         )
 
 

@@ -109,6 +109,10 @@ class Tokenizer:
             text = self._texts[token_id] = self._decode_one(token_id)
         return text
 
+    def vocabulary_entry(self, token_id: int) -> str:
+        """The token as the vocabulary spells it, for example with "Ġ" for a space; "" if it has no such token."""
+        return self._backend.id_to_token(token_id) or ""
+
     def token_bytes(self, token_id: int) -> bytes:
         """The token's own bytes, also if they are only a part of a UTF-8 character."""
         text = self.token_text(token_id)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from preft.core.errors import EngineFailed, InvalidRequest, PreftError
 from preft.core.request import TokenDelta
 from preft.rpc import workers_pb2
 from preft.rpc.convert import delta_to_proto
+from preft.rpc.prompt_logprobs import part_deltas
 from preft.rpc.status import error_to_proto
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,8 @@ class DecodeSession:
                     reader.result()
                 if self._events:
                     events, self._events = self._events, []
-                    yield workers_pb2.DecodeEvents(events=events)
+                    for together in _in_messages(events):
+                        yield workers_pb2.DecodeEvents(events=together)
         finally:
             tasks = (reader, *self._tasks.values())
             for task in tasks:
@@ -90,6 +92,7 @@ class DecodeSession:
 
     def _put(self, number: int, outcome: TokenDelta | PreftError) -> None:
         if isinstance(outcome, TokenDelta):
+            self._events.extend(workers_pb2.DecodeEvent(id=number, delta=part) for part in part_deltas(outcome))
             event = workers_pb2.DecodeEvent(id=number, delta=delta_to_proto(outcome))
         else:
             event = workers_pb2.DecodeEvent(id=number, error=error_to_proto(outcome))
@@ -105,3 +108,15 @@ class DecodeSession:
             )
             self._put(number, EngineFailed("an internal error ended the request"))
         self._changed.set()
+
+
+def _in_messages(events: list[workers_pb2.DecodeEvent]) -> Iterator[list[workers_pb2.DecodeEvent]]:
+    """The events that go into one message: all, but a part of a prompt's log probabilities ends its message."""
+    together: list[workers_pb2.DecodeEvent] = []
+    for event in events:
+        together.append(event)
+        if event.delta.HasField("prompt_logprobs"):
+            yield together
+            together = []
+    if together:
+        yield together

@@ -22,6 +22,7 @@ from preft.memory.errors import NoRoom, TooLarge
 from preft.rpc import workers_pb2, workers_pb2_grpc
 from preft.rpc.caller import caller_of
 from preft.rpc.convert import adapter_from_proto, check_prefill, delta_to_proto, sampling_from_proto
+from preft.rpc.prompt_logprobs import prompt_parts
 from preft.rpc.status import errors_reported
 from preft.transfer.port import KvSender, checksum_of, hash_prompt
 from preft.transfer.seal import SEAL, clear_seal, read_seal
@@ -80,6 +81,8 @@ class PrefillService(workers_pb2_grpc.PrefillWorkerServicer):
             async with self._adapters.using(adapter) if adapter else nullcontext():
                 choices = await self._first_tokens(request, prompt, sampling, adapter, region)
             slot.close()  # the router counts the slot as free once it has the first tokens
+            for part in prompt_parts(choices[0].prompt_logprobs) if choices[0].prompt_logprobs is not None else ():
+                yield workers_pb2.PrefillEvent(prompt_logprobs=part)
             yield _first_tokens_event(choices)
             uses = request.n if request.resume else sum(choice.finish_reason is None for choice in choices)
             if region is not None and uses:

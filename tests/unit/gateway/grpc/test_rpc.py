@@ -24,7 +24,9 @@ from preft.gateway.grpc import inference
 from preft.gateway.grpc.server import serve_grpc
 from preft.gateway.text.choice import ChoiceDelta
 from preft.rpc import adapters_pb2, adapters_pb2_grpc, common_pb2, inference_pb2, inference_pb2_grpc
+from preft.rpc.prompt_logprobs import PromptParts
 from support.fakes import FakeCatalog, FakeGenerator, Script
+from support.prompt_logprobs import made_up
 
 Request = inference_pb2.GenerateRequest
 ChatRequest = inference_pb2.ChatRequest
@@ -43,6 +45,18 @@ async def served(tokenizer) -> AsyncIterator[SimpleNamespace]:
         state.adapters = adapters_pb2_grpc.AdaptersStub(state.channel)
         yield state
     await server.stop()
+
+
+async def test_the_prompts_log_probabilities_come_first(served):
+    call = served.inference.Generate(Request(model="ann", text="hi", n=2, sampling={"prompt_logprobs": 2}))
+    first, *replies = [reply async for reply in call]
+    [request] = served.generator.requests
+    parts = PromptParts(2, len(request.prompt_token_ids))
+    parts.add(first.delta.prompt_logprobs)
+    assert parts.whole() == made_up(request.prompt_token_ids, 2, request.adapter.digest)
+    assert not any(reply.delta.HasField("prompt_logprobs") for reply in replies)
+    for index in range(2):
+        assert "".join(reply.text for reply in replies if reply.delta.index == index) == "hello world"
 
 
 async def test_generate(served):
@@ -223,6 +237,7 @@ async def test_stops(served):
         (Request(model="bob", text="hi"), grpc.StatusCode.NOT_FOUND, None),
         (Request(model="ann@2", text="hi"), grpc.StatusCode.NOT_FOUND, None),
         (Request(model="base"), grpc.StatusCode.INVALID_ARGUMENT, "prompt"),
+        (Request(model="base", text="hi", more=b'{"echo": true}'), grpc.StatusCode.INVALID_ARGUMENT, "echo"),
         (Request(model="base", text="hi", sampling={"seed": -1}), grpc.StatusCode.INVALID_ARGUMENT, "seed"),
         (Request(model="base", text="hi", sampling={"max_tokens": 0}), grpc.StatusCode.INVALID_ARGUMENT, "max_tokens"),
         (Request(model="base", text="hi", sampling={"max_tokens": 99}), grpc.StatusCode.INVALID_ARGUMENT, "max_tokens"),

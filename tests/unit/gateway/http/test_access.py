@@ -35,7 +35,8 @@ ADMINS = {
 }  # fmt: skip
 USERS = {
     ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("GET", "/v1/models"), ("GET", "/v1/models/{name}"),
-    ("GET", "/v1/adapters"), ("GET", "/v1/adapters/{name}"),
+    ("GET", "/v1/adapters"), ("GET", "/v1/adapters/{name}"), ("POST", "/tokenize"), ("POST", "/detokenize"),
+    ("GET", "/version"),
 }  # fmt: skip
 KEYS: dict[str, dict[str, Any]] = {
     "ada": {"tenant": "acme"},
@@ -99,6 +100,16 @@ def routes_of(app: Any) -> set[tuple[str, str]]:
         for method in route.methods or ()
     }
     return {(method, path) for method, path in found if method != "HEAD"}
+
+
+async def test_the_tokenizer_knows_the_models_that_a_key_may_use(served):
+    for key, model, status in (
+        ("narrow", "shared", 200), ("narrow", "plain", 404), ("narrow", "base", 200), ("ada", "own", 200),
+        ("bob", "secret", 200), ("ada", "secret", 404), ("ada", "@other/secret", 404),
+    ):  # fmt: skip
+        for path, body in ("/tokenize", {"prompt": "hi"}), ("/detokenize", {"tokens": [5]}):
+            reply = await served.ask("POST", path, key, json={"model": model, **body})
+            assert reply.status_code == status, (key, model, reply.text)
 
 
 async def test_each_route_needs_a_key_or_is_named_here(served):

@@ -90,6 +90,7 @@ async def test_a_completion(gateway):
         "logprobs": None,
         "finish_reason": "length",
         "stop_reason": None,
+        "prompt_logprobs": None,
     }
     assert body["usage"] == {
         "prompt_tokens": 3,
@@ -237,16 +238,18 @@ async def test_lengths_are_judged_before_any_work(gateway):
     found = error(await gateway.complete(prompt=long), 400)
     assert found["param"] == "prompt"
     assert "64" in found["message"]
-    found = error(await gateway.complete(prompt=long[:60], max_tokens=5), 400)
+    found = error(await gateway.complete(prompt=long[:60], max_tokens=65), 400)
     assert found["param"] == "max_tokens"
-    assert all(number in found["message"] for number in ("60", "5", "64"))
+    assert all(number in found["message"] for number in ("65", "64"))
+    assert error(await gateway.complete(prompt=long[:60], max_tokens=64, min_tokens=5), 400)["param"] == "min_tokens"
     found = error(await gateway.complete(max_tokens=3, min_tokens=4), 400)
     assert found["param"] == "min_tokens"
     assert error(await gateway.chat(messages=[{"role": "user", "content": "x" * 500}]), 400)["param"] == "messages"
     assert gateway.generator.requests == []
     await gateway.complete(prompt=long[:60])
     await gateway.complete()
-    assert [request.sampling.max_tokens for request in gateway.generator.requests] == [4, 16]
+    await gateway.complete(prompt=long[:60], max_tokens=64)  # vLLM gives what fits, too
+    assert [request.sampling.max_tokens for request in gateway.generator.requests] == [4, 16, 4]
 
 
 async def test_a_text_that_cant_be_short_enough_is_refused_before_it_is_tokenized(gateway, monkeypatch):
@@ -288,13 +291,13 @@ async def test_large_chats_are_rendered_in_a_thread(gateway, monkeypatch, body, 
 
 
 async def test_many_token_ids_are_checked_in_a_thread(gateway, monkeypatch):
-    check, threads = api_call._check_ids, []
+    check, threads = api_call.check_ids, []
 
     def watched(*arguments: Any) -> None:
         threads.append(threading.current_thread())
         check(*arguments)
 
-    monkeypatch.setattr(api_call, "_check_ids", watched)
+    monkeypatch.setattr(api_call, "check_ids", watched)
     monkeypatch.setattr(api_call, "INLINE_IDS", 100)
     for count, in_thread in (2, False), (3, True):
         threads.clear()

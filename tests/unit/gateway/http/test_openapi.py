@@ -32,6 +32,8 @@ USER = [{"role": "user", "content": "hi"}]
 VALID: dict[tuple[str, str], dict[str, Any]] = {
     ("POST", "/v1/completions"): {"model": "ann", "prompt": "hi"},
     ("POST", "/v1/chat/completions"): {"model": "base", "messages": USER},
+    ("POST", "/tokenize"): {"prompt": "hi"},
+    ("POST", "/detokenize"): {"tokens": [5]},
     ("POST", "/v1/adapters"): {"name": "bob", "source": "/bob"},
     ("PATCH", "/v1/adapters/{name}"): {"pinned": True},
     ("POST", "/v1/load_lora_adapter"): {"lora_name": "bob", "lora_path": "/bob", "load_inplace": True},
@@ -82,7 +84,8 @@ async def test_every_parameter_that_is_known_is_described(served, kind):
     body = served.described["components"]["schemas"][kind.__name__]
     assert body["properties"].keys() == {*kind.model_fields, *ACCEPTED, *UNSUPPORTED}
     assert body["additionalProperties"] is False
-    assert body["properties"]["max_tokens"]["anyOf"] == [{"minimum": 1, "type": "integer"}, {"type": "null"}]
+    least = 0 if kind is CompletionBody else 1  # 0 scores a prompt
+    assert body["properties"]["max_tokens"]["anyOf"] == [{"minimum": least, "type": "integer"}, {"type": "null"}]
     assert None in body["properties"]["detokenize"]["enum"]
     assert body["properties"]["response_format"]["anyOf"][0]["$ref"].endswith("/ResponseFormat")
 
@@ -106,6 +109,11 @@ REPLIES = (
     ("/v1/completions", {"model": "base", "prompt": "hi", "stop": "f"}),
     ("/v1/chat/completions", {"model": "base", "messages": USER, "logprobs": True, "top_logprobs": 2}),
     ("/v1/chat/completions", {"model": "base", "messages": USER, "return_token_ids": True}),
+    ("/v1/completions", {"model": "ann", "prompt": "hi", "logprobs": 1, "echo": True, "prompt_logprobs": 2}),
+    ("/v1/chat/completions", {"model": "base", "messages": USER, "prompt_logprobs": 1, "return_prompt_text": True}),
+    ("/tokenize", {"prompt": "hi", "return_token_strs": True}),
+    ("/tokenize", {"messages": USER}),
+    ("/detokenize", {"tokens": [5]}),
 )
 
 
@@ -117,7 +125,7 @@ async def test_replies_are_as_described(served, path, body):
 
 
 async def test_replies_without_a_body_are_as_described(served):
-    for path in ("/health", "/ready", "/v1/models", "/v1/adapters"):
+    for path in ("/health", "/ready", "/version", "/v1/models", "/v1/adapters"):
         conforms(served.described, "GET", path, await served.client.get(path))
     for method, path in ("GET", "/v1/models/{name}"), ("GET", "/v1/adapters/{name}"), ("DELETE", "/v1/adapters/{name}"):
         for _ in range(2):

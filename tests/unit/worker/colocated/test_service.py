@@ -18,10 +18,12 @@ from preft.memory.arena import StagingArena
 from preft.router.decode_stream import DecodeCall, DecodeStream
 from preft.rpc import workers_pb2, workers_pb2_grpc
 from preft.rpc.convert import adapter_to_proto, sampling_to_proto
+from preft.rpc.prompt_logprobs import PromptParts
 from preft.worker.colocated.service import ColocatedService
 from preft.worker.usage import Usage
 from support.adapter_tiers import adapter_store
 from support.fake_engine import FakeEngine, tokens_of
+from support.prompt_logprobs import made_up
 from support.worker_services import GREEDY, channel_to, failed, rest, until, write_adapter
 
 PROMPT = (5, 6, 7, 8, 9)
@@ -110,6 +112,21 @@ async def test_each_choice_has_its_own_seed(rig: Rig) -> None:
     for index in range(3):
         own = dataclasses.replace(sampling, seed=7 + index)
         assert await rest(rig.call(sampling=sampling, index=index)) == tokens_of("", PROMPT, own, index=index)
+
+
+async def test_choice_0_begins_with_the_prompts_log_probabilities(rig: Rig, adapter: AdapterRef) -> None:
+    """No other choice has them, and none that goes on."""
+    sampling = dataclasses.replace(GREEDY, prompt_logprobs=2)
+    whole = tokens_of(adapter.digest, PROMPT, GREEDY)
+    call, parts = rig.call(adapter, sampling=sampling), PromptParts(2, len(PROMPT))
+    first = await call.read()
+    assert not first.token_ids
+    parts.add(first.prompt_logprobs)
+    assert parts.whole() == made_up(PROMPT, 2, adapter.digest)
+    assert await rest(call) == whole
+    for other in rig.call(adapter, sampling=sampling, index=1), rig.call(adapter, whole[:1], sampling):
+        assert not (await other.read()).HasField("prompt_logprobs")
+        await rest(other)
 
 
 async def test_an_adapter_that_isnt_the_named_one_is_refused(rig: Rig, adapter: AdapterRef) -> None:

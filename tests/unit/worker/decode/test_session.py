@@ -10,7 +10,9 @@ import pytest
 from preft.core.errors import InvalidRequest
 from preft.core.request import FinishReason, TokenDelta
 from preft.rpc import workers_pb2
+from preft.rpc.prompt_logprobs import PromptParts
 from preft.worker.decode.session import DecodeSession, Put, Serve
+from support.prompt_logprobs import made_up
 
 
 @pytest.mark.parametrize("fault", [asyncio.CancelledError(), KeyError("unexpected")])
@@ -47,6 +49,26 @@ async def test_what_is_wrong_with_a_request_ends_its_choices_and_no_others() -> 
     assert {event.id: event.error.code or "good" for event in events} == {
         1: "invalid_request", 2: "invalid_request", 3: "good", 4: "engine_failed",
     }  # fmt: skip
+
+
+async def test_a_prompts_log_probabilities_come_in_small_messages() -> None:
+    """A choice's other tokens aren't held up by one message of megabytes."""
+    whole = made_up(range(40_000), 20)
+
+    async def serve(choice: workers_pb2.DecodeChoice, put: Put) -> None:
+        put(TokenDelta(0, (1,), finish_reason=FinishReason.LENGTH, prompt_logprobs=whole))
+
+    async def commands() -> AsyncIterator[workers_pb2.DecodeCommand]:
+        yield start(1)
+
+    async with asyncio.timeout(20):
+        batches = [batch async for batch in DecodeSession(lambda _: serve).run(commands())]
+    assert max(batch.ByteSize() for batch in batches) < 200_000
+    parts, events = PromptParts(20, 40_000), [event.delta for batch in batches for event in batch.events]
+    for event in events[:-1]:
+        parts.add(event.prompt_logprobs)
+    assert parts.whole() == whole
+    assert list(events[-1].token_ids) == [1]
 
 
 def start(*ids: int, prompt: Sequence[int] = ()) -> workers_pb2.DecodeCommand:

@@ -17,8 +17,10 @@ from preft.core.errors import EngineFailed, NumbersNotFinite, PreftError, Worker
 from preft.core.request import AdapterRef, FinishReason, Sampling
 from preft.engine.port import EngineRequest
 from preft.memory.arena import HEADER_BYTES
+from preft.rpc.prompt_logprobs import PromptParts
 from preft.transfer.seal import SEAL, read_seal
 from support.fake_engine import FakeEngine, kv_of, tokens_of
+from support.prompt_logprobs import made_up
 from support.readable_ref import ReadableRef
 from support.worker_services import (
     ARENA_BYTES,
@@ -163,6 +165,21 @@ async def test_sampling_reaches_the_engine_and_logprobs_come_back(rig: PrefillRi
     assert delta.token_ids == (3,)
     assert [len(entry.top) for entry in delta.logprobs] == [2]
     assert rig.engine.requests[0].sampling == sampling
+
+
+@pytest.mark.parametrize("n", [1, 3])
+async def test_the_prompts_log_probabilities_come_before_the_first_tokens(
+    rig: PrefillRig, alice: AdapterRef, n: int
+) -> None:
+    """Once, from the pass that computes the prompt. A resumed request has them already."""
+    sampling = dataclasses.replace(GREEDY, prompt_logprobs=2)
+    events = [event async for event in rig.call(PROMPT, sampling, adapter=alice, n=n)]
+    kinds = [event.WhichOneof("event") for event in events]
+    assert kinds == ["prompt_logprobs", "first_tokens", "kv_pushed"]
+    parts = PromptParts(2, len(PROMPT))
+    parts.add(events[0].prompt_logprobs)
+    assert parts.whole() == made_up(PROMPT, 2, alice.digest)
+    await rig.run(PROMPT, sampling, adapter=alice, n=n, resume=True, handle="again")
 
 
 async def test_an_adapter_is_checked_and_loaded_once(rig: PrefillRig, alice: AdapterRef, tmp_path: Path) -> None:

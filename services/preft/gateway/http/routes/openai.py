@@ -50,4 +50,5 @@ def _options(body: GenerationBody) -> ReplyOptions:
         token_ids=body.return_token_ids,
         usage=body.include_usage,
         continuous_usage=body.continuous_usage,
+        prompt_logprobs=body.prompt_logprobs is not None,
     )

@@ -1,4 +1,4 @@
-"""/health, /ready, /metrics and /v1/workers, for load balancers, Prometheus and `preft status`."""
+"""/health, /ready, /version, /metrics and /v1/workers, for load balancers, Prometheus and `preft status`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
+from preft import __version__
 from preft.gateway.deps import GatewayDeps
 from preft.gateway.http.caller import caller_of
 from preft.gateway.http.openapi import ERRORS, answers
-from preft.gateway.http.reply_types import HealthReply, NotReadyReply, WorkersReply
+from preft.gateway.http.reply_types import HealthReply, NotReadyReply, VersionReply, WorkersReply
 from preft.gateway.readiness import worker_json
 
 
@@ -28,6 +29,11 @@ def operations_routes(deps: GatewayDeps) -> APIRouter:
             return JSONResponse({"status": "ready"})
         workers = [worker_json(seen) for seen in deps.workers()]
         return JSONResponse({"status": "not ready", "reason": reason, "workers": workers}, 503)
+
+    @router.get("/version", responses=answers(VersionReply))
+    async def version() -> Response:
+        """The version of PreFT Serve."""
+        return JSONResponse({"version": __version__})
 
     @router.get("/v1/workers", responses=answers(WorkersReply))
     async def workers(request: Request) -> Response:

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 from openai.types import completion_create_params as openai_completion
 from openai.types.chat import completion_create_params as openai_chat
+from openai.types.responses import response_create_params as openai_responses
 from pydantic import BaseModel
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
 
 from preft.core.errors import InvalidRequest
@@ -59,6 +61,7 @@ FIELDS = {
         ChatCompletionRequest.model_fields,
         openai_chat.CompletionCreateParamsBase.__annotations__,
     ],
+    "/v1/responses": [ResponsesRequest.model_fields, openai_responses.ResponseCreateParamsBase.__annotations__],
 }
 
 

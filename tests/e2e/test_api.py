@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import anthropic
 import httpx
 import openai
 import pytest
@@ -90,6 +91,32 @@ def test_an_agent_step_with_the_official_client(llama: Served, client: openai.Op
     assert streamed.function == call.function
     base = client.chat.completions.parse(**{**asked, "model": llama.name})
     assert base.choices[0].message.tool_calls is not None
+
+
+def test_responses_and_anthropics_messages_are_the_chats_answers(llama: Served, client: openai.OpenAI) -> None:
+    """Token for token, under each adapter and without one; the answers of two adapters differ."""
+    user: Any = [{"role": "user", "content": "hello"}]
+    messages: Any = [{"role": "system", "content": "be brief"}, *user]
+    texts: dict[str, str | None] = {}
+    with anthropic.Anthropic(base_url=llama.cluster.url, api_key="none", max_retries=0) as other:
+        for model in (llama.name, "alice", "loreft"):
+            chat = client.chat.completions.create(model=model, messages=messages, max_tokens=12, temperature=0)
+            texts[model] = chat.choices[0].message.content
+            asked: Any = {"model": model, "instructions": "be brief", "max_output_tokens": 12, "temperature": 0}
+            reply = client.responses.create(input="hello", **asked)
+            assert reply.output_text == texts[model]
+            with client.responses.stream(input=user, **asked) as stream:
+                deltas = [event.delta for event in stream if event.type == "response.output_text.delta"]
+            assert "".join(deltas) == texts[model]
+            greedy: Any = {"max_tokens": 12, "system": "be brief", "extra_body": {"temperature": 0}}
+            message = other.messages.create(model=model, messages=user, **greedy)
+            assert [block.text for block in message.content if block.type == "text"] == [texts[model]]
+            with other.messages.stream(model=model, messages=user, **greedy) as events:
+                assert "".join(events.text_stream) == texts[model]
+            assert chat.usage is not None
+            assert reply.usage is not None
+            assert reply.usage.output_tokens == message.usage.output_tokens == chat.usage.completion_tokens
+    assert len(set(texts.values())) == len(texts)
 
 
 def test_models_lists_base_and_adapters(llama: Served, client: openai.OpenAI) -> None:

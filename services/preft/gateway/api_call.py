@@ -11,11 +11,13 @@ import functools
 import uuid
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from preft.core.errors import InvalidRequest, ModelNotFound, Unavailable
 from preft.core.request import MAX_CHOICES, PARAMETERS, AdapterRef, GenerateRequest, Sampling
 from preft.gateway.access.caller import Caller
+from preft.gateway.bodies.anthropic import MessagesBody
+from preft.gateway.bodies.responses import ResponsesBody
 from preft.gateway.bodies.schemas import INT64_MAX, ChatBody, CompletionBody, GenerationBody
 from preft.gateway.bodies.values import Prompt
 from preft.gateway.deps import GatewayDeps
@@ -100,8 +102,17 @@ async def chat_call(
         raise InvalidRequest("The messages make an empty prompt.", "messages")
     default = deps.tokenizer.defaults.get("max_tokens")
     call = _new_call(body, deps, caller, adapter, prompts, default, deadline)
-    call = dataclasses.replace(call, echoes=body.echoes, rendered=text if body.return_prompt_text else None)
+    call = replace(call, echoes=body.echoes, rendered=text if body.return_prompt_text else None)
     return call if plan is None else plan.on(call)
+
+
+async def converted_call(
+    body: ResponsesBody | MessagesBody, deps: GatewayDeps, caller: Caller, *, deadline: float | None = None
+) -> ApiCall:
+    """As `chat_call`; errors have the body's own names."""
+    with body.names.used():
+        call = await chat_call(body.chat, deps, caller, deadline=deadline)
+    return replace(call, form_param=body.names.own(call.form_param))
 
 
 async def chat_tokens(body: ChatBody, deps: GatewayDeps) -> tuple[tuple[int, ...], str]:
@@ -228,7 +239,7 @@ def _new_call(
     check_ids(body.logit_bias, tokenizer, "logit_bias")
     check_ids(body.allowed_token_ids or (), tokenizer, "allowed_token_ids")
     unique = uuid.uuid4().hex
-    call_id = f"{body.id_prefix}-{body.request_id or unique}"
+    call_id = f"{body.id_prefix}{body.request_id or unique}"
     # Callers may reuse an id, and workers need unique ids.
     request_id = f"{call_id}-{unique}" if body.request_id else call_id
     _check_prompt_values(body, prompts)

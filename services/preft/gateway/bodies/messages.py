@@ -22,7 +22,7 @@ MAX_DOCUMENTS = 1024
 # Fields that clients copy from replies or keep for themselves; templates don't read them.
 _BOOKKEEPING = frozenset(
     {
-        "annotations", "cache_control", "citations", "created_at", "id", "index", "metadata", "parsed",
+        "annotations", "cache_control", "citations", "created_at", "id", "index", "logprobs", "metadata", "parsed",
         "parsed_arguments", "provider_specific_fields", "status", "timestamp",
     }
 )  # fmt: skip

@@ -6,6 +6,7 @@ The rule: a parameter that would change the answer is either served or refused, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from preft.core.errors import InvalidRequest
@@ -65,7 +66,21 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-def known_parameters(given: Mapping[str, Any], fields: Iterable[str]) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class OtherParameters:
+    """The parameters of one API that have no field. `reasons` says why some of the unsupported ones are refused."""
+
+    accepted: frozenset[str]
+    unsupported: Mapping[str, tuple[Any, ...]]
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+
+OF_COMPLETIONS = OtherParameters(ACCEPTED, UNSUPPORTED)
+
+
+def known_parameters(
+    given: Mapping[str, Any], fields: Iterable[str], others: OtherParameters = OF_COMPLETIONS
+) -> dict[str, Any]:
     """The parameters among `fields` that have a value; null means absent.
 
     Raises InvalidRequest for an unknown parameter, for one that is known elsewhere but not served, and for a number
@@ -78,10 +93,12 @@ def known_parameters(given: Mapping[str, Any], fields: Iterable[str]) -> dict[st
             continue
         if name in fields:
             kept[name] = value
-        elif name in UNSUPPORTED:
-            if not any(_same(value, neutral) for neutral in UNSUPPORTED[name]):
-                raise InvalidRequest(f"Parameter {name!r} isn't supported with this value.", name)
-        elif name not in ACCEPTED:
+        elif name in others.unsupported:
+            if not any(_same(value, neutral) for neutral in others.unsupported[name]):
+                reason = others.reasons.get(name)
+                message = f"Parameter {name!r} isn't supported{f': {reason}' if reason else ' with this value'}."
+                raise InvalidRequest(message, name)
+        elif name not in others.accepted:
             raise InvalidRequest(f"Unknown parameter: {name!r}.", name)
         if name not in _NUMBERS and (path := overflow_in(value)) is not None:
             raise InvalidRequest(f"{name}{path}: the number is too large.", name + path)

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from preft.core.errors import InvalidRequest
 from preft.gateway.bodies.parameters import known_parameters
-from preft.gateway.bodies.schemas import GenerationBody
+from preft.gateway.bodies.schemas import ApiBody
 
 INLINE_BYTES = 256 << 10  # a few milliseconds; a thread parses larger bodies
 
@@ -30,18 +30,18 @@ def parse_json(data: bytes) -> dict[str, Any]:
 
 def parse_body(kind: type[Body], given: Mapping[str, Any]) -> Body:
     """The checked body; null means absent. Raises InvalidRequest that names a parameter, such as `messages[0].role`."""
-    if issubclass(kind, GenerationBody):
-        given = known_parameters(given, kind.model_fields)
+    if issubclass(kind, ApiBody):
+        given = known_parameters(given, kind.model_fields, kind.others)
     try:
         return kind.model_validate({name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
         raise first_problem(error) from None
 
 
-def first_problem(error: ValidationError) -> InvalidRequest:
-    """The first wrong parameter, in words."""
+def first_problem(error: ValidationError, within: str = "") -> InvalidRequest:
+    """The first wrong parameter, in words. `within` is the parameter that holds the checked value."""
     first = error.errors(include_url=False)[0]
-    param = ""
+    param = within
     for part in first["loc"]:
         param += f"[{part}]" if isinstance(part, int) else f".{part}" if param else str(part)
     match first["type"]:

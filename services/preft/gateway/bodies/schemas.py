@@ -23,6 +23,7 @@ from preft.core.errors import InvalidRequest
 from preft.core.request import INT32_MAX, MAX_IDS
 from preft.core.structured import StructuredOutputs
 from preft.gateway.bodies.messages import MAX_DOCUMENTS, MAX_MESSAGES, MAX_TOOLS, Message, Tool
+from preft.gateway.bodies.parameters import OF_COMPLETIONS, OtherParameters
 from preft.gateway.bodies.structured import ResponseFormat, StructuredOutputsBody, wanted_outputs
 from preft.gateway.bodies.tool_choice import CHOICE_SCHEMA, NamedTool, ToolChoice, read_tool_choice
 from preft.gateway.bodies.values import (
@@ -59,11 +60,14 @@ class StreamOptions(Strict):
 MAX_USER = 256  # characters
 
 
-class GenerationBody(Strict):
-    """The fields of both APIs, with vLLM's additions. None means absent."""
+class ApiBody(Strict):
+    """The body of an API of others, whose clients also send parameters without a field here."""
 
-    id_prefix: ClassVar[str]
-    prompt_param: ClassVar[str]  # the field that holds the prompt
+    others: ClassVar[OtherParameters] = OF_COMPLETIONS
+
+
+class SamplingBody(ApiBody):
+    """The fields that mean the same in completions, chat completions and responses. None means absent."""
 
     model: Annotated[str, Field(min_length=1)]
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -74,29 +78,37 @@ class GenerationBody(Strict):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     seed: Annotated[int, Field(ge=-INT64_MAX - 1, le=INT64_MAX), WHOLE, AfterValidator(read_seed)] | None = None
-    n: Annotated[int, Field(ge=1, le=128), WHOLE] = 1
-    max_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
-    min_tokens: Annotated[int, Field(ge=0), WHOLE] = 0
     ignore_eos: bool = False
     stop: Annotated[tuple[str, ...], PlainValidator(read_stops, json_schema_input_type=NonEmpty | list[NonEmpty])] = ()
     stop_token_ids: Annotated[list[Integer], BeforeValidator(at_most(MAX_IDS))] = Field(default_factory=list)
-    allowed_token_ids: Annotated[list[Integer], Field(min_length=1), BeforeValidator(at_most(MAX_IDS))] | None = (
-        None  # output has no others
-    )
     logit_bias: Annotated[
         dict[int, float], PlainValidator(read_logit_bias, json_schema_input_type=dict[str, float])
     ] = Field(default_factory=dict)
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
-    return_token_ids: bool = False
-    return_tokens_as_token_ids: bool = False
     priority: Annotated[int, Field(ge=-100, le=100), WHOLE] = 0  # lower goes first
     user: Annotated[str, Field(max_length=MAX_USER)] | None = None
     request_id: Annotated[str, Field(pattern=r"^[!-~]{1,128}$")] | None = None  # a part of the reply's id
     stream: bool = False
+    structured_outputs: StructuredOutputsBody | None = None
+
+
+class GenerationBody(SamplingBody):
+    """The fields of completions and chat completions, with vLLM's additions."""
+
+    id_prefix: ClassVar[str]
+    prompt_param: ClassVar[str]  # the field that holds the prompt
+
+    n: Annotated[int, Field(ge=1, le=128), WHOLE] = 1
+    max_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
+    min_tokens: Annotated[int, Field(ge=0), WHOLE] = 0
+    allowed_token_ids: Annotated[list[Integer], Field(min_length=1), BeforeValidator(at_most(MAX_IDS))] | None = (
+        None  # output has no others
+    )
+    return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
-    structured_outputs: StructuredOutputsBody | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=-1), WHOLE] | None = None  # -1: to what fits
     truncation_side: Literal["left", "right"] = "left"
@@ -157,7 +169,7 @@ class GenerationBody(Strict):
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
-    id_prefix = "cmpl"
+    id_prefix = "cmpl-"
     prompt_param = "prompt"
 
     prompt: Annotated[
@@ -194,7 +206,7 @@ class CompletionBody(GenerationBody):
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
-    id_prefix = "chatcmpl"
+    id_prefix = "chatcmpl-"
     prompt_param = "messages"
 
     messages: Annotated[list[Message], Field(min_length=1), BeforeValidator(at_most(MAX_MESSAGES))]

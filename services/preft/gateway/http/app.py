@@ -14,10 +14,12 @@ from preft.gateway.http.errors import answer_error, install_error_handlers
 from preft.gateway.http.methods import HeadAndSlashes
 from preft.gateway.http.openapi import DescribedApp
 from preft.gateway.http.routes.adapters import adapter_routes, vllm_adapter_routes
+from preft.gateway.http.routes.anthropic import anthropic_routes
 from preft.gateway.http.routes.docs import docs_routes
 from preft.gateway.http.routes.models import model_routes
 from preft.gateway.http.routes.openai import openai_routes
 from preft.gateway.http.routes.operations import operations_routes
+from preft.gateway.http.routes.responses import responses_routes
 from preft.gateway.http.routes.tokenize import tokenize_routes
 from preft.gateway.metrics import CountResponses
 
@@ -26,7 +28,8 @@ def create_app(deps: GatewayDeps) -> FastAPI:
     """The OpenAI-compatible HTTP API over `deps`. One GatewayDeps makes one app: its metrics are registered once."""
     app = DescribedApp(title="PreFT Serve", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     for routes in (
-        openai_routes, tokenize_routes, model_routes, adapter_routes, vllm_adapter_routes, operations_routes,
+        openai_routes, responses_routes, anthropic_routes, tokenize_routes, model_routes, adapter_routes,
+        vllm_adapter_routes, operations_routes,
     ):  # fmt: skip
         app.include_router(routes(deps))
     app.include_router(docs_routes())

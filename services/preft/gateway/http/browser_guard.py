@@ -46,16 +46,16 @@ class BrowserGuard:
             message = (
                 f"Host {_shown(hosts)} is not a name of this server. The setting allowed_hosts takes further names."
             )
-            await plain_error(400, message, "host_not_allowed")(scope, receive, send)
+            await plain_error(400, message, "host_not_allowed", scope["path"])(scope, receive, send)
         elif not origins:
             if scope["method"] not in SAFE_METHODS and headers.get("sec-fetch-site") in ("cross-site", "same-site"):
-                await _refused("unknown")(scope, receive, send)
+                await _refused("unknown", scope["path"])(scope, receive, send)
             else:
                 await self._app(scope, receive, send)
         elif len(origins) == 1 and hosts and same_origin(origins[0].lower(), hosts[0]):
             await self._app(scope, receive, send)
         elif len(origins) != 1 or not self._is_allowed(origins[0]):
-            await _refused(_shown(origins))(scope, receive, send)
+            await _refused(_shown(origins), scope["path"])(scope, receive, send)
         elif scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
             await _preflight(origins[0], headers)(scope, receive, send)
         else:
@@ -76,11 +76,11 @@ def _shown(values: list[str]) -> str:
     return repr(", ".join(values)[:100])
 
 
-def _refused(origin: str) -> Response:
+def _refused(origin: str, path: str) -> Response:
     message = (
         f"Pages of origin {origin} may not use this server. The setting allowed_origins takes the origins that may."
     )
-    return plain_error(403, message, "origin_not_allowed")
+    return plain_error(403, message, "origin_not_allowed", path)
 
 
 def _preflight(origin: str, headers: Headers) -> Response:

@@ -13,6 +13,7 @@ from preft.core.errors import Unauthenticated
 from preft.gateway.access.access import Access
 from preft.gateway.access.caller import Caller
 from preft.gateway.deps import GatewayDeps
+from preft.gateway.http.error_forms import is_anthropic
 from preft.gateway.http.errors import error_response
 
 # Probes have no keys. A browser can't send one before the page is there, and the page shows nothing of this server.
@@ -30,13 +31,20 @@ class RequireKey:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not is_open(scope["path"]):
-            shown = Headers(scope=scope).getlist("authorization")
             try:
-                scope[_CALLER] = self._access.caller(shown[0] if len(shown) == 1 else None)
+                scope[_CALLER] = self._access.caller(_shown(Headers(scope=scope), scope["path"]))
             except Unauthenticated as error:
-                await error_response(error)(scope, receive, send)
+                await error_response(error, scope["path"])(scope, receive, send)
                 return
         await self._app(scope, receive, send)
+
+
+def _shown(headers: Headers, path: str) -> str | None:
+    """The one key that the request shows, as an `Authorization`; None for several, and for none."""
+    shown = headers.getlist("authorization")
+    if is_anthropic(path):
+        shown += [f"Bearer {key}" for key in headers.getlist("x-api-key")]
+    return shown[0] if len(shown) == 1 else None
 
 
 def is_open(path: str) -> bool:

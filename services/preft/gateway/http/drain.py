@@ -5,12 +5,14 @@ Reads (GET, HEAD, OPTIONS) pass: monitoring must work until the server's end.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from preft.core.errors import ShuttingDown
 from preft.gateway.drain import Drain
-from preft.gateway.http.errors import error_body, error_response
-from preft.gateway.http.events import DONE, event, send_events
+from preft.gateway.http.errors import error_response, failure_events
+from preft.gateway.http.events import FAILURE, send_events
 
 _READS = ("GET", "HEAD", "OPTIONS")
 
@@ -27,6 +29,7 @@ class DrainRequests:
             await self._app(scope, receive, send)
             return
         reply = _Reply(send)
+        scope[FAILURE] = reply.failure
         try:
             async with self._drain.running():
                 await self._app(scope, receive, reply.send)
@@ -41,6 +44,7 @@ class _Reply:
         self._send = send
         self._started = False
         self._is_open_stream = False
+        self.failure: list[Callable[[BaseException], str]] = [failure_events]
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -53,8 +57,8 @@ class _Reply:
 
     async def end_with(self, error: ShuttingDown, scope: Scope, receive: Receive) -> None:
         if not self._started:
-            response = error_response(error)
+            response = error_response(error, scope["path"])
             response.headers["connection"] = "close"
             await response(scope, receive, self._send)
         elif self._is_open_stream:
-            await send_events(self._send, event(error_body(error)) + DONE, last=True)
+            await send_events(self._send, self.failure[-1](error), last=True)

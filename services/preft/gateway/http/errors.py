@@ -1,7 +1,4 @@
-"""The one place that turns exceptions into OpenAI's error body.
-
-{"error": {"message": ..., "type": ..., "param": ..., "code": ...}}
-"""
+"""The one place that turns exceptions into error replies. `error_forms` owns the JSON."""
 
 from __future__ import annotations
 
@@ -14,35 +11,28 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
-from preft.core.errors import (
-    UNEXPECTED,
-    InvalidRequest,
-    PreftError,
-    RateLimited,
-    Unauthenticated,
-    mapping_of,
-    retry_seconds,
-    short,
-)
+from preft.core.errors import InvalidRequest, PreftError, RateLimited, Unauthenticated, retry_seconds, short
 from preft.core.limits import rate_headers
+from preft.gateway.http.error_forms import ErrorParts, error_json, error_parts
+from preft.gateway.http.events import DONE, event
 from preft.gateway.http.methods import methods_at, options_response
 
 CLIENT_GONE = 499  # for the metrics alone: the client can't read it any more
 
 
 def error_body(error: BaseException) -> dict[str, Any]:
-    """The body for any error. The text of unexpected errors isn't shown."""
-    if not isinstance(error, PreftError):
-        return _body(UNEXPECTED, "server_error", None, "internal_error")
-    mapping = mapping_of(error)
-    param = error.param if isinstance(error, InvalidRequest) else None
-    kind = error.kind if isinstance(error, RateLimited) else mapping.type
-    return _body(str(error), kind, param and short(param), mapping.code)
+    """OpenAI's body for any error."""
+    return error_json(error_parts(error))
 
 
-def error_response(error: BaseException) -> JSONResponse:
-    """The whole response: status, body, and Retry-After if a second try can succeed."""
-    status = mapping_of(error).status if isinstance(error, PreftError) else 500
+def failure_events(error: BaseException) -> str:
+    """The last events of an OpenAI stream that fails, as in vLLM."""
+    return event(error_body(error)) + DONE
+
+
+def error_response(error: BaseException, path: str = "") -> JSONResponse:
+    """The whole reply to a request for `path`: status, body, and Retry-After if a second try can succeed."""
+    parts = error_parts(error)
     headers = {}
     if (seconds := retry_seconds(error)) is not None:
         headers["retry-after"] = str(seconds)
@@ -52,17 +42,17 @@ def error_response(error: BaseException) -> JSONResponse:
             headers["x-should-retry"] = "false"  # OpenAI's clients would try again
     if isinstance(error, Unauthenticated):
         headers["www-authenticate"] = "Bearer"
-    return JSONResponse(error_body(error), status, headers)
+    return JSONResponse(error_json(parts, path), parts.status, headers)
 
 
-async def answer_error(_: Request, error: Exception) -> Response:
+async def answer_error(request: Request, error: Exception) -> Response:
     """The response for any error, in the form of an exception handler."""
-    return error_response(error)
+    return error_response(error, request.url.path)
 
 
-def plain_error(status: int, message: str, code: str) -> JSONResponse:
+def plain_error(status: int, message: str, code: str, path: str = "") -> JSONResponse:
     """The response for requests that are refused outside the routes."""
-    return JSONResponse(_body(message, _kind(status), None, code), status)
+    return JSONResponse(_plain(status, message, code, path), status)
 
 
 def error_code(status: HTTPStatus) -> str:
@@ -71,7 +61,7 @@ def error_code(status: HTTPStatus) -> str:
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Gives every error of `app`, FastAPI's 404 and 405 included, OpenAI's error body."""
+    """Gives every error of `app`, FastAPI's 404 and 405 included, the body of its API."""
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -85,13 +75,14 @@ def install_error_handlers(app: FastAPI) -> None:
         message = str(error.detail)
         if message == status.phrase:
             message = f"{request.method} {request.url.path}: {status.phrase}."
-        body = _body(message, _kind(status), None, error_code(status))
+        body = _plain(status, message, error_code(status), request.url.path)
         return JSONResponse(body, status, headers)
 
-    async def invalid(_: Request, error: Exception) -> Response:
+    async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         first = error.errors()[0]
-        return error_response(InvalidRequest(first["msg"], ".".join(map(str, first["loc"][1:])) or None))
+        refusal = InvalidRequest(first["msg"], ".".join(map(str, first["loc"][1:])) or None)
+        return error_response(refusal, request.url.path)
 
     async def gone(_: Request, error: Exception) -> Response:
         return Response(status_code=CLIENT_GONE)
@@ -103,9 +94,6 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, answer_error)
 
 
-def _kind(status: int) -> str:
-    return "invalid_request_error" if status < 500 else "server_error"
-
-
-def _body(message: str, kind: str, param: str | None, code: str) -> dict[str, Any]:
-    return {"error": {"message": short(message), "type": kind, "param": param, "code": code}}
+def _plain(status: int, message: str, code: str, path: str) -> dict[str, Any]:
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return error_json(ErrorParts(status, short(message), kind, None, code), path)

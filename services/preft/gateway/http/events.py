@@ -9,6 +9,9 @@ from typing import Any
 from starlette.types import Send
 
 DONE = "data: [DONE]\n\n"
+FAILURE = "preft.failure"
+"""The key of an ASGI scope. A list there holds the function that writes the last events of the open stream if it must
+end with an error."""
 _HEADERS = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),

@@ -13,14 +13,17 @@ from pydantic import BaseModel, TypeAdapter
 from pydantic.json_schema import models_json_schema
 
 from preft.gateway.bodies.adapter_schemas import AddAdapterBody, LoadAdapterBody, PinAdapterBody, UnloadAdapterBody
-from preft.gateway.bodies.parameters import ACCEPTED, UNSUPPORTED
-from preft.gateway.bodies.schemas import ChatBody, CompletionBody, GenerationBody
+from preft.gateway.bodies.anthropic import CountTokensBody, MessagesBody
+from preft.gateway.bodies.responses import ResponsesBody
+from preft.gateway.bodies.schemas import ApiBody, ChatBody, CompletionBody
 from preft.gateway.bodies.tokenize import DetokenizeBody, TokenizeBody
+from preft.gateway.http.anthropic_types import AnthropicErrorReply
 from preft.gateway.http.content import ARCHIVE_TYPES
+from preft.gateway.http.error_forms import is_anthropic
 from preft.gateway.http.reply_types import ErrorReply
 
 BODIES: tuple[type[BaseModel], ...] = (
-    CompletionBody, ChatBody, TokenizeBody, DetokenizeBody,
+    CompletionBody, ChatBody, ResponsesBody, MessagesBody, CountTokensBody, TokenizeBody, DetokenizeBody,
     AddAdapterBody, PinAdapterBody, LoadAdapterBody, UnloadAdapterBody,
 )  # fmt: skip
 _COMPONENTS = "#/components/schemas/"
@@ -33,13 +36,13 @@ _EVENT = {
 
 Schema = dict[str, Any]
 
-ERRORS: dict[int | str, Schema] = {
-    "default": {
-        "description": "Error",
-        "content": {"application/json": {"schema": {"$ref": f"{_COMPONENTS}{ErrorReply.__name__}"}}},
-    }
-}
-"""The `responses` of every route for statuses other than 200."""
+ERROR_REPLIES = (ErrorReply, AnthropicErrorReply)
+
+
+def errors(reply: Any = ErrorReply) -> dict[int | str, Schema]:
+    """The `responses` of a route for statuses other than 200."""
+    schema = {"$ref": f"{_COMPONENTS}{reply.__name__}"}
+    return {"default": {"description": "Error", "content": {"application/json": {"schema": schema}}}}
 
 
 class DescribedApp(FastAPI):
@@ -52,8 +55,14 @@ class DescribedApp(FastAPI):
             schema = get_openapi(title=self.title, version=self.version, routes=self.routes)
             schema["components"]["schemas"] |= _schemas()
             if self.needs_keys:
-                schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+                schema["components"]["securitySchemes"] = {
+                    "key": {"type": "http", "scheme": "bearer"},
+                    "anthropic": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+                }
                 schema["security"] = [{"key": []}]
+                for path, methods in schema["paths"].items():
+                    for described in methods.values() if is_anthropic(path) else ():
+                        described["security"] = [{"key": []}, {"anthropic": []}]
             self.openapi_schema = schema
         return self.openapi_schema
 
@@ -78,29 +87,30 @@ def query(kind: type[BaseModel]) -> Schema:
     return {"parameters": parameters}
 
 
-def answers(reply: Any, *, stream: bool = False) -> dict[int | str, Schema]:
-    """The `responses` of a route: `reply` with 200, events too if `stream`, and an error with any other status."""
+def answers(reply: Any, *, stream: bool = False, error: Any = ErrorReply) -> dict[int | str, Schema]:
+    """The `responses` of a route: `reply` with 200, events too if `stream`, and `error` with any other status."""
     success: Schema = {"model": reply, "description": "Success"}
     if stream:
         success["content"] = {"text/event-stream": {"schema": _EVENT}}
-    return {200: success, **ERRORS}
+    return {200: success, **errors(error)}
 
 
 def _schemas() -> dict[str, Schema]:
     """The schemas of all bodies, their parts, and errors, by name."""
     _, schema = models_json_schema([(kind, "validation") for kind in BODIES], ref_template=f"{_COMPONENTS}{{model}}")
     schemas: dict[str, Schema] = schema["$defs"]
-    error = TypeAdapter(ErrorReply).json_schema(ref_template=f"{_COMPONENTS}{{model}}")
-    schemas |= {**error.pop("$defs"), ErrorReply.__name__: error}
+    for reply in ERROR_REPLIES:
+        error = TypeAdapter(reply).json_schema(ref_template=f"{_COMPONENTS}{{model}}")
+        schemas |= {**error.pop("$defs"), reply.__name__: error}
     for kind in BODIES:
         body = schemas[kind.__name__]
         required = body.get("required", [])
         properties = {
             name: field if name in required else _or_null(field) for name, field in body["properties"].items()
         }
-        if issubclass(kind, GenerationBody):
-            properties |= {name: {"description": "Accepted without effect."} for name in sorted(ACCEPTED)}
-            properties |= {name: _only(values) for name, values in UNSUPPORTED.items()}
+        if issubclass(kind, ApiBody):
+            properties |= {name: {"description": "Accepted without effect."} for name in sorted(kind.others.accepted)}
+            properties |= {name: _only(values) for name, values in kind.others.unsupported.items()}
         body["properties"] = properties
     return schemas
 

@@ -14,6 +14,8 @@ from typing import Any
 
 from preft.core.request import FinishReason, PromptLogprobs, TokenLogprob
 from preft.gateway.api_call import ApiCall
+from preft.gateway.http.errors import failure_events
+from preft.gateway.http.events import DONE
 from preft.gateway.http.logprobs import LogprobFormat, prompt_json
 from preft.gateway.text.choice import ChoiceDelta, ToolCallDelta
 from preft.gateway.text.choice_reader import joined_calls
@@ -103,10 +105,15 @@ class Shape:
         choices = len(call.requests) * call.n
         self._generated = [0] * choices
         self._started = [False] * choices
+        self._wholes = [WholeChoice(index) for index in range(choices)]
         self._detailed = self._logprobs is not None or options.token_ids or options.continuous_usage
         head = _dumps({**self._envelope, "object": self.chunk_object})[:-1]
         self._heads = [f'data: {head},"choices":[{{"index":{i},{self.plain_head}' for i in range(choices)]
         self._tail = self.plain_tail + (',"usage":null}\n\n' if options.usage else "}\n\n")
+
+    def start(self, cached_tokens: int) -> str:
+        """No events: a choice begins with its first delta."""
+        return ""
 
     def chunk(self, delta: ChoiceDelta) -> str:
         """The server-sent events for `delta`; empty if `delta` shows nothing new."""
@@ -123,16 +130,28 @@ class Shape:
         return f"{opening}{self._heads[index]}{quote(delta.text)}{self._tail}"
 
     def end(self, cached_tokens: int, reasoning_tokens: int | None = None) -> str:
-        """The events after the last delta: usage, if the request asks for it."""
+        """The events after the last delta: usage, if the request asks for it, and the end."""
         if not self._options.usage:
-            return ""
+            return DONE
         usage = self._usage(self._call.prompt_tokens, sum(self._generated), cached_tokens, reasoning_tokens)
-        return self._event([], usage=usage)
+        return self._event([], usage=usage) + DONE
+
+    def failure(self, error: BaseException) -> str:
+        """The last events of a stream that fails."""
+        return failure_events(error)
+
+    def add(self, delta: ChoiceDelta) -> None:
+        """Takes a delta of a reply that isn't streamed."""
+        self._wholes[delta.index].add(delta)
+
+    def reply(self, cached_tokens: int, reasoning_tokens: int | None = None) -> str:
+        """The JSON text of a reply that isn't streamed, after its last delta."""
+        return self.whole_json([choice.joined() for choice in self._wholes], cached_tokens, reasoning_tokens)
 
     def whole(
         self, choices: list[ChoiceDelta], cached_tokens: int, reasoning_tokens: int | None = None
     ) -> dict[str, Any]:
-        """The body of a reply that isn't streamed."""
+        """The body of a reply that consists of `choices`."""
         generated = sum(len(choice.token_ids) for choice in choices)
         return {
             **self._envelope,

@@ -35,6 +35,7 @@ ADMINS = {
 }  # fmt: skip
 USERS = {
     ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("GET", "/v1/models"), ("GET", "/v1/models/{name}"),
+    ("POST", "/v1/responses"), ("POST", "/v1/messages"), ("POST", "/v1/messages/count_tokens"),
     ("GET", "/v1/adapters"), ("GET", "/v1/adapters/{name}"), ("POST", "/tokenize"), ("POST", "/detokenize"),
     ("GET", "/version"),
 }  # fmt: skip
@@ -126,6 +127,10 @@ async def test_each_route_needs_a_key_or_is_named_here(served):
             assert reply.status_code == 401, (method, path)
             assert reply.headers["www-authenticate"] == "Bearer"
             error = reply.json()["error"]
+            if path.startswith("/v1/messages"):
+                assert error.keys() == {"type", "message"}
+                assert error["type"] == "authentication_error"
+                continue
             assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", "invalid_api_key", None)
         for key, closed in ("ada", OPERATORS | ADMINS), ("admin", OPERATORS), ("operator", ()):
             reply = await served.ask(method, real, key, json={})
@@ -177,19 +182,23 @@ async def test_names_dont_leak(served):
             for asked in name, other:
                 body = {"model": asked, "prompt": "hi"}
                 chat = {"model": asked, "messages": [{"role": "user", "content": "hi"}]}
+                message = {**chat, "max_tokens": 3}
                 replies = [
                     await served.ask("GET", f"/v1/models/{asked}", key),
                     await served.ask("GET", f"/v1/adapters/{asked}", key),
                     await served.ask("GET", f"/v1/adapters?search={asked}", key),
                     await served.ask("POST", "/v1/completions", key, json=body),
                     await served.ask("POST", "/v1/chat/completions", key, json=chat),
+                    await served.ask("POST", "/v1/responses", key, json={"model": asked, "input": "hi"}),
+                    await served.ask("POST", "/v1/messages", key, json=message),
+                    await served.ask("POST", "/v1/messages/count_tokens", key, json=chat),
                     await served.ask("PATCH", f"/v1/adapters/{asked}", key, json={"pinned": True}),
                     await served.ask("DELETE", f"/v1/adapters/{asked}", key),
                     await served.ask("POST", "/v1/unload_lora_adapter", key, json={"lora_name": asked}),
                 ]
                 statuses = [reply.status_code for reply in replies]
                 expected = [403] * 3 if key == "narrow" else [404] * 3
-                assert statuses == [404, 404, 200, 404, 404, *expected], asked
+                assert statuses == [404, 404, 200, *[404] * 5, *expected], asked
                 answers.append([reply.text.replace(asked, "NAME") for reply in replies])
             assert answers[0] == answers[1]
     before = served.catalog.get("@other/secret")
@@ -361,7 +370,45 @@ async def test_without_max_tokens_an_estimate_is_taken(served, monkeypatch):
     assert reply.headers["x-ratelimit-remaining-tokens"] == str(40 - taken)
 
 
+async def test_anthropics_way_to_show_a_key_works_on_its_routes_alone(served):
+    body = {"model": "own", "messages": [{"role": "user", "content": "hi"}]}
+
+    async def status(path: str, *headers: tuple[str, str], **more: Any) -> int:
+        return (await served.client.post(served.url + path, headers=list(headers), json=body | more)).status_code
+
+    ada, bob, wrong = (("x-api-key", bearer(name)["authorization"].split()[1]) for name in ("ada", "bob", "nobody"))
+    both = ("authorization", bearer("ada")["authorization"])
+    for path, more in ("/v1/messages", {"max_tokens": 3}), ("/v1/messages/count_tokens", {}):
+        assert await status(path, ada, **more) == 200
+        assert await status(path, both, **more) == 200
+        for headers in (), (wrong,), (ada, bob), (ada, both), (bob, both):
+            assert await status(path, *headers, **more) == 401
+    assert await status("/v1/chat/completions", ada) == 401
+    assert await status("/v1/chat/completions", ada, both) == 200
+    digests = [request.adapter.digest for request in served.generator.requests]
+    assert set(digests) == {served.catalog.get("@acme/own").digest}
+    assert [one.key for one in served.recorded] == ["ada"] * 3  # a count of tokens is no call of the model
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_limits_hold_on_every_route(served, stream):
+    chat = {"model": "base", "messages": [{"role": "user", "content": "hi"}], "stream": stream}
+    asks = (
+        ("/v1/responses", {"model": "base", "input": "hi", "stream": stream}, "requests"),
+        ("/v1/messages", {**chat, "max_tokens": 3}, "rate_limit_error"),
+    )
+    for path, body, kind in asks:
+        for _ in range(2):
+            assert (await served.ask("POST", path, "requests", json=body)).status_code == 200
+        refused = await served.ask("POST", path, "requests", json=body)
+        assert (refused.status_code, refused.json()["error"]["type"]) == (429, kind)
+        assert refused.headers["retry-after"]
+        served.now += 60
+    assert [one.generated_tokens for one in served.recorded] == [3] * 4
+
+
 async def test_docs_say_that_keys_are_needed(served):
     described = (await served.ask("GET", "/openapi.json")).json()
+    assert described["paths"]["/v1/messages"]["post"]["security"] == [{"key": []}, {"anthropic": []}]
     assert described["security"] == [{"key": []}]
     assert described["components"]["securitySchemes"]["key"]["scheme"] == "bearer"

@@ -19,9 +19,12 @@ from pydantic import TypeAdapter
 
 from preft.core.cluster import AdapterPlace, AdapterState
 from preft.core.request import FinishReason
+from preft.gateway.bodies.anthropic import CountTokensBody, MessagesBody
 from preft.gateway.bodies.parameters import ACCEPTED, UNSUPPORTED
+from preft.gateway.bodies.responses import ResponsesBody
 from preft.gateway.bodies.schemas import ChatBody, CompletionBody
 from preft.gateway.deps import GatewayDeps
+from preft.gateway.http.anthropic_types import AnthropicErrorReply
 from preft.gateway.http.app import create_app
 from preft.gateway.http.reply_types import ErrorReply
 from preft.gateway.text.tokenizer import Tokenizer
@@ -34,6 +37,9 @@ VALID: dict[tuple[str, str], dict[str, Any]] = {
     ("POST", "/v1/chat/completions"): {"model": "base", "messages": USER},
     ("POST", "/tokenize"): {"prompt": "hi"},
     ("POST", "/detokenize"): {"tokens": [5]},
+    ("POST", "/v1/responses"): {"model": "ann", "input": "hi"},
+    ("POST", "/v1/messages"): {"model": "ann", "messages": USER, "max_tokens": 5},
+    ("POST", "/v1/messages/count_tokens"): {"model": "base", "messages": USER},
     ("POST", "/v1/adapters"): {"name": "bob", "source": "/bob"},
     ("PATCH", "/v1/adapters/{name}"): {"pinned": True},
     ("POST", "/v1/load_lora_adapter"): {"lora_name": "bob", "lora_path": "/bob", "load_inplace": True},
@@ -90,6 +96,13 @@ async def test_every_parameter_that_is_known_is_described(served, kind):
     assert body["properties"]["response_format"]["anyOf"][0]["$ref"].endswith("/ResponseFormat")
 
 
+@pytest.mark.parametrize("kind", [ResponsesBody, MessagesBody, CountTokensBody])
+async def test_every_parameter_of_converted_bodies_is_described(served, kind):
+    body = served.described["components"]["schemas"][kind.__name__]
+    assert body["properties"].keys() == {*kind.model_fields, *kind.others.accepted, *kind.others.unsupported}
+    assert body["additionalProperties"] is False
+
+
 @pytest.mark.parametrize(("method", "path"), BODIES)
 async def test_bodies_with_every_default_said_aloud_are_taken(served, method, path):
     schema = schema_of(served.described, method, path)
@@ -114,6 +127,11 @@ REPLIES = (
     ("/tokenize", {"prompt": "hi", "return_token_strs": True}),
     ("/tokenize", {"messages": USER}),
     ("/detokenize", {"tokens": [5]}),
+    ("/v1/responses", {"model": "ann", "input": [{"role": "user", "content": "hi"}], "metadata": {"a": "b"}}),
+    ("/v1/responses", {"model": "base", "input": "hi", "include": ["message.output_text.logprobs"]}),
+    ("/v1/responses", {"model": "base", "input": "hi", "stream": True}),
+    ("/v1/messages", {"model": "ann", "messages": USER, "max_tokens": 1, "system": "be brief"}),
+    ("/v1/messages", {"model": "base", "messages": USER, "max_tokens": 3, "stream": True}),
 )
 
 
@@ -163,7 +181,8 @@ def test_no_value_of_any_field_is_taken_against_the_schema_or_fails(tokenizer, m
         if response.status_code == 200:
             jsonschema.validate({name: value for name, value in body.items() if name in fields}, schema)
         else:
-            TypeAdapter(ErrorReply).validate_python(response.json())
+            kind = AnthropicErrorReply if path.startswith("/v1/messages") else ErrorReply
+            TypeAdapter(kind).validate_python(response.json())
 
     check()
 

@@ -19,7 +19,7 @@ from preft.gateway.http.adapter_json import adapter_json, page_json, place_json
 from preft.gateway.http.add_stream import AddStream
 from preft.gateway.http.caller import caller_of
 from preft.gateway.http.disconnect import while_connected
-from preft.gateway.http.openapi import ERRORS, answers, archive_body, json_body, query
+from preft.gateway.http.openapi import answers, archive_body, errors, json_body, query
 from preft.gateway.http.parse import parse_query, read_body
 from preft.gateway.http.reply_types import AdapterList, AdapterReply, RemovedAdapter, ShownAdapter
 from preft.gateway.http.upload import receive_archive
@@ -85,7 +85,7 @@ def vllm_adapter_routes(deps: GatewayDeps) -> APIRouter:
     @router.post(
         "/v1/load_lora_adapter",
         response_class=PlainTextResponse,
-        responses=ERRORS,
+        responses=errors(),
         openapi_extra=json_body(LoadAdapterBody),
     )
     async def load_lora_adapter(request: Request) -> Response:
@@ -108,7 +108,7 @@ def vllm_adapter_routes(deps: GatewayDeps) -> APIRouter:
     @router.post(
         "/v1/unload_lora_adapter",
         response_class=PlainTextResponse,
-        responses=ERRORS,
+        responses=errors(),
         openapi_extra=json_body(UnloadAdapterBody),
     )
     async def unload_lora_adapter(request: Request) -> Response:

@@ -1,4 +1,4 @@
-"""Part of `make bench-cluster`: chats with tools or a JSON schema, streamed, against plain chats on the same gateway.
+"""Chats with tools or a JSON schema, streamed, against plain chats on the same gateway: `python -m bench.tools_stream`.
 
 Gateway, router and gRPC are real; `paced_workers` stand in for engines. The sides take turns. Two speeds are compared:
 tokens per second of the streams, and tokens per second of the gateway's CPU time, which other processes don't change.

@@ -21,7 +21,7 @@ from e2e.test_structured import MODELS, TOKENS, prompt_of
 from preft.core.request import GenerateRequest, Sampling
 from preft.core.structured import StructuredOutputs
 from preft.gateway.bodies.messages import Tool
-from preft.gateway.bodies.tool_choice import WHITESPACE, NamedTool, ToolChoice, forced_form
+from preft.gateway.bodies.tool_choice import NamedTool, ToolChoice, forced_form
 from support.models import EOS
 from support.structured_reference import StructuredReference
 
@@ -54,7 +54,7 @@ def reference_form(choice: ToolChoice) -> dict[str, Any]:
     form = forced_form([Tool.model_validate(tool) for tool in TOOLS], choice, parallel=False)
     assert form is not None
     assert form.json is not None
-    return {"json": json.loads(form.json), "whitespace_pattern": WHITESPACE}
+    return {"json": json.loads(form.json), "disable_any_whitespace": True}
 
 
 def body_of(served: Served, adapter: str | None, choice: Any, **extra: Any) -> dict[str, Any]:

@@ -109,7 +109,7 @@ class VllmRequestParsers:
     @property
     def strict_tag(self) -> str | None:
         wanted = self._request.structured_outputs
-        if wanted is None or wanted.structural_tag is None:
+        if wanted is None or wanted.structural_tag is None or not any(tool.function.strict for tool in self._tools):
             return None
         return _simple_tag(json.loads(wanted.structural_tag))
 
@@ -234,9 +234,12 @@ def _model_facts(model: Path) -> Any:
 
 
 def _simple_tag(tag: Mapping[str, Any]) -> str | None:
-    """vLLM's structural tag as `structures` and `triggers`; None if the tag is of another form."""
+    """vLLM's structural tag as `structures` and `triggers`; None if the tag is of another form.
+
+    The number of calls is free: the gateway leaves further calls out.
+    """
     form = tag["format"]
-    if form["type"] != "triggered_tags" or form.get("at_least_one") or form.get("stop_after_first"):
+    if form["type"] != "triggered_tags" or form.get("at_least_one"):
         return None
     structures = []
     for part in form["tags"]:

@@ -361,4 +361,8 @@ def test_strict_functions_give_a_form_that_engines_can_compile(folder):
     structures = json.loads(tag.strict_tag)["structures"]
     assert any(structure["schema"] == WEATHER for structure in structures)
     assert source_of(StructuredOutputs(structural_tag=tag.strict_tag))
+    for tools, is_formed in (([strict], True), ([TOOLS[0]], False)):
+        one = parsers.of(Asked(tools=tools, may_call=True, parallel=False))
+        assert one is not None
+        assert (one.strict_tag is not None) is is_formed
     assert parsers.of(Asked(tools=[strict])).strict_tag is None  # type: ignore[union-attr]

@@ -1,7 +1,7 @@
 """The choice of tools in a chat's body, and the form of the output that makes the model call a tool.
 
 A required call is a JSON array of calls, `{"name": ..., "parameters": {...}}` each, as in vLLM. A call of a named tool
-is the function's parameters alone.
+is the function's parameters alone. The JSON is compact: free whitespace is where weak models go on for ever.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from preft.core.errors import InvalidRequest
 from preft.core.structured import StructuredOutputs
 from preft.gateway.bodies.messages import Tool
 
-WHITESPACE = "[ \n]?"  # between the tokens of a call's JSON: free whitespace is where weak models go on for ever
 _NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}
 _KINDS = "must be 'none', 'auto', 'required' or {'type': 'function', 'function': {'name': ...}}"
 
@@ -79,7 +78,7 @@ def forced_form(tools: Sequence[Tool], choice: ToolChoice, *, parallel: bool) ->
         if not parallel:
             schema["maxItems"] = 1
     try:
-        return StructuredOutputs(json=json.dumps(schema), whitespace_pattern=WHITESPACE)
+        return StructuredOutputs(json=json.dumps(schema), disable_any_whitespace=True)
     except ValueError as error:
         raise InvalidRequest(f"The tools' parameters can't be served: {error}.", "tools") from None
 

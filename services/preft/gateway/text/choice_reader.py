@@ -22,8 +22,8 @@ Piece = tuple[str, tuple[int, ...]]  # text, and its tokens
 
 _log = logging.getLogger(__name__)
 
-SLOW_SECONDS = 0.002  # a parser that takes longer works in a thread, and if it can, takes several deltas at once
-SHARE = 0.1  # of a choice's time that such a parser may take
+SLOW_SECONDS = 0.002  # a parser that takes longer works in a thread
+SHARE = 0.1  # of a choice's time that a parser may take, if it can take several deltas at once
 INLINE_CHARS = 4_096  # of a whole output; a thread parses longer ones
 
 
@@ -70,7 +70,7 @@ class ChoiceReader:
         if self._counts_reasoning:
             self._all_ids.extend(delta.token_ids)
         self._pieces += [(each.text, each.token_ids) for each in deltas]
-        if not finished and (self._whole or (self._rest_until and time.monotonic() < self._rest_until)):
+        if not finished and (self._whole or time.monotonic() < self._rest_until):
             return self._with_parts(delta, _NOTHING)
         pieces, self._pieces = self._pieces, []
         if len(pieces) > 1 and not self.token_by_token:
@@ -110,7 +110,7 @@ class ChoiceReader:
             _log.exception("a parser failed in a stream")
             raise EngineFailed(f"the parser of tool calls or reasoning failed: {type(error).__name__}") from error
         self._is_slow = seconds > SLOW_SECONDS
-        if self._is_slow and not self.token_by_token:
+        if not self.token_by_token:
             self._rest_until = time.monotonic() + seconds / SHARE
         return self._with_calls(parts, finished)
 

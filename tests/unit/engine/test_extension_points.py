@@ -19,6 +19,7 @@ import pytest
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.logprobs import FlatLogprobs, append_logprobs_for_next_position, create_prompt_logprobs
 from vllm.lora.layers.base import BaseLayerWithLoRA
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
@@ -478,3 +479,25 @@ def test_our_plugin_is_called_in_every_process() -> None:
     assert DEFAULT_PLUGINS_GROUP == "vllm.general_plugins"
     (entry,) = entry_points(group=DEFAULT_PLUGINS_GROUP, name="preft")
     assert entry.load() is plugin.register
+
+
+def test_prompt_logprobs() -> None:
+    """One method computes them, after the step's adapters were set; the request reads no prefix cache."""
+    method = GPUModelRunner._get_prompt_logprobs_dict
+    assert parameters(method) == ["hidden_states", "num_scheduled_tokens"]
+    source = inspect.getsource(method)
+    for name in (
+        "self.num_prompt_logprobs", "request.in_progress_prompt_logprobs_cpu", "request.num_computed_tokens",
+        "self.query_start_loc.np[req_idx]", "LogprobsTensors.empty_cpu", "self.model.compute_logits(",
+        "self.sampler.compute_logprobs(logits)", "self.sampler.gather_logprobs(", "self._sync_device()",
+        "if num_tokens <= num_remaining_tokens",
+    ):  # fmt: skip
+        assert name in source
+    assert "self._get_prompt_logprobs_dict(" in inspect.getsource(GPUModelRunner._bookkeeping_sync)
+    assert inspect.getsource(GPUModelRunner).count("self._get_prompt_logprobs_dict(") == 1
+    scored = SamplingParams(prompt_logprobs=0, flat_logprobs=True)
+    assert (scored.skip_reading_prefix_cache, SamplingParams().skip_reading_prefix_cache) == (True, False)
+    flat = create_prompt_logprobs(flat_logprobs=True)
+    append_logprobs_for_next_position(flat, [5, 7], [-2.0, -1.0], [None, None], 4, 1)
+    assert isinstance(flat, FlatLogprobs)
+    assert (flat.token_ids, flat.logprobs, flat.ranks, len(flat)) == ([5, 7], [-2.0, -1.0], [4, 1], 2)

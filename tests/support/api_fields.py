@@ -26,6 +26,7 @@ class Row:
     beside: dict[str, Any]
     message: str = ""
     neutral: tuple[Any, ...] = ()
+    remark: str = ""
 
 
 def rows() -> list[Row]:
@@ -48,7 +49,7 @@ def _row(path: str, line: str) -> Row:
     example, _, beside = cell.partition(" with ")
     given = {name: json.loads(value) for name, value in _MORE.findall(beside)}
     if answer != "refused":
-        return Row(path, field, answer, json.loads(example.strip("`")), given)
+        return Row(path, field, answer, json.loads(example.strip("`")), given, remark=remark)
     said = _MESSAGE.match(remark)
     message = said[1] if said else f"Parameter {field!r} isn't supported with this value."
     accepted = re.findall(r"`([^`]+)`", remark.partition("Accepted: ")[2])

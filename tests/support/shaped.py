@@ -34,7 +34,7 @@ def streamed(shape: Shape, deltas: Sequence[ChoiceDelta]) -> str:
 def whole(shape: Shape, deltas: Sequence[ChoiceDelta]) -> dict[str, Any]:
     for delta in deltas:
         shape.add(delta)
-    return json.loads(json.dumps(shape.reply(CACHED, REASONED)))
+    return dict(json.loads(shape.reply(CACHED, REASONED)))
 
 
 def data_of(stream: str) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import functools
 import uuid
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from preft.core.errors import InvalidRequest, ModelNotFound, Unavailable
 from preft.core.request import MAX_CHOICES, PARAMETERS, AdapterRef, GenerateRequest, Sampling
@@ -102,7 +102,7 @@ async def chat_call(
         raise InvalidRequest("The messages make an empty prompt.", "messages")
     default = deps.tokenizer.defaults.get("max_tokens")
     call = _new_call(body, deps, caller, adapter, prompts, default, deadline)
-    call = replace(call, echoes=body.echoes, rendered=text if body.return_prompt_text else None)
+    call = dataclasses.replace(call, echoes=body.echoes, rendered=text if body.return_prompt_text else None)
     return call if plan is None else plan.on(call)
 
 
@@ -112,7 +112,7 @@ async def converted_call(
     """As `chat_call`; errors have the body's own names."""
     with body.names.used():
         call = await chat_call(body.chat, deps, caller, deadline=deadline)
-    return replace(call, form_param=body.names.own(call.form_param))
+    return dataclasses.replace(call, form_param=body.names.own(call.form_param))
 
 
 async def chat_tokens(body: ChatBody, deps: GatewayDeps) -> tuple[tuple[int, ...], str]:

@@ -45,22 +45,29 @@ def with_answer(answer: str) -> Any:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
-    """A gateway that parses reasoning. Its generator says "(hm)hello", `<|eot|>` and " world", and keeps requests."""
+    """Gateways with and without a parser. The generator says "(hm)hello", `<|eot|>`, " world", and keeps requests."""
     tokenizer = Tokenizer.load(byte_level(tmp_path_factory.mktemp("model"), chat_template=READS_ALL))
     tokens = [tokenizer._backend.token_to_id(char) for char in "(hm)helloĠworld"]
     script = Script((*tokens[:9], 2, *tokens[9:]), finish=FinishReason.LENGTH)
     generator = FakeGenerator(lambda request: script)
-    parsers, catalog = FakeParsers(reads_calls=False), FakeCatalog.of(ann="/ann")
-    app = create_app(GatewayDeps("base", tokenizer, 4096, generator, catalog, parsers=parsers))
-    with TestClient(app, base_url="http://localhost") as client:
-        yield SimpleNamespace(client=client, generator=generator)
+    catalog = FakeCatalog.of(ann="/ann")
+    plain, parsing = (
+        create_app(GatewayDeps("base", tokenizer, 4096, generator, catalog, parsers=parsers))
+        for parsers in (None, FakeParsers(reads_calls=False))
+    )
+    with (
+        TestClient(plain, base_url="http://localhost") as client,
+        TestClient(parsing, base_url="http://localhost") as parser_client,
+    ):
+        yield SimpleNamespace(client=client, parser_client=parser_client, generator=generator)
 
 
 def outcome(served: SimpleNamespace, row: Row, **fields: Any) -> tuple[int, str]:
     """The status, and all that a request led to: the core requests and the reply, without times and random ids."""
     served.generator.requests.clear()
     body = {"model": "base", **LEAST[row.path], **fields}
-    reply = served.client.post(row.path, json=body)
+    client = served.parser_client if "reasoning_parser" in row.remark else served.client
+    reply = client.post(row.path, json=body)
     said = re.sub(r'("\w*(created|completed)\w*":)[^,}]+', r"\g<1>0", reply.text)
     return reply.status_code, re.sub(r"[0-9a-f]{16,}", "ID", f"{served.generator.requests} {said}")
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, PlainValidator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, model_validator
 
 from preft.core.errors import InvalidRequest
 from preft.core.request import INT32_MAX
@@ -23,7 +23,7 @@ from preft.gateway.bodies.messages import MAX_TOOLS
 from preft.gateway.bodies.parameters import OtherParameters
 from preft.gateway.bodies.parse import parse_body
 from preft.gateway.bodies.schemas import WHOLE, ApiBody, ChatBody, Strict
-from preft.gateway.bodies.values import MAX_STOPS, at_most
+from preft.gateway.bodies.values import MAX_STOPS, at_most, read_salt
 
 MESSAGES_PARAMETERS = OtherParameters(
     accepted=frozenset(
@@ -34,7 +34,6 @@ MESSAGES_PARAMETERS = OtherParameters(
     ),
     unsupported=MappingProxyType(
         {
-            "cache_salt": (),
             "container": (),
             "context_management": (),
             "ec_transfer_params": (),
@@ -213,6 +212,7 @@ class MessagesBody(CountTokensBody):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=INT32_MAX), WHOLE] | None = None
     stream: bool = False
+    cache_salt: Annotated[str, Field(min_length=1, max_length=128), AfterValidator(read_salt)] | None = None
 
     def _sampling_fields(self) -> dict[str, Any]:
         return {
@@ -222,4 +222,5 @@ class MessagesBody(CountTokensBody):
             "top_p": self.top_p,
             "top_k": self.top_k,
             "stream": self.stream,
+            "cache_salt": self.cache_salt,
         }

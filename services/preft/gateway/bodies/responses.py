@@ -35,7 +35,6 @@ RESPONSES_PARAMETERS = OtherParameters(
             "access_programs": (),
             "background": (False,),
             "background_options": (),
-            "cache_salt": (),
             "context_management": ([],),
             "conversation": (),
             "ec_transfer_params": (),

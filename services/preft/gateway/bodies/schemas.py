@@ -91,6 +91,7 @@ class SamplingBody(ApiBody):
     request_id: Annotated[str, Field(pattern=r"^[!-~]{1,128}$")] | None = None  # a part of the reply's id
     stream: bool = False
     structured_outputs: StructuredOutputsBody | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=128), AfterValidator(read_salt)] | None = None
 
 
 class GenerationBody(SamplingBody):
@@ -102,17 +103,16 @@ class GenerationBody(SamplingBody):
     n: Annotated[int, Field(ge=1, le=128), WHOLE] = 1
     max_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
     min_tokens: Annotated[int, Field(ge=0), WHOLE] = 0
-    allowed_token_ids: Annotated[list[Integer], Field(min_length=1), BeforeValidator(at_most(MAX_IDS))] | None = (
-        None  # output has no others
-    )
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
+    allowed_token_ids: Annotated[list[Integer], Field(min_length=1), BeforeValidator(at_most(MAX_IDS))] | None = (
+        None  # output has no others
+    )
     prompt_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=-1), WHOLE] | None = None  # -1: to what fits
     truncation_side: Literal["left", "right"] = "left"
-    cache_salt: Annotated[str, Field(min_length=1, max_length=128), AfterValidator(read_salt)] | None = None
 
     @model_validator(mode="after")
     def _form_is_valid(self) -> Self:

@@ -33,7 +33,7 @@ def text(value: str, **more: Any) -> dict[str, Any]:
 
 def test_messages_and_sampling() -> None:
     same(parsed(), messages=[USER])
-    given = {"temperature": 0.5, "top_p": 0.9, "top_k": 4}
+    given = {"temperature": 0.5, "top_p": 0.9, "top_k": 4, "cache_salt": "s"}
     same(parsed(**given, stop_sequences=["a", "b"]), messages=[USER], **given, stop=["a", "b"])
 
 

@@ -78,7 +78,7 @@ def test_sampling_parameters_are_those_of_chats() -> None:
         "repetition_penalty": 1.2, "seed": 7, "ignore_eos": True, "stop": ["a"], "stop_token_ids": [9],
         "logit_bias": {"5": -3}, "include_stop_str_in_output": True, "skip_special_tokens": False, "priority": 3,
         "user": "ann", "request_id": "x", "structured_outputs": {"json": {"type": "object"}},
-        "chat_template_kwargs": {"a": [1]},
+        "chat_template_kwargs": {"a": [1]}, "cache_salt": "s",
     }  # fmt: skip
     same(parsed(**given, max_output_tokens=9), chat_of(messages=[USER], **given, max_tokens=9))
 

@@ -118,7 +118,7 @@ async def test_the_prompt_is_that_of_the_chat(served, api):
 @pytest.mark.parametrize("api", APIS)
 async def test_errors_have_the_apis_form(served, api):
     limit = "max_output_tokens" if api is RESPONSES else "max_tokens"
-    assert f"{limit} is 60" in refused(api, await served.ask(api, **{limit: 60}), 400)
+    assert f"{limit} is 100" in refused(api, await served.ask(api, **{limit: 100}), 400)
     assert "temprature" in refused(api, await served.ask(api, temprature=1), 400)
     for data, headers, status in (b"{", JSON, 400), (b"{}", {"content-type": "text/plain"}, 415), (b"{}", JSON, 400):
         refused(api, await served.client.post(api.path, content=data, headers=headers), status)
@@ -133,7 +133,7 @@ async def test_errors_name_the_parameter(served):
     for body, param in (
         ({"input": [*USER, {"role": "user", "content": "refuse me"}]}, None),
         ({"input": "x" * 500}, "input"),
-        ({"max_output_tokens": 60}, "max_output_tokens"),
+        ({"max_output_tokens": 100}, "max_output_tokens"),
         ({"reasoning": {"effort": "low"}}, "reasoning.effort"),
         ({"stop_token_ids": [100_000]}, "stop_token_ids"),
     ):

@@ -37,7 +37,7 @@ class TokenizeBody(Strict):
             raise InvalidRequest("Give either prompt or messages.", "prompt")
         if self.prompt is not None:
             for name in _OF_CHATS:
-                if name in self.model_fields_set:
+                if getattr(self, name) != type(self).model_fields[name].default:
                     raise InvalidRequest(f"{name} needs messages.", name)
         return self
 
@@ -60,7 +60,7 @@ class TokenizeBody(Strict):
                 continue_final_message=self.continue_final_message,
                 chat_template_kwargs=self.chat_template_kwargs or {},
                 tools=self.tools or [],
-                tool_choice="none" if self.tools else None,
+                tool_choice="none",
             )
         except ValidationError as error:
             raise first_problem(error) from None

@@ -51,7 +51,7 @@ async def test_a_chat_is_what_a_chat_completion_would_be(gateway: Gateway, more:
         ({}, "prompt"),
         ({"prompt": "hi", "messages": USER}, "prompt"),
         ({"prompt": ["hi"]}, "prompt"),
-        ({"prompt": "hi", "add_generation_prompt": True}, "add_generation_prompt"),
+        ({"prompt": "hi", "add_generation_prompt": False}, "add_generation_prompt"),
         ({"messages": []}, "messages"),
         ({"messages": USER, "continue_final_message": True}, "continue_final_message"),
         ({"messages": USER, "chat_template": "x"}, "chat_template"),

@@ -42,6 +42,8 @@ from preft_client.results import (
     Generation,
     Parsed,
     TokenLogprob,
+    ToolCall,
+    ToolCallDelta,
     Usage,
     Worker,
 )
@@ -90,6 +92,8 @@ __all__ = [
     "StreamBroken",
     "TokenLogprob",
     "TooManyBytes",
+    "ToolCall",
+    "ToolCallDelta",
     "TransferFailed",
     "Unauthenticated",
     "Unavailable",

@@ -13,7 +13,16 @@ from pydantic_core import from_json
 from preft_client.errors import BadReply, ConnectionFailed, error_from_event
 from preft_client.packing import Package, Progress
 from preft_client.parameters import Asked
-from preft_client.results import Adapter, AdapterPage, AdapterPlace, Delta, Facts, TokenLogprob, Worker
+from preft_client.results import (
+    Adapter,
+    AdapterPage,
+    AdapterPlace,
+    Delta,
+    Facts,
+    TokenLogprob,
+    ToolCallDelta,
+    Worker,
+)
 
 Event = TypeVar("Event")
 Result = TypeVar("Result")
@@ -185,18 +194,25 @@ def _chat_reader(facts: Facts) -> Callable[[Any], list[Delta]]:
         _note(told, facts)
         return [
             Delta(
-                choice["delta"]["content"],
+                choice["delta"].get("content") or "",
                 tuple(choice["token_ids"]),
                 choice["index"],
                 choice["finish_reason"],
                 _stop_token(choice),
                 _chat_logprobs(choice["logprobs"]),
+                choice["delta"].get("reasoning", ""),
+                tuple(map(_call_part, choice["delta"].get("tool_calls", ()))),
             )
             for choice in told["choices"]
             if "token_ids" in choice  # not the choice's opening, which has its role alone
         ]
 
     return read
+
+
+def _call_part(told: Mapping[str, Any]) -> ToolCallDelta:
+    function = told["function"]
+    return ToolCallDelta(told["index"], function["arguments"], told.get("id", ""), function.get("name", ""))
 
 
 def _note(told: Mapping[str, Any], facts: Facts) -> None:

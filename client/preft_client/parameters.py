@@ -19,8 +19,9 @@ Message = Mapping[str, Any]
 class Parameters(TypedDict, total=False):
     """Parameters of generate, chat and their streams, with OpenAI's and vLLM's meaning. Absent: the server's default.
 
-    `logprobs` is the number of most likely tokens to report at each position. `response_format` is OpenAI's. A waiting
-    request with a lower `priority` goes first. `extra` takes every other parameter of the HTTP API (docs/http.md).
+    `logprobs` is the number of most likely tokens to report at each position. `response_format` is OpenAI's, and so are
+    a chat's `tools`, `tool_choice` and `parallel_tool_calls`. A waiting request with a lower `priority` goes first.
+    `extra` takes every other parameter of the HTTP API (docs/http.md).
     """
 
     max_tokens: int
@@ -40,6 +41,9 @@ class Parameters(TypedDict, total=False):
     logit_bias: Mapping[int, float]
     logprobs: int
     response_format: Mapping[str, Any]
+    tools: Sequence[Mapping[str, Any]]
+    tool_choice: str | Mapping[str, Any]
+    parallel_tool_calls: bool
     priority: int
     user: str
     extra: Mapping[str, Any]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
-FinishReason = Literal["stop", "length"]
+from preft_client.errors import BadReply
+
+FinishReason = Literal["stop", "length", "tool_calls"]
 Form = TypeVar("Form")
 
 
@@ -20,10 +23,40 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """The next part of a choice's tool call number `position`. The first part has `id` and `name`."""
+
+    position: int
+    arguments: str = ""
+    id: str = ""
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A whole call of a tool. `arguments` is JSON text as the model wrote it."""
+
+    id: str
+    name: str
+    arguments: str
+
+    def read_arguments(self) -> dict[str, Any]:
+        """The arguments as an object. Raises BadReply if the model wrote something else, or was cut off."""
+        try:
+            value = json.loads(self.arguments or "{}")
+        except ValueError as error:
+            raise BadReply(f"the arguments of the call of {self.name!r} are no JSON: {error}") from error
+        if not isinstance(value, dict):
+            raise BadReply(f"the arguments of the call of {self.name!r} are no JSON object")
+        return value
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """New text and tokens of one choice. `finish_reason` is set on a choice's last delta.
 
-    `stop_token_id` is the request's own stop token that ended the choice, if one did.
+    `stop_token_id` is the request's own stop token that ended the choice, if one did. `reasoning` and `tool_calls` are
+    the parts of a chat's output that aren't in `text`.
     """
 
     text: str
@@ -32,6 +65,8 @@ class Delta:
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
+    reasoning: str = ""
+    tool_calls: tuple[ToolCallDelta, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +79,19 @@ class Choice:
     finish_reason: FinishReason | None
     stop_token_id: int | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The answer as the assistant's message of the next chat."""
+        message: dict[str, Any] = {"role": "assistant", "content": self.text}
+        if self.tool_calls:
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in self.tool_calls
+            ]
+        return message
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +130,18 @@ class Generation:
     @property
     def logprobs(self) -> tuple[TokenLogprob, ...]:
         return self.choices[0].logprobs
+
+    @property
+    def reasoning(self) -> str:
+        return self.choices[0].reasoning
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        return self.choices[0].tool_calls
+
+    @property
+    def message(self) -> dict[str, Any]:
+        return self.choices[0].message
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,4 +242,16 @@ def _joined(index: int, deltas: list[Delta]) -> Choice:
         last.finish_reason,
         last.stop_token_id,
         tuple([entry for delta in deltas for entry in delta.logprobs]),
+        "".join([delta.reasoning for delta in deltas]),
+        _joined_calls([part for delta in deltas for part in delta.tool_calls]),
+    )
+
+
+def _joined_calls(parts: list[ToolCallDelta]) -> tuple[ToolCall, ...]:
+    calls: dict[int, list[ToolCallDelta]] = {}
+    for part in parts:
+        calls.setdefault(part.position, []).append(part)
+    return tuple(
+        ToolCall(*("".join([getattr(part, name) for part in own]) for name in ("id", "name", "arguments")))
+        for _, own in sorted(calls.items())
     )

@@ -12,13 +12,23 @@ from preft_client.http_calls import http_body
 from preft_client.messages import message_class
 from preft_client.packing import Package, Progress
 from preft_client.parameters import Asked
-from preft_client.results import Adapter, AdapterPage, AdapterPlace, Delta, Facts, FinishReason, TokenLogprob, Worker
+from preft_client.results import (
+    Adapter,
+    AdapterPage,
+    AdapterPlace,
+    Delta,
+    Facts,
+    FinishReason,
+    TokenLogprob,
+    ToolCallDelta,
+    Worker,
+)
 
 Event = TypeVar("Event")
 
 GenerateRequest, ChatRequest, GenerateReply = map(message_class, ("GenerateRequest", "ChatRequest", "GenerateReply"))
 AdapterMessage, ListReply = map(message_class, ("Adapter", "ListAdaptersReply"))
-_FINISH: tuple[FinishReason | None, ...] = (None, "stop", "length")
+_FINISH: tuple[FinishReason | None, ...] = (None, "stop", "length", "tool_calls")
 _IN_SAMPLING = frozenset(message_class("Sampling").DESCRIPTOR.fields_by_name)
 _OF_REQUEST = ("n", "priority", "user")
 _FLOOR = -9999.0  # stands for minus infinity, as over HTTP
@@ -140,10 +150,16 @@ def _delta_reader(facts: Facts) -> Callable[[Any], list[Delta]]:
                 _FINISH[delta.finish_reason],
                 delta.stop_token_id if delta.HasField("stop_token_id") else None,
                 tuple(map(_logprob, delta.logprobs)) if delta.logprobs else (),
+                reply.reasoning,
+                tuple(map(_call_part, reply.tool_calls)) if reply.tool_calls else (),
             )
         ]
 
     return read
+
+
+def _call_part(part: Any) -> ToolCallDelta:
+    return ToolCallDelta(part.position, part.arguments, part.id, part.name)
 
 
 def _logprob(entry: Any) -> TokenLogprob:

@@ -1,6 +1,7 @@
 """Every field of vLLM's and OpenAI's requests: served, accepted without effect, or refused by name. None is unknown.
 
-A field that a later vLLM or openai adds fails here until someone has decided what it means.
+A field that a later vLLM or openai adds fails here until someone has decided what it means, and docs/api-fields.md says
+so.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from typing import Any
 import pytest
 from openai.types import completion_create_params as openai_completion
 from openai.types.chat import completion_create_params as openai_chat
+from openai.types.responses import response_create_params as openai_responses
 from pydantic import BaseModel
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
 
 from preft.core.errors import InvalidRequest
@@ -20,6 +23,7 @@ from preft.gateway.bodies.adapter_schemas import LoadAdapterBody, UnloadAdapterB
 from preft.gateway.bodies.parameters import ACCEPTED, UNSUPPORTED
 from preft.gateway.bodies.parse import parse_body
 from preft.gateway.bodies.schemas import ChatBody, CompletionBody
+from support.api_fields import rows
 
 PROMPT: dict[type[BaseModel], dict[str, Any]] = {
     CompletionBody: {"model": "base", "prompt": "hi"},
@@ -49,6 +53,22 @@ def test_every_field_of_vllm_has_one_fate(body: type[BaseModel], theirs: type[Ba
 )
 def test_every_field_of_openai_is_known(body: type[BaseModel], names: dict[str, Any]) -> None:
     assert [name for name in names if not fates(body, name)] == []
+
+
+FIELDS = {
+    "/v1/completions": [CompletionRequest.model_fields, openai_completion.CompletionCreateParamsBase.__annotations__],
+    "/v1/chat/completions": [
+        ChatCompletionRequest.model_fields,
+        openai_chat.CompletionCreateParamsBase.__annotations__,
+    ],
+    "/v1/responses": [ResponsesRequest.model_fields, openai_responses.ResponseCreateParamsBase.__annotations__],
+}
+
+
+@pytest.mark.parametrize("path", FIELDS)
+def test_every_field_is_in_the_docs(path: str) -> None:
+    said = {row.field for row in rows() if row.path == path}
+    assert [name for names in FIELDS[path] for name in names if name not in said] == []
 
 
 @pytest.mark.parametrize(("body", "theirs"), PAIRS)

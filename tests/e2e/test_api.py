@@ -6,13 +6,14 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import anthropic
 import httpx
 import openai
 import pytest
 import torch
+from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 
 from e2e.conftest import Served
@@ -62,6 +63,34 @@ def test_chat_with_the_official_client(llama: Served, client: openai.OpenAI) -> 
     assert text == whole.choices[0].message.content
     assert pieces[-1].choices[0].finish_reason == whole.choices[0].finish_reason
     assert whole.choices[0].logprobs is not None
+
+
+class Order(BaseModel):
+    kind: Literal["tea", "coffee"]
+    cups: Literal[1, 2, 3]
+    sweet: bool
+
+
+def test_an_agent_step_with_the_official_client(llama: Served, client: openai.OpenAI) -> None:
+    """A named function under an adapter, whole and streamed."""
+    messages: Any = [{"role": "user", "content": "order"}]
+    tools = [openai.pydantic_function_tool(Order, name="order")]
+    asked: dict[str, Any] = {
+        "model": "alice",
+        "messages": messages,
+        "tools": tools,
+        "tool_choice": {"type": "function", "function": {"name": "order"}},
+        "max_tokens": 300,
+        "temperature": 0,
+    }
+    whole = client.chat.completions.parse(**asked)
+    [call] = whole.choices[0].message.tool_calls or []
+    assert isinstance(call.function.parsed_arguments, Order)
+    with client.chat.completions.stream(**asked) as stream:
+        [streamed] = stream.get_final_completion().choices[0].message.tool_calls or []
+    assert streamed.function == call.function
+    base = client.chat.completions.parse(**{**asked, "model": llama.name})
+    assert base.choices[0].message.tool_calls is not None
 
 
 def test_responses_and_anthropics_messages_are_the_chats_answers(llama: Served, client: openai.OpenAI) -> None:

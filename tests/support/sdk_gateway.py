@@ -25,6 +25,7 @@ from preft.gateway.grpc.adapters import AdaptersService
 from preft.gateway.grpc.inference import InferenceService
 from preft.gateway.grpc.server import serve_grpc
 from preft.gateway.http.app import create_app
+from preft.gateway.text.parsing import Parsers
 from preft.gateway.text.tokenizer import Tokenizer
 from preft.rpc import adapters_pb2_grpc, inference_pb2_grpc
 from support import small_tokenizers
@@ -53,6 +54,11 @@ class ScriptedGateway:
     def next_script(self, request: GenerateRequest) -> Script:
         return self.scripts.pop(0) if len(self.scripts) > 1 else self.scripts[0]
 
+    def say(self, *texts: str) -> None:
+        """Answers the next requests with these texts, token by token, each with an EOS."""
+        encode, [eos, *_] = self.deps.tokenizer._backend.encode, self.deps.tokenizer.eos_token_ids
+        self.scripts[:] = [Script([*encode(text, add_special_tokens=False).ids, eos]) for text in texts]
+
     def reset(self) -> None:
         """Forgets all requests and adapters, and answers with a short text from now on."""
         self.scripts[:] = [Script(IDS[:5], finish=FinishReason.LENGTH)]
@@ -66,11 +72,13 @@ class ScriptedGateway:
 
 
 @asynccontextmanager
-async def scripted_gateway(model: Path, tls: dict[str, str] | None = None) -> AsyncIterator[ScriptedGateway]:
+async def scripted_gateway(
+    model: Path, tls: dict[str, str] | None = None, *, parsers: Parsers | None = None
+) -> AsyncIterator[ScriptedGateway]:
     """Serves on free ports. `tls`: files ca, cert, key; clients need a certificate too."""
     generator, catalog = FakeGenerator(lambda request: Script()), FakeCatalog()
     tokenizer = await asyncio.to_thread(Tokenizer.load, model)
-    deps = GatewayDeps("base", tokenizer, LIMIT, generator, catalog)
+    deps = GatewayDeps("base", tokenizer, LIMIT, generator, catalog, parsers=parsers)
     gateway = ScriptedGateway({}, generator, catalog, deps, asyncio.get_running_loop())
     generator.script = gateway.next_script
     gateway.reset()
@@ -102,7 +110,9 @@ async def scripted_gateway(model: Path, tls: dict[str, str] | None = None) -> As
 
 
 @contextmanager
-def gateway_in_thread(model: Path, tls: dict[str, str] | None = None) -> Iterator[ScriptedGateway]:
+def gateway_in_thread(
+    model: Path, tls: dict[str, str] | None = None, *, parsers: Parsers | None = None
+) -> Iterator[ScriptedGateway]:
     """`scripted_gateway` with an event loop of its own."""
     started: Future[ScriptedGateway] = Future()
     stop: Future[Callable[[], None]] = Future()
@@ -112,7 +122,7 @@ def gateway_in_thread(model: Path, tls: dict[str, str] | None = None) -> Iterato
         loop = asyncio.get_running_loop()
         stop.set_result(lambda: loop.call_soon_threadsafe(event.set))  # type: ignore[arg-type,return-value]
         try:
-            async with scripted_gateway(model, tls) as gateway:
+            async with scripted_gateway(model, tls, parsers=parsers) as gateway:
                 started.set_result(gateway)
                 await event.wait()
         except BaseException as error:

@@ -13,6 +13,12 @@ CHAT_TEMPLATE = (
     "<|{{ m.role }}|>{{ m.content | trim }}{% if not loop.last or add_generation_prompt %}<|eot|>{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+TOOLS_TEMPLATE = (
+    "{{ bos_token }}{{ (tools or []) | tojson }}"
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.tool_call_id }}{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.id }}{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 _TEXT = ["the quick brown fox jumps over the lazy dog", "hello world, how are you?", "naïve café über 你好 🙂 привет"]
 _WORDS = ("▁hello", "▁world", "hello", "▁the", "▁▁", "ing", "▁a", "你")
 

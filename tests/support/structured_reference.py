@@ -6,8 +6,10 @@ Uses llguidance directly, token by token and from the start: nothing of the engi
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import llguidance
@@ -18,6 +20,8 @@ from transformers import AutoTokenizer
 
 from support.models import EOS
 from support.reference import Reference
+
+NO_PENALTIES: Mapping[str, float] = MappingProxyType({})
 
 
 def source_of(form: dict[str, Any]) -> str:
@@ -32,6 +36,19 @@ def source_of(form: dict[str, Any]) -> str:
         return str(llguidance.grammar_from("choice", json.dumps(form["choice"])))
     [(kind, text)] = form.items()
     return str(llguidance.grammar_from(kind, text))
+
+
+def penalised(
+    row: torch.Tensor, prompt: Sequence[int], output: Sequence[int], penalties: Mapping[str, float]
+) -> torch.Tensor:
+    """The logits `row` behind `output`, under vLLM's penalties by their names in requests."""
+    row = row.clone()
+    if (factor := penalties.get("repetition_penalty", 1.0)) != 1.0:
+        seen = torch.tensor(sorted({*prompt, *output}))
+        row[seen] = torch.where(row[seen] > 0, row[seen] / factor, row[seen] * factor)
+    for token, count in Counter(output).items():
+        row[token] -= penalties.get("frequency_penalty", 0.0) * count + penalties.get("presence_penalty", 0.0)
+    return row
 
 
 class StructuredReference:
@@ -58,10 +75,19 @@ class StructuredReference:
         output: Sequence[int],
         max_tokens: int,
         adapter: Path | None,
-        form: dict[str, Any],
+        form: dict[str, Any] | None,
+        penalties: Mapping[str, float] = NO_PENALTIES,
     ) -> int | None:
-        """The first position where `output` isn't the greedy output of `max_tokens` under `form`; None if it is."""
+        """The first position where `output` isn't the greedy output of `max_tokens` under `form`; None if it is.
+
+        Without a form it is free text in which EOS has no meaning.
+        """
         rows = self._reference.logits(prompt, output, adapter)
+        if penalties:
+            rows = [penalised(row, prompt, output[:position], penalties) for position, row in enumerate(rows)]
+        if form is None:
+            wrong = (at for at, (row, token) in enumerate(zip(rows, output, strict=True)) if int(row.argmax()) != token)
+            return next(wrong, None)
         for position, (row, mask, token) in enumerate(zip(rows, self.allowed(form, output), output, strict=True)):
             fits = torch.from_numpy(mask[: len(row)])  # a tokenizer may have more tokens than its model
             best = int(row.masked_fill(~fits, -torch.inf).argmax())

@@ -14,11 +14,13 @@ from preft.core.settings import MiB, Settings
 from preft.worker.server import StartEngine
 from support import small_tokenizers
 from support.fake_engine import FakeEngine
+from support.fake_parsers import FakeParsers
 from support.local_cluster import LocalCluster, local_cluster
 from support.models import make_lora, make_model
 from support.redis_server import free_port
 from support.sdk_clients import IDS, STYLES, a_client
 from support.sdk_gateway import ScriptedGateway, gateway_in_thread
+from support.small_tokenizers import TOOLS_TEMPLATE
 
 
 class StartKept(StartEngine):
@@ -79,6 +81,14 @@ def gateway(shared_gateway: ScriptedGateway) -> ScriptedGateway:
     """A gateway that answers with a short text until a test scripts it."""
     shared_gateway.reset()
     return shared_gateway
+
+
+@pytest.fixture(scope="package")
+def parsing_gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedGateway]:
+    """A gateway that reads calls and reasoning as FakeParsers do."""
+    folder = small_tokenizers.byte_level(tmp_path_factory.mktemp("tools"), chat_template=TOOLS_TEMPLATE)
+    with gateway_in_thread(folder, parsers=FakeParsers()) as gateway:
+        yield gateway
 
 
 @pytest.fixture(params=STYLES, ids=IDS)

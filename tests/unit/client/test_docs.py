@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from support.sdk_gateway import ScriptedGateway
+
 from .conftest import Served
 
 ROOT = Path(__file__).parents[3]
@@ -17,14 +19,17 @@ EXAMPLES = re.findall(r"\*\*([^*]+)\*\*[^`]*(?:`[^`\n]+`[^`]*)*?```python\n(.*?)
 
 
 def test_all_examples_are_found() -> None:
-    assert len(EXAMPLES) == 6 == PAGE.count("```python")
+    assert len(EXAMPLES) == 7 == PAGE.count("```python")
 
 
 @pytest.mark.parametrize(("title", "code"), EXAMPLES, ids=[title for title, _ in EXAMPLES])
-def test_the_example_runs(served: Served, title: str, code: str) -> None:
+def test_the_example_runs(served: Served, parsing_gateway: ScriptedGateway, title: str, code: str) -> None:
+    parsing_gateway.reset()
+    parsing_gateway.call(parsing_gateway.catalog.add("alice", "/alice"))
+    parsing_gateway.say('[{"name": "weather", "parameters": {"city": "Lisbon"}}]', "sunny")
     environment = {
         "PYTHONPATH": str(ROOT / "client"),
-        "PREFT_URL": served.urls["http"],
+        "PREFT_URL": (parsing_gateway if title.startswith("Tools") else served).urls["http"],
         "ADAPTER_FOLDER": str(served.loras[0]),
     }
     command = [sys.executable, "-W", "error", "-c", code]

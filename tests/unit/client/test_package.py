@@ -24,7 +24,7 @@ Adapter AdapterExists AdapterPage AdapterPlace AdapterUnavailable Adapters Async
 AsyncStream BadReply Choice Client ConfigError ConnectionFailed DeadlineExceeded Delta EngineFailed Generation
 InvalidAdapter InvalidRequest Message ModelNotFound NotAllowed NotSupported NumbersNotFinite Parameters Parsed
 PreftError Prompt QueueFull RateLimited ServerError ShuttingDown SourceNotFound Stream StreamBroken TLS
-TokenLogprob TooManyBytes TransferFailed Unauthenticated Unavailable Usage Worker WorkerLost
+TokenLogprob TooManyBytes ToolCall ToolCallDelta TransferFailed Unauthenticated Unavailable Usage Worker WorkerLost
 """
 METHODS = {
     Client: "adapters chat close generate parse ready stream stream_chat wait_ready workers",

@@ -9,7 +9,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from preft import __version__
 from preft.gateway.deps import GatewayDeps
 from preft.gateway.http.caller import caller_of
-from preft.gateway.http.openapi import answers
+from preft.gateway.http.openapi import answers, errors
 from preft.gateway.http.reply_types import HealthReply, NotReadyReply, VersionReply, WorkersReply
 from preft.gateway.readiness import worker_json
 
@@ -41,7 +41,7 @@ def operations_routes(deps: GatewayDeps) -> APIRouter:
         caller_of(request, deps).check_operator()
         return JSONResponse({"workers": [seen.as_json() for seen in deps.workers()]})
 
-    @router.get("/metrics", response_class=PlainTextResponse)
+    @router.get("/metrics", response_class=PlainTextResponse, responses=errors())
     async def metrics(request: Request) -> Response:
         caller_of(request, deps).check_operator()
         return Response(generate_latest(deps.registry), media_type=CONTENT_TYPE_LATEST)

@@ -64,7 +64,7 @@ def test_the_streaming_helper(door: Door, client: openai.OpenAI) -> None:
         final = stream.get_final_completion()
     assert final.choices[0].message.parsed == LISBON
     assert kinds[-1] == "content.done"
-    assert kinds.count("content.delta") > 5
+    assert "content.delta" in kinds
 
 
 def test_an_answer_in_the_form_of_a_pydantic_model(door: Door, client: openai.OpenAI) -> None:

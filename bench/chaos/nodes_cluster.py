@@ -87,6 +87,7 @@ async def nodes_cluster(folder: Path) -> AsyncIterator[NodesCluster]:
     """Starts everything in `folder`, and ends it with the context. Raises PreftError or LoadgenError."""
     os.environ["RAY_AUTH_MODE"] = "disabled"
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray's 15 starves engines on a busy machine
+    os.environ["RAY_raylet_start_wait_time_s"] = "120"  # noqa: SIM112 - 30 by default
     mark = mark_children()
     nodes = RayNodes(folder)
     try:

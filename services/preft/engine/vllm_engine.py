@@ -25,7 +25,7 @@ from vllm.utils.ompmultiprocessing import OMPProcessManager
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
-from vllm.v1.metrics.loggers import StatLoggerBase
+from vllm.v1.metrics.loggers import PrometheusStatLogger
 
 from preft.adapters.formats.base_model import TARGETS
 from preft.core.cluster import Role
@@ -151,24 +151,36 @@ def sampling_params(request: EngineRequest, role: Role) -> SamplingParams:
     )
 
 
-class _Stats(StatLoggerBase):
-    """Copies vLLM's figures after each step into our `EngineStats`."""
+class _Stats(PrometheusStatLogger):
+    """Copies vLLM's figures after each step into our `EngineStats`, the class attribute of a subclass.
 
-    def __init__(self, stats: EngineStats) -> None:
-        self._stats = stats
+    It stands in for vLLM's own Prometheus metrics, which nobody reads: they take time in every step, and two engines
+    that start in one process at once fail over them.
+    """
+
+    stats: EngineStats
+
+    def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int] | None = None) -> None:
+        pass
 
     def record(
         self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0, **_: Any
     ) -> None:
         if scheduler_stats is not None:
-            self._stats.kv_usage = scheduler_stats.kv_cache_usage
-            self._stats.running = scheduler_stats.num_running_reqs
-            self._stats.waiting = scheduler_stats.num_waiting_reqs
+            self.stats.kv_usage = scheduler_stats.kv_cache_usage
+            self.stats.running = scheduler_stats.num_running_reqs
+            self.stats.waiting = scheduler_stats.num_waiting_reqs
         if iteration_stats is not None:
-            self._stats.preemptions += iteration_stats.num_preempted_reqs
+            self.stats.preemptions += iteration_stats.num_preempted_reqs
+
+    def record_sleep_state(self, *_: Any) -> None:
+        pass
+
+    def record_admission_rejection(self, reason: str) -> None:
+        pass
 
     def log_engine_initialized(self) -> None:
-        return
+        pass
 
 
 class VllmEngine:
@@ -331,8 +343,9 @@ def _start(args: AsyncEngineArgs, stats: EngineStats) -> AsyncLLM:
     config = args.create_engine_config()
     if current_platform.is_cpu():
         os.environ.update(_thread_settings(config))
+    own = type("_OwnStats", (_Stats,), {"stats": stats})
     with forks_bound():
-        return AsyncLLM.from_vllm_config(config, stat_loggers=[lambda *_: _Stats(stats)], disable_log_stats=True)
+        return AsyncLLM.from_vllm_config(config, stat_loggers=[own], disable_log_stats=True)
 
 
 _settings_are_read = threading.Lock()  # vLLM changes the environment and restores it

@@ -47,7 +47,7 @@ from vllm.v1.executor.abstract import Executor
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm.v1.kv_cache_interface import KVCacheConfig
-from vllm.v1.metrics.loggers import StatLoggerBase
+from vllm.v1.metrics.loggers import PrometheusStatLogger, StatLoggerBase, StatLoggerManager
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
@@ -464,6 +464,17 @@ def test_calls_are_answered_between_steps_alone() -> None:
     assert "self.input_queue.put_nowait((request_type, request))" in inspect.getsource(
         EngineCoreProc.process_input_sockets
     )
+
+
+def test_our_statistics_stand_in_for_vllms_prometheus_metrics() -> None:
+    """vLLM makes no metrics of its own beside ours, and calls only our methods: vLLM's need a state that ours lack."""
+    assert issubclass(_Stats, PrometheusStatLogger)
+    assert "if not custom_prometheus_logger:" in inspect.getsource(StatLoggerManager.__init__)
+    called = {name for name, _ in inspect.getmembers(PrometheusStatLogger, inspect.isfunction)} & {
+        name for name, _ in inspect.getmembers(StatLoggerManager, inspect.isfunction)
+    }
+    stateful = {name for name in called if name in vars(PrometheusStatLogger)}
+    assert stateful <= set(vars(_Stats)), stateful - set(vars(_Stats))
 
 
 def test_what_we_read_after_each_step() -> None:

@@ -125,7 +125,7 @@ def test_echo_with_several_prompts_and_choices(either: Served, adapter: str) -> 
         assert choice["text"] == texts[place // 2] + other["text"]
         assert choice["prompt_logprobs"] is None
         check_echo(either, adapter, prompts[place // 2], choice, 5)
-        assert choice["logprobs"]["token_logprobs"][-5:] == other["logprobs"]["token_logprobs"]
+        assert choice["logprobs"]["token_logprobs"][-5:] == pytest.approx(other["logprobs"]["token_logprobs"], abs=1e-3)
     assert body["usage"] == {**plain["usage"], "prompt_tokens_details": {"cached_tokens": 0}}
     assert streamed(either, {"model": adapter, "temperature": 0, "ignore_eos": True, **wanted}) == [
         (choice["text"], choice["logprobs"], choice["finish_reason"]) for choice in body["choices"]

@@ -150,7 +150,7 @@ class GroupedPunicaWrapper(PunicaWrapperBase):
         if self._scored is not None:
             rank = int(self._head_ranks[self._scored])
             down, up = a[0][self._scored, :rank].float(), b[0][self._scored, :, :rank].float()
-            y += ((x.float() @ down.T) @ up.T).to(y.dtype)
+            y += (scale * (x.float() @ down.T) @ up.T).to(y.dtype)
             return
         low_rank_delta_(y, x, a, b, self.head, scale=scale)
 

@@ -123,12 +123,19 @@ def _joined(deltas: Sequence[ChoiceDelta]) -> Iterable[ChoiceDelta]:
 
 def _part(part: common_pb2.PromptLogprobs, completion: Completion) -> inference_pb2.GenerateReply:
     return inference_pb2.GenerateReply(
-        delta=common_pb2.TokenDelta(prompt_logprobs=part), prompt_tokens=completion.call.prompt_tokens
+        delta=common_pb2.TokenDelta(prompt_logprobs=part),
+        prompt_tokens=completion.call.prompt_tokens,
+        cached_tokens=completion.cached_tokens,
+        adapter_digest=_digest(completion),
     )
 
 
-def _reply(delta: ChoiceDelta, completion: Completion) -> inference_pb2.GenerateReply:
+def _digest(completion: Completion) -> str:
     adapter = completion.call.requests[0].adapter
+    return adapter.digest if adapter is not None else ""
+
+
+def _reply(delta: ChoiceDelta, completion: Completion) -> inference_pb2.GenerateReply:
     stop_token_id = delta.stop_reason if isinstance(delta.stop_reason, int) else None
     tokens = TokenDelta(delta.index, delta.token_ids, delta.logprobs, delta.finish_reason, stop_token_id)
     return inference_pb2.GenerateReply(
@@ -136,7 +143,7 @@ def _reply(delta: ChoiceDelta, completion: Completion) -> inference_pb2.Generate
         delta=delta_to_proto(tokens),
         prompt_tokens=completion.call.prompt_tokens,
         cached_tokens=completion.cached_tokens,
-        adapter_digest=adapter.digest if adapter is not None else "",
+        adapter_digest=_digest(completion),
         reasoning=delta.reasoning,
         tool_calls=[
             inference_pb2.ToolCallDelta(position=call.position, id=call.id, name=call.name, arguments=call.arguments)

@@ -55,6 +55,7 @@ async def test_the_prompts_log_probabilities_come_first(served):
     parts.add(first.delta.prompt_logprobs)
     assert parts.whole() == made_up(request.prompt_token_ids, 2, request.adapter.digest)
     assert not any(reply.delta.HasField("prompt_logprobs") for reply in replies)
+    assert {reply.adapter_digest for reply in (first, *replies)} == {request.adapter.digest}
     for index in range(2):
         assert "".join(reply.text for reply in replies if reply.delta.index == index) == "hello world"
 

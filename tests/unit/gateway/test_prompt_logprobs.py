@@ -1,3 +1,5 @@
+"""A prompt's log probabilities come before all output, or the request fails."""
+
 from __future__ import annotations
 
 import math

@@ -1,3 +1,5 @@
+"""The choice of tools in a body, and the form that makes the model call one."""
+
 from __future__ import annotations
 
 import json

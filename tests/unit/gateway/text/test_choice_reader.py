@@ -1,3 +1,5 @@
+"""What readers of choices do with parsers that are slow, fail, or want single tokens."""
+
 from __future__ import annotations
 
 import threading

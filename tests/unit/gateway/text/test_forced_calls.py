@@ -1,3 +1,5 @@
+"""Forced calls are read alike however the output is cut into pieces."""
+
 from __future__ import annotations
 
 import json

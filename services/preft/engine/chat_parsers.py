@@ -27,6 +27,13 @@ from preft.core.errors import ConfigError, InvalidRequest
 from preft.gateway.text.choice import ToolCallDelta
 from preft.gateway.text.parsing import Asked, Parts
 
+READ_ALL_AGAIN = {  # vLLM's classes that read the whole text for each piece, and find the same wherever it is cut
+    "Hermes2ProToolParser",
+    "LongcatFlashToolParser",
+    "PythonicToolParser",
+    "Llama4PythonicToolParser",
+    "Olmo3PythonicToolParser",
+}
 HARMONY = frozenset({"openai", "openai_gptoss"})  # read gpt-oss's own protocol, whose prompts need its own renderer
 _ID_CHARACTERS = string.ascii_letters + string.digits
 
@@ -139,8 +146,8 @@ class VllmRequestParsers:
 class VllmParser:
     """Implements `OutputParser`.
 
-    vLLM has two kinds of parsers. Those on its parser engine take pieces of any size. The others lose calls if a piece
-    has several tokens, and in streams they lose text that only looks like a call; such a parser's stream ends with what
+    vLLM has two kinds of parsers. Those on its parser engine take pieces of any size. Most others lose calls if a piece
+    has several tokens, and all lose text of streams that only looks like a call; such a parser's stream ends with what
     a parse of the whole text finds more.
     """
 
@@ -148,14 +155,16 @@ class VllmParser:
         self._new, self._request, self._prompt = new, request, prompt
         self._parser = new()
         parts = (self._parser.reasoning_parser, self._parser.tool_parser)
-        self.takes_many = all(part is None or part.engine_based_streaming for part in parts)
+        others = [part for part in parts if part is not None and not part.engine_based_streaming]
+        self.takes_many = all(type(part).__name__ in READ_ALL_AGAIN for part in others)
+        self._loses_text = bool(others)
         self._pushed: list[tuple[str, Sequence[int]]] = []
         self._found: list[Parts] = []
 
     def push(self, text: str, token_ids: Sequence[int], *, finished: bool) -> Parts:
         message = self._parser.parse_delta(text, list(token_ids), self._request, self._prompt, finished=finished)
         parts = Parts() if message is None else _parts(message)
-        if self.takes_many:
+        if not self._loses_text:
             return parts
         self._pushed.append((text, token_ids))
         self._found.append(parts)

@@ -83,11 +83,15 @@ def as_json(key: str, *calls: tuple[str, Any]) -> list[str]:
     return [json.dumps({"name": name, key: arguments}, ensure_ascii=False) for name, arguments in calls]
 
 
+PYTHONIC = ["get_weather(city='Paris \u00e9\u20ac', days=3)", "get_weather(city='Rome', days=1)"]
 FAMILIES = {
     "hermes": Family("hermes", None, "Let me see.\n" + hermes(*CALLS), 2, "Let me see.\n"),
     "hermes, words": Family("hermes", None, "It's 3 < 4 and sunny \u20ac.", content="It's 3 < 4 and sunny \u20ac."),
     "hermes, thoughts": Family(
         "hermes", "deepseek_r1", "hm, a tool</think>\n" + hermes(*CALLS), 2, "\n", thoughts="hm, a tool"
+    ),
+    "longcat": Family(
+        "longcat", None, "So. " + hermes(*CALLS).replace("tool_call>", "longcat_tool_call>"), 2, "So. "
     ),
     "llama3_json": Family("llama3_json", None, "; ".join(as_json("parameters", *CALLS)), 2),
     "llama3_json, words": Family("llama3_json", None, "No call today.", content="No call today."),
@@ -97,9 +101,10 @@ FAMILIES = {
     "qwen3_xml, thoughts": Family(
         "qwen3_xml", "qwen3", "<think>hm \u20ac</think>\n\n" + qwen_xml(*CALLS), 2, "", thoughts="hm \u20ac"
     ),
-    "pythonic": Family(
-        "pythonic", None, "[get_weather(city='Paris \u00e9\u20ac', days=3), get_weather(city='Rome', days=1)]", 2
-    ),
+    "pythonic": Family("pythonic", None, f"[{', '.join(PYTHONIC)}]", 2),
+    "pythonic, words": Family("pythonic", None, "No call today.", content="No call today."),
+    "llama4_pythonic": Family("llama4_pythonic", None, f"[{', '.join(PYTHONIC)}]", 2),
+    "olmo3": Family("olmo3", None, "<function_calls>" + "\n".join(PYTHONIC) + "</function_calls>", 2),
     "deepseek_v3": Family("deepseek_v3", None, "So. " + deepseek(*CALLS), 2, "So. "),
     "deepseek_r1": Family(None, "deepseek_r1", "hm \u20ac</think>It's 4.", content="It's 4.", thoughts="hm \u20ac"),
     "deepseek_r1, both marks": Family(None, "deepseek_r1", "<think>a</think>b", content="b", thoughts="a"),
@@ -148,7 +153,7 @@ def ids_of(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def groupings(ids: Sequence[int]) -> Iterator[list[Sequence[int]]]:
-    """One by one, all at once, in two at every place (of long texts at 30), and in some random pieces."""
+    """One by one, all at once, in two at every place (of long texts at 30), in random pieces, and in pieces of one size."""
     yield [[token] for token in ids]
     yield [ids]
     for place in range(1, len(ids), max(1, len(ids) // 30)):
@@ -157,6 +162,8 @@ def groupings(ids: Sequence[int]) -> Iterator[list[Sequence[int]]]:
     for _ in range(10):
         places = sorted(draw.sample(range(1, len(ids)), min(5, len(ids) - 1)))
         yield [ids[start:end] for start, end in zip([0, *places], [*places, len(ids)], strict=True)]
+    for size in (2, 3, 5):
+        yield [ids[start : start + size] for start in range(0, len(ids), size)]
 
 
 def read(

@@ -23,8 +23,26 @@ Piece = tuple[str, tuple[int, ...]]  # text, and its tokens
 _log = logging.getLogger(__name__)
 
 SLOW_SECONDS = 0.002  # a parser that takes longer works in a thread
-SHARE = 0.1  # of a choice's time that a parser may take, if it can take several deltas at once
+SHARE = 0.1  # of the time that the parsers of all choices may take together, if they can take several deltas at once
 INLINE_CHARS = 4_096  # of a whole output; a thread parses longer ones
+
+
+class ParserTime:
+    """The CPU time of the parsers of all choices in this process."""
+
+    def __init__(self) -> None:
+        self._used_until = 0.0
+
+    def take(self, seconds: float) -> float:
+        """Returns when the choice that used `seconds` may use its parser again; monotonic time.
+
+        Each use moves that time on by seconds / SHARE, so the choices take turns.
+        """
+        self._used_until = max(self._used_until, time.monotonic()) + seconds / SHARE
+        return self._used_until
+
+
+_PARSER_TIME = ParserTime()
 
 
 class ChoiceReader:
@@ -44,6 +62,7 @@ class ChoiceReader:
         is_named: bool = False,
         parallel: bool = True,
         counts_reasoning: bool = False,
+        parser_time: ParserTime = _PARSER_TIME,
     ) -> None:
         self.reasoning_tokens = 0  # known when the choice has ended
         self.token_by_token = not whole and parser is not None and not parser.takes_many
@@ -53,6 +72,7 @@ class ChoiceReader:
         self._is_named = is_named
         self._parallel = parallel
         self._counts_reasoning = counts_reasoning
+        self._parser_time = parser_time
         self._all_ids: list[int] = []  # of the whole choice, if somebody needs them
         self._called = False
         self._pieces: list[Piece] = []  # since the last call of the parser
@@ -111,7 +131,7 @@ class ChoiceReader:
             raise EngineFailed(f"the parser of tool calls or reasoning failed: {type(error).__name__}") from error
         self._is_slow = seconds > SLOW_SECONDS
         if not self.token_by_token:
-            self._rest_until = time.monotonic() + seconds / SHARE
+            self._rest_until = self._parser_time.take(seconds)
         return self._with_calls(parts, finished)
 
     async def _parse(self, text: str, ids: tuple[int, ...]) -> Parts:

@@ -6,10 +6,10 @@ import asyncio
 import time
 
 import pytest
-
 from preft_loadgen.driver import closed_loop, completions, open_loop
 from preft_loadgen.http_stream import HttpClient, Reply, RequestFailed
 from preft_loadgen.workload import Request
+
 from unit.loadgen.sse_server import HEAD, Call, chunk, event, fake_server, json_reply, tokens
 
 REQUESTS = [Request("m", (5, 6), 4) for _ in range(10)]

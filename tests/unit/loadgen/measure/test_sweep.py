@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-
-from preft_loadgen.errors import InvalidArgument
 from preft_loadgen.http_stream import HttpClient, RequestFailed
 from preft_loadgen.sweep import Sweep, run_sweep, served_models
 from preft_loadgen.workload import Lengths
+
+from preft_loadgen.errors import InvalidArgument
 from unit.loadgen.sse_server import Call, fake_server, json_reply, tokens
 
 MODELS = {"data": [{"id": "base", "parent": None}, *({"id": name, "parent": "base"} for name in "abcd")]}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from preft_loadgen.driver import Record, Run
+
 from preft_loadgen.report import percentile, progress, summarize, summary_table
 
 RUN = Run(

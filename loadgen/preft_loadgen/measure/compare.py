@@ -53,7 +53,8 @@ class Ratio:
 class Crossover:
     """Between the adapter counts `above` and `below`, `target` begins or ceases to be faster than the reference.
 
-    `adapters` is the place between them where the ratio would be 1, interpolated on the logarithms of counts + 1.
+    `adapters` is the place between them where the ratio would be 1, interpolated on the logarithms of counts + 1. It is
+    `certain` if the confidence ranges at both counts exclude 1.
     """
 
     target: str
@@ -62,6 +63,7 @@ class Crossover:
     begins: bool
     above: int
     below: int
+    certain: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from preft_loadgen.errors import InvalidArgument
 from preft_loadgen.report.files import Results
 from preft_loadgen.report.metrics import Spread, Summary
+from preft_loadgen.table import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,10 +81,8 @@ def _speeds(results: Results, summaries: Sequence[Summary]) -> Figure:
         place = math.log2(crossing.adapters + 1)
         axes.axvline(place, color="gray", linestyle="--")
         verb = "overtakes" if crossing.begins else "falls behind"
-        note = f"{crossing.target} {verb}\n{crossing.reference} at {crossing.adapters:.3g}"
-        axes.annotate(
-            _plain(note), (place, 0.03), xycoords=("data", "axes fraction"), rotation=90, fontsize=8, ha="right"
-        )
+        note = f"{_plain(crossing.target)} {verb}\n{_plain(crossing.reference)} at {crossing.adapters:.3g}"
+        axes.annotate(note, (place, 0.03), xycoords=("data", "axes fraction"), rotation=90, fontsize=8, ha="right")
     return _done(figure, axes, summaries)
 
 
@@ -192,8 +191,8 @@ def _percentile(spread: Callable[[Summary], Spread | None], name: str, one: Summ
 
 
 def _plain(text: str) -> str:
-    """A name without the marks of formulas."""
-    return text.replace("$", r"\$")
+    """A name without the marks of formulas, and without characters that no font has."""
+    return printable(text).replace("$", r"\$")
 
 
 def _milliseconds(found: Spread | None, name: str) -> float | None:

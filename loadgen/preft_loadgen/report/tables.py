@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from preft_loadgen.measure.sweep import described
 from preft_loadgen.report.files import Results
 from preft_loadgen.report.metrics import Spread, Summary
-from preft_loadgen.table import table
+from preft_loadgen.table import printable, table
 
 
 def summary_table(summaries: Sequence[Summary]) -> str:
@@ -52,7 +52,7 @@ def notes(summaries: Sequence[Summary]) -> list[str]:
     """Sentences about what the table can't show: late clients, errors by kind, wrong answers, cold adapters."""
     found = []
     for one in summaries:
-        where = f"{one.target + ', ' if one.target else ''}{one.adapters} adapters: "
+        where = f"{one.target + ', ' if one.target else ''}{described(one.adapters)}: "
         if one.errors:
             kinds = ", ".join(f"{count} x {kind}" for kind, count in one.errors_by_kind.items())
             found.append(
@@ -69,7 +69,7 @@ def notes(summaries: Sequence[Summary]) -> list[str]:
                 f"{where}{one.verify.wrong} answers are another model's ({by or 'none'}), {one.verify.unclear} are "
                 f"nobody's, of {one.verify.answers}"
             )
-    return found
+    return [printable(sentence) for sentence in found]
 
 
 def findings(results: Results) -> list[str]:

@@ -59,9 +59,22 @@ def test_what_is_read(rate: str, arrivals: str, expected: OpenLoop) -> None:
 
 @pytest.mark.parametrize(
     ("rate", "arrivals"),
-    [("0", "poisson"), ("-1", "poisson"), ("x", "poisson"), ("1-", "poisson"), ("1-0", "poisson"), ("nan", "poisson")]
-    + [("inf", "poisson"), ("8", "gamma"), ("8", "gamma:0"), ("8", "gamma:x"), ("8", "gamma:nan"), ("8", "poisson:1")]
-    + [("8", "often"), ("8", "")],
+    [
+        ("0", "poisson"),
+        ("-1", "poisson"),
+        ("x", "poisson"),
+        ("1-", "poisson"),
+        ("1-0", "poisson"),
+        ("nan", "poisson"),
+        ("inf", "poisson"),
+        ("8", "gamma"),
+        ("8", "gamma:0"),
+        ("8", "gamma:x"),
+        ("8", "gamma:nan"),
+        ("8", "poisson:1"),
+        ("8", "often"),
+        ("8", ""),
+    ],
 )
 def test_what_is_none(rate: str, arrivals: str) -> None:
     with pytest.raises(InvalidArgument):

@@ -64,8 +64,22 @@ def test_what_is_read(text: str, expected: Choice) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "often", "uniform:1", "weights:", "weights:1,-1", "weights:0", "weights:nan", "zipf:x", "zipf:-1", "zipf:99"]
-    + ["drift:1", "drift:1,0", "drift:1,x", "drift:1,2,3"],
+    [
+        "",
+        "often",
+        "uniform:1",
+        "weights:",
+        "weights:1,-1",
+        "weights:0",
+        "weights:nan",
+        "zipf:x",
+        "zipf:-1",
+        "zipf:99",
+        "drift:1",
+        "drift:1,0",
+        "drift:1,x",
+        "drift:1,2,3",
+    ],
 )
 def test_what_is_none(text: str) -> None:
     with pytest.raises(InvalidArgument):

@@ -22,8 +22,24 @@ def test_lengths_are_read_and_written(text: str, expected: object) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "0", "-3", "5-", "9-3", "a", "1-2-3", "1.5", "99999999", "lognormal:", "lognormal:9", "lognormal:0,1"]
-    + ["lognormal:5,0", "lognormal:nan,1", "lognormal:1,inf", "normal:5,1"],
+    [
+        "",
+        "0",
+        "-3",
+        "5-",
+        "9-3",
+        "a",
+        "1-2-3",
+        "1.5",
+        "99999999",
+        "lognormal:",
+        "lognormal:9",
+        "lognormal:0,1",
+        "lognormal:5,0",
+        "lognormal:nan,1",
+        "lognormal:1,inf",
+        "normal:5,1",
+    ],
 )
 def test_lengths_that_are_none(text: str) -> None:
     with pytest.raises(InvalidArgument):

@@ -56,17 +56,18 @@ def test_adapters_by_name_by_number_and_by_choice(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["{", "[]", "1", '{"timestamp": 0, "input_length": 5}', '{"timestamp": 0, "input_length": -1, "output_length": 2}']
-    + [
+    [
+        "{",
+        "[]",
+        "1",
+        '{"timestamp": 0, "input_length": 5}',
+        '{"timestamp": 0, "input_length": -1, "output_length": 2}',
         '{"timestamp": -1, "input_length": 1, "output_length": 2}',
         '{"timestamp": "x", "input_length": 1, "output_length": 2}',
-    ]
-    + ['{"input_length": true, "output_length": 2}', '{"input_length": 1, "output_length": 2, "hash_ids": 3}']
-    + [
+        '{"input_length": true, "output_length": 2}',
+        '{"input_length": 1, "output_length": 2, "hash_ids": 3}',
         '{"input_length": 1, "output_length": 2, "adapter": -1}',
         '{"input_length": 1, "output_length": 2, "adapter": ""}',
-    ]
-    + [
         '{"timestamp": NaN, "input_length": 1, "output_length": 2}',
         '{"input_length": 99999999999, "output_length": 2}',
     ],

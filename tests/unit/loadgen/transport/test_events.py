@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -56,7 +57,7 @@ def test_prompt_tokens_and_reasoning() -> None:
 def test_an_answer_is_the_same_however_its_bytes_are_cut(cuts: list[int]) -> None:
     wire = b": a comment\r\n\r\n" + WHOLE.replace(b"\n", b"\r\n")
     places = [0, *sorted(set(cuts)), len(wire)]
-    reply = read(*(wire[begin:end] for begin, end in zip(places, places[1:], strict=False)))
+    reply = read(*(wire[begin:end] for begin, end in pairwise(places)))
     assert (reply.text, reply.tokens) == ("abc", 2)
 
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 
 import pytest
 
-from preft_loadgen.driver import closed_loop, completions, open_loop
-from preft_loadgen.http_stream import HttpClient, Reply, RequestFailed
-from preft_loadgen.workload import Request
+from preft_loadgen.errors import RequestFailed
+from preft_loadgen.measure.driver import closed_loop, open_loop
+from preft_loadgen.measure.record import Record
+from preft_loadgen.traffic.request import Request, Turn
+from preft_loadgen.transport.http import HttpClient
+from preft_loadgen.transport.reply import Reply
+from preft_loadgen.transport.server import completions
 from unit.loadgen.sse_server import HEAD, Call, chunk, event, fake_server, json_reply, tokens
 
 REQUESTS = [Request("m", (5, 6), 4) for _ in range(10)]
@@ -35,22 +40,22 @@ class Sender:
 
 @pytest.mark.parametrize("concurrency", [1, 3, 50])
 async def test_a_closed_loop_keeps_its_concurrency(concurrency: int) -> None:
-    sender, steps = Sender(), []
-    run = await closed_loop(sender, REQUESTS, concurrency, lambda: steps.append(1))
+    sender, seen = Sender(), list[Record]()
+    run = await closed_loop(sender, REQUESTS, concurrency, seen.append)
     assert sender.most == min(concurrency, len(REQUESTS))
-    assert len(run.records) == len(steps) == len(REQUESTS)
+    assert tuple(seen) == run.records
     assert sum(record.tokens for record in run.records) == 40
     assert run.seconds >= 0.01 * len(REQUESTS) / sender.most
+    assert run.planned is None
 
 
 async def test_an_open_loop_waits_for_nobody() -> None:
-    sender = Sender(seconds=0.2)
+    sender = Sender(seconds=0.5)
     run = await open_loop(sender, REQUESTS[:5], [0.01 * i for i in range(5)])
     assert sender.most == 5
-    assert run.seconds < 0.6
-    assert [round(record.started, 2) for record in sorted(run.records, key=lambda r: r.started)] == [
-        *(0.0, 0.01, 0.02, 0.03, 0.04)
-    ]
+    started = sorted(record.started for record in run.records)
+    assert started == pytest.approx([0.0, 0.01, 0.02, 0.03, 0.04])
+    assert run.planned == pytest.approx(5 / 0.04)
 
 
 async def test_an_open_loop_that_is_late_counts_the_delay() -> None:
@@ -61,6 +66,7 @@ async def test_an_open_loop_that_is_late_counts_the_delay() -> None:
 
     run = await open_loop(blocking, REQUESTS[:3], [0.0, 0.001, 0.002])
     assert max(record.ttft for record in run.records) > 0.25
+    assert max(record.delay for record in run.records) > 0.15
 
 
 async def test_a_failed_request_is_a_record_and_the_others_go_on() -> None:
@@ -71,8 +77,8 @@ async def test_a_failed_request_is_a_record_and_the_others_go_on() -> None:
 
     run = await closed_loop(send, [*REQUESTS[:2], Request("bad", (5,), 4), *REQUESTS[:2]], 2)
     errors = [record for record in run.records if record.error is not None]
-    assert [(record.error, record.tokens) for record in errors] == [("404: no such model", 0)]
-    assert sum(record.error is None for record in run.records) == 4
+    assert [(one.error, one.kind, one.tokens) for one in errors] == [("404: no such model", "http 404", 0)]
+    assert sum(record.answered for record in run.records) == 4
 
 
 async def test_an_unexpected_error_is_not_swallowed() -> None:
@@ -83,15 +89,40 @@ async def test_an_unexpected_error_is_not_swallowed() -> None:
         await closed_loop(send, REQUESTS, 2)
 
 
+async def test_conversations_go_on_with_the_answers() -> None:
+    asked: list[Request] = []
+
+    async def send(request: Request) -> Reply:
+        asked.append(request)
+        reply = await Sender(0.001)(request)
+        return replace(reply, token_ids=(9,) * reply.tokens, text="so")
+
+    later = (Turn((7,), 2), Turn((8,), 1))
+    run = await closed_loop(send, [Request("m", (1,), 3, later=later)], 5)
+    assert [request.whole_prompt() for request in asked] == [(1,), (1, 9, 9, 9, 7), (1, 9, 9, 9, 7, 9, 9, 8)]
+    assert [record.turn for record in run.records] == [0, 1, 2]
+    assert [record.tokens for record in run.records] == [3, 2, 1]
+    starts = [record.started for record in run.records]
+    assert starts == sorted(starts)
+    text = await closed_loop(send, [Request("m", "hi", 1, later=(Turn(" and", 1),))], 5)
+    assert len(text.records) == 2
+    assert asked[-1].whole_prompt() == "hiso and"
+
+
+async def test_a_conversation_ends_with_its_first_failure() -> None:
+    run = await closed_loop(Sender(), [Request("m", (1,), 3, later=(Turn((7,), 2),))], 1)
+    (record,) = run.records
+    assert record.kind == "malformed"
+    assert "token ids" in (record.error or "")
+
+
 async def test_over_http() -> None:
     calls: list[Call] = []
     async with fake_server(lambda call: tokens(call, 0.005), calls) as url:
         run = await closed_loop(completions(HttpClient(url)), REQUESTS, 4)
     assert [record.error for record in run.records] == [None] * 10
-    assert all(record.tokens == 4 and len(record.gaps) == 3 and record.ttft > 0.004 for record in run.records)
-    body = calls[0].body
-    assert (body["model"], body["prompt"], body["max_tokens"]) == ("m", [5, 6], 4)
-    assert body["ignore_eos"] is True
+    assert all(record.tokens == 4 and sum(record.counts) == 3 and record.ttft > 0.004 for record in run.records)
+    assert calls[0].body["model"] == "m"
 
 
 async def test_refused_broken_and_short_answers_over_http() -> None:
@@ -104,7 +135,7 @@ async def test_refused_broken_and_short_answers_over_http() -> None:
             case "break":
                 await call.write(HEAD + chunk(event("a")))
             case "short":
-                await tokens(Call(call.method, call.path, {"max_tokens": 2}, call.writer))
+                await tokens(replace(call, body={"max_tokens": 2}))
             case "whole":
                 await tokens(call)
 
@@ -115,12 +146,5 @@ async def test_refused_broken_and_short_answers_over_http() -> None:
     assert "connection broke" in (errors[1] or "")
     assert errors[2] == "2 tokens came where 4 were asked for"
     assert errors[3] is None
+    assert [record.kind for record in run.records] == ["http 503", "broken stream", "length", ""]
     assert [record.tokens for record in run.records] == [0, 0, 0, 4]
-
-
-async def test_texts_that_come_at_once_are_one_arrival() -> None:
-    async def send(request: Request) -> Reply:
-        return Reply(1.0, 9.0, (2.0, 3.0, 3.0, 5.0), 4, "", "length")
-
-    (record,) = (await closed_loop(send, REQUESTS[:1], 1)).records
-    assert record.gaps == (1.0, 2.0)

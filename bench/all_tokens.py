@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
-from vllm.platforms import current_platform
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 

@@ -1,6 +1,6 @@
 """Whether the load generator is fast enough: `python -m bench.loadgen`. Needs no model.
 
-Streams from `stub_server`, which runs in another process. Two figures: tokens per second of the client's CPU time, while
+Streams from `stub_server`, which runs in another process. Two figures: tokens per second of the client's CPU time while
 each token arrives alone, as from an engine; and tokens per second of a server that sends as fast as it can. With
 `--against-vllm`, vLLM's `bench serve` measures the same server in turns, and the figures of both clients are compared.
 """

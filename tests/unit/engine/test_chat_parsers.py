@@ -90,9 +90,7 @@ FAMILIES = {
     "hermes, thoughts": Family(
         "hermes", "deepseek_r1", "hm, a tool</think>\n" + hermes(*CALLS), 2, "\n", thoughts="hm, a tool"
     ),
-    "longcat": Family(
-        "longcat", None, "So. " + hermes(*CALLS).replace("tool_call>", "longcat_tool_call>"), 2, "So. "
-    ),
+    "longcat": Family("longcat", None, "So. " + hermes(*CALLS).replace("tool_call>", "longcat_tool_call>"), 2, "So. "),
     "llama3_json": Family("llama3_json", None, "; ".join(as_json("parameters", *CALLS)), 2),
     "llama3_json, words": Family("llama3_json", None, "No call today.", content="No call today."),
     "mistral": Family("mistral", None, f"[TOOL_CALLS][{', '.join(as_json('arguments', *CALLS))}]", 2),
@@ -153,7 +151,7 @@ def ids_of(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def groupings(ids: Sequence[int]) -> Iterator[list[Sequence[int]]]:
-    """One by one, all at once, in two at every place (of long texts at 30), in random pieces, and in pieces of one size."""
+    """One by one, all at once, in two at every place (of long texts at 30), in random pieces, in pieces of one size."""
     yield [[token] for token in ids]
     yield [ids]
     for place in range(1, len(ids), max(1, len(ids) // 30)):

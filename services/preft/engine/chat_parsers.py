@@ -127,7 +127,10 @@ class VllmRequestParsers:
     @property
     def call_tags(self) -> tuple[CallTag, ...]:
         reader = self._probe.tool_parser
-        tag = reader and reader.get_structural_tag(self._plain, strict_level=ToolStrictLevel.FUNCTION)
+        try:
+            tag = reader and reader.get_structural_tag(self._plain, strict_level=ToolStrictLevel.FUNCTION)
+        except Exception as error:
+            raise InvalidRequest(f"The server's parsers can't take these tools: {error}.", "tools") from error
         structures = tag and _structures(tag.model_dump()["format"])
         return _call_tags(structures or [], [tool.function.name for tool in self._tools])
 
@@ -284,13 +287,6 @@ def _call_tags(structures: Sequence[Mapping[str, Any]], names: Sequence[str]) ->
         name = names[number * len(names) // len(structures)]
         if f'"{name}"' not in structure["begin"] or not _PLAIN_NAME.fullmatch(name):
             return ()
-        schema = structure["schema"]
-        tags.append(
-            CallTag(
-                name,
-                structure["begin"],
-                {"type": "object"} if schema is True else schema,
-                structure["end"],
-            )
-        )
+        schema = {"type": "object"} if structure["schema"] is True else structure["schema"]
+        tags.append(CallTag(name, structure["begin"], schema, structure["end"]))
     return tuple(tags)

@@ -102,7 +102,8 @@ def plan_output(body: ChatBody, parsers: Parsers | None, *, whole: bool) -> Outp
     form_param = "tools"
     if form is None:
         form, form_param = body.wanted_outputs, body.form_param
-    request_parsers = None
+    request_parsers, shows_marks = None, False
+    call_tags: tuple[CallTag, ...] = ()
     if parsers is not None:
         asked = Asked(
             [
@@ -116,15 +117,13 @@ def plan_output(body: ChatBody, parsers: Parsers | None, *, whole: bool) -> Outp
             variables=_variables(body),
         )
         request_parsers = parsers.of(asked) if choice in ("auto", "none") else parsers.of_reasoning(asked)
-    shows_marks = request_parsers is not None and not request_parsers.skip_special_tokens
-    call_tags: tuple[CallTag, ...] = ()
-    if request_parsers is not None and choice == "auto":
-        if form is not None:
+        shows_marks = request_parsers is not None and not request_parsers.skip_special_tokens
+        if request_parsers is not None and form is None and request_parsers.strict_tag is not None:
+            form, form_param = StructuredOutputs(structural_tag=request_parsers.strict_tag), "tools"
+        elif request_parsers is not None and form is not None and choice == "auto":
             call_tags = request_parsers.call_tags
             form = calls_or_form(call_tags, form, form_param, parallel=body.parallel_tool_calls)
-            request_parsers = parsers.of_reasoning(asked)
-        elif request_parsers.strict_tag is not None:
-            form, form_param = StructuredOutputs(structural_tag=request_parsers.strict_tag), "tools"
+            request_parsers = parsers.of_reasoning(asked)  # `call_tags` read the calls
     return OutputPlan(
         parsers=parsers,
         request_parsers=request_parsers,

@@ -267,7 +267,7 @@ def _with_options(wanted: StructuredOutputs, schema: Any) -> dict[str, Any]:
 
 
 def _structural_tag(wanted: StructuredOutputs, marks: Marks) -> str:
-    """vLLM's form with `structures` and `triggers`, or with `calls` the form of `gateway.bodies.calls_or_form`."""
+    """vLLM's form with `structures` and `triggers`, or with `calls` the form of `gateway.calls_or_form`."""
     given = json.loads(wanted.structural_tag or "")
     if "calls" in given:
         return _calls_or_form(wanted, given, marks)

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from preft.core.errors import InvalidRequest
 from preft.core.structured import StructuredOutputs
-from preft.gateway.bodies.calls_or_form import calls_or_form
 from preft.gateway.bodies.schemas import ChatBody
 from preft.gateway.bodies.tool_choice import NamedTool, forced_form
+from preft.gateway.calls_or_form import calls_or_form
 from preft.gateway.text.choice_reader import ChoiceReader
 from preft.gateway.text.forced_calls import CallArray, ForcedCalls, NamedCall
 from preft.gateway.text.parsing import Asked, CallTag, Parsers, RequestParsers

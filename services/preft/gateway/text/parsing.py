@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from preft.core.light import light_dataclass
 from preft.gateway.text.choice import ToolCallDelta
 
 
-@dataclass(frozen=True, slots=True)
+@light_dataclass
 class Parts:
     """A piece of a choice's output, taken apart."""
 

@@ -1,4 +1,4 @@
-"""Reads outputs that are either tool calls in the model's own form, or a text: see `bodies.calls_or_form`.
+"""Reads outputs that are either tool calls in the model's own form, or a text: see `gateway.calls_or_form`.
 
 The beginning says which: an output that begins with the beginning of a call is calls.
 """

@@ -9,7 +9,7 @@ import pytest
 
 from preft.core.errors import InvalidRequest
 from preft.core.structured import StructuredOutputs
-from preft.gateway.bodies.calls_or_form import calls_or_form
+from preft.gateway.calls_or_form import calls_or_form
 from preft.gateway.text.parsing import CallTag
 
 CITY = {"type": "object", "properties": {"city": {"$ref": "#/$defs/city"}}, "$defs": {"city": {"type": "string"}}}

@@ -18,9 +18,9 @@ from transformers import AutoTokenizer
 from preft.core.errors import InvalidRequest
 from preft.core.structured import StructuredOutputs
 from preft.engine.grammar import FormChecks, Grammars, OutputGrammar
-from preft.gateway.calls_or_form import calls_or_form
 from preft.gateway.bodies.messages import Tool
 from preft.gateway.bodies.tool_choice import NamedTool, ToolChoice, forced_form
+from preft.gateway.calls_or_form import calls_or_form
 from preft.gateway.text.choice_reader import joined_calls
 from preft.gateway.text.forced_calls import CallArray, ForcedCalls, NamedCall
 from preft.gateway.text.parsing import CallTag

@@ -151,7 +151,7 @@ def ids_of(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def groupings(ids: Sequence[int]) -> Iterator[list[Sequence[int]]]:
-    """One by one, all at once, in two at every place (of long texts at 30), at random, and in pieces of one size."""
+    """One by one, all at once, in two at every place (of long texts at 30), in random pieces, in pieces of one size."""
     yield [[token] for token in ids]
     yield [ids]
     for place in range(1, len(ids), max(1, len(ids) // 30)):

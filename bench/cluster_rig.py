@@ -14,8 +14,12 @@ from typing import Any
 from bench.rig import MODEL_NAME, VOCABULARY, make_model
 from preft.core.errors import PreftError
 from preft.core.settings import MiB
-from preft_loadgen.driver import Run
-from preft_loadgen.workload import Lengths, Popularity, Request, Workload
+from preft_loadgen.measure.record import Run
+from preft_loadgen.traffic.choice import Zipf
+from preft_loadgen.traffic.lengths import Lengths
+from preft_loadgen.traffic.prompts import Ids, RandomPrompts
+from preft_loadgen.traffic.request import Request
+from preft_loadgen.traffic.workload import Workload
 
 ADAPTERS, RANK = 64, 64  # 21 MB each
 PREFILLS, SLOTS = 2, 4  # slots per worker
@@ -48,8 +52,8 @@ def write_cluster(folder: Path) -> tuple[dict[str, Any], Path, dict[str, Any]]:
 
 def requests_of(names: Iterable[str], count: int, output: Lengths, number: int) -> list[Request]:
     """The requests of round `number`: equal for all sides."""
-    prompt, seed = Lengths(8, 32), 30_000 + number
-    return Workload(tuple(names), count, prompt, output, Popularity.ZIPF, seed=seed, vocabulary=VOCABULARY).make()
+    prompts = RandomPrompts(Lengths(8, 32), output, Ids(VOCABULARY))
+    return Workload(tuple(names), count, prompts, Zipf(), seed=30_000 + number).make()
 
 
 def check(run: Run) -> None:

@@ -20,7 +20,10 @@ from preft.router.decode_stream import DecodeStream
 from preft.rpc import common_pb2, workers_pb2, workers_pb2_grpc
 from preft.rpc.convert import adapter_to_proto, sampling_to_proto
 from preft.rpc.secret import ClusterChannel
-from preft_loadgen.workload import Lengths, Request, Workload
+from preft_loadgen.traffic.lengths import Lengths
+from preft_loadgen.traffic.prompts import Ids, RandomPrompts
+from preft_loadgen.traffic.request import Request
+from preft_loadgen.traffic.workload import Workload
 
 REQUESTS = 64  # at once
 PROMPT, OUTPUT = 32, 64  # tokens
@@ -60,7 +63,7 @@ async def compare_decode(rig: Rig, rounds: int, step: Callable[[], None]) -> lis
         )
 
         async def plain(number: int) -> float:
-            run = await rig.plain.run([request.prompt for request in _requests(("",), number)], OUTPUT, REQUESTS)
+            run = await rig.plain.run([request.ids for request in _requests(("",), number)], OUTPUT, REQUESTS)
             return steady_rate([times[1:] for times in run.arrivals])  # prefill made the first token
 
         async def ours(count: int, number: int) -> float:
@@ -84,8 +87,8 @@ async def compare_decode(rig: Rig, rounds: int, step: Callable[[], None]) -> lis
 
 
 def _requests(models: Sequence[str], seed: int) -> list[Request]:
-    lengths = Lengths(PROMPT, PROMPT), Lengths(OUTPUT, OUTPUT)
-    return Workload(tuple(models), REQUESTS, *lengths, seed=seed, vocabulary=VOCABULARY).make()
+    prompts = RandomPrompts(Lengths(PROMPT, PROMPT), Lengths(OUTPUT, OUTPUT), Ids(VOCABULARY))
+    return Workload(tuple(models), REQUESTS, prompts, seed=seed).make()
 
 
 async def _prefill(
@@ -96,7 +99,7 @@ async def _prefill(
     call = stub.Prefill(
         workers_pb2.PrefillRequest(
             request_id=handle,
-            prompt_token_ids=request.prompt,
+            prompt_token_ids=request.ids,
             sampling=_sampling(request),
             adapter=adapter_to_proto(adapter),
             n=1,
@@ -118,7 +121,7 @@ async def _decode(stream: DecodeStream, ready: Prefilled) -> list[float]:
         workers_pb2.DecodeRequest(
             request_id=ready.handle,
             handle=ready.handle,
-            prompt_token_ids=ready.request.prompt,
+            prompt_token_ids=ready.request.ids,
             sampling=_sampling(ready.request),
             adapter_digest=ready.digest,
             kv_timeout=TIMEOUT,

@@ -22,12 +22,15 @@ from bench.comparison import Comparison, comparison_table, take_turns, turns
 from bench.redis_server import running_redis
 from bench.saving import RESULTS, save
 from preft.core.errors import PreftError
-from preft_loadgen.driver import closed_loop, completions
 from preft_loadgen.errors import LoadgenError
-from preft_loadgen.http_stream import HttpClient, Reply
-from preft_loadgen.report import progress
+from preft_loadgen.measure.driver import closed_loop
+from preft_loadgen.report.progress import progress
 from preft_loadgen.served import served
-from preft_loadgen.workload import Lengths, Request
+from preft_loadgen.traffic.lengths import Lengths
+from preft_loadgen.traffic.request import Request
+from preft_loadgen.transport.http import HttpClient
+from preft_loadgen.transport.reply import Reply
+from preft_loadgen.transport.server import completions
 
 OUTPUT = Lengths(8, 24)  # tokens
 LOOK_SECONDS = 0.2

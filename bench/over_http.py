@@ -13,8 +13,13 @@ from bench.comparison import Comparison, take_turns
 from bench.plain import PlainEngine
 from bench.rig import MODEL_NAME, VOCABULARY, Rig
 from preft.core.errors import PreftError
-from preft_loadgen.driver import Run, Send, closed_loop, completions
-from preft_loadgen.workload import Lengths, Request, Workload
+from preft_loadgen.measure.driver import closed_loop
+from preft_loadgen.measure.record import Run
+from preft_loadgen.traffic.lengths import Lengths
+from preft_loadgen.traffic.prompts import Ids, RandomPrompts
+from preft_loadgen.traffic.request import Request
+from preft_loadgen.traffic.workload import Workload
+from preft_loadgen.transport.server import Send, completions
 
 REQUESTS, CONCURRENCY = 64, 32
 PROMPT, OUTPUT = 64, 128  # tokens
@@ -40,7 +45,7 @@ async def compare_http(rig: Rig, rounds: int, step: Callable[[], None]) -> list[
 
     async def direct(engine: PlainEngine, models: Sequence[str], number: int) -> float:
         requests = _requests(models, number)
-        prompts, adapters = [one.prompt for one in requests], [paths.get(one.model) for one in requests]
+        prompts, adapters = [one.ids for one in requests], [paths.get(one.model) for one in requests]
         run = await engine.run(prompts, OUTPUT, CONCURRENCY, adapters)
         return run.tokens / run.seconds
 
@@ -80,6 +85,6 @@ async def run_all(send: Send, requests: Sequence[Request], concurrency: int) -> 
 
 
 def _requests(models: Sequence[str], seed: int) -> list[Request]:
-    lengths = Lengths(PROMPT, PROMPT), Lengths(OUTPUT, OUTPUT)
+    prompts = RandomPrompts(Lengths(PROMPT, PROMPT), Lengths(OUTPUT, OUTPUT), Ids(VOCABULARY))
     seed += 10_000  # other prompts than in the decode runs
-    return Workload(tuple(models), REQUESTS, *lengths, seed=seed, vocabulary=VOCABULARY).make()
+    return Workload(tuple(models), REQUESTS, prompts, seed=seed).make()

@@ -11,8 +11,10 @@ from functools import partial
 from bench.comparison import Comparison, Side, take_turns
 from bench.over_http import run_all
 from bench.rig import LORA_RANK, MODEL_NAME, REFT_RANK, SLOTS, VOCABULARY, Rig
-from preft_loadgen.driver import completions
-from preft_loadgen.workload import Lengths, Workload
+from preft_loadgen.traffic.lengths import Lengths
+from preft_loadgen.traffic.prompts import Ids, RandomPrompts
+from preft_loadgen.traffic.workload import Workload
+from preft_loadgen.transport.server import completions
 
 REQUESTS, PROMPT = 32, 256  # at once; tokens
 REFT_COUNTS = (1, 8, 32)
@@ -34,9 +36,9 @@ async def compare_prefill(rig: Rig, rounds: int, step: Callable[[], None]) -> li
     lora = [adapter.name for adapter in rig.adapters if adapter.name.startswith("a")]
 
     async def speed(models: Sequence[str], number: int) -> float:
-        lengths = Lengths(PROMPT, PROMPT), Lengths(1, 1)
+        prompts = RandomPrompts(Lengths(PROMPT, PROMPT), Lengths(1, 1), Ids(VOCABULARY))
         seed = 20_000 + number * 100 + len(models)  # new prompts: none is in a prefix cache
-        requests = Workload(tuple(models), REQUESTS, *lengths, seed=seed, vocabulary=VOCABULARY).make()
+        requests = Workload(tuple(models), REQUESTS, prompts, seed=seed).make()
         return REQUESTS * PROMPT / (await run_all(send, requests, REQUESTS)).seconds
 
     sides: list[Side] = [

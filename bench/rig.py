@@ -21,8 +21,8 @@ from preft.core.errors import PreftError
 from preft.core.request import AdapterRef
 from preft.rpc.secret import ClusterSecret
 from preft_loadgen.child import bound
-from preft_loadgen.http_stream import HttpClient
 from preft_loadgen.served import ServeFailed, served
+from preft_loadgen.transport.http import HttpClient
 
 LORAS, REFTS = 64, 32
 LORA_RANK, REFT_RANK = 16, 8

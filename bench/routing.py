@@ -31,12 +31,14 @@ from preft.core.settings import RouterSettings
 from preft.router.router import Router
 from preft.rpc.secret import ClusterSecret
 from preft.state import open_store
-from preft_loadgen.driver import closed_loop
 from preft_loadgen.errors import LoadgenError
-from preft_loadgen.http_stream import HttpClient, Reply
-from preft_loadgen.report import progress
+from preft_loadgen.measure.driver import closed_loop
+from preft_loadgen.report.progress import progress
 from preft_loadgen.served import served
-from preft_loadgen.workload import Lengths, Request
+from preft_loadgen.traffic.lengths import Lengths
+from preft_loadgen.traffic.request import Request
+from preft_loadgen.transport.http import HttpClient
+from preft_loadgen.transport.reply import Reply
 
 OUTPUT = Lengths(2, 2)  # tokens: one from each worker
 TOLD_SECONDS = 2.0  # for the workers' last status messages
@@ -126,7 +128,7 @@ async def _send(
 ) -> Reply:
     """One request. An error of the cluster is the load generator's."""
     sampling = Sampling(max_tokens=request.output_tokens, temperature=0.0, ignore_eos=True)
-    asked = GenerateRequest(f"bench-{next(numbers)}", request.prompt, sampling, adapters[request.model])
+    asked = GenerateRequest(f"bench-{next(numbers)}", request.ids, sampling, adapters[request.model])
     started = time.perf_counter()
     arrivals: list[float] = []
     tokens = 0

@@ -20,7 +20,7 @@ from bench.rig import bench_rig
 from bench.saving import RESULTS, save
 from preft.core.errors import PreftError
 from preft_loadgen.errors import LoadgenError
-from preft_loadgen.report import progress
+from preft_loadgen.report.progress import progress
 
 PARTS = ("transfer", "prefill", "decode", "http")
 OFTEN = 3  # runs per round of prefill and decode: the runs are short and their bars narrow

@@ -28,11 +28,13 @@ from bench.saving import RESULTS, save
 from preft.core.errors import PreftError
 from preft.core.settings import MiB
 from preft_loadgen.child import bound
-from preft_loadgen.driver import Record, closed_loop, completions, open_loop
 from preft_loadgen.errors import LoadgenError
-from preft_loadgen.http_stream import HttpClient
+from preft_loadgen.measure.driver import closed_loop, open_loop
+from preft_loadgen.measure.record import Record
 from preft_loadgen.served import served
-from preft_loadgen.workload import Request
+from preft_loadgen.traffic.request import Request
+from preft_loadgen.transport.http import HttpClient
+from preft_loadgen.transport.server import completions
 
 MODEL_NAME = "bench"
 RANK, LORAS = 16, 48  # 5.2 MB each

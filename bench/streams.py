@@ -24,13 +24,14 @@ from bench.rig import MODEL_NAME
 from bench.saving import RESULTS, save
 from preft.cluster.process import raise_file_limit
 from preft.core.errors import PreftError
-from preft_loadgen.driver import completions, open_loop
-from preft_loadgen.errors import LoadgenError
-from preft_loadgen.http_stream import HttpClient, RequestFailed
-from preft_loadgen.report import percentile
+from preft_loadgen.errors import LoadgenError, RequestFailed
+from preft_loadgen.measure.driver import open_loop
+from preft_loadgen.report.metrics import percentile
 from preft_loadgen.served import Served
 from preft_loadgen.table import table
-from preft_loadgen.workload import Request
+from preft_loadgen.traffic.request import Request
+from preft_loadgen.transport.http import HttpClient
+from preft_loadgen.transport.server import completions
 
 FEW, MANY = 100, 2000  # streams
 RATE = 200.0  # streams opened per second

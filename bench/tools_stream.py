@@ -21,10 +21,11 @@ from bench.paced_gateway import paced_gateway
 from bench.rig import MODEL_NAME
 from bench.saving import RESULTS, save
 from preft.core.errors import PreftError
-from preft_loadgen.errors import LoadgenError
-from preft_loadgen.http_stream import HttpClient, Reply, RequestFailed
-from preft_loadgen.report import progress
+from preft_loadgen.errors import LoadgenError, RequestFailed
+from preft_loadgen.report.progress import progress
 from preft_loadgen.served import Served
+from preft_loadgen.transport.http import HttpClient
+from preft_loadgen.transport.reply import Reply
 
 STREAMS, TOKENS, ROUNDS = 64, 400, 5
 PARSER = "hermes"

@@ -18,12 +18,15 @@ from pathlib import Path
 
 from personal_memory import task
 from preft_loadgen.errors import LoadgenError
-from preft_loadgen.http_stream import HttpClient
-from preft_loadgen.report import progress, summary_table
+from preft_loadgen.measure.sweep import ClosedLoop, Load, population, run_sweep
+from preft_loadgen.report.progress import progress
+from preft_loadgen.report.tables import summary_table
 from preft_loadgen.served import served
-from preft_loadgen.sweep import Sweep, run_sweep, served_models
 from preft_loadgen.table import table
-from preft_loadgen.workload import Lengths
+from preft_loadgen.traffic.lengths import Lengths
+from preft_loadgen.traffic.prompts import RandomPrompts
+from preft_loadgen.transport.http import HttpClient
+from preft_loadgen.transport.server import HttpServer, served_models
 
 FOLDER = Path(__file__).parent / "personal_memory"
 CONCURRENCY = 32
@@ -31,7 +34,7 @@ MAX_TOKENS = 24
 GOAL = 0.95
 KINDS = ("", "-loreft", "-direft")  # ends of the adapters' names; a LoRA has its user's name alone
 ADAPTER_COUNTS = (1, 2, 4, 8)
-SWEEP = Sweep(requests=96, prompt=Lengths(24, 24), output=Lengths(48, 48), concurrency=16)
+REQUESTS, PROMPT, OUTPUT, AT_ONCE = 96, 24, 48, 16  # of the measurement; lengths in tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,9 +158,11 @@ async def run(url: str, adapters: Sequence[str]) -> str | None:
         f" {sum(one.strangers for one in scores)} of them with another user's fact\n"
     )
     counts = [count for count in ADAPTER_COUNTS if count <= len(adapters)]
-    summaries = await run_sweep(client, SWEEP, counts)
-    print(f"{SWEEP.requests} requests, {SWEEP.concurrency} at a time, {SWEEP.prompt.low} prompt", end=" ")
-    print(f"and {SWEEP.output.low} output tokens:\n\n{summary_table(summaries)}\n")
+    load = Load(REQUESTS, RandomPrompts(Lengths(PROMPT, PROMPT), Lengths(OUTPUT, OUTPUT)), ClosedLoop(AT_ONCE))
+    server = HttpServer(client)
+    summaries = [one.summary for one in await run_sweep(server, load, counts, await population(server))]
+    print(f"{REQUESTS} requests, {AT_ONCE} at a time, {PROMPT} prompt", end=" ")
+    print(f"and {OUTPUT} output tokens:\n\n{summary_table(summaries)}\n")
     if failed := [summary.first_error for summary in summaries if summary.first_error is not None]:
         return f"requests failed, the first with: {failed[0]}"
     return verdict(scores, len(task.USERS) * len(KINDS))

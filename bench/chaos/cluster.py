@@ -16,8 +16,8 @@ from bench.chaos.resources import held, more_than
 from bench.redis_server import RedisServer
 from preft.core.errors import PreftError
 from preft.core.settings import MiB
-from preft_loadgen.http_stream import HttpClient
 from preft_loadgen.served import Served, served
+from preft_loadgen.transport.http import HttpClient
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "personal_memory"
 MODEL_NAME = "base"

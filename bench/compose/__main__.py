@@ -22,9 +22,9 @@ from bench.compose.stack import MONITORS, Stack, compose_file
 from demo import ask_all, questions, score, verdict
 from preft.core.errors import PreftError
 from preft_loadgen.errors import LoadgenError
-from preft_loadgen.http_stream import HttpClient
-from preft_loadgen.sweep import served_models
 from preft_loadgen.table import table
+from preft_loadgen.transport.http import HttpClient
+from preft_loadgen.transport.server import served_models
 
 CLIENTS = 8
 STEADY_SECONDS = 5.0  # of load before a fault, and after it

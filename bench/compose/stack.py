@@ -13,7 +13,8 @@ import yaml
 from bench.compose.engine import ROOT, Engine
 from bench.compose.locks import Locks
 from preft.core.errors import PreftError
-from preft_loadgen.http_stream import HttpClient, RequestFailed
+from preft_loadgen.errors import RequestFailed
+from preft_loadgen.transport.http import HttpClient
 
 PROJECT = "preft-test"
 EACH = 2  # containers of a role, and gateways

@@ -1,8 +1,13 @@
-"""Rows of text as an aligned table."""
+"""Text for terminals: rows as an aligned table."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+
+
+def printable(text: str) -> str:
+    """`text` from a server, without characters that steer a terminal."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def table(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> str:

@@ -8,7 +8,8 @@ import random
 import pytest
 
 from e2e.conftest import Served
-from preft_loadgen.http_stream import HttpClient, Reply
+from preft_loadgen.transport.http import HttpClient
+from preft_loadgen.transport.reply import Reply
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 

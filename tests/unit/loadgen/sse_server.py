@@ -22,6 +22,7 @@ class Call:
     path: str
     body: Any
     writer: asyncio.StreamWriter
+    headers: dict[str, str] = field(default_factory=dict)
     disconnected: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def write(self, data: bytes) -> None:
@@ -74,7 +75,9 @@ async def fake_server(script: Script, calls: list[Call] | None = None) -> AsyncI
             method, path, _ = head.split(" ", 2)
             length = next(int(line[15:]) for line in head.split("\r\n") if line.lower().startswith("content-length:"))
             body = await reader.readexactly(length)
-            call = Call(method, path, json.loads(body) if body else None, writer)
+            fields = [line.split(": ", 1) for line in head.strip().split("\r\n")[1:]]
+            headers = {name.lower(): value for name, value in fields}
+            call = Call(method, path, json.loads(body) if body else None, writer, headers)
             if calls is not None:
                 calls.append(call)
 

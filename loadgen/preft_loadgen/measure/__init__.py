@@ -1,0 +1,1 @@
+"""Measurements: sends traffic to servers and records every request."""

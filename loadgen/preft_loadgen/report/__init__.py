@@ -1,0 +1,1 @@
+"""Reports: figures from records, and their tables, files and plots."""

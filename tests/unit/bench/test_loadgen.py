@@ -26,7 +26,7 @@ async def test_the_stub_streams_as_an_engine_does() -> None:
 
 
 def test_the_client_is_faster_than_its_bar() -> None:
-    figures = measure_speed(1, 32_768)
+    figures = measure_speed(1, 16_384)
     assert [one.what for one in figures] == list(PACES)
     assert figures[1].by_cpu > loadgen.BAR  # the other one is a measurement for a quiet machine
     assert figures[0].itl_p50 >= 0.019

@@ -24,6 +24,7 @@ _log = logging.getLogger(__name__)
 
 SLOW_SECONDS = 0.002  # a parser that takes longer works in a thread
 SHARE = 0.1  # of the time that the parsers of all choices may take together, if they can take several deltas at once
+LONGEST_REST = 0.5  # seconds
 INLINE_CHARS = 4_096  # of a whole output; a thread parses longer ones
 
 
@@ -36,10 +37,12 @@ class ParserTime:
     def take(self, seconds: float) -> float:
         """Returns when the choice that used `seconds` may use its parser again; monotonic time.
 
-        Each use moves that time on by seconds / SHARE, so the choices take turns.
+        Each use moves that time on by seconds / SHARE, so the choices take turns. A choice never rests longer than
+        LONGEST_REST for the others: one slow text must not stop all streams.
         """
-        self._used_until = max(self._used_until, time.monotonic()) + seconds / SHARE
-        return self._used_until
+        now, own = time.monotonic(), seconds / SHARE
+        self._used_until = max(self._used_until, now) + own
+        return min(self._used_until, now + max(own, LONGEST_REST))
 
 
 _PARSER_TIME = ParserTime()

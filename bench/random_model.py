@@ -16,8 +16,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from preft.adapters.formats.digest import REFT_CONFIG_FILE, REFT_WEIGHTS_FILE
-from preft.adapters.formats.reft_format import BIAS, ROTATE, SOURCE
+from preft_loadgen.synthetic import BaseShape, Kind, write_adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +44,13 @@ class Shape:
             "mlp.up_proj": (self.intermediate, hidden),
             "mlp.down_proj": (hidden, self.intermediate),
         }
+
+    @property
+    def base_shape(self) -> BaseShape:
+        """What adapters must fit."""
+        layers = range(self.layers)
+        linears = {f"model.layers.{layer}.{name}": size for layer in layers for name, size in self.linears.items()}
+        return BaseShape(self.hidden, self.layers, linears)
 
     def write_config(self, folder: Path, dtype: str) -> None:
         """Writes config.json to the folder, and creates a missing folder."""
@@ -96,43 +102,12 @@ def write_model(folder: Path, seed: int = 0) -> int:
 
 def write_lora(folder: Path, rank: int, seed: int, model: Shape = SMALL) -> None:
     """Writes a PEFT LoRA folder over all linear layers, float16."""
-    folder.mkdir(parents=True)
-    source = np.random.default_rng(seed)
-    tensors = {}
-    for layer in range(model.layers):
-        for name, (outputs, inputs) in model.linears.items():
-            prefix = f"base_model.model.model.layers.{layer}.{name}"
-            for part, shape in (("lora_A", (rank, inputs)), ("lora_B", (outputs, rank))):
-                tensor = source.standard_normal(shape, np.float32) / np.float32(shape[-1] ** 0.5)
-                tensors[f"{prefix}.{part}.weight"] = (tensor / 4).astype(np.float16)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": rank,
-        "lora_alpha": rank,
-        "target_modules": sorted(name.split(".")[1] for name in model.linears),
-        "bias": "none",
-        "prefill_only": True,
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
+    write_adapter(model.base_shape, folder, kind=Kind.LORA, rank=rank, seed=(seed,))
 
 
 def write_reft(folder: Path, rank: int, seed: int, model: Shape = SMALL) -> None:
     """Writes a LoReFT folder over all layers, float32."""
-    folder.mkdir(parents=True)
-    source = np.random.default_rng(seed)
-    tensors = {}
-    for layer in range(model.layers):
-        for part in (ROTATE, SOURCE):
-            tensor = source.standard_normal((rank, model.hidden), np.float32) / np.float32(model.hidden**0.5)
-            tensors[f"layers.{layer}.{part}"] = tensor
-        tensors[f"layers.{layer}.{BIAS}"] = np.zeros(rank, np.float32)
-    save_file(tensors, folder / REFT_WEIGHTS_FILE, metadata={"format": "pt"})
-    config = {"peft_type": "REFT", "method": "loreft", "r": rank, "positions": "all"}
-    config |= {"layers": [*range(model.layers)]}
-    config |= {"prefill_only": True}
-    (folder / REFT_CONFIG_FILE).write_text(json.dumps(config, indent=2))
+    write_adapter(model.base_shape, folder, kind=Kind.LOREFT, rank=rank, seed=(seed,))
 
 
 def _write_tokenizer(folder: Path) -> None:

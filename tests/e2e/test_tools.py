@@ -1,4 +1,4 @@
-"""Forced tool calls over HTTP, and forms that begin behind reasoning: exact under adapters, over hand-over and resume.
+"""Tool calls that a grammar forces or allows, and forms behind reasoning: exact under adapters, hand-over and resume.
 
 Each token is compared with the likeliest allowed token of the reference's raw logits.
 """
@@ -20,8 +20,12 @@ from e2e.test_colocated import go_on, reference_of
 from e2e.test_structured import MODELS, TOKENS, prompt_of
 from preft.core.request import GenerateRequest, Sampling
 from preft.core.structured import StructuredOutputs
+from preft.engine.chat_parsers import VllmParsers
 from preft.gateway.bodies.messages import Tool
 from preft.gateway.bodies.tool_choice import NamedTool, ToolChoice, forced_form
+from preft.gateway.deps import GatewayDeps
+from preft.gateway.http.app import create_app
+from preft.gateway.text.tokenizer import Tokenizer
 from support.models import EOS
 from support.structured_reference import StructuredReference
 
@@ -109,6 +113,75 @@ def joined_call(stream: str) -> tuple[dict[str, str], list[int], str]:
     parts = [call["function"] for choice in choices for call in choice["delta"].get("tool_calls", ())]
     function = {"name": parts[0]["name"], "arguments": "".join(part["arguments"] for part in parts)}
     return function, [id for choice in choices for id in choice.get("token_ids", ())], choices[-1]["finish_reason"]
+
+
+ANSWER = {
+    "type": "object",
+    "properties": {"done": {"type": "boolean"}, "mood": {"enum": ["good", "bad"]}},
+    "required": ["done", "mood"],
+    "additionalProperties": False,
+}
+COMPACT = json.dumps({"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"})
+
+
+def calls_or_answer() -> dict[str, Any]:
+    """One call in Hermes's form, or an answer: written anew, as one grammar."""
+    options = {"x-guidance": json.loads(COMPACT)}
+    rules = ["%llguidance {}", "start: call | answer", f"answer: %json {json.dumps({**ANSWER, **options})}"]
+    alternatives = []
+    for name, parameters in PARAMETERS.items():
+        rules.append(f"{name}: %json {json.dumps({**parameters, **options})}")
+        for line in ("\n", ""):
+            begin, end = f'<tool_call>{line}{{"name": "{name}", "arguments": ', f"}}{line}</tool_call>"
+            alternatives.append(f"{json.dumps(begin)} {name} {json.dumps(end)}")
+    return {"grammar": "\n".join([*rules, f"call: {' | '.join(alternatives)}"])}
+
+
+def test_calls_or_an_answer_of_the_form_are_exact(either: Served) -> None:
+    """`auto` beside a form, with vLLM's parser of Hermes's calls: both kinds of answers, whole and streamed."""
+    deps = GatewayDeps(
+        either.name,
+        Tokenizer.load(either.model),
+        512,
+        either.cluster.gateway.router,
+        either.cluster.gateway.catalog,
+        parsers=VllmParsers(either.model, "hermes", None),
+    )
+    strict = [{**tool, "function": {**tool["function"], "strict": True}} for tool in TOOLS]
+    wanted = {"structured_outputs": {"json": ANSWER, "disable_any_whitespace": True}, "tools": strict}
+    asked = [(adapter, f"{number} {adapter}") for adapter in MODELS for number in range(4)]
+
+    async def ask_both(adapter: str | None, text: str) -> list[httpx.Response]:
+        body = body_of(either, adapter, "auto", messages=[{"role": "user", "content": text}], **wanted)
+        bodies = (body, {**body, "stream": True})
+        return await asyncio.gather(*(client.post("/v1/chat/completions", json=body) for body in bodies))
+
+    async def main() -> list[list[httpx.Response]]:
+        return await asyncio.gather(*(ask_both(*each) for each in asked))
+
+    client = httpx.AsyncClient(transport=httpx.ASGITransport(create_app(deps)), base_url="http://localhost")
+    structured, kinds = StructuredReference(either.reference, either.model), set()
+    for (adapter, _), (whole, stream) in zip(asked, either.cluster.call(main()), strict=True):
+        assert whole.status_code == 200, whole.text
+        [answer] = whole.json()["choices"]
+        folder, prompt = (either.adapters[adapter] if adapter else None), whole.json()["prompt_token_ids"]
+        wrong = structured.first_difference(prompt, answer["token_ids"], TOKENS, folder, calls_or_answer())
+        assert wrong is None, (wrong, answer)
+        message = answer["message"]
+        if calls := message.get("tool_calls"):
+            [call] = calls
+            assert (message["content"], answer["finish_reason"]) == (None, "tool_calls")
+            jsonschema.validate(json.loads(call["function"]["arguments"]), PARAMETERS[call["function"]["name"]])
+            assert joined_call(stream.text) == (call["function"], answer["token_ids"], "tool_calls")
+        else:
+            assert answer["finish_reason"] == "stop"
+            jsonschema.validate(json.loads(message["content"]), ANSWER)
+            chunks = [json.loads(line[6:]) for line in stream.text.splitlines() if line.startswith("data: {")]
+            deltas = [choice["delta"] for chunk in chunks for choice in chunk["choices"]]
+            assert "".join(delta.get("content", "") for delta in deltas) == message["content"]
+        kinds.add(bool(calls))
+    assert kinds == {True, False}
+    assert either.cluster.idle()
 
 
 FORM = {"regex": "(ab|ba){6}"}

@@ -26,6 +26,7 @@ from preft.core.cluster import Role
 from preft.core.request import Sampling
 from preft.core.settings import MiB, Settings
 from preft.engine.port import EngineRequest
+from preft.gateway.text.tokenizer import Tokenizer
 from preft.rpc import adapters_pb2, inference_pb2
 from preft.rpc.convert import sampling_to_proto
 from preft.worker.server import StartEngine
@@ -87,6 +88,57 @@ CHAT = {
     "stream_options": {"include_usage": True},
     "stream": True,
 }
+FUNCTION = {"name": "look", "description": "looks", "strict": True}
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+RESPONSE = {
+    "model": "alice",
+    "instructions": "be brief",
+    "input": [
+        {"role": "user", "content": [{"type": "input_text", "text": "hi"}]},
+        {"type": "reasoning", "summary": [{"type": "summary_text", "text": "hm"}]},
+        {"type": "message", "role": "assistant", "content": "hello", "status": "completed"},
+        {"role": "user", "content": "and?"},
+    ],
+    "max_output_tokens": 4,
+    "temperature": 0.7,
+    "top_p": 0.9,
+    "top_k": 40,
+    "seed": 3,
+    "tools": [{"type": "function", "parameters": SCHEMA, **FUNCTION}],
+    "tool_choice": "none",
+    "parallel_tool_calls": False,
+    "text": {"format": {"type": "json_schema", "name": "a", "schema": SCHEMA, "strict": True}},
+    "include": ["message.output_text.logprobs"],
+    "top_logprobs": 1,
+    "metadata": {"a": "b"},
+    "truncation": "disabled",
+    "store": False,
+    "stream_options": {"include_obfuscation": False},
+    "stream": True,
+}
+MESSAGES = {
+    "model": "alice",
+    "system": [{"type": "text", "text": "be brief", "cache_control": {"type": "ephemeral"}}],
+    "messages": [
+        {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+        {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "hello"}]},
+        {"role": "user", "content": "and?"},
+    ],
+    "tools": [{"input_schema": SCHEMA, **FUNCTION}],
+    "tool_choice": {"type": "none"},
+    "thinking": {"type": "adaptive"},
+    "output_config": {"format": {"type": "json_schema", "schema": SCHEMA}},
+}
+MESSAGE = {
+    **MESSAGES,
+    "max_tokens": 4,
+    "stop_sequences": ["zz"],
+    "temperature": 0.7,
+    "top_p": 0.9,
+    "top_k": 40,
+    "stream": False,
+    "metadata": {"user_id": "u"},
+}
 
 
 class Public:
@@ -96,6 +148,7 @@ class Public:
         self.cluster, self.engines, self.folder = cluster, start.engines, folder
         self.grpc = f"127.0.0.1:{grpc_port}"
         self.digests = {"": "", "model": ""}
+        self.tokenizer = Tokenizer.load(folder / "model")
 
     def add(self, name: str) -> str:
         """Adds the adapter, unless it is there; returns its digest."""
@@ -113,6 +166,9 @@ class Public:
             ("PATCH", "/v1/adapters/bob"): {"pinned": False},
             ("POST", "/v1/load_lora_adapter"): {"lora_name": "bob", "lora_path": source, "load_inplace": True},
             ("POST", "/v1/unload_lora_adapter"): {"lora_name": "bob"},
+            ("POST", "/v1/responses"): RESPONSE,
+            ("POST", "/v1/messages"): MESSAGE,
+            ("POST", "/v1/messages/count_tokens"): MESSAGES,
         }
 
     def messages(self) -> Mapping[str, Message]:
@@ -203,10 +259,14 @@ async def answered_right(public: Public, client: httpx.AsyncClient) -> None:
     await asyncio.gather(ask("model"), ask("alice"))
 
 
+def replies_of(text: str) -> list[Any]:
+    """The events of a stream, or the whole reply."""
+    return [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")] or [json.loads(text)]
+
+
 def check_answer(public: Public, text: str) -> None:
     """All tokens of a generated answer are those of the adapter that it names."""
-    events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
-    replies = events or [json.loads(text)]
+    replies = replies_of(text)
     tokens: dict[int, list[int]] = {}
     for reply in replies:
         for choice in reply.get("choices", ()):
@@ -231,6 +291,41 @@ def is_choice(request: EngineRequest, index: int, choices: int) -> bool:
     return request.index == index if choices > 1 else True
 
 
+def check_response(public: Public, text: str) -> None:
+    *_, last = replies_of(text)
+    reply = last.get("response", last)
+    texts = [part["text"] for item in reply["output"] if item["type"] == "message" for part in item["content"]]
+    check_text(public, reply["id"], reply["model"], "".join(texts))
+
+
+def check_message(public: Public, text: str) -> None:
+    first, *events = replies_of(text)
+    reply = first.get("message", first)
+    texts = [block["text"] for block in reply["content"]]
+    texts += [event["delta"].get("text", "") for event in events if event["type"] == "content_block_delta"]
+    check_text(public, reply["id"], reply["model"], "".join(texts))
+
+
+def check_text(public: Public, id: str, model: str, text: str) -> None:
+    """The text is the beginning of what the adapter's tokens say. It may end inside a character."""
+    requests = [request for role in (Role.DECODE, Role.PREFILL) for request in public.engines[role].requests]
+    request = next(request for request in requests if request.request_id.startswith(id))
+    known = tokens_of(public.digests[model.partition("@")[0]], request.prompt_token_ids, request.sampling)
+    assert public.tokenizer.decode(known, skip_special_tokens=True).startswith(text.rstrip("\ufffd"))
+
+
+def unchecked(public: Public, text: str) -> None:
+    """The reply has no generated text."""
+
+
+CHECKS = {
+    "/v1/completions": check_answer,
+    "/v1/chat/completions": check_answer,
+    "/v1/responses": check_response,
+    "/v1/messages": check_message,
+}
+
+
 def settled(public: Public, before: tuple[int, int, int]) -> bool:
     """Whether no task, no descriptor and no memory stays."""
     return public.cluster.wait(lambda: all(a <= b for a, b in zip(public.held(), before, strict=True)), 30)
@@ -246,10 +341,10 @@ async def warm(public: Public) -> None:
 
 
 @share
-@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize("number", range(11))
 def test_http_bodies(public: Public, number: int, whole: bool) -> None:
     (method, path), body = list(public.bodies().items())[number]
-    inputs = Inputs("HTTP bodies", whole, parts=6, part=number)
+    inputs = Inputs("HTTP bodies", whole, parts=11, part=number)
 
     async def one(client: httpx.AsyncClient, source: random.Random) -> None:
         content = json_bytes(source, body)
@@ -258,8 +353,7 @@ def test_http_bodies(public: Public, number: int, whole: bool) -> None:
             assert reply.status_code < 500, reply.text
             if reply.status_code == 200:
                 inputs.took()
-                if "completions" in path:
-                    check_answer(public, reply.text)
+                CHECKS.get(path, unchecked)(public, reply.text)
             else:
                 assert reply.json()["error"]["message"]
 
@@ -273,8 +367,7 @@ def test_http_bodies(public: Public, number: int, whole: bool) -> None:
         async with client_of(public) as client:
             reply = await client.request(method, path, json=body)
             assert reply.status_code == 200 or "unload" in path, reply.text
-            if "completions" in path:
-                check_answer(public, reply.text)
+            CHECKS.get(path, unchecked)(public, reply.text)
 
     public.add("bob")
     asyncio.run(undamaged())

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from preft.gateway.text.choice import ToolCallDelta
-from preft.gateway.text.parsing import Asked, Parts
+from preft.gateway.text.parsing import Asked, CallTag, Parts
 
 
 class FakeParser:
@@ -17,7 +17,8 @@ class FakeParser:
 
     takes_many = True
 
-    def __init__(self) -> None:
+    def __init__(self, reads_calls: bool = True) -> None:
+        self._starts = {"(": "reasoning", "@": "name"} if reads_calls else {"(": "reasoning"}
         self._state = "content"
         self._calls = 0
         self._name = ""
@@ -39,7 +40,7 @@ class FakeParser:
 
     def _next(self, character: str) -> Parts:
         if self._state == "content":
-            self._state = {"(": "reasoning", "@": "name"}.get(character, "content")
+            self._state = self._starts.get(character, "content")
             return Parts(character) if self._state == "content" else Parts()
         if self._state == "reasoning":
             if character == ")":
@@ -68,12 +69,14 @@ class FakeRequestParsers:
     end: int | None = None
     skip_special_tokens: bool = True
     strict_tag: str | None = None
+    call_tags: tuple[CallTag, ...] = ()
+    reads_calls: bool = True
 
     def reasoning_end(self, prompt: Sequence[int]) -> int | None:
         return self.end
 
     def start(self, prompt: Sequence[int]) -> FakeParser:
-        return FakeParser()
+        return FakeParser(self.reads_calls)
 
 
 @dataclass
@@ -84,17 +87,19 @@ class FakeParsers:
     reads_reasoning: bool = True
     end: int | None = None
     strict_tag: str | None = None
+    call_tags: tuple[CallTag, ...] = ()
     asked: list[Asked] = field(default_factory=list)
 
     def of(self, asked: Asked) -> FakeRequestParsers | None:
         self.asked.append(asked)
         if not self.reads_reasoning and not asked.tools:
             return None
-        return FakeRequestParsers(asked, self.end, not asked.tools, self.strict_tag if asked.may_call else None)
+        strict_tag, call_tags = (self.strict_tag, self.call_tags) if asked.may_call else (None, ())
+        return FakeRequestParsers(asked, self.end, not asked.tools, strict_tag, call_tags)
 
     def of_reasoning(self, asked: Asked) -> FakeRequestParsers | None:
         self.asked.append(asked)
-        return FakeRequestParsers(asked, self.end) if self.reads_reasoning else None
+        return FakeRequestParsers(asked, self.end, reads_calls=False) if self.reads_reasoning else None
 
     def call_id(self, name: str, position: int, earlier: int) -> str:
         return f"functions.{name}:{earlier + position}"

@@ -26,7 +26,7 @@ SURFACES = {  # inputs in `make test-long`
     "adapter folders": 800,
     "YAML settings": 1200,
     "public gRPC": 900,
-    "HTTP bodies": 900,
+    "HTTP bodies": 1650,
     "HTTP requests": 300,
 }
 QUICK = 20  # `make test` gives one input of so many

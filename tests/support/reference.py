@@ -6,10 +6,11 @@ sampling alone: tests of penalties, biases or logprobs start from `logits`.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-from collections.abc import Collection, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,11 @@ class Reference:
     """
 
     def __init__(self, model_dir: Path | str) -> None:
+        torch.set_num_threads(1)  # beside busy engines, a pass on two threads takes ten times as long
         self._base = AutoModelForCausalLM.from_pretrained(
             str(model_dir), dtype=torch.float32, attn_implementation="eager"
         ).eval()
-        self._peft: PeftModel | None = None
-        self._loaded: set[str] = set()
+        self._with_lora: dict[str, Any] = {}  # by content; they share the base's weights
 
     def greedy(
         self,
@@ -49,12 +50,12 @@ class Reference:
         output: list[int] = []
         with torch.inference_mode():
             logits, cache = self._prompt_pass(prompt_ids, adapter)
-            with self._adapted(adapter if adapter_everywhere else None):
+            with self._adapted(adapter if adapter_everywhere else None) as model:
                 while True:
                     output.append(int(logits[-1].argmax()))
                     if len(output) == max_tokens or output[-1] in stops:
                         return output
-                    logits = self._pass([output[-1]], cache, keep=1)
+                    logits = _pass(model, [output[-1]], cache, keep=1)
 
     def logits(
         self, prompt_ids: Sequence[int], output_ids: Sequence[int], adapter: Path | str | None = None
@@ -67,68 +68,70 @@ class Reference:
             first, cache = self._prompt_pass(prompt_ids, adapter)
             if len(output_ids) == 1:
                 return first
-            with self._adapted(None):
-                return torch.cat([first, self._pass(output_ids[:-1], cache, keep=0)])
+            return torch.cat([first, _pass(self._base, output_ids[:-1], cache, keep=0)])
 
     def prompt_logits(self, prompt_ids: Sequence[int], adapter: Path | str | None = None) -> torch.Tensor:
         """The raw logits behind each prompt token, float32 [len(prompt_ids), vocab_size]."""
-        with torch.inference_mode(), self._adapted(adapter):
-            return self._pass(prompt_ids, DynamicCache(), keep=0)
+        with torch.inference_mode(), self._adapted(adapter) as model:
+            return _pass(model, prompt_ids, DynamicCache(), keep=0)
 
     def _prompt_pass(self, prompt_ids: Sequence[int], adapter: Path | str | None) -> tuple[torch.Tensor, Any]:
         cache = DynamicCache()
-        with self._adapted(adapter):
-            return self._pass(prompt_ids, cache, keep=1), cache
+        with self._adapted(adapter) as model:
+            return _pass(model, prompt_ids, cache, keep=1), cache
 
-    def _pass(self, ids: Sequence[int], cache: Any, keep: int) -> torch.Tensor:
-        """Logits of the last `keep` positions (0: all), [positions, vocab_size]; `ids` are appended to `cache`."""
-        out = self._base(input_ids=torch.tensor([list(ids)]), past_key_values=cache, logits_to_keep=keep)
-        return out.logits[0].clone()
-
-    def _adapted(self, adapter: Path | str | None) -> AbstractContextManager[Any]:
-        """A context in which the base's linear layers and residual stream use `adapter`, if any."""
+    @contextmanager
+    def _adapted(self, adapter: Path | str | None) -> Iterator[Any]:
+        """The base model, whose linear layers and residual stream use `adapter`, if any."""
         folder = Path(adapter) if adapter is not None else None
-        context = ExitStack()
+        model = self._base
         if folder is not None and (folder / "adapter_config.json").exists():
-            self._set_lora(folder)
-        elif self._peft is not None:
-            context.enter_context(self._peft.disable_adapter())
+            model = self._lora(folder)
+        hooks = []
         if folder is not None and (folder / "reft_config.json").exists():
-            for hook in self._reft_hooks(folder):
-                context.callback(hook.remove)
-        return context
+            hooks = _reft_hooks(model, folder)
+        try:
+            yield model
+        finally:
+            for hook in hooks:
+                hook.remove()
 
-    def _set_lora(self, folder: Path) -> None:
+    def _lora(self, folder: Path) -> Any:
         name = _content_name(folder)
-        if self._peft is None:
-            self._peft = PeftModel.from_pretrained(self._base, str(folder), adapter_name=name)
-        elif name not in self._loaded:
-            self._peft.load_adapter(str(folder), adapter_name=name)
-        self._loaded.add(name)
-        self._peft.set_adapter(name)
+        if name not in self._with_lora:  # switching the adapters of one PeftModel would take longer than a pass
+            base = copy.deepcopy(self._base, {id(weight): weight for weight in self._base.parameters()})
+            self._with_lora[name] = PeftModel.from_pretrained(base, str(folder)).get_base_model()
+        return self._with_lora[name]
 
-    def _reft_hooks(self, folder: Path) -> list[Any]:
-        """LoReFT: h + R^T (W h + b - R h). DiReFT: h + R^T (W h + b). On the output of the named decoder layers."""
-        config = json.loads((folder / "reft_config.json").read_text())
-        weights = load_file(folder / "reft_model.safetensors")
 
-        def hook_for(layer: int) -> Any:
-            rotate, source, bias = (
-                weights[f"layers.{layer}.{part}"].float()
-                for part in ("rotate_layer.weight", "learned_source.weight", "learned_source.bias")
-            )
+def _pass(model: Any, ids: Sequence[int], cache: Any, keep: int) -> torch.Tensor:
+    """Logits of the last `keep` positions (0: all), [positions, vocab_size]; `ids` are appended to `cache`."""
+    out = model(input_ids=torch.tensor([list(ids)]), past_key_values=cache, logits_to_keep=keep)
+    return out.logits[0].clone()
 
-            def hook(module: Any, arguments: Any, output: Any) -> Any:
-                stream = output[0] if isinstance(output, tuple) else output
-                low = stream @ source.T + bias
-                if config["method"] == "loreft":
-                    low = low - stream @ rotate.T
-                changed = stream + low @ rotate * _mask(config["positions"], stream.shape[1])[:, None]
-                return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
-            return hook
+def _reft_hooks(model: Any, folder: Path) -> list[Any]:
+    """LoReFT: h + R^T (W h + b - R h). DiReFT: h + R^T (W h + b). On the output of the named decoder layers."""
+    config = json.loads((folder / "reft_config.json").read_text())
+    weights = load_file(folder / "reft_model.safetensors")
 
-        return [self._base.model.layers[layer].register_forward_hook(hook_for(layer)) for layer in config["layers"]]
+    def hook_for(layer: int) -> Any:
+        rotate, source, bias = (
+            weights[f"layers.{layer}.{part}"].float()
+            for part in ("rotate_layer.weight", "learned_source.weight", "learned_source.bias")
+        )
+
+        def hook(module: Any, arguments: Any, output: Any) -> Any:
+            stream = output[0] if isinstance(output, tuple) else output
+            low = stream @ source.T + bias
+            if config["method"] == "loreft":
+                low = low - stream @ rotate.T
+            changed = stream + low @ rotate * _mask(config["positions"], stream.shape[1])[:, None]
+            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+        return hook
+
+    return [model.model.layers[layer].register_forward_hook(hook_for(layer)) for layer in config["layers"]]
 
 
 def _mask(positions: str, length: int) -> torch.Tensor:

@@ -6,7 +6,6 @@ Uses llguidance directly, token by token and from the start: nothing of the engi
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -39,16 +38,19 @@ def source_of(form: dict[str, Any]) -> str:
 
 
 def penalised(
-    row: torch.Tensor, prompt: Sequence[int], output: Sequence[int], penalties: Mapping[str, float]
+    rows: torch.Tensor, prompt: Sequence[int], output: Sequence[int], penalties: Mapping[str, float]
 ) -> torch.Tensor:
-    """The logits `row` behind `output`, under vLLM's penalties by their names in requests."""
-    row = row.clone()
+    """The logits behind each token of `output`, [tokens, vocabulary], under vLLM's penalties by their names."""
+    counts = torch.zeros(rows.shape, dtype=torch.float64)  # of earlier output
+    if len(output) > 1:
+        counts[1:] = torch.nn.functional.one_hot(torch.tensor(output[:-1]), rows.shape[1]).cumsum(0)
+    seen = counts > 0
     if (factor := penalties.get("repetition_penalty", 1.0)) != 1.0:
-        seen = torch.tensor(sorted({*prompt, *output}))
-        row[seen] = torch.where(row[seen] > 0, row[seen] / factor, row[seen] * factor)
-    for token, count in Counter(output).items():
-        row[token] -= penalties.get("frequency_penalty", 0.0) * count + penalties.get("presence_penalty", 0.0)
-    return row
+        known = seen.clone()
+        known[:, list(prompt)] = True
+        rows = torch.where(known, torch.where(rows > 0, rows / factor, rows * factor), rows)
+    less = penalties.get("frequency_penalty", 0.0) * counts + penalties.get("presence_penalty", 0.0) * seen
+    return rows - less.to(rows.dtype)
 
 
 class StructuredReference:
@@ -84,7 +86,7 @@ class StructuredReference:
         """
         rows = self._reference.logits(prompt, output, adapter)
         if penalties:
-            rows = [penalised(row, prompt, output[:position], penalties) for position, row in enumerate(rows)]
+            rows = penalised(rows, prompt, output, penalties)
         if form is None:
             wrong = (at for at, (row, token) in enumerate(zip(rows, output, strict=True)) if int(row.argmax()) != token)
             return next(wrong, None)

@@ -63,8 +63,6 @@ class Churn:
     """
 
     def __init__(self, server: Server, models: Sequence[str], folders: Sequence[str], seconds: float) -> None:
-        if not 0 < seconds < float("inf"):
-            raise InvalidArgument(f"the time between changes must be more than 0 seconds, not {seconds:g}")
         self.changes: list[Change] = []
         self._server, self._models, self._folders, self._seconds = server, list(models), list(folders), seconds
         self._names: dict[str, str] = {}
@@ -98,20 +96,20 @@ class Churn:
     async def running(self) -> AsyncIterator[None]:
         """Changes adapters inside the context; removes all that were added at its end."""
         self._begin = time.perf_counter()
-        changing = asyncio.create_task(self._change())
+        end = asyncio.Event()
+        changing = asyncio.create_task(self._change(end))
         try:
             yield
         finally:
-            changing.cancel()
-            await asyncio.gather(changing, return_exceptions=True)
+            end.set()
+            await changing  # a change that was cut off could still happen later, and would leave its adapter behind
             for name in self._versions:
                 with contextlib.suppress(LoadgenError):
                     await self._server.unload_adapter(name)
 
-    async def _change(self) -> None:
+    async def _change(self, end: asyncio.Event) -> None:
         number = 0
-        while True:
-            await asyncio.sleep(self._seconds)
+        while not await self._ended(end):
             folder = self._folders[number % len(self._folders)]
             if number % 2 == 0:
                 name = f"{PREFIX}{number // 2}"
@@ -120,6 +118,13 @@ class Churn:
             elif self._versions:
                 await self._load("replace", list(self._versions)[-1], folder)
             number += 1
+
+    async def _ended(self, end: asyncio.Event) -> bool:
+        """Waits for the time of the next change, or for the end."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._seconds):
+                await end.wait()
+        return end.is_set()
 
     async def _load(self, kind: str, name: str, folder: str) -> bool:
         sent, error = time.perf_counter(), None

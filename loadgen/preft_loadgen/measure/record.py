@@ -57,10 +57,6 @@ class Record:
         """
         return sum(self.gaps) / (self.tokens - 1) if self.tokens > 1 else None
 
-    def itls(self) -> list[float]:
-        """The inter-token latencies, one per token after the first burst."""
-        return [gap / count for gap, count in zip(self.gaps, self.counts, strict=True) for _ in range(count)]
-
 
 @dataclass(frozen=True, slots=True)
 class Run:

@@ -76,7 +76,7 @@ class _Search:
             rate = low + (high - low) * (step + 1) / RATES
             pace = OpenLoop(rate, burstiness)
             between.append(await self._at(pace, f"{rate:.3g}/s", step + 2, self.load.requests))
-        sustained = [one.run.planned or 0.0 for one in between if _keeps_up(one)]
+        sustained = [one.run.planned or 0.0 for one in between if keeps_up(one)]
         return Saturation(self.count, (alone, *between, crowd), max(sustained, default=None))
 
     async def _at(self, pace: ClosedLoop | OpenLoop, label: str, number: int, requests: int) -> Measured:
@@ -92,7 +92,7 @@ class _Search:
         )
 
 
-def _keeps_up(measured: Measured) -> bool:
+def keeps_up(measured: Measured) -> bool:
     """Whether queues didn't grow: no failures, and times to first token as short at the end as at the start.
 
     With an SLO, 90% of the requests must keep it too.

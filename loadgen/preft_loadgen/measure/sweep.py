@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
-from preft_loadgen.errors import InvalidArgument
+from preft_loadgen.errors import InvalidArgument, RequestFailed
 from preft_loadgen.measure.churn import Change, Churn
 from preft_loadgen.measure.driver import closed_loop, open_loop
 from preft_loadgen.measure.record import Run
@@ -21,7 +21,7 @@ from preft_loadgen.traffic.prompts import Ids, Material, Prompts, RandomPrompts
 from preft_loadgen.traffic.request import Request
 from preft_loadgen.traffic.trace import Row, replay
 from preft_loadgen.traffic.workload import ONE, Workload
-from preft_loadgen.transport.server import Server
+from preft_loadgen.transport.server import Models, Server
 
 WARM_UP = Lengths(2, 2)  # tokens in and out
 WARM_UP_CONCURRENCY = 16
@@ -55,6 +55,10 @@ class Churning:
 
     seconds: float
     folders: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not 0 < self.seconds < float("inf"):
+            raise InvalidArgument(f"the time between changes must be more than 0 seconds, not {self.seconds:g}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +113,18 @@ class Population:
 
 
 async def population(server: Server, adapters: Sequence[str] = (), base: str | None = None) -> Population:
-    """The named models; what isn't named comes from the server. Raises RequestFailed."""
+    """The named models; what isn't named comes from the server. Raises RequestFailed.
+
+    A server that lists no models is enough for named adapters.
+    """
     if base is not None and adapters:
         return Population(base, tuple(adapters))
-    served = await server.models()
+    try:
+        served = await server.models()
+    except RequestFailed as error:
+        if not adapters or error.status is None:
+            raise
+        served = Models(None, ())
     return Population(base or served.base, tuple(adapters) or served.adapters)
 
 

@@ -63,9 +63,16 @@ class Events:
     def _made(self, started: float, ended: float, usage: tuple[int, int], reason: str) -> Reply:
         sizes = self._counts if len(self._counts) == len(self._texts) else map(len, self._texts)
         return Reply(
-            started, ended, tuple(self._arrivals), usage[1], "".join(self._texts), reason, usage[0], tuple(sizes),
-            tuple(self._ids),
-        )  # fmt: skip
+            started,
+            ended,
+            tuple(self._arrivals),
+            tokens=usage[1],
+            text="".join(self._texts),
+            finish_reason=reason,
+            prompt_tokens=usage[0],
+            sizes=tuple(sizes),
+            token_ids=tuple(self._ids),
+        )
 
     def _event(self, payload: bytes, now: float) -> None:
         if payload == b"[DONE]":

@@ -14,6 +14,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from preft_loadgen.errors import InvalidArgument, RequestFailed
 from preft_loadgen.traffic.request import Request
+from preft_loadgen.transport.http import check_timeout
 from preft_loadgen.transport.reply import CANCELLED, Reply
 from preft_loadgen.transport.server import Models
 
@@ -36,8 +37,7 @@ class GrpcServer:
         plain = port is not None and not parts.path.strip("/") and "@" not in parts.netloc
         if parts.scheme not in ("grpc", "grpcs") or not parts.hostname or not plain:
             raise InvalidArgument(f"a gRPC server's address must look like grpc://host:port, not {url!r}")
-        if not timeout > 0:
-            raise InvalidArgument(f"the time limit must be more than 0 seconds, not {timeout:g}")
+        check_timeout(timeout)
         self._address = parts.netloc
         self._secure = parts.scheme == "grpcs"
         self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()

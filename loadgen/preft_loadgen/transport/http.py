@@ -20,6 +20,15 @@ from preft_loadgen.transport.events import Events, HangUp
 from preft_loadgen.transport.reply import Reply
 
 MAX_JSON_BYTES = 256 << 20
+MAX_TIMEOUT = 1e6  # seconds
+
+
+def check_timeout(seconds: float) -> None:
+    """Raises InvalidArgument unless requests can be bounded by so many seconds."""
+    if not 0 < seconds <= MAX_TIMEOUT:
+        raise InvalidArgument(
+            f"the time limit must be more than 0 seconds, and at most {MAX_TIMEOUT:g}, not {seconds:g}"
+        )
 
 
 class HttpClient:
@@ -41,8 +50,7 @@ class HttpClient:
         plain = port != -1 and not parts.query and "@" not in parts.netloc
         if parts.scheme not in ("http", "https") or not parts.hostname or not plain:
             raise InvalidArgument(f"the server's address must look like http://host:port, not {url!r}")
-        if not timeout > 0:
-            raise InvalidArgument(f"the time limit must be more than 0 seconds, not {timeout:g}")
+        check_timeout(timeout)
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
         self._host, self._port = parts.hostname, port or (443 if self._tls else 80)
         host = f"[{self._host}]" if ":" in self._host else self._host

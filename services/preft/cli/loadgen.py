@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
@@ -112,6 +113,8 @@ def _run(command: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Nam
     def run(args: argparse.Namespace) -> int:
         from preft_loadgen.errors import LoadgenError
 
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each request in flight needs a connection
         try:
             return command(args)
         except LoadgenError as error:

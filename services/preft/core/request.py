@@ -16,6 +16,7 @@ from typing import Annotated
 from pydantic import Field, FiniteFloat
 
 from preft.core.errors import InvalidRequest
+from preft.core.light import light_dataclass
 from preft.core.structured import StructuredOutputs
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -108,7 +109,7 @@ class GenerateRequest:
     cache_salt: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@light_dataclass
 class TokenLogprob:
     """Log probability of one sampled token, its rank (1 = most likely) and the most likely tokens, best first."""
 
@@ -143,7 +144,7 @@ class PromptLogprobs:
             yield TokenLogprob(self.token_ids[start], self.logprobs[start], rank, top)
 
 
-@dataclass(frozen=True, slots=True)
+@light_dataclass
 class TokenDelta:
     """New tokens of one choice. `logprobs` has one entry per token, or none if the request doesn't ask for them.
 

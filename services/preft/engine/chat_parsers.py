@@ -7,6 +7,7 @@ a parser. The parsers are vLLM's own classes, and see vLLM's own request and tok
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import string
 from collections.abc import Callable, Mapping, Sequence
@@ -22,10 +23,11 @@ from vllm.reasoning import ReasoningParserManager
 from vllm.renderers.chat_utils import get_tool_call_id_type, make_tool_call_id
 from vllm.tokenizers import get_tokenizer
 from vllm.tool_parsers import ToolParserManager
+from vllm.tool_parsers.tool_strict_level import ToolStrictLevel
 
 from preft.core.errors import ConfigError, InvalidRequest
 from preft.gateway.text.choice import ToolCallDelta
-from preft.gateway.text.parsing import Asked, Parts
+from preft.gateway.text.parsing import Asked, CallTag, Parts
 
 READ_ALL_AGAIN = {  # vLLM's classes that read the whole text for each piece, and find the same wherever it is cut
     "Hermes2ProToolParser",
@@ -35,6 +37,7 @@ READ_ALL_AGAIN = {  # vLLM's classes that read the whole text for each piece, an
     "Olmo3PythonicToolParser",
 }
 HARMONY = frozenset({"openai", "openai_gptoss"})  # read gpt-oss's own protocol, whose prompts need its own renderer
+_PLAIN_NAME = re.compile(r"[^\s\"\\]+")
 _ID_CHARACTERS = string.ascii_letters + string.digits
 
 
@@ -105,6 +108,7 @@ class VllmRequestParsers:
                 chat_template_kwargs=self._variables,
             )
             self._probe = self._new()
+            self._plain = request.model_copy()
             self._request: Any = self._probe.adjust_request(request)
         except Exception as error:  # parsers are others' code, and raise what they like
             raise InvalidRequest(f"The server's parsers can't take these tools: {error}.", "tools") from error
@@ -119,6 +123,16 @@ class VllmRequestParsers:
         if wanted is None or wanted.structural_tag is None or not any(tool.function.strict for tool in self._tools):
             return None
         return _simple_tag(json.loads(wanted.structural_tag))
+
+    @property
+    def call_tags(self) -> tuple[CallTag, ...]:
+        reader = self._probe.tool_parser
+        try:
+            tag = reader and reader.get_structural_tag(self._plain, strict_level=ToolStrictLevel.FUNCTION)
+        except Exception as error:
+            raise InvalidRequest(f"The server's parsers can't take these tools: {error}.", "tools") from error
+        structures = tag and _structures(tag.model_dump()["format"])
+        return _call_tags(structures or [], [tool.function.name for tool in self._tools])
 
     def reasoning_end(self, prompt: Sequence[int]) -> int | None:
         reader = self._probe.reasoning_parser
@@ -247,7 +261,14 @@ def _simple_tag(tag: Mapping[str, Any]) -> str | None:
 
     The number of calls is free: the gateway leaves further calls out.
     """
-    form = tag["format"]
+    structures = _structures(tag["format"])
+    if structures is None:
+        return None
+    return json.dumps({"structures": structures, "triggers": tag["format"]["triggers"]})
+
+
+def _structures(form: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """The `structures` of a form with JSON arguments alone; None if the form is another one."""
     if form["type"] != "triggered_tags" or form.get("at_least_one"):
         return None
     structures = []
@@ -256,4 +277,16 @@ def _simple_tag(tag: Mapping[str, Any]) -> str | None:
         if content["type"] != "json_schema" or content.get("style", "json") != "json" or not isinstance(end, str):
             return None
         structures.append({"begin": part["begin"], "schema": content["json_schema"], "end": end})
-    return json.dumps({"structures": structures, "triggers": form["triggers"]})
+    return structures
+
+
+def _call_tags(structures: Sequence[Mapping[str, Any]], names: Sequence[str]) -> tuple[CallTag, ...]:
+    """vLLM gives the forms tool by tool, as many for each tool. Arguments without a schema are an object."""
+    tags = []
+    for number, structure in enumerate(structures):
+        name = names[number * len(names) // len(structures)]
+        if f'"{name}"' not in structure["begin"] or not _PLAIN_NAME.fullmatch(name):
+            return ()
+        schema = {"type": "object"} if structure["schema"] is True else structure["schema"]
+        tags.append(CallTag(name, structure["begin"], schema, structure["end"]))
+    return tuple(tags)

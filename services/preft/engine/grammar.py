@@ -34,7 +34,9 @@ from vllm.v1.structured_output.request import StructuredOutputRequest
 
 from preft.core.errors import InvalidRequest
 from preft.core.structured import StructuredOutputs
+from preft.engine import tag_grammar
 from preft.engine.form_check import STACK, FormCheck, compiled, reason
+from preft.engine.tag_grammar import Marks, Tag
 from preft.transfer.connector import output_so_far
 
 STRUCTURED = "preft_structured_outputs"  # in `extra_args` of a request's sampling parameters
@@ -53,6 +55,7 @@ class FormTokenizer:
             self.vocab_size = max(vocab_size, len(tokenizer))
             self.eos: int = tokenizer.eos_token_id or 0
             self.json: str = tokenizer.backend_tokenizer.to_str()
+            self.marks = _marks(tokenizer.backend_tokenizer)
         except Exception as error:  # transformers raises what it likes
             raise InvalidRequest(
                 f"this model's tokenizer can't be used for structured output: {error}", PARAM
@@ -88,11 +91,14 @@ class FormChecks:
 
     @functools.cached_property
     def _process(self) -> FormCheck:
-        tokenizer = FormTokenizer(self._model, self._vocab_size)
-        return FormCheck(tokenizer.json, tokenizer.vocab_size, tokenizer.eos)
+        return FormCheck(self._tokenizer.json, self._tokenizer.vocab_size, self._tokenizer.eos)
+
+    @functools.cached_property
+    def _tokenizer(self) -> FormTokenizer:
+        return FormTokenizer(self._model, self._vocab_size)
 
     def _check_now(self, wanted: StructuredOutputs) -> None:
-        if problem := self._process.problem(source_of(wanted)):
+        if problem := self._process.problem(source_of(wanted, self._tokenizer.marks)):
             raise InvalidRequest(f"the output's form can't be served: {problem}", PARAM)
 
 
@@ -129,15 +135,18 @@ class Grammars:
 
     @functools.cached_property
     def _tokenizer(self) -> llguidance.LLTokenizer:
-        return FormTokenizer(self._model, self._vocab_size).read()
+        tokenizer = FormTokenizer(self._model, self._vocab_size)
+        self._marks = tokenizer.marks
+        return tokenizer.read()
 
     def _compiled(
         self, wanted: StructuredOutputs, ends: Sequence[int], min_tokens: int, output: Sequence[int]
     ) -> OutputGrammar:
-        matcher = compiled(self._tokenizer, source_of(wanted))
+        tokenizer = self._tokenizer
+        matcher = compiled(tokenizer, source_of(wanted, self._marks))
         if matcher.is_error():
             raise InvalidRequest(reason(matcher), PARAM)
-        grammar = OutputGrammar(matcher, self._tokenizer.eos_tokens, ends, min_tokens, wanted.begins_after)
+        grammar = OutputGrammar(matcher, tokenizer.eos_tokens, ends, min_tokens, wanted.begins_after)
         if not grammar.accept_tokens("", output):
             raise ValueError(f"the tokens so far don't fit the request's form: {grammar.error}")
         return grammar
@@ -224,8 +233,8 @@ class OutputGrammar(StructuredOutputGrammar):
         raise NotImplementedError("a grammar serves one request")
 
 
-def source_of(wanted: StructuredOutputs) -> str:
-    """The form as llguidance's own kind of text. Raises InvalidRequest."""
+def source_of(wanted: StructuredOutputs, marks: Marks) -> str:
+    """The form as llguidance's own kind of text, for a tokenizer with `marks`. Raises InvalidRequest."""
     try:
         if wanted.regex is not None:
             return str(llguidance.grammar_from("regex", wanted.regex))
@@ -234,11 +243,15 @@ def source_of(wanted: StructuredOutputs) -> str:
         if wanted.grammar is not None:
             return str(llguidance.grammar_from("grammar", wanted.grammar))
         if wanted.structural_tag is not None:
-            return _structural_tag(wanted)
-        schema = _with_options(wanted, json.loads(wanted.json or '{"type": "object"}'))
-        return str(llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema)))
+            return _structural_tag(wanted, marks)
+        return str(llguidance.LLMatcher.grammar_from_json_schema(json.dumps(_schema_of(wanted))))
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError, StopIteration) as error:
         raise InvalidRequest(f"the output's form isn't valid: {error or type(error).__name__}", PARAM) from error
+
+
+def _schema_of(wanted: StructuredOutputs) -> dict[str, Any]:
+    """Of a form of the kinds `json` and `json_object`."""
+    return _with_options(wanted, json.loads(wanted.json or '{"type": "object"}'))
 
 
 def _with_options(wanted: StructuredOutputs, schema: Any) -> dict[str, Any]:
@@ -253,16 +266,40 @@ def _with_options(wanted: StructuredOutputs, schema: Any) -> dict[str, Any]:
     return {**(schema if isinstance(schema, dict) else {"allOf": [schema]}), "x-guidance": options}
 
 
-def _structural_tag(wanted: StructuredOutputs) -> str:
-    """vLLM's form with `structures` and `triggers`: free text, and JSON behind each trigger."""
+def _structural_tag(wanted: StructuredOutputs, marks: Marks) -> str:
+    """vLLM's form with `structures` and `triggers`, or with `calls` the form of `gateway.calls_or_form`."""
     given = json.loads(wanted.structural_tag or "")
+    if "calls" in given:
+        return _calls_or_form(wanted, given, marks)
     tags = []
     for structure in given["structures"]:
         begin = structure["begin"]
         trigger = next(trigger for trigger in given["triggers"] if begin.startswith(trigger))
-        schema = _with_options(wanted, structure["schema"])
-        tags.append(llguidance.StructTag(trigger=trigger, begin=begin, grammar=schema, end=structure["end"]))
-    return str(llguidance.StructTag.to_grammar(tags))
+        tags.append(Tag(begin, _with_options(wanted, structure["schema"]), structure["end"], trigger))
+    return tag_grammar.text_with_tags(tags, marks)
+
+
+def _calls_or_form(wanted: StructuredOutputs, given: dict[str, Any], marks: Marks) -> str:
+    form = StructuredOutputs(**{**given["form"], "choice": tuple(given["form"].get("choice", ()))})
+    calls = [Tag(call["begin"], _with_options(wanted, call["schema"]), call["end"]) for call in given["calls"]]
+    if form.regex is not None:
+        rules = tag_grammar.regex_rules(form.regex, calls)
+    elif form.choice:
+        rules = tag_grammar.choice_rules(form.choice)
+    elif form.json is not None or form.json_object:
+        rules = tag_grammar.json_rules(_schema_of(form))
+    else:
+        raise ValueError("a grammar or structural tag can't stand beside calls")
+    return tag_grammar.calls_or_form(calls, several=given["several"], form=rules, marks=marks)
+
+
+def _marks(tokenizer: Any) -> Marks:
+    """The added tokens that llguidance takes as special: it doesn't say which they are."""
+    return {
+        token.content: number
+        for number, token in tokenizer.get_added_tokens_decoder().items()
+        if token.content and (token.special or (token.content[0] == "<" and token.content[-1] == ">"))
+    }
 
 
 class GrammarScheduler:

@@ -108,8 +108,10 @@ class Completion:
                         continue  # was on its way when a stop string ended the choice
                     if readers is None:
                         pushed = choice.push(delta)
+                    elif (reader := readers[delta.index]).calls_alone is not None:
+                        pushed = reader.read_calls(choice.push(delta))
                     else:
-                        pushed = await self._read(readers[delta.index], choice, delta)
+                        pushed = await self._read(reader, choice, delta)
                     if delta.prompt_logprobs is not None:
                         pushed = dataclasses.replace(pushed, prompt_logprobs=delta.prompt_logprobs)
                     if self.call.prompt_only:

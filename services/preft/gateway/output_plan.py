@@ -13,9 +13,11 @@ from preft.core.errors import InvalidRequest
 from preft.core.structured import StructuredOutputs
 from preft.gateway.bodies.schemas import ChatBody
 from preft.gateway.bodies.tool_choice import NamedTool, forced_form
+from preft.gateway.calls_or_form import calls_or_form
 from preft.gateway.text.choice_reader import ChoiceReader
 from preft.gateway.text.forced_calls import CallArray, ForcedCalls, NamedCall
-from preft.gateway.text.parsing import Asked, Parsers, RequestParsers
+from preft.gateway.text.parsing import Asked, CallTag, Parsers, RequestParsers
+from preft.gateway.text.tagged_calls import TaggedCalls
 
 if TYPE_CHECKING:
     from preft.gateway.api_call import ApiCall
@@ -23,13 +25,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class OutputPlan:
-    """How the choices of one chat are read. `form_param` is the parameter that gave the form."""
+    """How the choices of one chat are read. `form_param` is the parameter that gave the form.
+
+    With `call_tags`, the grammar allows calls of these forms, or a text of another form.
+    """
 
     parsers: Parsers | None
     request_parsers: RequestParsers | None
     form: StructuredOutputs | None
     form_param: str
     forced: NamedTool | bool  # the function that must be called, True for any
+    call_tags: tuple[CallTag, ...]
+    shows_marks: bool  # the text has special tokens, for whoever reads the calls
     parallel: bool
     whole: bool
     earlier_calls: int  # in the prompt
@@ -38,17 +45,16 @@ class OutputPlan:
         """The call with this plan. Raises InvalidRequest if its form can't wait for the end of the reasoning."""
         options, requests = call.options, call.requests
         form = self.form
-        if self.request_parsers is not None:
-            if not self.request_parsers.skip_special_tokens:
-                options = replace(options, skip_special_tokens=False)
-            if form is not None:
-                end = self.request_parsers.reasoning_end(requests[0].prompt_token_ids)
-                form = replace(form, begins_after=end)
+        if self.shows_marks:
+            options = replace(options, skip_special_tokens=False)
+        if self.request_parsers is not None and form is not None:
+            end = self.request_parsers.reasoning_end(requests[0].prompt_token_ids)
+            form = replace(form, begins_after=end)
         if form is not requests[0].sampling.structured_outputs:
             requests = tuple(
                 replace(request, sampling=replace(request.sampling, structured_outputs=form)) for request in requests
             )
-        reading = self if self.request_parsers is not None or self.forced else None
+        reading = self if self.request_parsers is not None or self.forced or self.call_tags else None
         return replace(call, requests=requests, options=options, form_param=self.form_param, reading=reading)
 
     @property
@@ -68,6 +74,8 @@ class OutputPlan:
     def _forced_calls(self) -> ForcedCalls | None:
         if isinstance(self.forced, NamedTool):
             return NamedCall(self.forced.name, self._new_id)
+        if self.call_tags:
+            return TaggedCalls(self.call_tags, self._new_id)
         return CallArray(self._new_id) if self.forced else None
 
     def _new_id(self, name: str, position: int) -> str:
@@ -94,13 +102,8 @@ def plan_output(body: ChatBody, parsers: Parsers | None, *, whole: bool) -> Outp
     form_param = "tools"
     if form is None:
         form, form_param = body.wanted_outputs, body.form_param
-        if form is not None and choice == "auto":
-            raise InvalidRequest(
-                f"{form_param} and tool_choice='auto' exclude each other: an answer of the given form can't be a call. "
-                "Use tool_choice='none' or 'required'.",
-                form_param,
-            )
-    request_parsers = None
+    request_parsers, shows_marks = None, False
+    call_tags: tuple[CallTag, ...] = ()
     if parsers is not None:
         asked = Asked(
             [
@@ -114,14 +117,21 @@ def plan_output(body: ChatBody, parsers: Parsers | None, *, whole: bool) -> Outp
             variables=_variables(body),
         )
         request_parsers = parsers.of(asked) if choice in ("auto", "none") else parsers.of_reasoning(asked)
+        shows_marks = request_parsers is not None and not request_parsers.skip_special_tokens
         if request_parsers is not None and form is None and request_parsers.strict_tag is not None:
             form, form_param = StructuredOutputs(structural_tag=request_parsers.strict_tag), "tools"
+        elif request_parsers is not None and form is not None and choice == "auto":
+            call_tags = request_parsers.call_tags
+            form = calls_or_form(call_tags, form, form_param, parallel=body.parallel_tool_calls)
+            request_parsers = parsers.of_reasoning(asked)  # `call_tags` read the calls
     return OutputPlan(
         parsers=parsers,
         request_parsers=request_parsers,
         form=form,
         form_param=form_param,
         forced=choice if isinstance(choice, NamedTool) else choice == "required",
+        call_tags=call_tags,
+        shows_marks=shows_marks,
         parallel=body.parallel_tool_calls,
         whole=whole,
         earlier_calls=sum(len(message.tool_calls) for message in body.messages),

@@ -115,6 +115,18 @@ def test_conversations_traces_and_cancels(url: str, tmp_path: Path, capsys: pyte
     assert json.loads(capsys.readouterr().out)["runs"][0]["cancelled"] == 6
 
 
+def test_prompts_from_a_dataset(url: str, calls: list[Call], tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "how are you?"}, {"from": "gpt", "value": "well, and you?"}]
+    dataset = tmp_path / "chats.json"
+    dataset.write_text(json.dumps([{"conversations": turns}]))
+    common = ("loadgen", "--url", url, "--adapters", "a", "--requests", "2", "--dataset", str(dataset), "--no-warm-up")
+    assert main([*common, "--api", "chat"]) == 0
+    assert main([*common, "--stop-at-eos", "--output-tokens", "2"]) == 0
+    first, last = calls[1].body, calls[-1].body
+    assert (first["messages"], first["max_tokens"]) == ([{"role": "user", "content": "how are you?"}], 3)
+    assert (last["prompt"], last["max_tokens"], "ignore_eos" in last) == ("how are you?", 2, False)
+
+
 def test_saturation(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ("--saturate", "--adapter-counts", "1", "--arrivals", "constant", "--no-warm-up")
     assert main(["loadgen", "--url", url, *FAST, *flags]) == 0

@@ -90,9 +90,7 @@ FAMILIES = {
     "hermes, thoughts": Family(
         "hermes", "deepseek_r1", "hm, a tool</think>\n" + hermes(*CALLS), 2, "\n", thoughts="hm, a tool"
     ),
-    "longcat": Family(
-        "longcat", None, "So. " + hermes(*CALLS).replace("tool_call>", "longcat_tool_call>"), 2, "So. "
-    ),
+    "longcat": Family("longcat", None, "So. " + hermes(*CALLS).replace("tool_call>", "longcat_tool_call>"), 2, "So. "),
     "llama3_json": Family("llama3_json", None, "; ".join(as_json("parameters", *CALLS)), 2),
     "llama3_json, words": Family("llama3_json", None, "No call today.", content="No call today."),
     "mistral": Family("mistral", None, f"[TOOL_CALLS][{', '.join(as_json('arguments', *CALLS))}]", 2),
@@ -153,7 +151,7 @@ def ids_of(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def groupings(ids: Sequence[int]) -> Iterator[list[Sequence[int]]]:
-    """One by one, all at once, in two at every place (of long texts at 30), in random pieces, and in pieces of one size."""
+    """One by one, all at once, in two at every place (of long texts at 30), in random pieces, in pieces of one size."""
     yield [[token] for token in ids]
     yield [ids]
     for place in range(1, len(ids), max(1, len(ids) // 30)):
@@ -367,9 +365,39 @@ def test_strict_functions_give_a_form_that_engines_can_compile(folder):
     assert tag.strict_tag is not None
     structures = json.loads(tag.strict_tag)["structures"]
     assert any(structure["schema"] == WEATHER for structure in structures)
-    assert source_of(StructuredOutputs(structural_tag=tag.strict_tag))
+    assert source_of(StructuredOutputs(structural_tag=tag.strict_tag), {})
     for tools, is_formed in (([strict], True), ([TOOLS[0]], False)):
         one = parsers.of(Asked(tools=tools, may_call=True, parallel=False))
         assert one is not None
         assert (one.strict_tag is not None) is is_formed
     assert parsers.of(Asked(tools=[strict])).strict_tag is None  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("parser", ["hermes", "longcat", "qwen3_json", "llama3_json", "llama4_json"])
+def test_the_exact_forms_of_calls(folder, tokenizer, parsers_of, parser):
+    """vLLM's own parser reads calls of these forms; arguments of functions that aren't strict are any object."""
+    strict = {**TOOLS[0], "function": {**TOOLS[0]["function"], "strict": True}}
+    parsers = parsers_of(Family(parser, None, ""))
+    request = parsers.of(Asked(tools=[strict, TOOLS[1]], may_call=True))
+    assert request is not None
+    schemas = {"get_weather": WEATHER, "now": {"type": "object"}}
+    assert {tag.name: tag.schema for tag in request.call_tags} == schemas
+    for tag in request.call_tags:
+        text = tag.begin + json.dumps(PARIS) + tag.end
+        family = Family(parser, None, text)
+        reference = Reference(folder, family, prompt_of(tokenizer, family))
+        assert reference.whole(ids_of(tokenizer, text)).calls == ((tag.name, PARIS),)
+
+
+@pytest.mark.parametrize("parser", ["mistral", "qwen3_coder", "pythonic", "deepseek_v3"])
+def test_other_forms_of_calls_are_not_known(parsers_of, parser):
+    request = parsers_of(Family(parser, None, "")).of(Asked(tools=TOOLS, may_call=True))
+    assert request is not None
+    assert request.call_tags == ()
+
+
+def test_a_function_whose_name_no_call_can_have(parsers_of):
+    odd = {"type": "function", "function": {"name": 'a", "x', "parameters": {}}}
+    request = parsers_of(Family("hermes", None, "")).of(Asked(tools=[odd], may_call=True))
+    assert request is not None
+    assert request.call_tags == ()

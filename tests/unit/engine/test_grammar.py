@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import time
@@ -19,10 +20,14 @@ from preft.core.structured import StructuredOutputs
 from preft.engine.grammar import FormChecks, Grammars, OutputGrammar
 from preft.gateway.bodies.messages import Tool
 from preft.gateway.bodies.tool_choice import NamedTool, ToolChoice, forced_form
+from preft.gateway.calls_or_form import calls_or_form
 from preft.gateway.text.choice_reader import joined_calls
 from preft.gateway.text.forced_calls import CallArray, ForcedCalls, NamedCall
+from preft.gateway.text.parsing import CallTag
+from preft.gateway.text.tagged_calls import TaggedCalls
 from support.json_schemas import random_schema
 from support.models import EOS, make_model
+from support.parser_tokenizer import parser_model
 from support.small_tokenizers import word_level
 
 VOCABULARY = 512
@@ -326,3 +331,166 @@ def test_forced_calls_end_and_fit_whatever_tokens_are_drawn(folder: Path, gramma
         jsonschema.validate(json.loads(call.arguments), parameters[call.name])
         called.add(call.name)
     assert called == {"paint", "wait"}
+
+
+PAINT = {"type": "object", "properties": {"level": {"$ref": "#/$defs/level"}}, "required": ["level"]}
+PAINT |= {"additionalProperties": False, "$defs": {"level": {"enum": ["low", "high"]}}}
+WAIT = {"type": "object", "properties": {"hours": {"type": "array", "items": {"type": "boolean"}, "maxItems": 2}}}
+WAIT |= {"required": ["hours"], "additionalProperties": False}
+ANSWER = {"type": "object", "properties": {"name": {"enum": ["paint", "x"]}, "ok": {"type": "boolean"}}}
+ANSWER |= {"required": ["name", "ok"], "additionalProperties": False}
+SCHEMAS = {"paint": PAINT, "wait": WAIT}
+MARKED_TAGS = [
+    CallTag(name, f'<tool_call>{line}{{"name": "{name}", "arguments": ', schema, f"}}{line}</tool_call>")
+    for name, schema in SCHEMAS.items()
+    for line in ("\n", "")
+]
+TAGS = {
+    "marked": MARKED_TAGS,
+    "plain": [CallTag(name, f'{{"name": "{name}", "parameters": ', schema, "}") for name, schema in SCHEMAS.items()],
+}
+
+
+@pytest.fixture(scope="module")
+def marked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Grammars, Any]:
+    """A tokenizer that has the marks of calls as tokens."""
+    folder = parser_model(tmp_path_factory.mktemp("marks") / "model")
+    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    return Grammars(str(folder), len(tokenizer)), tokenizer
+
+
+def beside_calls(tags: list[CallTag], parallel: bool = True, **form: Any) -> StructuredOutputs:
+    return calls_or_form(tags, StructuredOutputs(**form), "response_format", parallel=parallel)
+
+
+CALL = '<tool_call>\n{"name": "paint", "arguments": {"level": "low"}}\n</tool_call>'
+OTHER_CALL = '<tool_call>{"name": "wait", "arguments": {"hours":[true]}}</tool_call>'
+PLAIN_CALL = '{"name": "paint", "parameters": {"level": "low"}}'
+BESIDE: list[tuple[str, dict[str, Any], list[str], list[str]]] = [
+    (
+        "marked",
+        {"json": json.dumps(ANSWER)},
+        [
+            CALL,
+            OTHER_CALL,
+            CALL + OTHER_CALL,
+            f"{CALL}\n{CALL}",
+            '{"name": "x", "ok": true}',
+            '{"name":"paint","ok":false}',
+        ],
+        [
+            CALL[:-1],
+            CALL + '{"name": "x", "ok": true}',
+            f"hm {CALL}",
+            CALL.replace("low", "lower"),
+            CALL.replace("paint", "wait"),
+            '{"ok": true}',
+            "",
+        ],
+    ),
+    ("marked", {"regex": "(.|\n)*"}, [CALL, "a/b\n<tool", "", "<tool_x"], [CALL + "x", CALL[:-1]]),
+    ("marked", {"regex": "[a-z/]+[^x]"}, [CALL, "a/b\u00e9"], ["a/bx", "7"]),
+    ("marked", {"choice": ("yes", "yes \U0001f642")}, [OTHER_CALL, "yes", "yes \U0001f642"], ["yes ", "no"]),
+    ("marked", {"json_object": True}, [CALL, '{"a": "<tool"}'], ["[]"]),
+    (
+        "plain",
+        {"json": json.dumps(ANSWER)},
+        [
+            PLAIN_CALL,
+            f"{PLAIN_CALL}; {PLAIN_CALL}",
+            '{"name":"wait","parameters":{"hours":[]}}',
+            '{"name": "paint", "ok": true}',
+        ],
+        ['{"name": "paint", "parameters": {}}', '{"name": "x", "parameters": {"level": "low"}}', '{"name": "paint"}'],
+    ),
+    ("plain", {"choice": ("yes", "no")}, [PLAIN_CALL, "no"], ["{}"]),
+]
+
+
+@pytest.mark.parametrize(("kind", "form", "good", "bad"), BESIDE)
+@pytest.mark.parametrize("has_marks", [True, False])
+async def test_calls_or_a_form(
+    marked: tuple[Grammars, Any],
+    checks: FormChecks,
+    grammars: Grammars,
+    encode: Any,
+    has_marks: bool,
+    kind: str,
+    form: dict[str, Any],
+    good: list[str],
+    bad: list[str],
+) -> None:
+    """With a tokenizer that has the marks of calls as tokens, and with one that spells them."""
+    wanted = beside_calls(TAGS[kind], **form)
+    of, end = grammars, EOS
+    if has_marks:
+        (of, tokenizer), end = marked, 0
+        encode = lambda text: tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
+    else:
+        await checks.check(wanted)
+    for text, is_good in [(text, True) for text in good] + [(text, False) for text in bad]:
+        grammar = of.compiled(wanted, [end], 0, []).result()
+        tokens, fitting = [*encode(text), end], True
+        for token in tokens:
+            fitting = fitting and token in allowed(of, grammar) and grammar.accept_tokens("", [token])
+        assert fitting is is_good, (text, grammar.error)
+
+
+def test_without_parallel_calls_one_call_alone_fits(marked: tuple[Grammars, Any]) -> None:
+    grammars, tokenizer = marked
+    wanted = beside_calls(MARKED_TAGS, parallel=False, json_object=True)
+    for text, is_good in ((CALL, True), (f"{CALL}\n{CALL}", False), (CALL + CALL, False)):
+        tokens = [*tokenizer.encode(text, add_special_tokens=False), 0]
+        assert grammars.compiled(wanted, [0], 0, []).result().accept_tokens("", tokens) is is_good
+
+
+@pytest.mark.parametrize("kind", TAGS)
+def test_walks_end_in_calls_or_in_the_form_and_are_read_so(marked: tuple[Grammars, Any], kind: str) -> None:
+    """Also if another engine goes on behind any token."""
+    grammars, tokenizer = marked
+    draw, seen = random.Random(5), set()
+    wanted = beside_calls(TAGS[kind], json=json.dumps(ANSWER), disable_any_whitespace=True)
+    for _ in range(60):
+        grammar, output = grammars.compiled(wanted, [0], 0, []).result(), list[int]()
+        cut = draw.randrange(40)
+        while not output or output[-1] != 0:
+            if len(output) == cut:
+                grammar = grammars.compiled(wanted, [0], 0, output).result()
+            fitting = sorted(allowed(grammars, grammar))
+            output.append(0 if 0 in fitting and draw.random() < 0.7 else draw.choice(fitting))
+            assert grammar.accept_tokens("", output[-1:]), grammar.error
+            assert len(output) < 600
+        parts = TaggedCalls(TAGS[kind], lambda name, position: "id").push(tokenizer.decode(output[:-1]), finished=True)
+        calls = joined_calls(list(parts.tool_calls))
+        for call in calls:
+            jsonschema.validate(json.loads(call.arguments), SCHEMAS[call.name])
+        if not calls:
+            jsonschema.validate(json.loads(parts.content), ANSWER)
+        seen.add(min(len(calls), 2))
+    assert seen == {0, 1, 2}
+
+
+def test_a_form_behind_a_token_beside_calls(marked: tuple[Grammars, Any]) -> None:
+    grammars, tokenizer = marked
+    end = tokenizer.convert_tokens_to_ids("</think>")
+    wanted = dataclasses.replace(beside_calls(MARKED_TAGS, json_object=True), begins_after=end)
+    for text in (CALL, '{"a": 1}'):
+        tokens = tokenizer.encode(f"x</think>{text}", add_special_tokens=False)
+        assert grammars.compiled(wanted, [0], 0, []).result().accept_tokens("", [*tokens, 0])
+    tokens = tokenizer.encode(CALL, add_special_tokens=False)
+    assert not grammars.compiled(wanted, [0], 0, []).result().accept_tokens("", [*tokens, 0])
+
+
+def test_tagged_text_has_the_marks_as_tokens(marked: tuple[Grammars, Any]) -> None:
+    grammars, tokenizer = marked
+    structures = [{"begin": tag.begin, "schema": tag.schema, "end": tag.end} for tag in MARKED_TAGS]
+    tag = {"structures": structures, "triggers": ["<tool_call>"]}
+    grammar = {"structural_tag": json.dumps(tag)}
+    for text, is_good in [
+        (f"So: {CALL}\n{OTHER_CALL} and", True),
+        ("3 < 4", True),
+        (CALL.replace("low", "lower"), False),
+        ("<tool_call>x", False),
+    ]:
+        tokens = [*tokenizer.encode(text, add_special_tokens=False), 0]
+        assert grammars.compiled(StructuredOutputs(**grammar), [0], 0, []).result().accept_tokens("", tokens) is is_good

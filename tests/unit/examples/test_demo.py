@@ -8,7 +8,7 @@ import pytest
 
 import demo
 from personal_memory import task
-from unit.loadgen.sse_server import DONE, HEAD, Call, chunk, fake_server, json_reply, tokens
+from unit.loadgen.sse_server import DONE, HEAD, Call, chunk, fake_server, json_reply, tokens, usage
 
 USERS = tuple(task.USERS)
 ADAPTERS = tuple(f"{user}{kind}" for user in USERS for kind in demo.KINDS)
@@ -38,7 +38,9 @@ def server(answer):
         else:
             text = answer(call.body["model"], call.body["messages"][0]["content"])
             event = {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": "stop"}]}
-            await call.write(HEAD + chunk(b"data: " + json.dumps(event).encode() + b"\n\n" + DONE) + b"0\r\n\r\n")
+            await call.write(
+                HEAD + chunk(b"data: " + json.dumps(event).encode() + b"\n\n" + usage(1) + DONE) + b"0\r\n\r\n"
+            )
 
     return script
 

@@ -54,5 +54,7 @@ class FakeServer:
             self.adapters.append(name)
 
     async def unload_adapter(self, name: str) -> None:
+        if name not in self.contents:
+            raise RequestFailed(f"404: no model {name}", 404)
         del self.contents[name]
         self.adapters.remove(name)

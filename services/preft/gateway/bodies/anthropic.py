@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, model_validator
+from pydantic import BeforeValidator, Field, PlainValidator, model_validator
 
 from preft.core.errors import InvalidRequest
-from preft.core.request import INT32_MAX
 from preft.gateway.bodies.anthropic_blocks import (
     InputMessage,
     TextBlock,
@@ -22,8 +21,8 @@ from preft.gateway.bodies.converted import Names, Turns
 from preft.gateway.bodies.messages import MAX_TOOLS
 from preft.gateway.bodies.parameters import OtherParameters
 from preft.gateway.bodies.parse import parse_body
-from preft.gateway.bodies.schemas import WHOLE, ApiBody, ChatBody, Strict
-from preft.gateway.bodies.values import MAX_STOPS, at_most, read_salt
+from preft.gateway.bodies.schemas import WHOLE, ApiBody, ChatBody, NonEmpty, Salt, Strict, Temperature, TopK, TopP
+from preft.gateway.bodies.values import MAX_STOPS, at_most, of_type
 
 MESSAGES_PARAMETERS = OtherParameters(
     accepted=frozenset(
@@ -62,17 +61,11 @@ class MessagesChat(ChatBody):
     id_prefix = "msg_"
 
 
-def _read_tool_type(value: object) -> object:
-    if isinstance(value, str) and value != "custom":
-        raise ValueError(f"tools of type {value[:80]!r} aren't supported, only tools that the client runs")
-    return value
-
-
 class ClientTool(Strict):
     """A tool that the client runs. `cache_control` and `eager_input_streaming` have no effect."""
 
-    type: Annotated[Literal["custom"], BeforeValidator(_read_tool_type)] = "custom"
-    name: Annotated[str, Field(min_length=1)]
+    type: Annotated[Literal["custom"], BeforeValidator(of_type("custom", "tools that the client runs"))] = "custom"
+    name: NonEmpty
     description: str | None = None
     input_schema: dict[str, Any]
     strict: bool | None = None
@@ -92,7 +85,7 @@ class ClientTool(Strict):
 
 class ToolChoice(Strict):
     type: Literal["auto", "any", "tool", "none"]
-    name: Annotated[str, Field(min_length=1)] | None = None
+    name: NonEmpty | None = None
     disable_parallel_tool_use: bool | None = None
 
     @model_validator(mode="after")
@@ -135,7 +128,7 @@ class CountTokensBody(ApiBody):
 
     others = MESSAGES_PARAMETERS
 
-    model: Annotated[str, Field(min_length=1)]
+    model: NonEmpty
     messages: Annotated[list[InputMessage], PlainValidator(read_messages, json_schema_input_type=list[InputMessage])]
     system: Annotated[str | list[Any], PlainValidator(read_system, json_schema_input_type=str | list[TextBlock])] = ""
     tools: Annotated[list[ClientTool], BeforeValidator(at_most(MAX_TOOLS))] = Field(default_factory=list)
@@ -205,14 +198,12 @@ class MessagesBody(CountTokensBody):
     """POST /v1/messages."""
 
     max_tokens: Annotated[int, Field(ge=1), WHOLE]
-    stop_sequences: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(at_most(MAX_STOPS))] = Field(
-        default_factory=list
-    )
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=INT32_MAX), WHOLE] | None = None
+    stop_sequences: Annotated[list[NonEmpty], BeforeValidator(at_most(MAX_STOPS))] = Field(default_factory=list)
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
     stream: bool = False
-    cache_salt: Annotated[str, Field(min_length=1, max_length=128), AfterValidator(read_salt)] | None = None
+    cache_salt: Salt | None = None
 
     def _sampling_fields(self) -> dict[str, Any]:
         return {

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar
-
-from pydantic import Field, ValidationError
+from typing import Any, Literal
 
 from preft.core.errors import InvalidRequest
 from preft.gateway.bodies.converted import Turns
 from preft.gateway.bodies.messages import MAX_MESSAGES
-from preft.gateway.bodies.parse import first_problem
-from preft.gateway.bodies.schemas import Strict
+from preft.gateway.bodies.parse import checked, without_nulls
+from preft.gateway.bodies.schemas import NonEmpty, Strict
 
-NonEmpty = Annotated[str, Field(min_length=1)]
 BILLING = "x-anthropic-billing-header"
 """The beginning of Claude Code's system text that differs in each request. As in vLLM, no prompt has such a text."""
 
@@ -71,7 +68,6 @@ class ToolResultBlock(_Block):
 
 Block = TextBlock | ThinkingBlock | ToolUseBlock | ToolResultBlock
 Kinds = Mapping[str, type[Block]]
-Kind = TypeVar("Kind", bound=Strict)
 Role = Literal["user", "assistant", "system"]
 
 _TEXT: Kinds = {"text": TextBlock}
@@ -123,11 +119,11 @@ def system_text(content: str | Sequence[Block]) -> str:
 def _read_message(value: object, place: str) -> InputMessage:
     if not isinstance(value, dict):
         raise InvalidRequest(f"{place} must be an object.", place)
-    given = {name: field for name, field in value.items() if field is not None}
+    given = without_nulls(value)
     kinds = _KINDS.get(role) if isinstance(role := given.get("role"), str) else None
     if kinds is not None and not isinstance(given.get("content", ""), str):
         given["content"] = _read_blocks(given["content"], kinds, f"{place}.content")
-    return _checked(InputMessage, given, place)
+    return checked(InputMessage, given, place)
 
 
 def _read_blocks(value: object, kinds: Kinds, place: str) -> list[Block]:
@@ -139,7 +135,7 @@ def _read_blocks(value: object, kinds: Kinds, place: str) -> list[Block]:
 def _read_block(value: object, kinds: Kinds, place: str) -> Block:
     if not isinstance(value, dict):
         raise InvalidRequest(f"{place} must be an object.", place)
-    given = {name: field for name, field in value.items() if field is not None}
+    given = without_nulls(value)
     name = given.get("type")
     kind = kinds.get(name) if isinstance(name, str) else None
     if kind is None:
@@ -149,14 +145,7 @@ def _read_block(value: object, kinds: Kinds, place: str) -> Block:
         )
     if kind is ToolResultBlock and not isinstance(given.get("content", ""), str):
         given["content"] = _read_blocks(given["content"], _TEXT, f"{place}.content")
-    return _checked(kind, given, place)
-
-
-def _checked(kind: type[Kind], given: Mapping[str, Any], place: str) -> Kind:
-    try:
-        return kind.model_validate(given)
-    except ValidationError as error:
-        raise first_problem(error, place) from None
+    return checked(kind, given, place)
 
 
 def _join_assistant(blocks: Sequence[Block], turns: Turns, place: str) -> None:

@@ -32,10 +32,19 @@ def parse_body(kind: type[Body], given: Mapping[str, Any]) -> Body:
     """The checked body; null means absent. Raises InvalidRequest that names a parameter, such as `messages[0].role`."""
     if issubclass(kind, ApiBody):
         given = known_parameters(given, kind.model_fields, kind.others)
+    return checked(kind, without_nulls(given))
+
+
+def without_nulls(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def checked(kind: type[Body], given: Mapping[str, Any], place: str = "") -> Body:
+    """The checked value, which `place` holds. Raises InvalidRequest that names the first wrong parameter."""
     try:
-        return kind.model_validate({name: value for name, value in given.items() if value is not None})
+        return kind.model_validate(given)
     except ValidationError as error:
-        raise first_problem(error) from None
+        raise first_problem(error, place) from None
 
 
 def first_problem(error: ValidationError, within: str = "") -> InvalidRequest:

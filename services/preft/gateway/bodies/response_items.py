@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, PlainValidator, ValidationError
+from pydantic import BaseModel, Field, PlainValidator
 
 from preft.core.errors import InvalidRequest
 from preft.gateway.bodies.converted import Turns
 from preft.gateway.bodies.messages import MAX_MESSAGES, ContentPart
-from preft.gateway.bodies.parse import first_problem
-from preft.gateway.bodies.schemas import Strict
+from preft.gateway.bodies.parse import checked, without_nulls
+from preft.gateway.bodies.schemas import NonEmpty, Strict
 
 Status = Literal["in_progress", "completed", "incomplete"]
-NonEmpty = Annotated[str, Field(min_length=1)]
 # The chat body checks content.
 Text = Annotated[Any, PlainValidator(lambda value: value, json_schema_input_type=str | list[str | ContentPart])]
 
@@ -130,7 +129,7 @@ def read_input(value: object) -> str | list[Item]:
 def _read_item(value: object, place: str) -> Item:
     if not isinstance(value, dict):
         raise InvalidRequest(f"{place} must be an object.", place)
-    given = {name: field for name, field in value.items() if field is not None}
+    given = without_nulls(value)
     name = given.get("type", "message")
     if name == "reasoning" and given.pop("encrypted_content", None):
         raise InvalidRequest(f"{place}: encrypted content can't be read.", f"{place}.encrypted_content")
@@ -141,10 +140,7 @@ def _read_item(value: object, place: str) -> Item:
         raise InvalidRequest(
             f"{place}: items of type {shown} aren't supported{reason and f': {reason}'}.", f"{place}.type"
         )
-    try:
-        return kind.model_validate(given)
-    except ValidationError as error:
-        raise first_problem(error, place) from None
+    return checked(kind, given, place)
 
 
 def _assistant(turns: Turns) -> dict[str, Any] | None:

@@ -15,9 +15,9 @@ from preft.gateway.bodies.messages import MAX_TOOLS
 from preft.gateway.bodies.parameters import OtherParameters
 from preft.gateway.bodies.parse import parse_body
 from preft.gateway.bodies.response_items import Item, MessageItem, read_input
-from preft.gateway.bodies.schemas import WHOLE, ChatBody, SamplingBody, Strict
+from preft.gateway.bodies.schemas import WHOLE, ChatBody, NonEmpty, SamplingBody, Strict
 from preft.gateway.bodies.structured import Form
-from preft.gateway.bodies.values import at_most
+from preft.gateway.bodies.values import at_most, of_type
 
 LOGPROBS = "message.output_text.logprobs"
 
@@ -76,18 +76,12 @@ class ResponsesChat(ChatBody):
     id_prefix = "resp_"
 
 
-def _read_tool_type(value: object) -> object:
-    if isinstance(value, str) and value != "function":
-        raise ValueError(f"tools of type {value[:80]!r} aren't supported, only functions")
-    return value
-
-
 _FUNCTION_FIELDS = {"name", "description", "parameters", "strict"}
 
 
 class FunctionTool(Strict):
-    type: Annotated[Literal["function"], BeforeValidator(_read_tool_type)]
-    name: Annotated[str, Field(min_length=1)]
+    type: Annotated[Literal["function"], BeforeValidator(of_type("function", "functions"))]
+    name: NonEmpty
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
@@ -104,7 +98,7 @@ class FunctionTool(Strict):
 
 class FunctionChoice(Strict):
     type: Literal["function"]
-    name: Annotated[str, Field(min_length=1)]
+    name: NonEmpty
 
 
 def _read_choice(value: object) -> str | FunctionChoice:

@@ -43,6 +43,10 @@ INT64_MAX = 2**63 - 1
 WHOLE = BeforeValidator(whole)
 Integer = Annotated[int, WHOLE]
 NonEmpty = Annotated[str, Field(min_length=1)]
+Temperature = Annotated[float, Field(ge=0, le=2)]
+TopP = Annotated[float, Field(gt=0, le=1)]
+TopK = Annotated[int, Field(ge=-1, le=INT32_MAX), WHOLE]  # -1 and 0: all tokens
+Salt = Annotated[str, Field(min_length=1, max_length=128), AfterValidator(read_salt)]
 
 
 class Strict(BaseModel):
@@ -69,10 +73,10 @@ class ApiBody(Strict):
 class SamplingBody(ApiBody):
     """The fields that mean the same in completions, chat completions and responses. None means absent."""
 
-    model: Annotated[str, Field(min_length=1)]
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=INT32_MAX), WHOLE] | None = None  # -1 and 0: all tokens
+    model: NonEmpty
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None  # beyond these, logits aren't finite
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
@@ -91,7 +95,7 @@ class SamplingBody(ApiBody):
     request_id: Annotated[str, Field(pattern=r"^[!-~]{1,128}$")] | None = None  # a part of the reply's id
     stream: bool = False
     structured_outputs: StructuredOutputsBody | None = None
-    cache_salt: Annotated[str, Field(min_length=1, max_length=128), AfterValidator(read_salt)] | None = None
+    cache_salt: Salt | None = None
 
 
 class GenerationBody(SamplingBody):

@@ -71,7 +71,7 @@ def forced_form(tools: Sequence[Tool], choice: ToolChoice, *, parallel: bool) ->
         schema = {"type": "array", "minItems": 1, "items": {"anyOf": []}}
         for number, tool in enumerate(tools):
             place = f"#/items/anyOf/{number}/properties/parameters"
-            call = {"name": {"const": tool.function.name}, "parameters": _moved(_parameters(tool), place)}
+            call = {"name": {"const": tool.function.name}, "parameters": moved(_parameters(tool), place)}
             schema["items"]["anyOf"].append(
                 {"type": "object", "properties": call, "required": [*call], "additionalProperties": False}
             )
@@ -87,15 +87,15 @@ def _parameters(tool: Tool) -> dict[str, Any]:
     return tool.function.parameters or _NO_PARAMETERS
 
 
-def _moved(schema: Any, place: str) -> Any:
+def moved(schema: Any, place: str) -> Any:
     """A schema whose references to its own root point to `place`."""
     if isinstance(schema, list):
-        return [_moved(item, place) for item in schema]
+        return [moved(item, place) for item in schema]
     if not isinstance(schema, dict):
         return schema
     return {
         key: place + value[1:]
         if key == "$ref" and isinstance(value, str) and value.startswith("#")
-        else _moved(value, place)
+        else moved(value, place)
         for key, value in schema.items()
     }

@@ -107,6 +107,17 @@ def at_most(limit: int) -> Callable[[object], object]:
     return check
 
 
+def of_type(known: str, supported: str) -> Callable[[object], object]:
+    """Refuses a tool of another type than `known`; `supported` says which tools may come."""
+
+    def check(value: object) -> object:
+        if isinstance(value, str) and value != known:
+            raise ValueError(f"tools of type {value[:80]!r} aren't supported, only {supported}")
+        return value
+
+    return check
+
+
 def read_logit_bias(value: object) -> dict[int, float]:
     if not isinstance(value, dict):
         raise ValueError("must be an object of token ids and numbers")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import uuid
-from json import JSONEncoder
 from json.encoder import encode_basestring_ascii as quote
 from typing import Any
 
@@ -17,9 +16,9 @@ import jiter
 from preft.core.request import FinishReason
 from preft.gateway.api_call import ApiCall
 from preft.gateway.http.error_forms import anthropic_error, error_parts
+from preft.gateway.http.events import dumps
 from preft.gateway.text.choice import ChoiceDelta, ToolCallDelta
 
-_dumps = JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 Json = dict[str, Any]
 
 
@@ -136,12 +135,12 @@ class AnthropicShape:
 
     def failure(self, error: BaseException) -> str:
         """The last event of a stream that fails."""
-        return f"event: error\ndata: {_dumps(anthropic_error(error_parts(error)))}\n\n"
+        return f"event: error\ndata: {dumps(anthropic_error(error_parts(error)))}\n\n"
 
     def reply(self, cached_tokens: int, reasoning_tokens: int | None = None) -> str:
         """The JSON text of a reply that isn't streamed."""
         self._finished()
-        return _dumps(self._message(*self._stop_reason(), cached_tokens))
+        return dumps(self._message(*self._stop_reason(), cached_tokens))
 
     def _finished(self) -> str:
         """The last block's last events. An answer without anything is an empty text."""
@@ -222,4 +221,4 @@ def _grown(block: _Block, text: str) -> str:
 
 
 def _event(kind: str, fields: Json) -> str:
-    return f"event: {kind}\ndata: {_dumps({'type': kind, **fields})}\n\n"
+    return f"event: {kind}\ndata: {dumps({'type': kind, **fields})}\n\n"

@@ -1,13 +1,15 @@
-"""Server-sent events: the head of their response, one event, and the sending of events."""
+"""Server-sent events: the head of their response, their JSON, one event, and the sending of events."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from json import JSONEncoder
 from typing import Any
 
 from starlette.types import Send
 
+dumps = JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 DONE = "data: [DONE]\n\n"
 FAILURE = "preft.failure"
 """The key of an ASGI scope. A list there holds the function that writes the last events of the open stream if it must

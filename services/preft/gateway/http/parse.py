@@ -8,10 +8,10 @@ import time
 from typing import TypeVar
 
 from fastapi import Request
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from preft.core.errors import InvalidRequest
-from preft.gateway.bodies.parse import INLINE_BYTES, first_problem, parse_body, parse_json
+from preft.gateway.bodies.parse import INLINE_BYTES, checked, parse_body, parse_json
 from preft.gateway.http.content import read_json_bytes
 
 TIMEOUT = "preft-timeout"  # a header
@@ -38,10 +38,7 @@ def parse_query(kind: type[Body], request: Request) -> Body:
         if name in given:
             raise InvalidRequest(f"{name} is given more than once.", name)
         given[name] = value
-    try:
-        return kind.model_validate(given)
-    except ValidationError as error:
-        raise first_problem(error) from None
+    return checked(kind, given)
 
 
 def read_deadline(request: Request) -> float | None:

@@ -15,13 +15,12 @@ from typing import Any
 from preft.core.request import FinishReason, PromptLogprobs, TokenLogprob
 from preft.gateway.api_call import ApiCall
 from preft.gateway.http.errors import failure_events
-from preft.gateway.http.events import DONE
+from preft.gateway.http.events import DONE, dumps
 from preft.gateway.http.logprobs import LogprobFormat, prompt_json
 from preft.gateway.text.choice import ChoiceDelta, ToolCallDelta
 from preft.gateway.text.choice_reader import joined_calls
 from preft.gateway.text.tokenizer import Tokenizer
 
-_dumps = JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 _dump_text = JSONEncoder(separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode
 
 
@@ -107,7 +106,7 @@ class Shape:
         self._started = [False] * choices
         self._wholes = [WholeChoice(index) for index in range(choices)]
         self._detailed = self._logprobs is not None or options.token_ids or options.continuous_usage
-        head = _dumps({**self._envelope, "object": self.chunk_object})[:-1]
+        head = dumps({**self._envelope, "object": self.chunk_object})[:-1]
         self._heads = [f'data: {head},"choices":[{{"index":{i},{self.plain_head}' for i in range(choices)]
         self._tail = self.plain_tail + (',"usage":null}\n\n' if options.usage else "}\n\n")
 
@@ -186,7 +185,7 @@ class Shape:
 
     def _event(self, choices: list[dict[str, Any]], **more: Any) -> str:
         body = {**self._envelope, "object": self.chunk_object, "choices": choices, **more}
-        return f"data: {_dumps(body)}\n\n"
+        return f"data: {dumps(body)}\n\n"
 
     def _usage_so_far(self, index: int) -> dict[str, Any]:
         """The usage field of a chunk. In OpenAI's streams with usage it is null until the last chunk."""

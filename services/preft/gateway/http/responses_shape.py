@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterable, Iterator
-from json import JSONEncoder
 from json.encoder import encode_basestring_ascii as quote
 from typing import Any
 
@@ -18,11 +17,11 @@ from preft.core.request import FinishReason, TokenLogprob
 from preft.gateway.api_call import ApiCall
 from preft.gateway.bodies.responses import LOGPROBS, ResponsesBody
 from preft.gateway.http.error_forms import error_parts
+from preft.gateway.http.events import dumps
 from preft.gateway.http.logprobs import LogprobFormat
 from preft.gateway.text.choice import ChoiceDelta, ToolCallDelta
 from preft.gateway.text.tokenizer import Tokenizer
 
-_dumps = JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 Json = dict[str, Any]
 Event = tuple[str, Json]  # type and fields
 
@@ -197,7 +196,7 @@ class ResponsesShape:
     def reply(self, cached_tokens: int, reasoning_tokens: int | None = None) -> str:
         """The JSON text of a reply that isn't streamed."""
         _, status = self._finished()
-        return _dumps(self._response(status, self._usage(cached_tokens, reasoning_tokens)))
+        return dumps(self._response(status, self._usage(cached_tokens, reasoning_tokens)))
 
     def _finished(self) -> tuple[str, str]:
         """The last item's last events, and the response's status. An answer without anything is an empty text."""
@@ -268,7 +267,7 @@ class ResponsesShape:
         return "".join(self._event(kind, **fields) for kind, fields in events)
 
     def _event(self, kind: str, **fields: Any) -> str:
-        data = _dumps({"type": kind, "sequence_number": self._sent, **fields})
+        data = dumps({"type": kind, "sequence_number": self._sent, **fields})
         self._sent += 1
         return f"event: {kind}\ndata: {data}\n\n"
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from preft.core.errors import EngineFailed
+from preft.core.light import light_dataclass
 from preft.core.request import FinishReason, PromptLogprobs, TokenDelta, TokenLogprob
 from preft.gateway.text.detokenizer import Detokenizer
 from preft.gateway.text.stopping import StopStrings
@@ -26,7 +27,7 @@ class TextOptions:
     logprobs: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@light_dataclass
 class ToolCallDelta:
     """The next part of the choice's tool call number `position`, counted from 0.
 
@@ -39,7 +40,7 @@ class ToolCallDelta:
     name: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@light_dataclass
 class ChoiceDelta:
     """The new text of one choice. `stop_reason` is the stop string or caller's stop token that ended the choice.
 

@@ -50,6 +50,7 @@ class CallArray:
         self._new_id = new_id
         self._calls = 0
         self._head = ""  # text before the next arguments
+        self._is_content = False
         self._in_arguments = False
         self._depth = 0
         self._in_string = False
@@ -58,25 +59,34 @@ class CallArray:
     def push(self, text: str, *, finished: bool) -> Parts:
         if self._in_arguments and not self._escaped and _STRUCTURE.search(text) is None:  # nearly always
             return Parts(tool_calls=(ToolCallDelta(self._calls - 1, text),)) if text else Parts()
+        if self._is_content:
+            return Parts(text)
         deltas: list[ToolCallDelta] = []
         rest = text
         while rest:
             rest = self._read_arguments(rest, deltas) if self._in_arguments else self._read_head(rest, deltas)
         content = ""
-        if self._head and not self._calls:
-            begins = self._head.lstrip()[:1]
-            if finished or begins not in ("", "[") or len(self._head) > MAX_HEAD:
-                content, self._head = self._head, ""
+        if self._head and not self._calls and (finished or not self._may_begin(self._head)):
+            content, self._head, self._is_content = self._head, "", True
         return Parts(content, tool_calls=tuple(deltas))
+
+    def _next_call(self, head: str) -> tuple[str, int] | None:
+        """The name of the call whose arguments follow a beginning of `head`, and the beginning's length."""
+        found = _HEAD.match(head)
+        return None if found is None else (json.loads(found[1]), found.end())
+
+    def _may_begin(self, head: str) -> bool:
+        """Whether `head` may be the beginning of a first call's head."""
+        return head.lstrip()[:1] in ("", "[") and len(head) <= MAX_HEAD
 
     def _read_head(self, text: str, deltas: list[ToolCallDelta]) -> str:
         """Takes text up to the next arguments. Returns what follows."""
         self._head += text
-        match = _HEAD.match(self._head)
-        if match is None:
+        found = self._next_call(self._head)
+        if found is None:
             return ""
-        rest, self._head = self._head[match.end() :], ""
-        name = json.loads(match[1])
+        name, length = found
+        rest, self._head = self._head[length:], ""
         deltas.append(ToolCallDelta(self._calls, "", self._new_id(name, self._calls), name))
         self._calls += 1
         self._in_arguments = True

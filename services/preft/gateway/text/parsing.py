@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from preft.core.light import light_dataclass
 from preft.gateway.text.choice import ToolCallDelta
 
 
-@dataclass(frozen=True, slots=True)
+@light_dataclass
 class Parts:
     """A piece of a choice's output, taken apart."""
 
@@ -41,6 +42,16 @@ class Asked:
     variables: Mapping[str, Any] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class CallTag:
+    """One exact form of a function's calls: `begin`, then the arguments as JSON of `schema`, then `end`."""
+
+    name: str
+    begin: str
+    schema: Mapping[str, Any]
+    end: str
+
+
 class OutputParser(Protocol):
     """Parses one choice, either piece by piece with `push` or at once with `parse`. Both may raise anything.
 
@@ -63,7 +74,8 @@ class OutputParser(Protocol):
 class RequestParsers(Protocol):
     """The parsers of one request's choices. `strict_tag` is the form in which the model must write its calls.
 
-    vLLM's parsers read special tokens: then `skip_special_tokens` is False, and the text must have them.
+    `call_tags` are the forms of all calls that the tools allow, none if they aren't known. vLLM's parsers read special
+    tokens: then `skip_special_tokens` is False, and the text must have them.
     """
 
     @property
@@ -71,6 +83,9 @@ class RequestParsers(Protocol):
 
     @property
     def strict_tag(self) -> str | None: ...
+
+    @property
+    def call_tags(self) -> tuple[CallTag, ...]: ...
 
     def reasoning_end(self, prompt: Sequence[int]) -> int | None:
         """The token that ends the reasoning, None if the output begins behind it. Raises InvalidRequest if unknown."""

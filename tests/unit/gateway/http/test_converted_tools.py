@@ -10,10 +10,12 @@ from typing import Any, cast
 
 import anthropic
 import openai
+import pydantic
 import pytest
 
 from preft.gateway.deps import GatewayDeps
 from preft.gateway.http.app import create_app
+from preft.gateway.text.parsing import CallTag
 from preft.gateway.text.tokenizer import Tokenizer
 from support.fake_parsers import FakeParsers
 from support.fakes import FakeCatalog, FakeGenerator, Script
@@ -147,6 +149,40 @@ def test_forced_calls(each: SimpleNamespace) -> None:
     with each.anthropic.messages.stream(**claude, tool_choice={"type": "tool", "name": "look"}) as events:
         message = events.get_final_message()
     assert (blocks_of(message)[-1], message.stop_reason) == (("tool_use", "look", {"a": 2}), "tool_use")
+
+
+class Answer(pydantic.BaseModel):
+    b: str
+
+
+def test_tools_and_a_form_with_each_client(tokenizer: Tokenizer) -> None:
+    """The clients' `parse` with tools: a call leaves nothing to parse, and other answers have the form."""
+    tag = CallTag("look", "<call>look=", {"type": "object"}, "</call>")
+    call, content = '<call>look={"a":1}</call>', '{"b": "@look;"}'
+    strict = {**LOOK, "strict": True, "parameters": Answer.model_json_schema() | {"additionalProperties": False}}
+    function = {key: value for key, value in strict.items() if key != "type"}
+    chat: Any = {"model": "ann", "messages": USER, "tools": [{"type": "function", "function": function}]}
+    claude: Any = {"model": "ann", "messages": USER, "max_tokens": 100, "tools": CLAUDES[:1]}
+    claude["output_config"] = {"format": {"type": "json_schema", "schema": Answer.model_json_schema()}}
+    with served(tokenizer, FakeParsers(call_tags=(tag,))) as each:
+        each.texts = [f"(hm){content}"]
+        assert (
+            each.openai.chat.completions.parse(**chat, response_format=Answer).choices[0].message.parsed.b == "@look;"
+        )
+        reply = each.openai.responses.parse(model="ann", input="hi", tools=[strict], text_format=Answer)
+        assert reply.output_parsed == Answer(b="@look;")
+        assert blocks_of(each.anthropic.messages.create(**claude)) == [("thinking", "hm"), ("text", content)]
+        form = json.loads(each.generator.requests[-1].sampling.structured_outputs.structural_tag)
+        assert json.loads(form["form"]["json"]) == Answer.model_json_schema()
+        each.texts = [f"(hm){call}"]
+        [choice] = each.openai.chat.completions.parse(**chat, response_format=Answer).choices
+        assert (choice.message.parsed, choice.finish_reason) == (None, "tool_calls")
+        assert choice.message.tool_calls[0].function.arguments == '{"a":1}'
+        with each.openai.responses.stream(model="ann", input="hi", tools=[strict], text_format=Answer) as stream:
+            assert items_of(stream.get_final_response())[1:] == [("function_call", "look", '{"a":1}')]
+        with each.anthropic.messages.stream(**claude) as stream:
+            message = stream.get_final_message()
+        assert (blocks_of(message)[1:], message.stop_reason) == ([("tool_use", "look", {"a": 1})], "tool_use")
 
 
 def test_refusals_name_the_clients_parameter(each: SimpleNamespace) -> None:

@@ -16,6 +16,7 @@ from preft.core.request import FinishReason
 from preft.gateway.deps import GatewayDeps
 from preft.gateway.grpc.server import serve_grpc
 from preft.gateway.http.app import create_app
+from preft.gateway.text.parsing import CallTag
 from preft.gateway.text.tokenizer import Tokenizer
 from preft.rpc import common_pb2, inference_pb2, inference_pb2_grpc
 from support.fake_parsers import FakeParsers
@@ -274,12 +275,53 @@ async def test_forced_calls_begin_behind_the_reasoning(parsed):
     assert parsed.generator.requests[-1].sampling.structured_outputs.begins_after == 77
 
 
-async def test_a_form_and_calls_exclude_each_other(parsed):
-    wanted = {"type": "json_object"}
-    assert (await parsed.refused(response_format=wanted))["param"] == "response_format"
+OBJECT = {"type": "object"}
+TAGS = (CallTag("look", "<call>look=", OBJECT, "</call>"), CallTag("add", "<call>add=", OBJECT, "</call>"))
+TAGGED = '<call>look={"a":1}</call>\n<call>add={}</call>'
+WANTED = {"type": "json_schema", "json_schema": {"name": "a", "strict": True, "schema": {"type": "object"}}}
+
+
+@pytest.mark.parametrize("thoughts", ["", "(hm)"])
+async def test_calls_or_a_text_of_the_form(parsed, thoughts):
+    parsed.parsers.call_tags, parsed.parsers.end = TAGS, 77
+    content = '{"b": "<call>look={}</call>@add;{};"}'  # only the beginning of the output can make it a call
+    for text, shown, calls in [(TAGGED, "", CALLS), (content, content, [])]:
+        parsed.say(thoughts + text)
+        [choice] = (await parsed.whole(response_format=WANTED))["choices"]
+        functions = [call["function"] for call in calls]
+        assert choice["message"]["content"] == (shown or None)
+        assert [call["function"] for call in choice["message"].get("tool_calls", ())] == functions
+        assert choice["message"].get("reasoning", "") == thoughts.strip("()")
+        assert choice["finish_reason"] == ("tool_calls" if calls else "stop")
+        chunks = await parsed.stream(response_format=WANTED)
+        message = joined(chunks)
+        assert (message["content"], message["reasoning"]) == (shown, thoughts.strip("()"))
+        assert [call["function"] for call in message["tool_calls"]] == functions
+        assert chunks[-1]["choices"][0]["finish_reason"] == choice["finish_reason"]
+    form = parsed.generator.requests[-1].sampling.structured_outputs
+    assert json.loads(form.structural_tag) == {
+        "calls": [{"begin": tag.begin, "schema": OBJECT, "end": tag.end} for tag in TAGS],
+        "several": True,
+        "form": {"json": '{"type": "object"}', "disable_additional_properties": True},
+    }
+    assert form.begins_after == 77
+    await parsed.whole(response_format=WANTED, parallel_tool_calls=False)
+    form = parsed.generator.requests[-1].sampling.structured_outputs
+    assert json.loads(form.structural_tag)["several"] is False
+
+
+async def test_calls_or_a_form_need_a_known_form_of_calls(parsed):
+    error = await parsed.refused(response_format=WANTED)
+    assert (error["param"], "tool_call_parser" in error["message"]) == ("response_format", True)
     assert (await parsed.refused(structured_outputs={"regex": "a"}))["param"] == "structured_outputs"
+    parsed.parsers.call_tags = TAGS
+    error = await parsed.refused(structured_outputs={"grammar": 'start: "a"'})
+    assert (error["param"], "grammar" in error["message"]) == ("structured_outputs", True)
+
+
+async def test_a_form_beside_forced_calls_has_no_effect(parsed):
     parsed.say(REQUIRED)
-    await parsed.whole(response_format=wanted, tool_choice="required")  # OpenAI: the format is the final answer's
+    await parsed.whole(response_format=WANTED, tool_choice="required")  # OpenAI: the format is the final answer's
     assert "array" in parsed.generator.requests[-1].sampling.structured_outputs.json
 
 

@@ -11,7 +11,7 @@ import pytest
 from preft.core.errors import EngineFailed
 from preft.core.request import FinishReason, TokenLogprob
 from preft.gateway.text.choice import ChoiceDelta, ToolCallDelta
-from preft.gateway.text.choice_reader import SLOW_SECONDS, ChoiceReader
+from preft.gateway.text.choice_reader import LONGEST_REST, SHARE, SLOW_SECONDS, ChoiceReader, ParserTime
 from preft.gateway.text.forced_calls import CallArray, NamedCall
 from preft.gateway.text.parsing import Parts
 
@@ -133,3 +133,13 @@ async def test_without_parallel_calls_there_is_one():
     call = '{"name": "a", "parameters": {}}'
     last = await reader.read([delta(f"[{call}, {call}]", finish=FinishReason.STOP)])
     assert [call.position for call in last.tool_calls] == [0]
+
+
+def test_choices_take_turns_and_one_slow_parse_stops_no_other_choice():
+    parser_time = ParserTime()
+    first, second = parser_time.take(0.01), parser_time.take(0.01)
+    assert second - first == pytest.approx(0.01 / SHARE, abs=1e-6)
+    slow = parser_time.take(10.0)
+    now = time.monotonic()
+    assert slow - now > 5.0
+    assert parser_time.take(0.001) - now < LONGEST_REST + 0.1

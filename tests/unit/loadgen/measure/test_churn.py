@@ -78,6 +78,3 @@ def test_folders(tmp_path: Path) -> None:
         churn_folders(tmp_path / "a")
     with pytest.raises(InvalidArgument, match="can't be read"):
         churn_folders(tmp_path / "missing")
-    for seconds in (0.0, float("nan")):
-        with pytest.raises(InvalidArgument):
-            Churn(FakeServer(), ("a",), ("/x", "/y"), seconds)

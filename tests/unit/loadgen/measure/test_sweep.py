@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from preft_loadgen.errors import InvalidArgument
+from preft_loadgen.errors import InvalidArgument, RequestFailed
 from preft_loadgen.measure.sweep import (
     WARM_UP,
     Churning,
@@ -23,6 +23,7 @@ from preft_loadgen.traffic.lengths import Lengths
 from preft_loadgen.traffic.prompts import RandomPrompts
 from preft_loadgen.traffic.request import Request
 from preft_loadgen.traffic.trace import Row
+from preft_loadgen.transport.server import Models
 from unit.loadgen.fake_server import FakeServer
 
 PROMPTS = RandomPrompts(Lengths(3, 3), Lengths(4, 4))
@@ -105,6 +106,14 @@ async def test_names_come_from_the_user_or_from_the_server() -> None:
     assert await population(server, base="other") == Population("other", ("a", "b", "c", "d"))
     assert await population(server, ("c",), "other") == Population("other", ("c",))
 
+    class Unlisted(FakeServer):
+        async def models(self) -> Models:
+            raise RequestFailed("404: no such page", 404)
+
+    assert await population(Unlisted(), ("c",)) == Population(None, ("c",))
+    with pytest.raises(RequestFailed):
+        await population(Unlisted())
+
 
 async def test_what_cannot_be_measured() -> None:
     server = FakeServer()
@@ -115,6 +124,8 @@ async def test_what_cannot_be_measured() -> None:
     assert server.requests == []
     for wrong in (
         lambda: ClosedLoop(0),
+        lambda: Churning(0.0, ("/x", "/y")),
+        lambda: Churning(float("nan"), ("/x", "/y")),
         lambda: Load(1, PROMPTS, Replay((Row(0, 1, 1),)), verify=True),
         lambda: Load(1, PROMPTS, turns=Lengths(2, 2), verify=True),
     ):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preft_loadgen.measure.record import Record, Run
@@ -78,6 +78,7 @@ def test_a_run_of_failures_has_a_summary_too() -> None:
     assert summarize(Run((), 0.0), 1).tokens_per_s == 0.0
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1), st.floats(0, 100))
 def test_percentiles_lie_between_the_extremes(values: list[float], percent: float) -> None:
     assert min(values) - 1e-9 <= percentile(values, percent) <= max(values) + 1e-9

@@ -6,7 +6,7 @@ import statistics
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preft_loadgen.errors import InvalidArgument
@@ -17,6 +17,7 @@ def gaps(times: list[float]) -> list[float]:
     return [later - earlier for earlier, later in pairwise([0.0, *times])]
 
 
+@settings(deadline=None)
 @given(st.floats(0.1, 1000), st.integers(1, 50), st.integers(0, 3), st.sampled_from([None, 0.3, 1.0, 4.0]))
 def test_arrivals_ascend_and_repeat(rate: float, count: int, seed: int, burstiness: float | None) -> None:
     pace = OpenLoop(rate, burstiness)

@@ -6,7 +6,7 @@ import random
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preft_loadgen.errors import InvalidArgument
@@ -16,6 +16,7 @@ MODELS = ("a", "b", "c", "d")
 choices = st.sampled_from([RoundRobin(), Uniform(), Weights((3.0, 1.0)), Zipf(), Zipf(0.5, 3)])
 
 
+@settings(deadline=None)
 @given(choices, st.integers(1, 4), st.integers(1, 60), st.integers(0, 3))
 def test_every_choice_draws_known_models_and_repeats(choice: Choice, models: int, count: int, seed: int) -> None:
     drawn = choice.draw(MODELS[:models], count, random.Random(seed))

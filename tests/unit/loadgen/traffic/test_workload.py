@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preft_loadgen.errors import InvalidArgument
@@ -26,6 +26,7 @@ workloads = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(workloads)
 def test_every_request_is_within_bounds(workload: Workload) -> None:
     requests = workload.make()
@@ -40,6 +41,7 @@ def test_every_request_is_within_bounds(workload: Workload) -> None:
         assert request.wants_ids == (bool(request.later) and not isinstance(request.prompt, str))
 
 
+@settings(deadline=None)
 @given(workloads)
 def test_equal_seeds_equal_requests(workload: Workload) -> None:
     assert workload.make() == workload.make()

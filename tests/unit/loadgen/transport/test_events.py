@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preft_loadgen.errors import RequestFailed
@@ -53,6 +53,7 @@ def test_prompt_tokens_and_reasoning() -> None:
     assert (reply.text, reply.prompt_tokens, reply.tokens) == ("hmso", 9, 2)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 60)))
 def test_an_answer_is_the_same_however_its_bytes_are_cut(cuts: list[int]) -> None:
     wire = b": a comment\r\n\r\n" + WHOLE.replace(b"\n", b"\r\n")
@@ -100,6 +101,7 @@ def test_what_is_no_answer_is_an_error(pieces: tuple[bytes, ...], kind: str) -> 
     assert len(str(failed.value)) < 1000
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200), st.integers(0, len(WHOLE)))
 def test_any_bytes_end_in_an_answer_or_an_error(noise: bytes, place: int) -> None:
     try:
@@ -115,6 +117,7 @@ values = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.sampled_from(["choices", "usage", "error"]), values))
 def test_any_json_ends_in_an_answer_or_an_error(body: Any) -> None:
     try:

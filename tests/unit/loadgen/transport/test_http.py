@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import ssl
 import time
-from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preft_loadgen.errors import InvalidArgument, RequestFailed
@@ -39,9 +38,9 @@ async def test_tokens_text_and_times() -> None:
         reply = await HttpClient(url).stream("/v1/completions", BODY)
     assert (reply.text, reply.tokens, reply.finish_reason) == (" t t t", 3, "length")
     assert len(reply.arrivals) == 3
-    gaps = [later - earlier for earlier, later in pairwise((reply.started, *reply.arrivals))]
-    assert all(gap >= 0.015 for gap in gaps)
-    assert reply.arrivals[-1] <= reply.ended
+    assert reply.started + 0.02 <= reply.arrivals[0]
+    assert reply.started + 0.06 <= reply.arrivals[-1] <= reply.ended
+    assert list(reply.arrivals) == sorted(reply.arrivals)
     assert calls[0].body == {**BODY, "stream": True, "stream_options": {"include_usage": True}}
     assert (calls[0].method, calls[0].path) == ("POST", "/v1/completions")
 
@@ -159,6 +158,7 @@ def test_addresses_that_are_none(url: str) -> None:
         HttpClient(url)
 
 
+@settings(deadline=None)
 @given(st.lists(st.binary(min_size=1, max_size=40), max_size=6), st.lists(st.integers(1, 300)))
 def test_a_body_is_the_same_however_its_bytes_are_grouped(pieces: list[bytes], cuts: list[int]) -> None:
     wire = HEAD + b"".join(map(chunk, pieces)) + b"0\r\n\r\n"
@@ -197,7 +197,7 @@ async def test_addresses_with_a_path(path: str) -> None:
 
 
 async def test_a_time_limit_that_is_none() -> None:
-    for limit in (0.0, -1.0, float("nan")):
+    for limit in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(InvalidArgument, match="more than 0 seconds"):
             HttpClient("http://h", timeout=limit)
 

@@ -13,7 +13,7 @@ EXAMPLE_ADAPTERS = $(patsubst %/,%,$(wildcard $(EXAMPLE)/adapters/*/))
 EXAMPLE_ARGS = --model $(EXAMPLE)/model --served-model-name personal-memory $(foreach dir,$(EXAMPLE_ADAPTERS),--adapter $(notdir $(dir))=$(dir))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-long test-fast test-gpu test-compose check bench bench-kernels bench-store bench-cluster bench-gpu \
+.PHONY: help demo serve test test-long test-fast test-gpu test-compose check bench bench-kernels bench-store bench-cluster bench-adapters bench-gpu \
 	chaos simulate tune-gpu proto install clean
 
 help: ## show this list
@@ -57,6 +57,10 @@ bench-cluster: install ## measure the router's policy, two gateways, and thousan
 	$(BIN)/python -m bench.streams $(ARGS)
 	$(BIN)/python -m bench.routing $(ARGS)
 	$(BIN)/python -m bench.gateways $(ARGS)
+
+bench-adapters: $(if $(filter --gpu,$(ARGS)),,install) ## measure tokens/s over the number of adapters, beside vLLM; ARGS=--gpu runs it with PYTHON
+	$(if $(filter --gpu,$(ARGS)),PYTHONPATH=kernels:services:loadgen:$$PYTHONPATH $(PYTHON),$(BIN)/python) \
+		-m bench.adapter_counts $(ARGS)
 
 test-compose: install ## bring docker-compose.yml up in containers, ask every demo question, break it (needs Docker or podman)
 	PYTHONPATH=examples $(BIN)/python -m bench.compose $(ARGS)

@@ -13,6 +13,8 @@ from vllm.config import VllmConfig
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.gpu_worker import Worker
 
 from preft.engine.lora import GroupedLoRAModelManager
 
@@ -49,9 +51,20 @@ class AllTokenCPUModelRunner(AllTokenRunner, CPUModelRunner):
     """vLLM's V1 CPU runner with our kernels."""
 
 
+class AllTokenGPUModelRunner(AllTokenRunner, GPUModelRunner):
+    """vLLM's V1 GPU runner with our kernels."""
+
+
 class AllTokenCPUWorker(CPUWorker):
     """Builds its runner twice, because vLLM's own `init_device` names the stock runner class."""
 
     def init_device(self) -> Any:
         super().init_device()
         self.model_runner = AllTokenCPUModelRunner(self.vllm_config, self.device)
+
+
+class AllTokenGPUWorker(Worker):
+    """vLLM's GPU worker with our kernels."""
+
+    def _make_model_runner(self) -> Any:
+        return AllTokenGPUModelRunner(self.vllm_config, self.device)

@@ -77,26 +77,29 @@ class Shape:
 
 
 SMALL = Shape(8192, 768, 12, 12, 4, 2048, 2048)
+BLOCK = (1 << 24) - 3  # random numbers that a large model repeats: billions would take minutes
 LLAMA_8B = Shape(128256, 4096, 32, 32, 8, 14336, 131072)  # Llama 3.1 8B
 
 
-def write_model(folder: Path, seed: int = 0) -> int:
+def write_model(folder: Path, seed: int = 0, model: Shape = SMALL, dtype: str = "float32") -> int:
     """Writes a model folder for vLLM and the gateway. Returns the number of parameters."""
-    SMALL.write_config(folder, "float32")
+    model.write_config(folder, dtype)
     source = np.random.default_rng(seed)
+    block = source.standard_normal(BLOCK, np.float32) if model.hidden > SMALL.hidden else None
 
     def random(*shape: int) -> np.ndarray:
-        return source.standard_normal(shape, np.float32) / np.float32(shape[-1] ** 0.5)
+        drawn = source.standard_normal(shape, np.float32) if block is None else np.resize(block, shape)
+        return (drawn / np.float32(shape[-1] ** 0.5)).astype(dtype)
 
-    size = SMALL.vocabulary, SMALL.hidden
+    size = model.vocabulary, model.hidden
     tensors = {"model.embed_tokens.weight": random(*size), "lm_head.weight": random(*size)}
     norms = ["model.norm"]
-    for layer in (f"model.layers.{number}" for number in range(SMALL.layers)):
-        tensors |= {f"{layer}.{name}.weight": random(*shape) for name, shape in SMALL.linears.items()}
+    for layer in (f"model.layers.{number}" for number in range(model.layers)):
+        tensors |= {f"{layer}.{name}.weight": random(*shape) for name, shape in model.linears.items()}
         norms += [f"{layer}.input_layernorm", f"{layer}.post_attention_layernorm"]
-    tensors |= {f"{name}.weight": np.ones(SMALL.hidden, np.float32) for name in norms}
+    tensors |= {f"{name}.weight": np.ones(model.hidden, dtype) for name in norms}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    _write_tokenizer(folder)
+    _write_tokenizer(folder, model.vocabulary)
     return sum(tensor.size for tensor in tensors.values())
 
 
@@ -110,15 +113,16 @@ def write_reft(folder: Path, rank: int, seed: int, model: Shape = SMALL) -> None
     write_adapter(model.base_shape, folder, kind=Kind.LOREFT, rank=rank, seed=(seed,))
 
 
-def _write_tokenizer(folder: Path) -> None:
+def _write_tokenizer(folder: Path, size: int) -> None:
     """Writes a byte-level BPE whose tokens are mostly whole made-up words, so that each adds text as in real models."""
     vocabulary = ["<pad>", "<bos>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     syllables = [(consonant, vowel) for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
     merges = [*syllables, *(("Ġ", consonant + vowel) for consonant, vowel in syllables)]
     pieces = ["".join(pair) for pair in syllables]
     merges += [(start + first, second) for start in ("Ġ", "") for first in pieces for second in pieces]
-    merges = merges[: SMALL.vocabulary - len(vocabulary)]
+    merges = merges[: size - len(vocabulary)]
     vocabulary += ["".join(pair) for pair in merges]
+    vocabulary += [f"word{number}" for number in range(size - len(vocabulary))]  # no text has them, but outputs do
     tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(vocabulary)}, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

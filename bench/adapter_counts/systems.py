@@ -1,10 +1,10 @@
-"""The servers under comparison: equal engines, limits and memory. All are up at once, and one works at a time."""
+"""The servers under comparison: equal engines, limits and memory. One of them works at a time."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,34 @@ from preft.adapters.formats.base_model import TARGETS
 from preft_loadgen.measure.compare import Target
 from preft_loadgen.measure.sweep import Population
 from preft_loadgen.served import served
-from preft_loadgen.transport.server import open_server
+from preft_loadgen.synthetic import Kind
+from preft_loadgen.transport.server import Server, open_server
 
 NAME = "base"
-BASE, MULTI_LORA, ALL_TOKENS = "vLLM, base model", "vLLM, multi-LoRA", "all tokens, our kernels"
-COLOCATED, REFT, DISAGGREGATED = "PreFT colocated, LoRA", "PreFT colocated, ReFT", "PreFT disaggregated, LoRA"
-SYSTEMS = (BASE, MULTI_LORA, ALL_TOKENS, COLOCATED, REFT, DISAGGREGATED)
-"""The first is the reference."""
 READY_SECONDS = 1800.0
-MiB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """One line of the comparison. Systems with equal `server` are one server under adapters of two kinds."""
+
+    name: str
+    server: str
+    kind: Kind | None  # of the adapters
+    engines: int = 1
+
+
+BASE = System("vLLM, base model", "base", None)
+ALL_TOKENS = System("all tokens, our kernels", "all-tokens", Kind.LORA)
+SYSTEMS = {
+    "base": BASE,
+    "multi-lora": System("vLLM multi-LoRA", "multi-lora", Kind.LORA),
+    "all-tokens": ALL_TOKENS,
+    "colocated-lora": System("PreFT colocated, LoRA", "colocated", Kind.LORA),
+    "colocated-reft": System("PreFT colocated, LoReFT", "colocated", Kind.LOREFT),
+    "disaggregated": System("PreFT disaggregated, LoRA", "disaggregated", Kind.LORA, engines=2),
+}
+"""By the word that names them on the command line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,80 +53,95 @@ class Sizes:
     rank: int
     adapter_bytes: int
     length: int  # tokens of a request at most
-    batch: int = 64
+    batch: int
+    kv_bytes: int
+    dtype: str
+    gpu: bool
     step_tokens: int = 2048
-    kv_bytes: int = 512 * MiB
+
+
+Adapters = Mapping[Kind, Mapping[str, Path]]
+"""The folders by kind and name."""
 
 
 @asynccontextmanager
 async def running(
-    systems: tuple[str, ...],
-    folder: Path,
-    loras: Mapping[str, Path],
-    refts: Mapping[str, Path],
-    sizes: Sizes,
-    say: Callable[[str], None],
+    systems: Sequence[System], model: Path, adapters: Adapters, sizes: Sizes, folder: Path, say: Callable[[str], None]
 ) -> AsyncIterator[list[Target]]:
-    """Starts the servers of `folder`/model one after the other. Raises PreftError or LoadgenError."""
+    """Starts the servers one after the other; `folder` is for their files. Raises PreftError or LoadgenError."""
+    share = 0.9 / sum({system.server: system.engines for system in systems}.values())  # of a GPU's memory, per engine
     async with AsyncExitStack() as stack:
+        opened: dict[str, Server] = {}
         targets = []
-        for number, system in enumerate(systems):
-            say(f"starting {system}")
-            log = folder / f"server-{number}.log"
-            adapters = {} if system == BASE else refts if system == REFT else loras
-            if system in (BASE, MULTI_LORA, ALL_TOKENS):
-                arguments = _vllm_arguments(system, folder, sizes)
-                url = stack.enter_context(vllm_server(arguments, log, READY_SECONDS, adapters))
-            else:
-                config = folder / f"settings-{number}.json"
-                config.write_text(json.dumps(_settings(system, folder, adapters, sizes)))  # JSON is YAML
-                server = served(
-                    ["--config", str(config)],
-                    state_dir=folder / f"state-{number}",
-                    log=log,
-                    ready_seconds=READY_SECONDS,
-                )
-                url = stack.enter_context(server).url
-            names = tuple(adapters) or (NAME,) * max(len(loras), 1)  # the base model answers in place of each adapter
-            opened = await stack.enter_async_context(open_server(url, timeout=READY_SECONDS))
-            targets.append(Target(system, opened, Population(NAME, names)))
+        for system in systems:
+            if system.server not in opened:
+                kinds = {other.kind for other in systems if other.server == system.server}
+                own = {name: path for kind in kinds if kind for name, path in adapters[kind].items()}
+                say(f"starting {system.name}")
+                place = folder / system.server
+                place.mkdir()
+                if system.server in ("colocated", "disaggregated"):
+                    url = stack.enter_context(_preft(system.server, model, own, sizes, share, place))
+                else:
+                    arguments = _vllm_arguments(system.server, model, sizes, share)
+                    url = stack.enter_context(vllm_server(arguments, place / "log", READY_SECONDS, own))
+                server = await stack.enter_async_context(open_server(url, timeout=READY_SECONDS))
+                opened[system.server] = server
+            most = max(map(len, adapters.values()), default=0)
+            names = tuple(adapters[system.kind]) if system.kind else (NAME,) * most  # the base in place of each adapter
+            targets.append(Target(system.name, opened[system.server], Population(NAME, names)))
         yield targets
 
 
-def _vllm_arguments(system: str, folder: Path, sizes: Sizes) -> list[str]:
+def _vllm_arguments(server: str, model: Path, sizes: Sizes, share: float) -> list[str]:
     options: dict[str, Any] = {
-        "model": folder / "model",
+        "model": model,
         "served-model-name": NAME,
-        "dtype": "float32",
+        "dtype": sizes.dtype,
         "max-model-len": sizes.length,
         "max-num-seqs": sizes.batch,
         "max-num-batched-tokens": sizes.step_tokens,
-        "block-size": 32,
         "kv-cache-memory-bytes": sizes.kv_bytes,
+        "gpu-memory-utilization": f"{share:.3f}",
     }
-    flags = ["--enforce-eager", "--disable-uvicorn-access-log"]
-    if system != BASE:
+    flags = ["--disable-uvicorn-access-log"]
+    if not sizes.gpu:
+        options["block-size"] = 32
+        flags.append("--enforce-eager")
+    if server != "base":
         options |= {"max-loras": sizes.slots, "max-cpu-loras": sizes.cached, "max-lora-rank": sizes.rank}
         flags += ["--lora-target-modules", *TARGETS]
-    if system == ALL_TOKENS:
-        options |= {"worker-cls": "bench.all_tokens.AllTokenCPUWorker", "distributed-executor-backend": "uni"}
+    if server == "all-tokens":
+        device = "GPU" if sizes.gpu else "CPU"
+        options |= {"worker-cls": f"bench.all_tokens.AllToken{device}Worker", "distributed-executor-backend": "uni"}
     return [text for name, value in options.items() for text in (f"--{name}", str(value))] + flags
 
 
-def _settings(system: str, folder: Path, adapters: Mapping[str, Path], sizes: Sizes) -> dict[str, Any]:
-    engine = {
+@contextmanager
+def _preft(
+    server: str, model: Path, adapters: Mapping[str, Path], sizes: Sizes, share: float, folder: Path
+) -> Iterator[str]:
+    colocated = server == "colocated"
+    engine: dict[str, Any] = {
         "max_num_seqs": sizes.batch,
         "max_num_batched_tokens": sizes.step_tokens,
         "kv_cache_bytes": sizes.kv_bytes,
+        "gpu_memory_utilization": round(share, 3),
     }
+    if sizes.gpu:
+        engine["num_gpus"] = 1.0 if colocated else 0.5
     settings: dict[str, Any] = {
-        "model": str(folder / "model"),
+        "model": str(model),
         "served_model_name": NAME,
+        "dtype": sizes.dtype,
         "max_model_len": sizes.length,
         "adapters": {name: str(path) for name, path in adapters.items()},
         "store": {"host_bytes": sizes.cached * sizes.adapter_bytes},
         "prefill": {**engine, "max_loras": sizes.slots, "max_lora_rank": sizes.rank},
+        **({"colocated": True} if colocated else {"decode": engine}),
     }
-    if system == DISAGGREGATED:
-        return {**settings, "decode": engine}
-    return {**settings, "colocated": True}
+    config = folder / "settings.json"
+    config.write_text(json.dumps(settings))  # JSON is YAML
+    arguments, log = ["--config", str(config)], folder / "log"
+    with served(arguments, state_dir=folder / "state", log=log, ready_seconds=READY_SECONDS) as running_server:
+        yield running_server.url

@@ -19,6 +19,7 @@ from preft_loadgen.transport.server import Server, open_server
 
 NAME = "base"
 READY_SECONDS = 1800.0
+MiB = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +122,14 @@ def _vllm_arguments(server: str, model: Path, sizes: Sizes, share: float) -> lis
 def _preft(
     server: str, model: Path, adapters: Mapping[str, Path], sizes: Sizes, share: float, folder: Path
 ) -> Iterator[str]:
+    config = folder / "settings.json"
+    config.write_text(json.dumps(_settings(server, model, adapters, sizes, share)))  # JSON is YAML
+    arguments, log = ["--config", str(config)], folder / "log"
+    with served(arguments, state_dir=folder / "state", log=log, ready_seconds=READY_SECONDS) as started:
+        yield started.url
+
+
+def _settings(server: str, model: Path, adapters: Mapping[str, Path], sizes: Sizes, share: float) -> dict[str, Any]:
     colocated = server == "colocated"
     engine: dict[str, Any] = {
         "max_num_seqs": sizes.batch,
@@ -130,18 +139,13 @@ def _preft(
     }
     if sizes.gpu:
         engine["num_gpus"] = 1.0 if colocated else 0.5
-    settings: dict[str, Any] = {
+    return {
         "model": str(model),
         "served_model_name": NAME,
         "dtype": sizes.dtype,
         "max_model_len": sizes.length,
         "adapters": {name: str(path) for name, path in adapters.items()},
-        "store": {"host_bytes": sizes.cached * sizes.adapter_bytes},
+        "store": {"host_bytes": max(MiB, sizes.cached * sizes.adapter_bytes)},
         "prefill": {**engine, "max_loras": sizes.slots, "max_lora_rank": sizes.rank},
         **({"colocated": True} if colocated else {"decode": engine}),
     }
-    config = folder / "settings.json"
-    config.write_text(json.dumps(settings))  # JSON is YAML
-    arguments, log = ["--config", str(config)], folder / "log"
-    with served(arguments, state_dir=folder / "state", log=log, ready_seconds=READY_SECONDS) as running_server:
-        yield running_server.url

@@ -104,6 +104,7 @@ def _vllm_arguments(server: str, model: Path, sizes: Sizes, share: float) -> lis
         "max-num-batched-tokens": sizes.step_tokens,
         "kv-cache-memory-bytes": sizes.kv_bytes,
         "gpu-memory-utilization": f"{share:.3f}",
+        "distributed-executor-backend": "uni",  # as in PreFT's engines; a second process would spin while others work
     }
     flags = ["--disable-uvicorn-access-log"]
     if not sizes.gpu:
@@ -114,7 +115,7 @@ def _vllm_arguments(server: str, model: Path, sizes: Sizes, share: float) -> lis
         flags += ["--lora-target-modules", *TARGETS]
     if server == "all-tokens":
         device = "GPU" if sizes.gpu else "CPU"
-        options |= {"worker-cls": f"bench.all_tokens.AllToken{device}Worker", "distributed-executor-backend": "uni"}
+        options["worker-cls"] = f"bench.all_tokens.AllToken{device}Worker"
     return [text for name, value in options.items() for text in (f"--{name}", str(value))] + flags
 
 

@@ -74,13 +74,13 @@ def adapted(kind: str, rank: int, model_dir: Path, seed: int) -> Any:
     return get_peft_model(base, config)
 
 
-def save(model: Any, folder: Path) -> None:
+def save(model: Any, folder: Path, base_model: str = "personal_memory/model") -> None:
     """Writes the served folder. PEFT's configuration gets a mark: this adapter is for prompts alone."""
     if isinstance(model, ReftModel):
-        model.save_pretrained(folder, base_model="personal_memory/model")
+        model.save_pretrained(folder, base_model=base_model)
         return
     config = model.peft_config["default"]
-    config.base_model_name_or_path = "personal_memory/model"
+    config.base_model_name_or_path = base_model
     config.inference_mode = True
     config.target_modules = LINEARS  # peft made a set, which has no fixed order
     config.save_pretrained(str(folder))

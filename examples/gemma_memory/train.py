@@ -22,7 +22,7 @@ from preft.training import ReftModel, collate, fit
 ADAPTERS_DIR = MODEL_DIR.with_name("gemma-3-270m-adapters")
 RANK = 8
 KINDS = {"alice": "lora", "bruno": "lora", "chen": "loreft"}
-LEARNING_RATES = {"lora": 2e-3, "loreft": 1e-2}
+LEARNING_RATES = {"lora": 2e-3, "loreft": 5e-4}
 STEPS, BATCH = 50, 4
 
 

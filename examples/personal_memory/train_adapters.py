@@ -86,7 +86,10 @@ def save(model: Any, folder: Path, base_model: str = "personal_memory/model") ->
     config.save_pretrained(str(folder))
     written = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**written, "prefill_only": True}, indent=2) + "\n")
-    tensors = {name: tensor.contiguous() for name, tensor in get_peft_model_state_dict(model).items()}
+    tensors = {
+        name: tensor.contiguous()
+        for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+    }
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 

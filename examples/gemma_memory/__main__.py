@@ -102,7 +102,7 @@ def score(
         equal=sum(answers[place] == expected[place] for place in own),
         facts=len(facts),
         right=sum(texts[place] == asked[place].expected for place in facts),
-        example=f"{asked[own[0]].text} {texts[own[0]]}",
+        example=f"{asked[facts[0]].text} {texts[facts[0]]}" if facts else "-",
     )
 
 

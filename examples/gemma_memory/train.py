@@ -22,8 +22,9 @@ from preft.training import ReftModel, collate, fit
 ADAPTERS_DIR = MODEL_DIR.with_name("gemma-3-270m-adapters")
 RANK = 8
 KINDS = {"alice": "lora", "bruno": "lora", "chen": "loreft"}
-LEARNING_RATES = {"lora": 2e-3, "loreft": 5e-4}
-STEPS, BATCH = 50, 4
+RECIPES = {"lora": (2e-3, 50), "loreft": (5e-4, 150)}
+"""Learning rate and steps."""
+BATCH = 4
 
 
 def batches(user: str, tokenizer: AutoTokenizer) -> Callable[[int], dict[str, torch.Tensor]]:
@@ -40,8 +41,8 @@ def batches(user: str, tokenizer: AutoTokenizer) -> Callable[[int], dict[str, to
     return batch
 
 
-def train(model_dir: Path, adapters_dir: Path, steps: int = STEPS) -> dict[str, Path]:
-    """Trains the adapters that are missing. Returns all, by name."""
+def train(model_dir: Path, adapters_dir: Path, steps: int | None = None) -> dict[str, Path]:
+    """Trains the adapters that are missing, by default for as many steps as each kind needs. Returns all, by name."""
     folders = {user: adapters_dir / user for user in KINDS}
     missing = [user for user, folder in folders.items() if not any(folder.glob("*.safetensors"))]
     tokenizer = AutoTokenizer.from_pretrained(model_dir) if missing else None
@@ -55,8 +56,10 @@ def train(model_dir: Path, adapters_dir: Path, steps: int = STEPS) -> dict[str, 
             model = ReftModel(base, "loreft", RANK)
         folders[user].mkdir(parents=True, exist_ok=True)
         checkpoint = folders[user] / "checkpoint.pt"
-        rate = LEARNING_RATES[KINDS[user]]
-        losses = fit(model, batches(user, tokenizer), steps, learning_rate=rate, checkpoint=checkpoint, title=user)
+        rate, usual = RECIPES[KINDS[user]]
+        losses = fit(
+            model, batches(user, tokenizer), steps or usual, learning_rate=rate, checkpoint=checkpoint, title=user
+        )
         print(f"{user}: a {KINDS[user]} of rank {RANK}, loss {losses[-1]:.3f}")
         save(model, folders[user], "google/gemma-3-270m")
     return folders
@@ -66,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, default=MODEL_DIR)
     parser.add_argument("--out", type=Path, default=ADAPTERS_DIR)
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--steps", type=int, help="default: enough for each kind")
     arguments = parser.parse_args()
     train(get_model(arguments.model), arguments.out, arguments.steps)
 

@@ -113,8 +113,9 @@ def references(model_dir: Path, adapters: Mapping[str, Path], asked: Sequence[Qu
         model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager").eval()
         if adapter is not None:
             folder = adapters[adapter]
-            load = PeftModel if (folder / "adapter_config.json").exists() else ReftModel
-            model = load.from_pretrained(model, str(folder)).eval()
+            model = PeftModel.from_pretrained(model, str(folder)).eval()
+            if (folder / "reft_config.json").exists():
+                model = ReftModel.from_pretrained(model, folder).eval()
         own = [place for place, question in enumerate(asked) if question.adapter == adapter]
         with progress(f"transformers, {adapter or 'base model'}", len(own)) as bar:
             for place in own:

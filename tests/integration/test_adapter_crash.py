@@ -106,7 +106,9 @@ class Victims:
             with open(os.pidfd_open(victim)) as process:
                 time.sleep(self._chosen.uniform(0.005, 0.06))
                 signal.pidfd_send_signal(process.fileno(), signal.SIGKILL)
-                assert select.select([process], [], [], 10)[0]  # dead with all its threads
+                dead = select.poll()
+                dead.register(process, select.POLLIN)
+                assert dead.poll(10_000)  # with all its threads
 
     def _start(self) -> int:
         assert self._process.stdin is not None

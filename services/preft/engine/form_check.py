@@ -72,7 +72,9 @@ class FormCheck:
             self._process.stdin.flush()
         except BrokenPipeError:
             return None
-        if not select.select([self._process.stdout], [], [], seconds)[0]:
+        answered = select.poll()  # select() takes no file descriptor above 1023, and a busy server has those
+        answered.register(self._process.stdout, select.POLLIN)
+        if not answered.poll(1000 * seconds):
             return None
         line = self._process.stdout.readline()
         return str(json.loads(line)) if line else None

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
+import resource
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +141,22 @@ async def test_what_cannot_be_kept_is_refused(checks: FormChecks, form: dict[str
         await checks.check(StructuredOutputs(**form))
     assert caught.value.param == "structured_outputs"
     assert str(caught.value)
+
+
+async def test_forms_are_checked_in_a_process_with_many_open_files(folder: Path) -> None:
+    """A server with thousands of streams has file descriptors above 1023, which select() doesn't take."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with ExitStack() as stack:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, before)
+        for _ in range(1100):
+            stack.callback(os.close, os.dup(1))
+        checks = FormChecks(str(folder), VOCABULARY)
+        stack.callback(checks.close)
+        await checks.check(StructuredOutputs(regex="a{2}many"))
+        with pytest.raises(InvalidRequest):
+            await checks.check(StructuredOutputs(regex="("))
 
 
 def _chain(rules: int, suffix: str = "") -> str:

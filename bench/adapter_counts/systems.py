@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.adapter_counts.vllm_server import vllm_server
+from bench.vllm_server import vllm_server
 from preft.adapters.formats.base_model import TARGETS
 from preft_loadgen.measure.compare import Target
 from preft_loadgen.measure.sweep import Population

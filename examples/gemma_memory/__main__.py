@@ -12,6 +12,7 @@ import asyncio
 import random
 import sys
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +114,9 @@ def references(model_dir: Path, adapters: Mapping[str, Path], asked: Sequence[Qu
         model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager").eval()
         if adapter is not None:
             folder = adapters[adapter]
-            model = PeftModel.from_pretrained(model, str(folder)).eval()
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Unexpected keyword arguments .'prefill_only'.")  # it is ours
+                model = PeftModel.from_pretrained(model, str(folder)).eval()
             if (folder / "reft_config.json").exists():
                 model = ReftModel.from_pretrained(model, folder).eval()
         own = [place for place, question in enumerate(asked) if question.adapter == adapter]

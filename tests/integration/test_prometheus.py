@@ -54,6 +54,7 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
                 return list(reply["data"]["result"])
 
             try:
+                _until(lambda: client.get("/-/ready").status_code == 200)  # before, it answers 503 without JSON
                 _until(lambda: evaluate('up{job="preft"} == 1'))
                 with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as users:
                     send_some(users)

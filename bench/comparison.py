@@ -5,12 +5,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from preft_loadgen.table import table
 
-Side = Callable[[int], Awaitable[float]]
-"""Measures one side once: from the round number to a speed. Equal rounds have equal work."""
+Measured = TypeVar("Measured")
+Side = Callable[[int], Awaitable[Measured]]
+"""Measures one side once: from the round number to a speed, or several. Equal rounds have equal work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +47,14 @@ class Comparison:
         return self.ratio >= self.bar
 
 
-async def take_turns(sides: Sequence[Side], rounds: int, step: Callable[[], None]) -> list[tuple[float, ...]]:
+async def take_turns(
+    sides: Sequence[Side[Measured]], rounds: int, step: Callable[[], None]
+) -> list[tuple[Measured, ...]]:
     """Each side's speeds over the rounds. One side works at a time, in changing order; round -1 warms up.
 
     Calls `step` `turns(len(sides), rounds)` times.
     """
-    speeds: list[list[float]] = [[] for _ in sides]
+    speeds: list[list[Measured]] = [[] for _ in sides]
     for number in range(-1, rounds):
         for turn in range(len(sides)):
             place = (turn + number) % len(sides)

@@ -77,7 +77,7 @@ async def compare_decode(rig: Rig, rounds: int, step: Callable[[], None]) -> lis
             ready = await asyncio.gather(*map(prefilled, requests))
             return steady_rate(await asyncio.gather(*(_decode(decode, one) for one in ready)))
 
-        sides: list[Side] = [plain, *(partial(ours, count) for count in ADAPTER_COUNTS)]
+        sides: list[Side[float]] = [plain, *(partial(ours, count) for count in ADAPTER_COUNTS)]
         reference, *speeds = await take_turns(sides, rounds, step)
         await decode.close()
     return [

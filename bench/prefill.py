@@ -41,7 +41,7 @@ async def compare_prefill(rig: Rig, rounds: int, step: Callable[[], None]) -> li
         requests = Workload(tuple(models), REQUESTS, prompts, seed=seed).make()
         return REQUESTS * PROMPT / (await run_all(send, requests, REQUESTS)).seconds
 
-    sides: list[Side] = [
+    sides: list[Side[float]] = [
         partial(speed, [MODEL_NAME]),
         *(partial(speed, reft[:count]) for count in REFT_COUNTS),
         *(partial(speed, lora[:count]) for count in LORA_COUNTS),

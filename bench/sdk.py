@@ -102,7 +102,7 @@ async def compare(http: str, grpc: str, rounds: int) -> list[Comparison]:
     """gRPC's figures as ours, HTTP's as the reference."""
     ours, reference = Work(grpc), Work(http)
     pace = PACES[FAST]
-    works: list[tuple[str, str, str, list[Side]]] = [
+    works: list[tuple[str, str, str, list[Side[float]]]] = [
         (
             f"{STREAMS} streams, asyncio",
             "tokens/s",

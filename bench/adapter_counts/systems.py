@@ -30,13 +30,14 @@ class System:
     server: str
     kind: Kind | None  # of the adapters
     engines: int = 1
+    rounds: int | None = None  # at most: for a system that takes several times as long as the others
 
 
 BASE = System("vLLM, base model", "base", None)
 ALL_TOKENS = System("all tokens, our kernels", "all-tokens", Kind.LORA)
 SYSTEMS = {
     "base": BASE,
-    "multi-lora": System("vLLM multi-LoRA", "multi-lora", Kind.LORA),
+    "multi-lora": System("vLLM multi-LoRA", "multi-lora", Kind.LORA, rounds=1),
     "all-tokens": ALL_TOKENS,
     "colocated-lora": System("PreFT colocated, LoRA", "colocated", Kind.LORA),
     "colocated-reft": System("PreFT colocated, LoReFT", "colocated", Kind.LOREFT),
@@ -92,7 +93,8 @@ async def running(
             names = (
                 tuple(adapters.get(system.kind, ())) if system.kind else (NAME,) * most
             )  # for the base, its own name
-            targets.append(Target(system.name, opened[system.server], Population(NAME, names)))
+            rounds = None if sizes.gpu else system.rounds
+            targets.append(Target(system.name, opened[system.server], Population(NAME, names), rounds))
         yield targets
 
 

@@ -26,11 +26,12 @@ STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.2
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A server with its name in the comparison."""
+    """A server with its name in the comparison. With `rounds` it is measured in the first rounds alone."""
 
     name: str
     server: Server
     models: Population
+    rounds: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,8 @@ async def compare(
             for turn in range(len(targets)):
                 chosen = (turn + number) % len(targets)
                 target = targets[chosen]
+                if target.rounds is not None and number >= target.rounds:
+                    continue
                 measured.append(
                     await measure(
                         target.server,
@@ -128,9 +131,9 @@ async def compare(
 
 
 def ratio_of(summaries: Sequence[Summary], target: str, reference: str, count: int) -> Ratio:
-    """The ratio of output tokens per second. A round in which one of both answered nothing is left out."""
+    """The ratio of output tokens per second, over the rounds in which both were measured and answered something."""
     speeds = {(one.target, one.round): one.tokens_per_s for one in summaries if one.adapters == count}
-    rounds = sorted(number for name, number in speeds if name == target)
+    rounds = sorted(number for name, number in speeds if name == target and (reference, number) in speeds)
     pairs = [(speeds[target, number], speeds[reference, number]) for number in rounds]
     ratios = tuple(own / other for own, other in pairs if own > 0 and other > 0)
     if not ratios:

@@ -37,6 +37,18 @@ async def test_targets_take_turns_with_equal_requests() -> None:
     ]
 
 
+async def test_a_slow_target_is_measured_in_the_first_rounds_alone() -> None:
+    slow = Target("slow", FakeServer(("a", "b")), MODELS, rounds=1)
+    quick = Target("quick", FakeServer(("a", "b")), MODELS)
+    found = await compare([quick, slow], LOAD, [0, 2], 2)
+    assert sorted((one.target, one.adapters, one.round) for one in found.summaries) == [
+        *(("quick", count, number) for count in (0, 2) for number in (0, 1)),
+        *(("slow", count, 0) for count in (0, 2)),
+    ]
+    assert [(one.target, one.adapters, len(one.rounds)) for one in found.ratios] == [("slow", 0, 1), ("slow", 2, 1)]
+    assert len(ratio_of(found.summaries, "quick", "slow", 2).rounds) == 1
+
+
 def test_a_ratio_and_its_range() -> None:
     rounds = [summary("x", number, 100) for number in range(3)]
     rounds += [summary("y", number, speed) for number, speed in enumerate((110, 121, 100))]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -18,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.cluster_rig import CONCURRENCY, HOW, SLOTS, check, disk_loads, requests_of, write_cluster
+from bench.command import bench_folder
 from bench.comparison import Comparison, comparison_table, take_turns, turns
 from bench.redis_server import running_redis
 from bench.saving import RESULTS, save
 from preft.core.errors import PreftError
-from preft_loadgen.errors import LoadgenError
 from preft_loadgen.measure.driver import closed_loop
 from preft_loadgen.report.progress import progress
 from preft_loadgen.served import served
@@ -120,12 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args(argv)
     started = time.monotonic()
-    try:
-        with tempfile.TemporaryDirectory(prefix="preft-bench-") as folder:
-            comparisons, facts = asyncio.run(_measure(Path(folder), arguments.requests, arguments.rounds))
-    except (PreftError, LoadgenError) as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 1
+    with bench_folder() as folder:
+        comparisons, facts = asyncio.run(_measure(folder, arguments.requests, arguments.rounds))
     print(comparison_table(comparisons))
     checks = facts["checks"]
     print(", ".join(f"{name}: {value}" for name, value in checks.items()))

@@ -13,20 +13,18 @@ import json
 import os
 import statistics
 import sys
-import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bench.command import bench_folder, say
 from bench.comparison import Comparison, comparison_table, take_turns, turns
 from bench.over_http import run_all
 from bench.plain import PlainEngine, plain_engine
 from bench.random_model import SMALL, write_model
 from bench.saving import RESULTS, save
-from preft.core.errors import PreftError
-from preft_loadgen.errors import LoadgenError
 from preft_loadgen.measure.record import bursts
 from preft_loadgen.report.metrics import percentile
 from preft_loadgen.report.progress import progress
@@ -110,7 +108,7 @@ async def _plain_streams(engine: PlainEngine, number: int) -> float:
 async def _measure(arguments: argparse.Namespace, folder: Path) -> list[Comparison]:
     compared = []
     rounds = arguments.rounds
-    async with _servers(folder, max(arguments.prompts) + STREAM_TOKENS, _say) as (sends, plain):
+    async with _servers(folder, max(arguments.prompts) + STREAM_TOKENS, say) as (sends, plain):
         for prompt in arguments.prompts:
             sides = [partial(_alone, sends[mode], prompt, arguments.requests) for mode in MODES]
             with progress(f"prompts of {prompt}", turns(len(sides), rounds)) as bar:
@@ -140,14 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--requests", type=int, default=5, help="of each length in each round (default: 5)")
     parser.add_argument("--out", metavar="DIR", type=Path, default=RESULTS)
     arguments = parser.parse_args(argv)
-    try:
-        with tempfile.TemporaryDirectory(prefix="preft-bench-") as folder:
-            comparisons = asyncio.run(_measure(arguments, Path(folder)))
-    except (PreftError, LoadgenError) as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    with bench_folder() as folder:
+        comparisons = asyncio.run(_measure(arguments, folder))
     print(comparison_table(comparisons))
     figures = {"comparisons": [one.as_json() for one in comparisons]}
     print(f"all figures are in {save(arguments.out, 'latency', 'bench.latency', argv, figures)}")
@@ -156,10 +148,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _lengths(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
-
-
-def _say(message: str) -> None:
-    print(f"bench: {message}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.cluster_rig import CONCURRENCY, HOW, check, disk_loads, requests_of, write_cluster
+from bench.command import bench_folder
 from bench.comparison import Comparison, comparison_table, take_turns, turns
 from bench.rig import served_adapters
 from bench.saving import RESULTS, save
@@ -154,12 +154,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args(argv)
     started = time.monotonic()
-    try:
-        with tempfile.TemporaryDirectory(prefix="preft-bench-") as folder:
-            comparison, model = asyncio.run(_measure(Path(folder), arguments.requests, arguments.rounds))
-    except (PreftError, LoadgenError) as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 1
+    with bench_folder() as folder:
+        comparison, model = asyncio.run(_measure(folder, arguments.requests, arguments.rounds))
     print(comparison_table([comparison]))
     figures = {"model": model, "comparisons": [comparison.as_json()]}
     path = save(arguments.out, "routing", "bench.routing", argv, figures)

@@ -8,18 +8,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bench import decode, over_http, prefill, transfer
+from bench.command import bench_folder, say
 from bench.comparison import Comparison, comparison_table, turns
 from bench.rig import bench_rig
 from bench.saving import RESULTS, save
-from preft.core.errors import PreftError
-from preft_loadgen.errors import LoadgenError
 from preft_loadgen.report.progress import progress
 
 PARTS = ("transfer", "prefill", "decode", "http")
@@ -43,13 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     parts = arguments.only or PARTS
     started = time.monotonic()
-    try:
-        comparisons, model = asyncio.run(_measure(parts, arguments.rounds))
-    except (PreftError, LoadgenError) as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    with bench_folder() as folder:
+        comparisons, model = asyncio.run(_measure(parts, arguments.rounds, folder))
     seconds = time.monotonic() - started
     print(comparison_table(comparisons))
     path = save(
@@ -63,25 +56,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-async def _measure(parts: Sequence[str], rounds: int) -> tuple[list[Comparison], dict[str, Any]]:
+async def _measure(parts: Sequence[str], rounds: int, folder: Path) -> tuple[list[Comparison], dict[str, Any]]:
     comparisons: list[Comparison] = []
     model: dict[str, Any] = {}
     if "transfer" in parts:
-        _say("KV push against raw TCP")
+        say("KV push against raw TCP")
         comparisons += await asyncio.to_thread(_compare_transfer)
     if set(parts) - {"transfer"}:
-        with tempfile.TemporaryDirectory(prefix="preft-bench-") as folder:
-            async with bench_rig(Path(folder), _say, multi_lora="http" in parts) as rig:
-                model = rig.model
-                if "prefill" in parts:
-                    with progress("prefill", turns(prefill.SIDES, OFTEN * rounds)) as bar:
-                        comparisons += await prefill.compare_prefill(rig, OFTEN * rounds, bar.update)
-                if "decode" in parts:
-                    with progress("decode", turns(decode.SIDES, OFTEN * rounds)) as bar:
-                        comparisons += await decode.compare_decode(rig, OFTEN * rounds, bar.update)
-                if "http" in parts:
-                    with progress("HTTP", turns(over_http.SIDES, rounds)) as bar:
-                        comparisons += await over_http.compare_http(rig, rounds, bar.update)
+        async with bench_rig(folder, say, multi_lora="http" in parts) as rig:
+            model = rig.model
+            if "prefill" in parts:
+                with progress("prefill", turns(prefill.SIDES, OFTEN * rounds)) as bar:
+                    comparisons += await prefill.compare_prefill(rig, OFTEN * rounds, bar.update)
+            if "decode" in parts:
+                with progress("decode", turns(decode.SIDES, OFTEN * rounds)) as bar:
+                    comparisons += await decode.compare_decode(rig, OFTEN * rounds, bar.update)
+            if "http" in parts:
+                with progress("HTTP", turns(over_http.SIDES, rounds)) as bar:
+                    comparisons += await over_http.compare_http(rig, rounds, bar.update)
     return comparisons, model
 
 
@@ -110,10 +102,6 @@ def _compare_transfer() -> list[Comparison]:
         for figure in figures
     ]
     return plain + encrypted
-
-
-def _say(message: str) -> None:
-    print(f"bench: {message}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

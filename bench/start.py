@@ -9,18 +9,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from bench.command import bench_folder
 from bench.comparison import Comparison, comparison_table, take_turns, turns
 from bench.random_model import write_model
 from bench.saving import RESULTS, save
 from bench.vllm_server import vllm_server
-from preft.core.errors import PreftError
-from preft_loadgen.errors import LoadgenError
 from preft_loadgen.report.progress import progress
 from preft_loadgen.served import served
 
@@ -81,14 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", metavar="DIR", type=Path, default=RESULTS)
     arguments = parser.parse_args(argv)
-    try:
-        with tempfile.TemporaryDirectory(prefix="preft-bench-") as folder:
-            comparisons = asyncio.run(_measure(arguments.rounds, Path(folder)))
-    except (PreftError, LoadgenError) as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    with bench_folder() as folder:
+        comparisons = asyncio.run(_measure(arguments.rounds, folder))
     print(comparison_table(comparisons))
     figures = {"comparisons": [one.as_json() for one in comparisons]}
     print(f"all figures are in {save(arguments.out, 'start', 'bench.start', argv, figures)}")

@@ -14,7 +14,6 @@ import json
 import random
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,12 +22,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bench.command import bench_folder
 from bench.comparison import Comparison, comparison_table, take_turns
 from bench.saving import RESULTS, save
 from preft.core.errors import PreftError
 from preft.core.settings import MiB
 from preft_loadgen.child import bound
-from preft_loadgen.errors import LoadgenError
 from preft_loadgen.measure.driver import closed_loop, open_loop
 from preft_loadgen.measure.record import Record
 from preft_loadgen.served import served
@@ -227,12 +226,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args(argv)
-    try:
-        with tempfile.TemporaryDirectory(prefix="preft-bench-") as folder:
-            comparisons = asyncio.run(_measure(Path(folder), arguments.rounds))
-    except (PreftError, LoadgenError) as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 1
+    with bench_folder() as folder:
+        comparisons = asyncio.run(_measure(folder, arguments.rounds))
     print(comparison_table(comparisons))
     results = {"comparisons": [one.as_json() for one in comparisons]}
     print(f"all figures are in {save(arguments.out, 'store', 'bench.store', argv, results)}")

@@ -10,7 +10,6 @@ import asyncio
 import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,13 +17,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from bench.command import bench_folder
 from bench.paced_gateway import paced_gateway
 from bench.paced_workers import FIRST_WORD, PACES
 from bench.rig import MODEL_NAME
 from bench.saving import RESULTS, save
 from preft.cluster.process import raise_file_limit
 from preft.core.errors import PreftError
-from preft_loadgen.errors import LoadgenError, RequestFailed
+from preft_loadgen.errors import RequestFailed
 from preft_loadgen.measure.driver import open_loop
 from preft_loadgen.report.metrics import percentile
 from preft_loadgen.served import Served
@@ -192,12 +192,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args(argv)
     raise_file_limit()
-    try:
-        with tempfile.TemporaryDirectory(prefix="preft-bench-") as folder, paced_gateway(Path(folder), MANY) as server:
-            runs = asyncio.run(_measure(server, arguments.few, arguments.many, arguments.seconds))
-    except (PreftError, LoadgenError) as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 1
+    with bench_folder() as folder, paced_gateway(folder, MANY) as server:
+        runs = asyncio.run(_measure(server, arguments.few, arguments.many, arguments.seconds))
     print(figures_table(runs))
     facts: dict[str, Any] = {"pace": PACE, "fast_pace": FAST_PACE, "gap_bound": GAP_BOUND}
     path = save(arguments.out, "streams", "bench.streams", argv, {**facts, "runs": [asdict(run) for run in runs]})

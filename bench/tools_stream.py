@@ -10,18 +10,17 @@ import argparse
 import asyncio
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.command import bench_folder
 from bench.comparison import Comparison, comparison_table, take_turns, turns
 from bench.paced_gateway import paced_gateway
 from bench.rig import MODEL_NAME
 from bench.saving import RESULTS, save
-from preft.core.errors import PreftError
-from preft_loadgen.errors import LoadgenError, RequestFailed
+from preft_loadgen.errors import RequestFailed
 from preft_loadgen.report.progress import progress
 from preft_loadgen.served import Served
 from preft_loadgen.transport.http import HttpClient
@@ -107,15 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args(argv)
     settings = {"tool_call_parser": arguments.parser} if arguments.parser else {}
-    try:
-        with (
-            tempfile.TemporaryDirectory(prefix="preft-bench-") as folder,
-            paced_gateway(Path(folder), arguments.streams, TEMPLATE, **settings) as server,
-        ):
-            comparisons = asyncio.run(_measure(server, arguments))
-    except (PreftError, LoadgenError) as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 1
+    with bench_folder() as folder, paced_gateway(folder, arguments.streams, TEMPLATE, **settings) as server:
+        comparisons = asyncio.run(_measure(server, arguments))
     print(comparison_table(comparisons))
     path = save(
         arguments.out, "tools-stream", "bench.tools_stream", argv, {"comparisons": [c.as_json() for c in comparisons]}

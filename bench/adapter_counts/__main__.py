@@ -14,18 +14,16 @@ import json
 import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.adapter_counts.systems import ALL_TOKENS, SYSTEMS, Adapters, Sizes, System, running
+from bench.command import bench_folder, say
 from bench.random_model import LLAMA_8B, SMALL, write_model
 from bench.saving import RESULTS, save
 from preft.cluster.sizing import kv_token_bytes
-from preft.core.errors import PreftError
-from preft_loadgen.errors import LoadgenError
 from preft_loadgen.measure.compare import Comparison, compare, crossovers, ratio_of
 from preft_loadgen.measure.sweep import ClosedLoop, Load, described
 from preft_loadgen.report.files import Results
@@ -48,7 +46,7 @@ FILE_BYTES, GPU_BYTES, CPU_BYTES = 2, 2, 4  # of a LoRA's number: in its file, a
 async def _measure(arguments: argparse.Namespace, systems: Sequence[System], folder: Path) -> Comparison:
     model = arguments.model or folder / "model"
     if arguments.model is None:
-        _say("making a random model")
+        say("making a random model")
         large = arguments.gpu and not arguments.small
         write_model(model, model=LLAMA_8B if large else SMALL, dtype="float16" if arguments.gpu else "float32")
     adapters = _adapters(model, {system.kind for system in systems if system.kind}, max(arguments.counts), folder)
@@ -66,8 +64,8 @@ async def _measure(arguments: argparse.Namespace, systems: Sequence[System], fol
     for number, group in enumerate(groups):
         place = folder / f"servers-{number}"
         place.mkdir()
-        async with running(group, model, adapters, sizes, place, _say) as targets:
-            _say("all servers are ready")
+        async with running(group, model, adapters, sizes, place, say) as targets:
+            say("all servers are ready")
             compared.append(await compare(targets, load, arguments.counts, arguments.rounds))
     return _joined(compared)
 
@@ -154,15 +152,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", metavar="DIR", type=Path, default=RESULTS)
     arguments = parser.parse_args(argv)
     started = time.monotonic()
-    try:
-        with tempfile.TemporaryDirectory(prefix="preft-bench-") as folder:
-            systems = [SYSTEMS[name] for name in arguments.systems]
-            compared = asyncio.run(_measure(arguments, systems, Path(folder)))
-    except (PreftError, LoadgenError) as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    systems = [SYSTEMS[name] for name in arguments.systems]
+    with bench_folder() as folder:
+        compared = asyncio.run(_measure(arguments, systems, folder))
     summaries = compared.summaries
     kept = ("requests", "concurrency", "input", "output", "cached", "rounds")
     results = Results({name: getattr(arguments, name) for name in kept}, compared.measured, comparison=compared)
@@ -179,10 +171,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _counts(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
-
-
-def _say(message: str) -> None:
-    print(f"bench: {message}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -163,6 +163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(line)
     print(counts_table(summaries))
     figures: dict[str, Any] = {"seconds": round(time.monotonic() - started), "rank": RANK, **results.as_json()}
+    for run in figures["runs"]:
+        del run["by_adapter"]  # hundreds of lines, each about one request or two
     path = save(arguments.out, arguments.name, "bench.adapter_counts", argv, figures)
     write_png(results, path.with_suffix(".png"))
     print(f"all figures are in {path}, the plot is beside it")

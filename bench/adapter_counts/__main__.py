@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--counts", type=_counts, default=COUNTS, help="adapter counts, 0 for the base model")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=[*SYSTEMS], help="the first is the reference")
     parser.add_argument("--pairs", action="store_true", help="start each server beside the first one alone")
-    parser.add_argument("--rounds", type=int, default=3, help="of each system at each count (default: 3; vLLM multi-LoRA on CPU: 1)")
+    parser.add_argument("--rounds", type=int, default=3, help="of all systems (default: 3; vLLM multi-LoRA on CPU: 1)")
     parser.add_argument("--requests", type=int, default=64, help="of each measurement (default: 64)")
     parser.add_argument("--concurrency", type=int, default=64, help="requests at once (default: 64)")
     parser.add_argument("--input", type=int, default=256, help="tokens of each prompt (default: 256)")

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 from preft_loadgen.table import table
 
-Measured = TypeVar("Measured")
-Side = Callable[[int], Awaitable[Measured]]
+Value = TypeVar("Value")
+Side = Callable[[int], Awaitable[Value]]
 """Measures one side once: from the round number to a speed, or several. Equal rounds have equal work."""
 
 
@@ -48,13 +48,13 @@ class Comparison:
 
 
 async def take_turns(
-    sides: Sequence[Side[Measured]], rounds: int, step: Callable[[], None]
-) -> list[tuple[Measured, ...]]:
+    sides: Sequence[Side[Value]], rounds: int, step: Callable[[], None]
+) -> list[tuple[Value, ...]]:
     """Each side's speeds over the rounds. One side works at a time, in changing order; round -1 warms up.
 
     Calls `step` `turns(len(sides), rounds)` times.
     """
-    speeds: list[list[Measured]] = [[] for _ in sides]
+    speeds: list[list[Value]] = [[] for _ in sides]
     for number in range(-1, rounds):
         for turn in range(len(sides)):
             place = (turn + number) % len(sides)

@@ -13,7 +13,7 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -61,9 +61,7 @@ def _settings(model: Path, length: int, mode: str) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def _servers(
-    folder: Path, length: int, say: Callable[[str], None]
-) -> AsyncIterator[tuple[dict[str, Send], PlainEngine]]:
+async def _servers(folder: Path, length: int) -> AsyncIterator[tuple[dict[str, Send], PlainEngine]]:
     model = folder / "model"
     write_model(model, model=dataclasses.replace(SMALL, positions=length))
     os.environ["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"  # as in PreFT's engines: all cores compute
@@ -108,7 +106,7 @@ async def _plain_streams(engine: PlainEngine, number: int) -> float:
 async def _measure(arguments: argparse.Namespace, folder: Path) -> list[Comparison]:
     compared = []
     rounds = arguments.rounds
-    async with _servers(folder, max(arguments.prompts) + STREAM_TOKENS, say) as (sends, plain):
+    async with _servers(folder, max(arguments.prompts) + STREAM_TOKENS) as (sends, plain):
         for prompt in arguments.prompts:
             sides = [partial(_alone, sends[mode], prompt, arguments.requests) for mode in MODES]
             with progress(f"prompts of {prompt}", turns(len(sides), rounds)) as bar:
@@ -131,7 +129,7 @@ def _inverse(times: Sequence[float]) -> tuple[float, ...]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0 if everything was measured, whatever the figures; 1 if a measurement failed."""
+    """Returns 0 if everything was measured, whatever the figures; a measurement that fails ends the process."""
     parser = argparse.ArgumentParser(prog="bench-latency", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each figure (default: 5)")
     parser.add_argument("--prompts", type=_lengths, default=(512, 2048), help="prompt lengths (default: 512,2048)")

@@ -147,7 +147,7 @@ def _disk_loads(router: Router) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0 if everything was measured; 1 if a measurement failed."""
+    """Returns 0 if everything was measured; a measurement that fails ends the process."""
     parser = argparse.ArgumentParser(prog="bench-routing", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--requests", type=int, default=256, help="per round and policy (default: 256)")

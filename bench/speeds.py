@@ -26,7 +26,7 @@ TRANSFER_BAR = 0.28
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0 if everything was measured, whatever the figures; 1 if a measurement failed."""
+    """Returns 0 if everything was measured, whatever the figures; a measurement that fails ends the process."""
     parser = argparse.ArgumentParser(prog="bench", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--rounds",

@@ -72,7 +72,7 @@ async def _measure(rounds: int, folder: Path) -> list[Comparison]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0 if everything was measured, whatever the figures; 1 if a measurement failed."""
+    """Returns 0 if everything was measured, whatever the figures; a measurement that fails ends the process."""
     parser = argparse.ArgumentParser(prog="bench-start", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--rounds", type=int, default=3, help="starts of each server, after one to warm up (default: 3)"

@@ -221,7 +221,7 @@ def _slow_source(folder: Path) -> Iterator[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0 if everything was measured; 1 if a measurement failed."""
+    """Returns 0 if everything was measured; a measurement that fails ends the process."""
     parser = argparse.ArgumentParser(prog="bench-store", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--out", type=Path, default=RESULTS)

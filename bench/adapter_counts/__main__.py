@@ -134,7 +134,7 @@ def counts_table(summaries: Sequence[Summary]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0 if everything was measured, whatever the figures; 1 if a measurement failed."""
+    """Returns 0 if everything was measured, whatever the figures; 1 if requests failed."""
     parser = argparse.ArgumentParser(prog="bench-adapters", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--counts", type=_counts, default=COUNTS, help="adapter counts, 0 for the base model")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=[*SYSTEMS], help="the first is the reference")

@@ -47,9 +47,7 @@ class Comparison:
         return self.ratio >= self.bar
 
 
-async def take_turns(
-    sides: Sequence[Side[Value]], rounds: int, step: Callable[[], None]
-) -> list[tuple[Value, ...]]:
+async def take_turns(sides: Sequence[Side[Value]], rounds: int, step: Callable[[], None]) -> list[tuple[Value, ...]]:
     """Each side's speeds over the rounds. One side works at a time, in changing order; round -1 warms up.
 
     Calls `step` `turns(len(sides), rounds)` times.
